@@ -1,0 +1,44 @@
+"""Joint latent-space energy-based priors, p(z) = exp(Σ_i f_i(z_i)) p_β(z) / Z, for any hierarchical VAE or generator."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArgumentError",
+    "CheckpointError",
+    "ConvEnergy",
+    "DivergenceError",
+    "Energy",
+    "EnergyPriorError",
+    "GeneratorError",
+    "HierarchicalGenerator",
+    "Inferred",
+    "JointEBMPrior",
+    "LadderVAE",
+    "MLPEnergy",
+    "MissingExtraError",
+    "ShapeError",
+    "Trajectory",
+    "__version__",
+    "check_generator",
+    "default_energies",
+    "fit_elbo",
+]
+
+from energy_prior.check import check_generator
+from energy_prior.energies import ConvEnergy, Energy, MLPEnergy, default_energies
+from energy_prior.errors import (
+    ArgumentError,
+    CheckpointError,
+    DivergenceError,
+    EnergyPriorError,
+    GeneratorError,
+    MissingExtraError,
+    ShapeError,
+)
+from energy_prior.generator import HierarchicalGenerator, Inferred
+from energy_prior.generators import LadderVAE
+from energy_prior.langevin import Trajectory
+from energy_prior.prior import JointEBMPrior
+from energy_prior.training import fit_elbo
+
+__version__ = "0.1.0"

@@ -1,0 +1,119 @@
+"""Small helpers that several modules share: random numbers, frozen modules, argument checks."""
+
+from __future__ import annotations
+
+__all__ = [
+    "check_count",
+    "check_positive",
+    "evaluating",
+    "frozen",
+    "inferrer",
+    "normal_like",
+    "reproducible",
+    "require_extra",
+    "sum_event",
+]
+
+import contextlib
+import importlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from energy_prior.errors import ArgumentError, MissingExtraError
+
+
+def sum_event(values: Tensor) -> Tensor:
+    """Sum over everything but the batch: (batch, …) -> (batch,)."""
+    return values.flatten(1).sum(1) if values.ndim > 1 else values
+
+
+def normal_like(shape: Sequence[int], reference: Tensor) -> Tensor:
+    """Standard normal noise of this shape, with the dtype and device of `reference`."""
+    return torch.randn(tuple(shape), dtype=reference.dtype, device=reference.device)
+
+
+@contextlib.contextmanager
+def reproducible(rng: torch.Generator | None, device: torch.device) -> Iterator[None]:
+    """Everything inside draws from a stream seeded by `rng`; torch's global streams are left as they were.
+
+    With `rng` None the code inside draws from the global streams. Public methods open this once, so that all the code
+    below them, the user's `infer` and distributions included, obeys `rng` without passing it on.
+    """
+    if rng is None:
+        yield
+        return
+    seed = int(torch.randint(2**62, (), generator=rng, device=rng.device))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def evaluating(*modules: Any) -> Iterator[None]:
+    """Evaluation mode and no per-call distribution checks; both restored on exit, also after an error."""
+    parts = [m for module in modules if isinstance(module, nn.Module) for m in module.modules()]
+    flags = [(m, m.training) for m in parts]
+    validate = Distribution._validate_args
+    try:
+        for m in parts:
+            m.training = False
+        Distribution.set_default_validate_args(False)
+        yield
+    finally:
+        Distribution.set_default_validate_args(validate)
+        for m, training in flags:
+            m.training = training
+
+
+@contextlib.contextmanager
+def frozen(*modules: Any) -> Iterator[None]:
+    """`evaluating`, and no parameter takes part in autograd; all restored on exit, also after an error."""
+    flags = [(p, p.requires_grad) for module in modules if isinstance(module, nn.Module) for p in module.parameters()]
+    with evaluating(*modules):
+        try:
+            for p, _ in flags:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p, requires_grad in flags:
+                p.requires_grad_(requires_grad)
+
+
+def inferrer(generator: Any) -> Callable[..., Any] | None:
+    """The generator's `infer`, or None if it has none."""
+    infer = getattr(generator, "infer", None)
+    return infer if callable(infer) else None
+
+
+def check_count(name: str, value: Any, *, least: int = 1) -> int:
+    """A whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError(f"{name}: expected a whole number of at least {least}, got {value!r}.")
+    return value
+
+
+def check_positive(name: str, value: Any) -> float:
+    """A finite number above 0."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise ArgumentError(f"{name}: expected a finite number above 0, got {value!r}.")
+    return number
+
+
+def require_extra(module: str, extra: str) -> ModuleType:
+    """Imports an optional dependency, or says which `pip install` brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{module} is not installed; it comes with the extra '{extra}': pip install \"energy-prior[{extra}]\"."
+        ) from error

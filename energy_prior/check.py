@@ -1,0 +1,276 @@
+"""`check_generator`: tests an implementation of `HierarchicalGenerator` and names what is wrong in words."""
+
+from __future__ import annotations
+
+__all__ = ["check_generator"]
+
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from energy_prior import validate
+from energy_prior._util import inferrer, reproducible
+from energy_prior.errors import EnergyPriorError, GeneratorError
+from energy_prior.generator import Factorization, HierarchicalGenerator
+from energy_prior.topdown import Descent, TopDown, ancestral
+
+_SEED = 20230423
+
+
+def check_generator(generator: HierarchicalGenerator, x: Tensor) -> tuple[str, ...]:
+    """Tests a generator as it stands (in its present train/eval mode) on a few observations.
+
+    Args:
+        generator: the generator, or an adapter of yours.
+        x: two or more observations of the kind it was trained on, (batch, *x_shape).
+
+    Returns:
+        What was checked and found right, a sentence each.
+
+    Raises:
+        GeneratorError: with every fault found, in words, and what to do about it.
+
+    Example:
+        >>> import energy_prior as ep
+        >>> vae = ep.LadderVAE((1, 8, 8)).eval()
+        >>> ep.check_generator(vae, torch.rand(4, 1, 8, 8))[0]
+        'shapes, types and layer order agree with latent_shapes'
+    """
+    if not isinstance(x, Tensor) or x.ndim < 2 or len(x) < 2:
+        raise GeneratorError("x: expected two or more observations of shape (batch, *x_shape).")
+    checks: dict[str, Callable[[HierarchicalGenerator, Tensor], str | None]] = {
+        "shapes, types and layer order agree with latent_shapes": _shapes,
+        "conditionals are deterministic": _deterministic,
+        "descend leaves its state untouched": _pure,
+        "a batch row does not depend on the others": _rows_independent,
+        "likelihood fits the observations": _likelihood,
+        "every latent reaches the layers below it and the observation, with gradients": _reaches,
+        "noise -> latents -> noise round-trips": _round_trip,
+        "infer gives latents and log q of the right shapes, finite and reproducible": _infer,
+    }
+    passed, faults = [], []
+    with reproducible(torch.Generator().manual_seed(_SEED), x.device):
+        for what, check in checks.items():
+            try:
+                fault = check(generator, x)
+            except EnergyPriorError as error:
+                fault = str(error)
+            if fault is None:
+                passed.append(what)
+            else:
+                faults.append(fault)
+                if check in (_shapes, _deterministic, _pure, _likelihood):
+                    break  # what follows would only repeat it
+    if faults:
+        raise GeneratorError(f"{type(generator).__name__} breaks the generator protocol:\n- " + "\n- ".join(faults))
+    return tuple(passed)
+
+
+def _shapes(generator: HierarchicalGenerator, x: Tensor) -> str | None:
+    shapes = tuple(torch.Size(s) for s in generator.latent_shapes)
+    with torch.no_grad():
+        top = generator.conditional(generator.start(2))
+        shape = getattr(getattr(top, "loc", None), "shape", torch.Size())[1:]
+        if shape != shapes[-1] and shape == shapes[0]:
+            return (
+                f"layer order: start() leads to a layer of shape {tuple(shape)}, which is latent_shapes[0]; latent_shapes must "
+                "run "
+                "from z_1 (nearest the data) to z_L (the top). Reverse it, and the latents that infer returns."
+            )
+        validate.probe_generator(generator)
+    return None
+
+
+def _deterministic(generator: HierarchicalGenerator, x: Tensor) -> str | None:
+    for layer, state, _ in _states(generator, len(x)):
+        if not _same(generator.conditional(state), generator.conditional(state)):
+            return (
+                f"conditional: two calls on one state differ at layer {layer}. It must be deterministic: is there dropout, or "
+                "batch "
+                "norm, in train mode? Call generator.eval(); draw no random numbers inside it."
+            )
+    return None
+
+
+def _pure(generator: HierarchicalGenerator, x: Tensor) -> str | None:
+    """One state branched twice must agree with itself, whatever the other branch does below it."""
+    for layer, state, z in _states(generator, len(x)):
+        before = generator.conditional(state)
+        first = generator.descend(state, z)
+        expected = _below(generator, first, layer, x)
+        other = generator.descend(state, z + 1.0)
+        _below(generator, other, layer, x)
+        again = _below(generator, generator.descend(state, z), layer, x)
+        kept = _below(generator, first, layer, x)
+        if not _same(before, generator.conditional(state)) or not _close(expected, again) or not _close(expected, kept):
+            return (
+                f"descend: one state at layer {layer}, taken down twice, does not agree with itself. descend must return a new "
+                "state "
+                "and leave the given one as it was: copy dicts and lists before writing to them, no in-place operations, "
+                "nothing "
+                "stored on the model."
+            )
+    return None
+
+
+def _rows_independent(generator: HierarchicalGenerator, x: Tensor) -> str | None:
+    latents = ancestral(generator, len(x)).latents
+    whole = _pass(generator, latents)
+    alone = _pass(generator, [z[:1] for z in latents])
+    for layer, (a, b) in enumerate(zip(whole.conditionals, alone.conditionals, strict=True), start=1):
+        if not _close(a.loc[:1], b.loc) or not _close(a.scale[:1], b.scale):
+            return (
+                f"conditional: layer {layer} of an observation changes with the rest of its batch. Is there batch norm in "
+                "train "
+                "mode? Call generator.eval()."
+            )
+    if not _close(_log_likelihood(generator, whole, x)[:1], _log_likelihood(generator, alone, x[:1])):
+        return (
+            "likelihood: an observation's changes with the rest of its batch. Is there batch norm in train mode? Call "
+            "generator.eval()."
+        )
+    return None
+
+
+def _likelihood(generator: HierarchicalGenerator, x: Tensor) -> str | None:
+    descent = ancestral(generator, len(x))
+    descent = _pass(generator, descent.latents)
+    likelihood = generator.likelihood(descent.state)
+    if likelihood.event_shape != x.shape[1:]:
+        return f"likelihood: event_shape is {tuple(likelihood.event_shape)}, but an observation has {tuple(x.shape[1:])}."
+    log_prob = _log_likelihood(generator, descent, x)
+    if log_prob.shape != (len(x),):
+        return (
+            f"likelihood: log_prob of {len(x)} observations has shape {tuple(log_prob.shape)}, expected ({len(x)},), nats each."
+        )
+    if not torch.isfinite(log_prob).all():
+        return "likelihood: log_prob of the observations is not finite. Are they in the range that the model was trained on?"
+    return None
+
+
+def _reaches(generator: HierarchicalGenerator, x: Tensor) -> str | None:
+    """Each ε_i must move log p(x | z), and each z_i some conditional below it, and autograd must see both."""
+    topdown = TopDown(generator, len(x))
+    noise = [torch.randn_like(z) for z in ancestral(generator, len(x)).latents]
+
+    def outcome(values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        descent = topdown.descend(values, "noise", to_observation=True)
+        lower = [torch.cat([c.loc.flatten(1), c.scale.flatten(1)], 1) for c in descent.conditionals]
+        return (_log_likelihood(generator, descent, x), *lower)
+
+    leaves = [n.clone().requires_grad_() for n in noise]
+    with torch.enable_grad():
+        results = outcome(leaves)
+    for layer in range(1, len(noise) + 1):
+        moved = outcome([n + (0.5 if i == layer - 1 else 0.0) for i, n in enumerate(noise)])
+        lower = range(1, layer)
+        if layer > 1 and not any(_differs(moved[j], results[j]) for j in lower):
+            return _unreached(layer, "any layer below it")
+        if not _differs(moved[0], results[0]):
+            return _unreached(layer, "the observation")
+        seen = _gradient(results[0], leaves[layer - 1])
+        if seen is None or not bool((seen != 0).any()):
+            return (
+                f"gradients: log p(x | z) changes with z_{layer}, but autograd gives no gradient for it. Is the latent "
+                "detached, or "
+                "is there a torch.no_grad() on the way down? Langevin needs the gradient."
+            )
+        if layer > 1 and all(_gradient(results[j].sum(), leaves[layer - 1]) is None for j in lower):
+            return f"gradients: no layer below z_{layer} passes a gradient back to it. Is it detached on the way down?"
+    return None
+
+
+def _unreached(layer: int, what: str) -> str:
+    return (
+        f"dependence: changing z_{layer} does not change {what}. Does descend use the z that it is given? (A model with "
+        "zero-initialised layers shows this before training: check a trained one.)"
+    )
+
+
+def _round_trip(generator: HierarchicalGenerator, x: Tensor) -> str | None:
+    topdown = TopDown(generator, len(x))
+    noise = [torch.randn_like(z) for z in ancestral(generator, len(x)).latents]
+    latents = topdown.descend(noise, "noise").latents
+    for layer, (a, b) in enumerate(zip(noise, topdown.position(latents, "noise"), strict=True), start=1):
+        if not torch.allclose(a, b, rtol=0, atol=1e-2 if a.dtype == torch.float32 else 1e-6):
+            return (
+                f"noise -> latents -> noise is off by {float((a - b).abs().max()):.2g} at layer {layer}: the conditionals are "
+                "not the "
+                "same when the same latents are taken in again, or a scale is too small for the dtype."
+            )
+    return None
+
+
+def _infer(generator: HierarchicalGenerator, x: Tensor) -> str | None:
+    infer = inferrer(generator)
+    if infer is None:
+        return None
+    with torch.enable_grad():
+        inferred = validate.checked_infer(generator, x)
+    if inferred.factorization not in get_args(Factorization):
+        return f"infer: factorization must be one of {get_args(Factorization)}, got {inferred.factorization!r}."
+    if not torch.isfinite(inferred.log_q).all():
+        return "infer: log_q is not finite."
+    for layer, z in enumerate(inferred.latents, start=1):
+        if not torch.isfinite(z).all():
+            return f"infer: z_{layer} is not finite."
+        learnable = isinstance(generator, nn.Module) and any(p.requires_grad for p in generator.parameters())
+        if learnable and not z.requires_grad:
+            return f"infer: z_{layer} carries no gradient. Draw it reparameterised (rsample), not detached."
+    draws = [infer(x, rng=torch.Generator(x.device).manual_seed(seed)).latents for seed in (1, 1, 2)]
+    if not all(torch.equal(a, b) for a, b in zip(draws[0], draws[1], strict=True)):
+        return "infer: the same rng seed gives different draws. Use `rng` for every random number (and evaluation mode)."
+    if all(torch.equal(a, b) for a, b in zip(draws[0], draws[2], strict=True)):
+        return "infer: different rng seeds give the same draw. It must draw z ~ q(z | x), not return a mean."
+    return None
+
+
+def _states(generator: HierarchicalGenerator, batch: int) -> list[tuple[int, Any, Tensor]]:
+    """(layer, state above it, z of it) for every layer of one ancestral pass, from the top."""
+    found = []
+    with torch.no_grad():
+        latents = ancestral(generator, batch).latents
+        state = generator.start(batch)
+        for layer in range(len(latents), 0, -1):
+            found.append((layer, state, latents[layer - 1]))
+            state = generator.descend(state, latents[layer - 1])
+    return found
+
+
+def _below(generator: HierarchicalGenerator, state: Any, layer: int, x: Tensor) -> Tensor:
+    """What a state below `layer` leads to, as one tensor."""
+    with torch.no_grad():
+        if layer > 1:
+            conditional = generator.conditional(state)
+            return torch.stack([conditional.loc, conditional.scale])
+        return generator.likelihood(state).log_prob(x)
+
+
+def _pass(generator: HierarchicalGenerator, latents: Sequence[Tensor]) -> Descent:
+    with torch.no_grad():
+        return TopDown(generator, len(latents[0])).descend(tuple(latents), "latent", to_observation=True)
+
+
+def _log_likelihood(generator: HierarchicalGenerator, descent: Descent, x: Tensor) -> Tensor:
+    return generator.likelihood(descent.state).log_prob(x)
+
+
+def _gradient(result: Tensor, leaf: Tensor) -> Tensor | None:
+    if not result.requires_grad:
+        return None
+    return torch.autograd.grad(result.sum(), leaf, retain_graph=True, allow_unused=True)[0]
+
+
+def _same(a: Any, b: Any) -> bool:
+    return torch.equal(a.loc, b.loc) and torch.equal(a.scale, b.scale)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    scale = float(a.detach().abs().max()) + 1.0
+    return bool(torch.allclose(a, b, rtol=1e-4, atol=(1e-5 if a.dtype == torch.float32 else 1e-10) * scale))
+
+
+def _differs(a: Tensor, b: Tensor) -> bool:
+    return not torch.equal(a.detach(), b.detach())

@@ -1,0 +1,126 @@
+"""Checkpoints: one safetensors file with the energies' weights, and their configuration as JSON in its header. No pickle."""
+
+from __future__ import annotations
+
+__all__ = [
+    "FORMAT_VERSION",
+    "check_generator_fits",
+    "check_state_fits",
+    "fingerprint",
+    "read_checkpoint",
+    "write_checkpoint",
+]
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from energy_prior.errors import CheckpointError
+
+FORMAT = "energy-prior"
+FORMAT_VERSION = 1
+
+
+def fingerprint(generator: Any) -> str:
+    """SHA-256 of a generator's latent shapes and, if it is an `nn.Module`, of its weights and buffers, as hexadecimal digits.
+
+    It depends on names, shapes, dtypes and values, not on the device.
+    """
+    digest = hashlib.sha256(repr([tuple(shape) for shape in generator.latent_shapes]).encode())
+    if isinstance(generator, nn.Module):
+        for name, value in sorted(generator.state_dict().items()):
+            digest.update(name.encode())
+            if isinstance(value, Tensor):
+                digest.update(f"{tuple(value.shape)}{value.dtype}".encode())
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            else:
+                digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def write_checkpoint(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Writes a checkpoint whole or not at all: to a temporary file beside `path`, then renamed over it."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "config": json.dumps(dict(config))}
+    data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata=header)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the configuration of a checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is truncated or damaged, was not written by this library, or by a newer version of it.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No checkpoint at {os.fspath(path)!r}.")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} is not a whole safetensors file ({error}): it is truncated, damaged or of another kind. "
+            "Save the prior again, or use another copy."
+        ) from error
+    if header.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} is a safetensors file, but not a checkpoint of energy-prior. Expected one that "
+            "JointEBMPrior.save wrote."
+        )
+    version = header.get("format_version", "")
+    if not version.isdigit() or int(version) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} has checkpoint format {version!r}; this version of energy-prior reads up to "
+            f"{FORMAT_VERSION}. Upgrade: pip install -U energy-prior."
+        )
+    return tensors, json.loads(header["config"])
+
+
+def check_generator_fits(path: str | os.PathLike[str], config: Mapping[str, Any], generator: Any) -> None:
+    """Raises `CheckpointError` if a checkpoint was made for another generator."""
+    shapes = [list(shape) for shape in generator.latent_shapes]
+    if shapes != config["latent_shapes"]:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} was made for latents of shapes {config['latent_shapes']} (z_1 first); this generator "
+            f"has {shapes}. Give `load` the generator that the prior was fitted on."
+        )
+    if fingerprint(generator) != config["generator"]:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} was made for a generator with other weights or another dtype: energies are only valid "
+            "for the generator that they were fitted on. Give `load` that one, or fit the prior again."
+        )
+
+
+def check_state_fits(path: str | os.PathLike[str], expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
+    """Raises `CheckpointError`, saying what differs, if names or shapes of two state dicts do not agree."""
+    faults = [f"{name} is missing" for name in expected if name not in got]
+    faults += [f"{name} is not expected" for name in got if name not in expected]
+    faults += [
+        f"{name} has shape {tuple(got[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in got and got[name].shape != value.shape
+    ]
+    if faults:
+        more = f" (and {len(faults) - 4} more)" if len(faults) > 4 else ""
+        raise CheckpointError(
+            f"{os.fspath(path)!r} does not fit these energies: {'; '.join(faults[:4])}{more}. Pass `energies` built as they "
+            "were when it was saved."
+        )

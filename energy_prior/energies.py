@@ -1,0 +1,207 @@
+"""Energy networks f_i(z_i): one scalar per observation, higher = more probable, exactly 0 until trained."""
+
+from __future__ import annotations
+
+__all__ = ["ConvEnergy", "Energy", "MLPEnergy", "build_energies", "default_energies", "describe_energies"]
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
+
+from energy_prior._util import check_count
+from energy_prior.errors import ArgumentError, CheckpointError, ShapeError
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "softplus": nn.Softplus, "tanh": nn.Tanh}
+"""The smooth activations by name. Langevin follows ∇f: a kink in f is a jump in the drift."""
+
+
+class Energy(nn.Module):
+    """Base of the built-in energies: f(z) = net((z − shift) / scale).
+
+    `shift` and `scale` bring a layer to unit scale, so that layers of very different width learn at one rate; `fit` sets
+    them once, from posterior and prior draws. They are buffers and travel with checkpoints.
+
+    Args:
+        latent_shape: shape of z without the batch.
+
+    Shape: (batch, *latent_shape) -> (batch,), nats.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    standardized: Tensor
+    config: dict[str, Any]
+
+    def __init__(self, latent_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.latent_shape = torch.Size(latent_shape)
+        if len(self.latent_shape) == 0 or min(self.latent_shape) < 1:
+            raise ShapeError(f"latent_shape: expected one or more positive sizes, got {tuple(latent_shape)}.")
+        self.register_buffer("shift", torch.zeros(self._statistics_shape()))
+        self.register_buffer("scale", torch.ones(self._statistics_shape()))
+        self.register_buffer("standardized", torch.zeros((), dtype=torch.bool))
+
+    def standardize(self, latents: Tensor) -> None:
+        """Sets shift and scale to the mean and standard deviation of `latents`, (n, *latent_shape), unless already set."""
+        if bool(self.standardized):
+            return
+        over = [0] + [d for d, size in enumerate(self.shift.shape, start=1) if size == 1 < self.latent_shape[d - 1]]
+        self.shift.copy_(latents.mean(over, keepdim=True)[0])
+        self.scale.copy_(latents.std(over, keepdim=True)[0].clamp_min(1e-3))
+        self.standardized.fill_(True)
+
+    def _statistics_shape(self) -> tuple[int, ...]:
+        return tuple(self.latent_shape)
+
+    def _unit(self, z: Tensor) -> Tensor:
+        return (z - self.shift) / self.scale
+
+
+class MLPEnergy(Energy):
+    """A fully connected energy, as in Cui, Wu and Han (CVPR 2023), with a smooth activation.
+
+    Args:
+        latent_shape: shape of z without the batch; flattened.
+        hidden: widths of the hidden layers.
+        activation: "silu", "gelu", "softplus" or "tanh".
+        spectral_norm: bound every hidden layer's Lipschitz constant by 1 (Miyato et al., ICLR 2018).
+
+    Shape: (batch, *latent_shape) -> (batch,), nats.
+
+    Example:
+        >>> f = MLPEnergy((16,), hidden=(64, 64))
+        >>> f(torch.randn(3, 16))
+        tensor([0., 0., 0.], grad_fn=<SqueezeBackward1>)
+    """
+
+    def __init__(
+        self,
+        latent_shape: Sequence[int],
+        hidden: Sequence[int] = (128, 128),
+        activation: str = "silu",
+        spectral_norm: bool = False,
+    ) -> None:
+        super().__init__(latent_shape)
+        self.config = {
+            "hidden": list(hidden),
+            "activation": activation,
+            "spectral_norm": spectral_norm,
+        }
+        make = _activation(activation)
+        layers: list[nn.Module] = [nn.Flatten()]
+        width = math.prod(self.latent_shape)
+        for size in hidden:
+            check_count("hidden", size)
+            linear = nn.Linear(width, size)
+            layers += [with_spectral_norm(linear) if spectral_norm else linear, make()]
+            width = size
+        self.net = nn.Sequential(*layers, _zero_head(width))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """f(z), (batch,), nats."""
+        return self.net(self._unit(z)).squeeze(1)
+
+
+class ConvEnergy(Energy):
+    """A convolutional energy for latents of shape (channels, height, width): strided 3×3 convolutions and a linear head.
+
+    Args:
+        latent_shape: (channels, height, width).
+        channels: channels of the convolutions; each after the first halves height and width while they are above 1.
+        activation: "silu", "gelu", "softplus" or "tanh".
+        spectral_norm: normalise every convolution by its largest singular value (Miyato et al., ICLR 2018).
+
+    Shape: (batch, *latent_shape) -> (batch,), nats.
+    """
+
+    def __init__(
+        self,
+        latent_shape: Sequence[int],
+        channels: Sequence[int] = (64, 128, 128),
+        activation: str = "silu",
+        spectral_norm: bool = False,
+    ) -> None:
+        if len(latent_shape) != 3:
+            raise ShapeError(f"latent_shape: ConvEnergy needs (channels, height, width), got {tuple(latent_shape)}.")
+        super().__init__(latent_shape)
+        self.config = {
+            "channels": list(channels),
+            "activation": activation,
+            "spectral_norm": spectral_norm,
+        }
+        make = _activation(activation)
+        layers: list[nn.Module] = []
+        width, h, w = self.latent_shape
+        for n, size in enumerate(channels):
+            check_count("channels", size)
+            stride = (2 if n and h > 1 else 1, 2 if n and w > 1 else 1)
+            conv = nn.Conv2d(width, size, 3, stride, padding=1)
+            layers += [with_spectral_norm(conv) if spectral_norm else conv, make()]
+            width, h, w = size, -(-h // stride[0]), -(-w // stride[1])
+        self.net = nn.Sequential(*layers, nn.Flatten(), _zero_head(width * h * w))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """f(z), (batch,), nats."""
+        return self.net(self._unit(z)).squeeze(1)
+
+    def _statistics_shape(self) -> tuple[int, ...]:
+        return (self.latent_shape[0], 1, 1)
+
+
+BUILT_IN: dict[str, type[MLPEnergy] | type[ConvEnergy]] = {"MLPEnergy": MLPEnergy, "ConvEnergy": ConvEnergy}
+"""The energies that a checkpoint can describe by name."""
+
+
+def default_energies(latent_shapes: Sequence[Sequence[int]]) -> nn.ModuleList:
+    """One energy per layer, in the order z_1, …, z_L: convolutional for (channels, height, width) maps, else an MLP."""
+    return nn.ModuleList(
+        ConvEnergy(shape) if len(shape) == 3 and min(shape[1:]) > 1 else MLPEnergy(shape) for shape in latent_shapes
+    )
+
+
+def describe_energies(energies: Iterable[nn.Module]) -> list[dict[str, Any]]:
+    """What a checkpoint says of each energy, enough to build the built-in ones again; others are only named."""
+    described: list[dict[str, Any]] = []
+    for energy in energies:
+        kind = type(energy)
+        if isinstance(energy, Energy) and BUILT_IN.get(kind.__name__) is kind:
+            described.append({"kind": kind.__name__, "latent_shape": list(energy.latent_shape), **energy.config})
+        else:
+            described.append({"kind": "custom", "name": kind.__qualname__})
+    return described
+
+
+def build_energies(described: Iterable[Mapping[str, Any]]) -> nn.ModuleList:
+    """The built-in energies that `describe_energies` described.
+
+    Raises:
+        CheckpointError: if one of them is not built in.
+    """
+    built = nn.ModuleList()
+    for layer, entry in enumerate(described, start=1):
+        if entry["kind"] not in BUILT_IN:
+            raise CheckpointError(
+                f"energies: f_{layer} was a module of your own, {entry.get('name')}; a checkpoint holds its weights but not "
+                "its "
+                "code. Pass energies=[…] to load, built as they were when the prior was saved."
+            )
+        built.append(BUILT_IN[entry["kind"]](**{key: value for key, value in entry.items() if key != "kind"}))
+    return built
+
+
+def _zero_head(width: int) -> nn.Linear:
+    """A last layer that starts at f = 0: an untrained joint prior is the generator's own prior."""
+    head = nn.Linear(width, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _activation(name: str) -> Callable[[], nn.Module]:
+    if name not in ACTIVATIONS:
+        raise ArgumentError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {name!r}.")
+    return ACTIVATIONS[name]

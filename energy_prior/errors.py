@@ -1,0 +1,51 @@
+"""Errors that say which argument was wrong, what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArgumentError",
+    "CheckpointError",
+    "DivergenceError",
+    "EnergyPriorError",
+    "GeneratorError",
+    "MissingExtraError",
+    "ShapeError",
+]
+
+
+class EnergyPriorError(Exception):
+    """Base class of every error that this library raises on purpose."""
+
+
+class ArgumentError(EnergyPriorError, ValueError):
+    """An argument has an impossible value: out of range, of the wrong dtype, device or name, or not finite."""
+
+
+class ShapeError(EnergyPriorError, ValueError):
+    """A tensor has the wrong shape."""
+
+
+class GeneratorError(EnergyPriorError, ValueError):
+    """A generator breaks the protocol (see `energy_prior.check_generator`)."""
+
+
+class CheckpointError(EnergyPriorError, ValueError):
+    """A checkpoint is truncated, foreign, of a future version, or belongs to another model."""
+
+
+class MissingExtraError(EnergyPriorError, ImportError):
+    """An optional dependency is not installed; the message names the `pip install` that brings it."""
+
+
+class DivergenceError(EnergyPriorError, ArithmeticError):
+    """A density, gradient, loss or state stopped being finite.
+
+    Attributes:
+        layer: number of the layer at fault (1 is nearest the data); `None` where it cannot be told apart.
+        step: Langevin step or training iteration at which it was first seen (0 is the start).
+    """
+
+    def __init__(self, message: str, *, layer: int | None = None, step: int | None = None) -> None:
+        super().__init__(message)
+        self.layer = layer
+        self.step = step

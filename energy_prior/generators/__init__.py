@@ -1,0 +1,7 @@
+"""Generators that come with the library, for users who bring only data."""
+
+from __future__ import annotations
+
+__all__ = ["LadderVAE"]
+
+from energy_prior.generators.ladder import LadderVAE

@@ -1,0 +1,211 @@
+"""`LadderVAE`: a Gaussian ladder p(x|z_1) p(z_1|z_2) … p(z_L) with a bottom-up inference model, for images of any shape."""
+
+from __future__ import annotations
+
+__all__ = ["LadderVAE"]
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Distribution, Independent, Normal
+
+from energy_prior._util import check_count, check_positive, normal_like, reproducible, sum_event
+from energy_prior.distributions import DiscretizedLogistic
+from energy_prior.errors import ArgumentError, ShapeError
+from energy_prior.generator import Inferred
+
+Nets = Literal["mlp", "conv"]
+Likelihood = Literal["gaussian", "bernoulli", "discretized_logistic"]
+
+_LOG_SCALE_LIMIT = 5.0
+
+
+class _State(NamedTuple):
+    """Where the top-down pass stands: the conditional of the next layer, and z_1 once there is none."""
+
+    layer: int
+    conditional: Normal | None
+    z: Tensor | None
+
+
+class LadderVAE(nn.Module):
+    """A hierarchical VAE with L layers of Gaussian latents, each conditioned on the one above.
+
+        p_β(z) = N(z_L; 0, I) ∏_{i<L} N(z_i; μ_i(z_{i+1}), σ_i(z_{i+1})²),   p_β0(x | z_1)
+        q_ω(z | x) = q(z_1 | x) ∏_{i>1} q(z_i | z_{i−1})  (bottom-up)
+
+    It follows `HierarchicalGenerator`; `energy_prior.training.fit_elbo` trains it.
+
+    Args:
+        x_shape: shape of an observation without the batch; (channels, height, width) for nets="conv".
+        latent_dims: sizes of z_1, …, z_L (z_1 nearest the data): units, or channels of a map for nets="conv", where z_i has
+            1/2^i of the image's height and width, rounded up.
+        hidden: width of the hidden layers (units, or channels).
+        depth: hidden layers per net.
+        nets: "mlp" or "conv".
+        likelihood: "gaussian", "bernoulli" (x in [0, 1]) or "discretized_logistic".
+        sigma: scale of the likelihood in the data's units, > 0, for "gaussian" and "discretized_logistic"; None: one
+            number, learned.
+        x_range: lowest and highest value of x; the decoder's mean stays inside it.
+        levels: grid values between them for "discretized_logistic" (256 for 8-bit images).
+
+    Raises:
+        ArgumentError, ShapeError: if a value is impossible; the message says which.
+
+    Example:
+        >>> vae = LadderVAE((1, 8, 8), latent_dims=(16, 8))
+        >>> vae.latent_shapes
+        (torch.Size([16]), torch.Size([8]))
+    """
+
+    def __init__(
+        self,
+        x_shape: Sequence[int],
+        latent_dims: Sequence[int] = (16, 8),
+        *,
+        hidden: int = 128,
+        depth: int = 2,
+        nets: Nets = "mlp",
+        likelihood: Likelihood = "gaussian",
+        sigma: float | None = None,
+        x_range: tuple[float, float] = (0.0, 1.0),
+        levels: int = 256,
+    ) -> None:
+        super().__init__()
+        self.x_shape = torch.Size(x_shape)
+        self.likelihood_name, self.x_range, self.levels = likelihood, x_range, levels
+        _check_arguments(self.x_shape, latent_dims, nets, likelihood, x_range)
+        check_count("hidden", hidden)
+        check_count("depth", depth)
+        check_count("levels", levels, least=2)
+        make = _conv_net if nets == "conv" else _mlp_net
+        if nets == "conv":
+            sizes = [(-(-self.x_shape[1] // 2**i), -(-self.x_shape[2] // 2**i)) for i in range(1, len(latent_dims) + 1)]
+            self.latent_shapes = tuple(torch.Size((d, *size)) for d, size in zip(latent_dims, sizes, strict=True))
+        else:
+            self.latent_shapes = tuple(torch.Size((d,)) for d in latent_dims)
+        shapes = (self.x_shape, *self.latent_shapes)
+        self.inference = nn.ModuleList(make(shapes[i], _double(shapes[i + 1]), hidden, depth) for i in range(len(latent_dims)))
+        self.prior = nn.ModuleList(make(shapes[i + 1], _double(shapes[i]), hidden, depth) for i in range(1, len(latent_dims)))
+        self.decoder = make(shapes[1], self.x_shape, hidden, depth)
+        fixed = 0.1 * (x_range[1] - x_range[0]) if sigma is None else check_positive("sigma", sigma)
+        self.log_sigma = nn.Parameter(torch.tensor(math.log(fixed)), requires_grad=sigma is None and likelihood != "bernoulli")
+
+    def start(self, batch_size: int) -> _State:
+        """The state above z_L: p(z_L) = N(0, I)."""
+        zero = self.log_sigma.new_zeros(batch_size, *self.latent_shapes[-1])
+        return _State(len(self.latent_shapes), Normal(zero, torch.ones_like(zero), validate_args=False), None)
+
+    def conditional(self, state: _State) -> Normal:
+        """p_β(z_i | z_{i+1}) at this state."""
+        if state.conditional is None:
+            raise ArgumentError("state: there is no layer below z_1; call likelihood(state).")
+        return state.conditional
+
+    def descend(self, state: _State, z: Tensor) -> _State:
+        """Takes z_i in; the new state holds p_β(z_{i−1} | z_i), or z_1 for the decoder."""
+        if state.layer == 1:
+            return _State(0, None, z)
+        return _State(state.layer - 1, _normal(self.prior[state.layer - 2](z)), None)
+
+    def likelihood(self, state: _State) -> Distribution:
+        """p_β0(x | z_1); the decoder runs here, so a pass that needs no image never pays for it."""
+        if state.z is None:
+            raise ArgumentError("state: the likelihood needs the state below z_1; descend through every layer first.")
+        logits = self.decoder(state.z)
+        if self.likelihood_name == "bernoulli":
+            return Independent(Bernoulli(logits=logits, validate_args=False), len(self.x_shape), validate_args=False)
+        low, high = self.x_range
+        mean = low + (high - low) * torch.sigmoid(logits)
+        sigma = self.log_sigma.exp().expand_as(mean)
+        if self.likelihood_name == "gaussian":
+            pixel: Distribution = Normal(mean, sigma, validate_args=False)
+        else:
+            pixel = DiscretizedLogistic(mean, sigma, self.levels, low, high, validate_args=False)
+        return Independent(pixel, len(self.x_shape), validate_args=False)
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        """A reparameterised draw z ~ q_ω(z | x), bottom-up: log_q[:, i − 1] = log q(z_i | z_{i−1}), with z_0 = x.
+
+        Args:
+            x: observations, (batch, *x_shape).
+            rng: random number generator; None: torch's global stream.
+        """
+        if x.shape[1:] != self.x_shape:
+            raise ShapeError(f"x: expected shape (batch, {', '.join(map(str, self.x_shape))}), got {tuple(x.shape)}.")
+        latents: list[Tensor] = []
+        log_q: list[Tensor] = []
+        below = x
+        with reproducible(rng, x.device):
+            for net in self.inference:
+                q = _normal(net(below))
+                below = q.loc + q.scale * normal_like(q.loc.shape, q.loc)
+                latents.append(below)
+                log_q.append(sum_event(q.log_prob(below)))
+        return Inferred(tuple(latents), torch.stack(log_q, dim=1), "bottom_up")
+
+
+def _check_arguments(
+    x_shape: torch.Size, latent_dims: Sequence[int], nets: str, likelihood: str, x_range: tuple[float, float]
+) -> None:
+    if nets not in get_args(Nets):
+        raise ArgumentError(f"nets: expected one of {get_args(Nets)}, got {nets!r}.")
+    if likelihood not in get_args(Likelihood):
+        raise ArgumentError(f"likelihood: expected one of {get_args(Likelihood)}, got {likelihood!r}.")
+    if nets == "conv" and len(x_shape) != 3:
+        raise ShapeError(f'x_shape: nets="conv" needs (channels, height, width), got {tuple(x_shape)}.')
+    if len(x_shape) == 0 or min(x_shape) < 1:
+        raise ShapeError(f"x_shape: expected one or more positive sizes, got {tuple(x_shape)}.")
+    if len(latent_dims) == 0:
+        raise ArgumentError("latent_dims: expected the size of at least one layer, got none.")
+    for dim in latent_dims:
+        check_count("latent_dims", dim)
+    if not x_range[0] < x_range[1]:
+        raise ArgumentError(f"x_range: expected (lowest, highest), got {x_range}.")
+    if likelihood == "bernoulli" and x_range != (0.0, 1.0):
+        raise ArgumentError(f'x_range: likelihood="bernoulli" needs (0, 1), got {x_range}.')
+
+
+def _double(shape: torch.Size) -> torch.Size:
+    """Room for loc and log scale along the first dimension."""
+    return torch.Size((2 * shape[0], *shape[1:]))
+
+
+def _normal(parameters: Tensor) -> Normal:
+    """N(loc, scale²) from (batch, 2·d, …), with |log scale| softly kept below 5."""
+    loc, raw = parameters.chunk(2, dim=1)
+    log_scale = _LOG_SCALE_LIMIT * torch.tanh(raw / _LOG_SCALE_LIMIT)
+    return Normal(loc, log_scale.exp(), validate_args=False)
+
+
+def _mlp_net(source: torch.Size, target: torch.Size, hidden: int, depth: int) -> nn.Sequential:
+    """A fully connected net between any two shapes."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    width = math.prod(source)
+    for _ in range(depth):
+        layers += [nn.Linear(width, hidden), nn.SiLU()]
+        width = hidden
+    return nn.Sequential(*layers, nn.Linear(width, math.prod(target)), nn.Unflatten(1, target))
+
+
+def _conv_net(source: torch.Size, target: torch.Size, hidden: int, depth: int) -> nn.Sequential:
+    """A convolutional net between two (channels, height, width) maps, resized to the target before its hidden layers."""
+    layers: list[nn.Module] = [nn.Conv2d(source[0], hidden, 3, padding=1), nn.SiLU(), _Resize(target[1:])]
+    for _ in range(depth):
+        layers += [nn.Conv2d(hidden, hidden, 3, padding=1), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Conv2d(hidden, target[0], 3, padding=1))
+
+
+class _Resize(nn.Module):
+    """Area averaging down, nearest neighbour up."""
+
+    def __init__(self, size: Sequence[int]) -> None:
+        super().__init__()
+        self.size = (int(size[0]), int(size[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, self.size, mode="area")

@@ -1,0 +1,182 @@
+"""Langevin chains: y_{t+1} = c₀ y_t + c₁ ∇ + τ n_t, unadjusted or MALA, in memory that does not grow with the steps."""
+
+from __future__ import annotations
+
+__all__ = ["ChainResult", "StepCallback", "run_chain"]
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from energy_prior.errors import DivergenceError
+from energy_prior.langevin.density import ChainState, JointDensity
+from energy_prior.langevin.noise import NoiseSource
+from energy_prior.langevin.step import Scheme, coefficients, log_acceptance, propose
+
+StepCallback = Callable[[int, ChainState, Tensor], None]
+"""Called with (step, state, acceptance probability of that step, (batch,)) after every step, and at step 0 with ones."""
+
+_CHECK_EVERY = 32
+
+
+@dataclass(frozen=True)
+class ChainResult:
+    """The end of a chain.
+
+    Attributes:
+        position: the free layers at the end, ascending, in the density's coordinates.
+        step_size: the step size at the end, one per chain, (batch,).
+        acceptance: mean over the steps of min(1, α), (batch,): the share that MALA accepts, or would have accepted of an
+            unadjusted chain. None where it was not needed.
+    """
+
+    position: tuple[Tensor, ...]
+    step_size: Tensor
+    acceptance: Tensor | None
+
+
+def run_chain(
+    density: JointDensity,
+    start: Sequence[Tensor],
+    *,
+    steps: int,
+    step_size: float | Tensor,
+    noise: NoiseSource,
+    scheme: Scheme,
+    adjust: bool = False,
+    temperature: float = 1.0,
+    adapt_steps: int = 0,
+    target_acceptance: float = 0.7,
+    measure: bool = False,
+    on_step: StepCallback | None = None,
+) -> ChainResult:
+    """Runs one Langevin chain per row of the batch.
+
+    An unadjusted step costs one gradient evaluation. The acceptance probability of every step is free except for one
+    evaluation at the end, so it is there (`on_step`) for unadjusted chains too.
+
+    During the first `adapt_steps` steps each chain adapts its own step size, log s += t^(−0.6) (min(1, α) −
+    `target_acceptance`) (Robbins–Monro; Andrieu and Thoms, Statistics and Computing 2008), then keeps it: chains stay
+    independent of the rest of the batch.
+
+    Args:
+        density: the log density and its coordinates.
+        start: the free layers at the start, ascending, in the density's coordinates; (batch, *shape) each.
+        steps: number of steps, ≥ 0.
+        step_size: s > 0, a number or one per chain, (batch,).
+        noise: the chain's random numbers.
+        scheme: "crank_nicolson" or "euler".
+        adjust: Metropolis–Hastings accept/reject after every step (MALA; Roberts and Tweedie, Bernoulli 1996).
+        temperature: T > 0; the chain targets p̃^{1/T}.
+        adapt_steps: number of first steps that adapt the step size.
+        target_acceptance: acceptance that the adaptation aims at, in (0, 1).
+        measure: report the acceptance of an unadjusted chain too.
+        on_step: called after every step.
+
+    Raises:
+        DivergenceError: if a density or gradient stops being finite; it names the layer and the step. Checked on the
+            device in every step and read by the host every 32 steps and at the end. A proposal of density zero
+            (log density −∞) is not an error under `adjust`: it is rejected.
+    """
+    batch = start[0].shape[0]
+    s = torch.as_tensor(step_size, dtype=start[0].dtype, device=start[0].device).expand(batch).clone()
+    watch = _FiniteWatch(density, s, adjust)
+    state = density.evaluate(start)
+    watch.look(0, state, at_start=True)
+    measured = measure or adjust or adapt_steps > 0 or on_step is not None
+    total = torch.zeros_like(s)
+    if on_step is not None:
+        on_step(0, state, torch.ones_like(s))
+    for step in range(1, steps + 1):
+        c = coefficients(s, scheme, density.space, temperature)
+        n = noise.normal(step)
+        proposal = propose(state, c, n)
+        if step == steps and not measured:
+            watch.finish(step, proposal)
+            return ChainResult(proposal, s, None)
+        new = density.evaluate(proposal)
+        watch.look(step, new)
+        if measured:
+            log_alpha = log_acceptance(state, new, c, n, temperature)
+            acceptance = log_alpha.exp().clamp(max=1.0)
+            total += acceptance
+            if adjust:
+                new = _select(noise.uniform(step).log() < log_alpha, new, state)
+            if step <= adapt_steps:
+                s = s * torch.exp(step**-0.6 * (acceptance - target_acceptance))
+                s = s.clamp(max=2 * math.sqrt(temperature)) if scheme == "crank_nicolson" else s
+            if on_step is not None:
+                on_step(step, new, acceptance)
+        state = new
+    watch.finish(steps, state.position)
+    return ChainResult(state.position, s, total / max(steps, 1) if measured else None)
+
+
+def _select(accept: Tensor, new: ChainState, old: ChainState) -> ChainState:
+    """Row by row the new state where accepted, the old one elsewhere."""
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(accept.reshape(-1, *([1] * (a.ndim - 1))), a, b)
+
+    return ChainState(
+        position=tuple(map(pick, new.position, old.position)),
+        negative_energy=pick(new.negative_energy, old.negative_energy),
+        log_density=pick(new.log_density, old.log_density),
+        gradient=tuple(map(pick, new.gradient, old.gradient)),
+    )
+
+
+class _FiniteWatch:
+    """Notes on the device, step by step, what stopped being finite; tells the host every few steps."""
+
+    def __init__(self, density: JointDensity, step_size: Tensor, adjust: bool) -> None:
+        self._free = density.topdown.free
+        self._adjust = adjust
+        self._step_size = step_size
+        self._pending: list[tuple[int, Tensor]] = []
+
+    def look(self, step: int, state: ChainState, *, at_start: bool = False) -> None:
+        energy, log_density, gradient = state.negative_energy, state.log_density, state.gradient
+        zero_density = torch.isneginf(log_density) & (self._adjust and not at_start)
+        bad = torch.cat(
+            [
+                (~torch.isfinite(energy) & ~zero_density[:, None]).any(0),
+                torch.stack([(~torch.isfinite(g)).flatten(1).any(1) & ~zero_density for g in gradient], 1).any(0),
+                (~torch.isfinite(log_density) & ~zero_density).any()[None],
+            ]
+        )
+        self._pending.append((step, bad))
+        if at_start or len(self._pending) >= _CHECK_EVERY:
+            self._read()
+
+    def finish(self, step: int, position: Sequence[Tensor]) -> None:
+        self._read()
+        for layer, p in zip(self._free, position, strict=True):
+            if not torch.isfinite(p).all():
+                self._fail(step, layer, f"the position of layer {layer} (z_{layer}) is not finite")
+
+    def _read(self) -> None:
+        if not self._pending:
+            return
+        table = torch.stack([bad for _, bad in self._pending]).tolist()
+        steps, self._pending = [step for step, _ in self._pending], []
+        for step, row in zip(steps, table, strict=True):
+            if any(row):
+                what = row.index(True)
+                layer = self._free[what % len(self._free)] if what < 2 * len(self._free) else None
+                if layer is None:
+                    self._fail(step, None, "the log density (log p_β or the likelihood) is not finite")
+                part = f"the energy f_{layer}(z_{layer})" if what < len(self._free) else "the gradient"
+                self._fail(step, layer, f"{part} of layer {layer} is not finite")
+
+    def _fail(self, step: int, layer: int | None, what: str) -> None:
+        raise DivergenceError(
+            f"The Langevin chain diverged at step {step}: {what}. Use a smaller step_size (it was "
+            f"{float(self._step_size.median()):.3g}) or adjust=True; if it is not finite at step 0 already, the energy or "
+            "the generator itself is at fault.",
+            layer=layer,
+            step=step,
+        )

@@ -1,0 +1,154 @@
+"""What users set about a chain, its safe defaults, and the step size that is tuned instead of guessed."""
+
+from __future__ import annotations
+
+__all__ = ["ChainOptions", "ChainSettings", "sample_density", "tune_step_size"]
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from energy_prior._util import check_count, check_positive
+from energy_prior.errors import ArgumentError
+from energy_prior.langevin.chain import StepCallback, run_chain
+from energy_prior.langevin.density import JointDensity
+from energy_prior.langevin.noise import NoiseSource, RandomNoise
+from energy_prior.langevin.step import Scheme
+from energy_prior.topdown import Space
+
+_LARGEST_STEP = 1.0
+
+
+class ChainOptions(TypedDict, total=False):
+    """The keywords that every method running a chain accepts; see `ChainSettings` for their meaning."""
+
+    steps: int
+    step_size: float | None
+    adjust: bool | None
+    temperature: float
+    scheme: Scheme | None
+
+
+@dataclass(frozen=True)
+class ChainSettings:
+    """Settings of a Langevin chain.
+
+    Attributes:
+        steps: number of steps, ≥ 1.
+        step_size: s > 0 of ε ← ε + ½ s² ∇log p̃ + s n. Public code with drift ½η and noise √η has s = √η, with drift η and
+            noise √(2η) it has s = √(2η). None: the prior's own step size, which `fit` tunes; a chain that something
+            below pulls on (an observation, a held layer with free ones above it) adapts its own over the first half
+            of its steps, starting there.
+        adjust: Metropolis–Hastings accept/reject (MALA), which makes the chain exact. None: only for those pulled-on
+            chains, which are stiff; a plain prior chain is unadjusted, as in Cui, Wu and Han (CVPR 2023).
+        temperature: T > 0 of the chain, which targets p̃^{1/T}; not a generator's own prior temperature.
+        scheme: "crank_nicolson" (noise space only; N(0, I) is exactly invariant for f = 0) or "euler". None:
+            Crank–Nicolson in noise space, Euler in latent space.
+
+    Raises:
+        ArgumentError: if a value is out of range.
+    """
+
+    steps: int = 60
+    step_size: float | None = None
+    adjust: bool | None = None
+    temperature: float = 1.0
+    scheme: Scheme | None = None
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        check_positive("temperature", self.temperature)
+        if self.step_size is not None:
+            check_positive("step_size", self.step_size)
+        if self.adjust not in (None, True, False):
+            raise ArgumentError(f"adjust: expected True, False or None, got {self.adjust!r}.")
+        if self.scheme is not None and self.scheme not in get_args(Scheme):
+            raise ArgumentError(f"scheme: expected one of {get_args(Scheme)} or None, got {self.scheme!r}.")
+
+    def scheme_in(self, space: Space) -> Scheme:
+        """The scheme to use in this space."""
+        if self.scheme is None:
+            return "crank_nicolson" if space == "noise" else "euler"
+        if self.scheme == "crank_nicolson" and space == "latent":
+            raise ArgumentError(
+                'scheme: "crank_nicolson" needs space="noise", where the prior is N(0, I); use "euler" in latent space.'
+            )
+        return self.scheme
+
+
+def sample_density(
+    density: JointDensity,
+    settings: ChainSettings,
+    *,
+    default_step_size: float,
+    start: Sequence[Tensor] | None = None,
+    noise: NoiseSource | None = None,
+    on_step: StepCallback | None = None,
+) -> tuple[Tensor, ...]:
+    """Runs a chain on `density` and returns all latents (z_1, …, z_L) at its end, the held ones included.
+
+    Args:
+        density: the target.
+        settings: the chain's settings.
+        default_step_size: what to use where `settings.step_size` is None.
+        start: (z_1, …, z_L) to start from (entries of held layers are not read); None: ancestral, ε ~ N(0, I).
+        noise: the chain's random numbers; None: torch's global stream.
+        on_step: called after every step.
+    """
+    topdown, space = density.topdown, density.space
+    if not topdown.free:
+        return topdown.descend((), space).latents
+    source = noise or RandomNoise(topdown.shapes, topdown.reference)
+    position = _ancestral_start(density, source) if start is None else topdown.position(start, space)
+    adaptive = settings.step_size is None and density.informed
+    result = run_chain(
+        density,
+        position,
+        steps=settings.steps,
+        step_size=settings.step_size or default_step_size,
+        noise=source,
+        scheme=settings.scheme_in(space),
+        adjust=density.informed if settings.adjust is None else settings.adjust,
+        temperature=settings.temperature,
+        adapt_steps=settings.steps // 2 if adaptive else 0,
+        on_step=on_step,
+    )
+    return topdown.descend(result.position, space).latents
+
+
+def tune_step_size(
+    density: JointDensity,
+    *,
+    start_step_size: float,
+    target_acceptance: float = 0.9,
+    steps: int = 150,
+) -> float:
+    """The step size at which MALA on `density` accepts the share `target_acceptance`, at most 1.
+
+    Every chain of the batch adapts its own from an ancestral start; the result is their geometric mean. Unadjusted
+    chains at that step have little bias: what MALA would accept is what they get right.
+    """
+    source = RandomNoise(density.topdown.shapes, density.topdown.reference)
+    result = run_chain(
+        density,
+        _ancestral_start(density, source),
+        steps=steps,
+        step_size=start_step_size,
+        noise=source,
+        scheme=ChainSettings().scheme_in(density.space),
+        adjust=True,
+        adapt_steps=steps,
+        target_acceptance=target_acceptance,
+    )
+    return float(result.step_size.log().mean().exp().clamp(max=_LARGEST_STEP))
+
+
+def _ancestral_start(density: JointDensity, source: NoiseSource) -> tuple[Tensor, ...]:
+    """ε ~ N(0, I) for the free layers, in the density's coordinates."""
+    noise = source.normal(0)
+    if density.space == "noise":
+        return noise
+    return density.topdown.position(density.topdown.descend(noise, "noise").latents, "latent")

@@ -1,0 +1,86 @@
+"""The joint model p(x, z) ∝ p_β0(x | z) exp(Σ_i f_i(z_i)) p_β(z) behind `JointEBMPrior`: the computations, without checks."""
+
+from __future__ import annotations
+
+__all__ = ["JointModel"]
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from energy_prior import validate
+from energy_prior._util import inferrer
+from energy_prior.generator import HierarchicalGenerator
+from energy_prior.langevin import ChainSettings, JointDensity, NoiseSource, StepCallback, sample_density
+from energy_prior.scores import ScoreTerms, score_terms
+from energy_prior.topdown import Space, TopDown
+
+
+@dataclass(frozen=True)
+class JointModel:
+    """A generator with its energies. Callers check arguments, freeze the modules and choose the random stream.
+
+    Attributes:
+        generator: the hierarchical generator.
+        energies: f_1, …, f_L.
+        space: coordinates of the chains.
+        step_size: Langevin step size where a chain's settings give none.
+    """
+
+    generator: HierarchicalGenerator
+    energies: Sequence[nn.Module]
+    space: Space
+    step_size: float
+
+    def negative_energy(self, latents: Sequence[Tensor]) -> Tensor:
+        """f_i(z_i), (batch, L), nats."""
+        return torch.stack([f(z) for f, z in zip(self.energies, latents, strict=True)], dim=1)
+
+    def prior_density(self, n: int, held: Mapping[int, Tensor] | None = None) -> JointDensity:
+        """p(z_free | z_held) of n draws."""
+        return JointDensity(TopDown(self.generator, n, held), self.energies, self.space)
+
+    def run(
+        self,
+        density: JointDensity,
+        settings: ChainSettings,
+        *,
+        start: Sequence[Tensor] | None = None,
+        noise: NoiseSource | None = None,
+        on_step: StepCallback | None = None,
+    ) -> tuple[Tensor, ...]:
+        """A chain on `density`; all latents at its end."""
+        return sample_density(density, settings, default_step_size=self.step_size, start=start, noise=noise, on_step=on_step)
+
+    def sample_posterior(
+        self,
+        x: Tensor,
+        settings: ChainSettings,
+        *,
+        start: Sequence[Tensor] | None = None,
+        noise: NoiseSource | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Langevin on p(z | x), from `start`, else from q_ω where there is one, else ancestral."""
+        if start is None and inferrer(self.generator) is not None:
+            start = validate.checked_infer(self.generator, x).latents
+        density = JointDensity(TopDown(self.generator, len(x)), self.energies, self.space, x)
+        return self.run(density, settings, start=start, noise=noise)
+
+    def posterior_draw(self, x: Tensor, settings: ChainSettings | None = None) -> tuple[Tensor, ...]:
+        """z ~ q_ω(z | x) where the generator has `infer`, else a Langevin draw of the posterior."""
+        if inferrer(self.generator) is not None:
+            return validate.checked_infer(self.generator, x).latents
+        return self.sample_posterior(x, settings or ChainSettings())
+
+    def redraw(self, x: Tensor, latents: Sequence[Tensor], k: int, settings: ChainSettings) -> ScoreTerms:
+        """The terms of L^{>k}(x) at one posterior draw `latents` (after Havtorn et al., ICML 2021).
+
+        Keeps z_{>k} and redraws z_{<=k} ~ p(z_{<=k} | z_{>k}) from the joint prior by Langevin; the pass down to layer
+        k + 1 is computed once, so that a step costs k layers. k = 0 keeps the draw as it is and runs no chain.
+        """
+        if k:
+            held = {layer: latents[layer - 1] for layer in range(k + 1, len(latents) + 1)}
+            latents = self.run(self.prior_density(len(x), held), settings)
+        return score_terms(self.generator, self.negative_energy(latents), x, latents)

@@ -1,0 +1,489 @@
+"""`JointEBMPrior`: p(z) = exp(Σ_i f_i(z_i)) p_β(z) / Z around any hierarchical generator."""
+
+from __future__ import annotations
+
+__all__ = ["JointEBMPrior"]
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self, Unpack
+
+from energy_prior import validate
+from energy_prior._util import check_count, evaluating, frozen, reproducible
+from energy_prior.checkpoint import (
+    check_generator_fits,
+    check_state_fits,
+    fingerprint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from energy_prior.energies import build_energies, default_energies, describe_energies
+from energy_prior.errors import ArgumentError
+from energy_prior.generator import HierarchicalGenerator
+from energy_prior.langevin import (
+    ChainOptions,
+    ChainSettings,
+    NoiseSource,
+    Trajectory,
+    TrajectoryRecorder,
+    tune_step_size,
+)
+from energy_prior.model import JointModel
+from energy_prior.scores import ANOMALY_SCORES, ScoreTerms
+from energy_prior.topdown import Decode, Space, TopDown, ancestral, decode_latents
+
+if TYPE_CHECKING:
+    from energy_prior.training import FitConfig, FitResult
+
+
+class JointEBMPrior(nn.Module):
+    """The joint latent-space energy-based prior of a hierarchical generator (Cui, Wu and Han, CVPR 2023, eq. 5).
+
+        p(z) = exp(Σ_i f_i(z_i)) p_β(z) / Z,   p_β(z) = p(z_L) ∏_{i<L} p_β(z_i | z_{>i})
+
+    Layers are numbered as in the paper: z_1 is nearest the data, z_L is the top; `latents[0]` is z_1. A higher f_i means
+    more probable. All densities, energies and scores are in nats per observation.
+
+    Methods that run a chain take its options as keywords: `steps`, `step_size`, `adjust`, `temperature`, `scheme` (see
+    `energy_prior.langevin.ChainSettings`). Methods that draw random numbers take `rng`: the same seed gives the same
+    result (for the same batch size), None uses torch's global stream, and an explicit `rng` leaves that stream untouched.
+
+    The generator is not a submodule: `parameters()` and `state_dict()` hold the energies (keys `energies.<i - 1>.…`) and
+    the tuned `step_size` alone, while `.to()` moves the generator too. Sampling and scoring run everything in evaluation
+    mode and leave train/eval flags, `requires_grad` and `.grad` as they were.
+
+    Args:
+        generator: any `HierarchicalGenerator`; `check_generator` tests one.
+        energies: one module per layer for z_1, …, z_L, f_i(z_i) -> (batch,), higher = more probable; None: networks fitted
+            to the latent shapes, f = 0 until trained.
+        space: coordinates of the chains, "noise" (ε with z = T_β(ε): unit scale at every layer) or "latent".
+
+    Raises:
+        GeneratorError: if the generator breaks the protocol in a way that a single pass shows.
+        ArgumentError, ShapeError: if the energies do not fit the generator, or `space` is unknown.
+
+    Example:
+        >>> from energy_prior import JointEBMPrior, LadderVAE
+        >>> prior = JointEBMPrior(LadderVAE((1, 8, 8), latent_dims=(16, 8)))
+        >>> prior.sample(4).shape
+        torch.Size([4, 1, 8, 8])
+    """
+
+    generator: HierarchicalGenerator
+    step_size: Tensor
+
+    def __init__(
+        self,
+        generator: HierarchicalGenerator,
+        energies: Iterable[nn.Module] | None = None,
+        *,
+        space: Space = "noise",
+    ) -> None:
+        super().__init__()
+        if space not in get_args(Space):
+            raise ArgumentError(f"space: expected one of {get_args(Space)}, got {space!r}.")
+        self.space: Space = space
+        object.__setattr__(self, "generator", generator)  # not a submodule: see the class docstring
+        with torch.no_grad(), frozen(generator), reproducible(torch.Generator(), torch.device("cpu")):
+            probe = validate.probe_generator(generator)
+        self.x_shape = probe.x_shape
+        reference = probe.latents[0]
+        if energies is None:
+            self.energies = default_energies(generator.latent_shapes).to(reference.device, reference.dtype)
+        else:
+            self.energies = nn.ModuleList(energies)
+            with torch.no_grad(), evaluating(self.energies):
+                validate.check_energies(self.energies, probe.latents)
+        self.register_buffer("step_size", torch.tensor(0.3, dtype=reference.dtype, device=reference.device))
+
+    # ------------------------------------------------------------------ learning
+
+    def fit(
+        self,
+        data: Tensor | Iterable[Any],
+        method: str = "nce",
+        *,
+        config: FitConfig | None = None,
+        rng: torch.Generator | None = None,
+        **settings: Any,
+    ) -> FitResult:
+        """Learns the energies on the frozen generator, then tunes `step_size`. Training again goes on where it stood.
+
+        "nce": one classifier of posterior against prior draws of the whole z with logit Σ f_i (Aneja et al., NeurIPS 2021).
+        "two_stage": maximum likelihood, ∂/∂α_i = E_posterior[∂f_i] − E_prior[∂f_i], prior draws by short Langevin runs
+        (Cui, Wu and Han, CVPR 2023, section 3.3).
+
+        Args:
+            data: all observations, (n, *x_shape), or an iterable that can be run through again and again (a `DataLoader`)
+                giving batches: tensors, or tuples whose first entry is one.
+            method: "nce" or "two_stage".
+            config: settings; None: the defaults of `energy_prior.training.FitConfig`.
+            rng: random number generator.
+            **settings: single settings of `FitConfig`, over those in `config`.
+
+        Returns:
+            The history of the run.
+
+        Raises:
+            ArgumentError, ShapeError: for impossible settings or data (empty, not finite, wrong shape, dtype or device).
+            DivergenceError: if something stops being finite or |f| leaves `max_energy`; the energies then hold their last
+                good average.
+        """
+        from energy_prior.training import fit_energies
+
+        with reproducible(rng, self.reference.device):
+            return fit_energies(self, data, method, config, settings)
+
+    def tune_step_size(
+        self, *, target_acceptance: float = 0.9, batch_size: int = 64, rng: torch.Generator | None = None
+    ) -> float:
+        """Sets `step_size` to the one at which MALA on this prior accepts the share `target_acceptance`, and returns it."""
+        if not 0 < target_acceptance < 1:
+            raise ArgumentError(f"target_acceptance: expected a number between 0 and 1, got {target_acceptance!r}.")
+        check_count("batch_size", batch_size)
+        with self._quiet(rng) as model:
+            density = model.prior_density(batch_size)
+            tuned = tune_step_size(density, start_step_size=model.step_size, target_acceptance=target_acceptance)
+            self.step_size.fill_(tuned)
+        return tuned
+
+    # ------------------------------------------------------------------ sampling
+
+    def sample(
+        self,
+        n: int,
+        *,
+        decode: Decode | None = None,
+        given: Mapping[int, Tensor] | None = None,
+        prior: Literal["joint", "generator"] = "joint",
+        rng: torch.Generator | None = None,
+        **chain: Unpack[ChainOptions],
+    ) -> Tensor:
+        """Draws observations: latents from the prior, decoded by the generator's likelihood.
+
+        Args:
+            n: number of observations.
+            decode: "mean" of p_β0(x | z) or a "sample" of it; None: the mean where the likelihood has one.
+            given: layers held fixed, as in `sample_latents`.
+            prior: "joint", or "generator" for the generator's own prior (f = 0, no chain), to compare with.
+            rng: random number generator.
+            **chain: chain options.
+
+        Returns:
+            (n, *x_shape).
+        """
+        self._check_chain(n, given)
+        settings = ChainSettings(**chain)
+        if prior not in ("joint", "generator"):
+            raise ArgumentError(f'prior: expected "joint" or "generator", got {prior!r}.')
+        if prior == "generator" and (given or chain):
+            raise ArgumentError('prior="generator" is ancestral: it takes neither `given` nor chain options.')
+        with self._quiet(rng) as model:
+            if prior == "generator":
+                latents = ancestral(self.generator, n).latents
+            else:
+                latents = model.run(model.prior_density(n, given), settings)
+            return decode_latents(self.generator, latents, decode)
+
+    def sample_latents(
+        self,
+        n: int,
+        *,
+        given: Mapping[int, Tensor] | None = None,
+        start: Sequence[Tensor] | None = None,
+        noise: NoiseSource | None = None,
+        rng: torch.Generator | None = None,
+        **chain: Unpack[ChainOptions],
+    ) -> tuple[Tensor, ...]:
+        """Draws latents from the joint prior, p(z) or p(z_free | z_given), by Langevin.
+
+        Args:
+            n: number of draws.
+            given: layer *number* as in the paper (1 = nearest the data, … L) -> its fixed value, (n, *latent_shape).
+            start: latents (z_1, …, z_L) that the chains start from; None: ancestral draws.
+            noise: the chain's random numbers (`energy_prior.langevin.InjectedNoise`); None: drawn from `rng`.
+            rng: random number generator.
+            **chain: chain options.
+
+        Returns:
+            (z_1, …, z_L), z_i of shape (n, *latent_shapes[i - 1]); held layers come back as given.
+
+        Raises:
+            ArgumentError, ShapeError: if an argument does not fit; the message says how.
+            DivergenceError: if the chain diverges; it names the layer and the step.
+        """
+        self._check_chain(n, given, start)
+        settings = ChainSettings(**chain)
+        with self._quiet(rng) as model:
+            return model.run(model.prior_density(n, given), settings, start=start, noise=noise)
+
+    def trajectory(
+        self,
+        n: int,
+        *,
+        every: int = 25,
+        given: Mapping[int, Tensor] | None = None,
+        start: Sequence[Tensor] | None = None,
+        noise: NoiseSource | None = None,
+        rng: torch.Generator | None = None,
+        **chain: Unpack[ChainOptions],
+    ) -> Trajectory:
+        """Follows long chains of the joint prior and keeps the frames at steps 0, every, 2·every, … with diagnostics.
+
+        Args:
+            n: number of chains.
+            every: steps between frames, 1 … steps.
+            given: layers held fixed, as in `sample_latents`.
+            start: latents that the chains start from; None: ancestral draws.
+            noise: the chain's random numbers; None: drawn from `rng`.
+            rng: random number generator.
+            **chain: chain options; `steps`, the length of the chains, is 2500 unless given.
+        """
+        chain.setdefault("steps", 2500)
+        settings = ChainSettings(**chain)
+        if check_count("every", every) > settings.steps:
+            raise ArgumentError(f"every: expected at most steps = {settings.steps}, got {every}.")
+        self._check_chain(n, given, start)
+        with self._quiet(rng) as model:
+            density = model.prior_density(n, given)
+            recorder = TrajectoryRecorder(density, every)
+            model.run(density, settings, start=start, noise=noise, on_step=recorder)
+            return recorder.trajectory()
+
+    def sample_posterior(
+        self,
+        x: Tensor,
+        *,
+        method: Literal["langevin", "infer"] = "langevin",
+        start: Sequence[Tensor] | None = None,
+        noise: NoiseSource | None = None,
+        rng: torch.Generator | None = None,
+        **chain: Unpack[ChainOptions],
+    ) -> tuple[Tensor, ...]:
+        """Draws latents of the posterior under the joint prior, p(z | x) ∝ p_β0(x | z) p_β(z) exp(Σ_i f_i(z_i)).
+
+        Args:
+            x: observations, (batch, *x_shape).
+            method: "langevin": chains on the exact posterior, by default Metropolis-adjusted with step sizes that each
+                chain adapts over its first half; "infer": one draw of the generator's inference model q_ω(z | x).
+            start: latents that the chains start from; None: a draw of q_ω, or ancestral where there is no `infer`.
+            noise: the chain's random numbers; None: drawn from `rng`.
+            rng: random number generator.
+            **chain: chain options.
+
+        Returns:
+            (z_1, …, z_L), z_i of shape (batch, *latent_shapes[i - 1]).
+        """
+        validate.check_observations("x", x, self.x_shape, self.reference)
+        self._check_chain(len(x), start=start)
+        settings = ChainSettings(**chain)
+        if method not in ("langevin", "infer"):
+            raise ArgumentError(f'method: expected "langevin" or "infer", got {method!r}.')
+        with self._quiet(rng) as model:
+            if method == "infer":
+                return validate.checked_infer(self.generator, x).latents
+            return model.sample_posterior(x, settings, start=start, noise=noise)
+
+    # ------------------------------------------------------------------ densities
+
+    def negative_energy(self, latents: Sequence[Tensor]) -> Tensor:
+        """f_i(z_i) of every layer, (batch, L), nats; higher = more probable. Differentiable.
+
+        Args:
+            latents: (z_1, …, z_L), z_i of shape (batch, *latent_shapes[i - 1]).
+        """
+        self._check_latents("latents", latents)
+        with evaluating(self):
+            return self.model.negative_energy(latents)
+
+    def log_density(self, latents: Sequence[Tensor]) -> Tensor:
+        """Σ_i f_i(z_i) + log p_β(z), the log density of the joint prior without −log Z, (batch,), nats. Differentiable.
+
+        Args:
+            latents: (z_1, …, z_L), z_i of shape (batch, *latent_shapes[i - 1]).
+        """
+        energy = self.negative_energy(latents)
+        with evaluating(self.generator):
+            descent = TopDown(self.generator, len(energy)).descend(tuple(latents), "latent")
+            return energy.sum(1) + descent.log_priors().sum(1)
+
+    # ------------------------------------------------------------------ scores
+
+    def log_joint(
+        self,
+        x: Tensor,
+        k: int = 0,
+        *,
+        num_samples: int = 1,
+        rng: torch.Generator | None = None,
+        **chain: Unpack[ChainOptions],
+    ) -> Tensor:
+        """L^{>k}(x) = E[log p_β0(x|z) + log p_β(z) + Σ_i f_i(z_i)], (batch,), nats, without −log Z.
+
+        The expectation is over z_{>k} ~ q_ω(z_{>k} | x) and z_{<=k} ~ p(z_{<=k} | z_{>k}) under the *joint prior*
+        (Langevin on the k lower layers with z_{>k} held fixed). k = 0: all of z from the posterior; k = L: all of z from
+        the joint prior. A generator without `infer` takes its posterior draws from Langevin.
+
+        Args:
+            x: observations, (batch, *x_shape).
+            k: number of layers nearest the data that are redrawn from the prior, 0 … L.
+            num_samples: draws that the expectation is averaged over.
+            rng: random number generator.
+            **chain: chain options.
+        """
+        validate.check_k(k, len(self.generator.latent_shapes))
+        return self._expectation(x, num_samples, rng, chain, lambda redraw: redraw(k).log_joint())
+
+    def llr_score(
+        self,
+        x: Tensor,
+        k: int,
+        *,
+        num_samples: int = 1,
+        rng: torch.Generator | None = None,
+        **chain: Unpack[ChainOptions],
+    ) -> Tensor:
+        """LLR^{>k}(x) = L^{>0}(x) − L^{>k}(x), (batch,), nats; higher = more out of distribution (Havtorn et al., ICML 2021).
+
+        Both terms use the same posterior draws, so LLR^{>0} is exactly 0; log Z cancels.
+
+        Args:
+            x: observations, (batch, *x_shape).
+            k: as in `log_joint`.
+            num_samples: draws that the expectation is averaged over.
+            rng: random number generator.
+            **chain: chain options.
+        """
+        validate.check_k(k, len(self.generator.latent_shapes))
+        return self._expectation(x, num_samples, rng, chain, lambda redraw: redraw(0).log_joint() - redraw(k).log_joint())
+
+    def anomaly_score(
+        self,
+        x: Tensor,
+        method: str = "log_joint",
+        *,
+        num_samples: int = 16,
+        rng: torch.Generator | None = None,
+        **chain: Unpack[ChainOptions],
+    ) -> Tensor:
+        """How unlike the training data each observation is, (batch,), nats; higher = more anomalous.
+
+        With z ~ q_ω(z | x) (or Langevin posterior draws), averaged over `num_samples` draws:
+
+            "log_joint"        −L^{>0} = −E[log p_β0(x|z) + log p_β(z) + Σ_i f_i(z_i)] (Cui, Wu and Han, CVPR 2023)
+            "negative_energy"  −E[Σ_i f_i(z_i)]: how improbable the latents are against the generator's own prior
+            "reconstruction"   −E[log p_β0(x | z)]: how badly x is reconstructed
+
+        Args:
+            x: observations, (batch, *x_shape).
+            method: the score's name.
+            num_samples: draws that the expectation is averaged over.
+            rng: random number generator.
+            **chain: chain options, for generators without `infer`.
+        """
+        if method not in ANOMALY_SCORES:
+            raise ArgumentError(f"method: expected one of {sorted(ANOMALY_SCORES)}, got {method!r}.")
+        return self._expectation(x, num_samples, rng, chain, lambda redraw: -ANOMALY_SCORES[method](redraw(0)))
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the energies, the tuned step size and the generator's fingerprint to one safetensors file, atomically."""
+        config = {
+            "space": self.space,
+            "latent_shapes": [list(shape) for shape in self.generator.latent_shapes],
+            "generator": fingerprint(self.generator),
+            "energies": describe_energies(self.energies),
+        }
+        write_checkpoint(path, self.state_dict(), config)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        generator: HierarchicalGenerator,
+        energies: Iterable[nn.Module] | None = None,
+    ) -> Self:
+        """A prior as `save` wrote it, around the same generator; on the generator's device.
+
+        Args:
+            path: the checkpoint.
+            generator: the generator that the energies were trained on.
+            energies: needed if the prior was built with energy modules of your own: the same modules, whose weights are
+                then loaded. None: the built-in ones that the checkpoint describes.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            CheckpointError: if the file is truncated, foreign, of a future version, or belongs to another generator or to
+                other energies. The message says which.
+        """
+        tensors, config = read_checkpoint(path)
+        check_generator_fits(path, config, generator)
+        if energies is None:
+            step_size = tensors["step_size"]  # its dtype is that of the latents
+            device = generator.conditional(generator.start(1)).loc.device
+            energies = build_energies(config["energies"]).to(device, step_size.dtype)
+        prior = cls(generator, energies, space=config["space"])
+        check_state_fits(path, prior.state_dict(), tensors)
+        prior.load_state_dict(tensors)
+        return prior
+
+    # ------------------------------------------------------------------ inside
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """What `.to()`, `.double()`, `.cuda()` … call: the generator goes along."""
+        if isinstance(self.generator, nn.Module):
+            self.generator._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    @property
+    def model(self) -> JointModel:
+        """What the methods compute with, unchecked; for training and for code that runs its own chains."""
+        return JointModel(self.generator, list(self.energies), self.space, float(self.step_size))
+
+    @property
+    def reference(self) -> Tensor:
+        """A tensor with the latents' dtype and device."""
+        with torch.no_grad(), evaluating(self.generator):
+            return self.generator.conditional(self.generator.start(1)).loc
+
+    @contextlib.contextmanager
+    def _quiet(self, rng: torch.Generator | None) -> Iterator[JointModel]:
+        """The model without gradients, in evaluation mode, drawing from `rng`."""
+        with torch.no_grad(), frozen(self.generator, self), reproducible(rng, self.reference.device):
+            yield self.model
+
+    def _check_latents(self, name: str, latents: Sequence[Tensor], batch: int | None = None) -> None:
+        validate.check_latents(name, latents, self.generator.latent_shapes, self.reference, batch)
+
+    def _check_chain(self, n: int, given: Mapping[int, Tensor] | None = None, start: Sequence[Tensor] | None = None) -> None:
+        check_count("n", n)
+        if given:
+            validate.check_given(given, self.generator.latent_shapes, self.reference, n)
+        if start is not None:
+            self._check_latents("start", start, n)
+
+    def _expectation(
+        self,
+        x: Tensor,
+        num_samples: int,
+        rng: torch.Generator | None,
+        chain: ChainOptions,
+        score: Callable[[Callable[[int], ScoreTerms]], Tensor],
+    ) -> Tensor:
+        """Mean over posterior draws of score(redraw), where redraw(k) gives the terms of L^{>k} at the same draw."""
+        validate.check_observations("x", x, self.x_shape, self.reference)
+        check_count("num_samples", num_samples)
+        settings = ChainSettings(**chain)
+        total = torch.zeros(len(x), dtype=self.reference.dtype, device=x.device)
+        with self._quiet(rng) as model:
+            for _ in range(num_samples):
+                latents = model.posterior_draw(x, settings)
+                total += score(functools.partial(model.redraw, x, latents, settings=settings))
+        return total / num_samples

@@ -1,0 +1,152 @@
+"""The top-down pass that follows from a generator's five calls: z_i = μ_i(z_{>i}) + σ_i(z_{>i}) ε_i, with any layers held."""
+
+from __future__ import annotations
+
+__all__ = ["Decode", "Descent", "Space", "TopDown", "ancestral", "decode_latents"]
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Normal
+
+from energy_prior._util import normal_like, sum_event
+from energy_prior.errors import ArgumentError
+from energy_prior.generator import HierarchicalGenerator
+
+Space = Literal["noise", "latent"]
+"""Coordinates of a chain: ε with z = T_β(ε), "noise", or z itself, "latent"."""
+
+Decode = Literal["mean", "sample"]
+"""What stands for x: the mean of p_β0(x | z), or a draw of it."""
+
+
+@dataclass(frozen=True)
+class Descent:
+    """One finished top-down pass.
+
+    Attributes:
+        latents: (z_1, …, z_L).
+        conditionals: p_β(z_i | z_{>i}) for i = 1, …, L.
+        state: the generator's state below z_1, or None if it was not asked for.
+    """
+
+    latents: tuple[Tensor, ...]
+    conditionals: tuple[Normal, ...]
+    state: Any = None
+
+    def log_prior(self, layer: int) -> Tensor:
+        """log p_β(z_i | z_{>i}) of one layer (1 is nearest the data), (batch,), nats."""
+        return sum_event(self.conditionals[layer - 1].log_prob(self.latents[layer - 1]))
+
+    def log_priors(self) -> Tensor:
+        """log p_β(z_i | z_{>i}) of every layer, (batch, L), nats."""
+        return torch.stack([self.log_prior(i + 1) for i in range(len(self.latents))], dim=1)
+
+    def noise(self) -> tuple[Tensor, ...]:
+        """ε_i = (z_i − μ_i) / σ_i, the inverse of T_β, layer by layer."""
+        return tuple((z - c.loc) / c.scale for z, c in zip(self.latents, self.conditionals, strict=True))
+
+
+class TopDown:
+    """The top-down pass for one batch, with the layers in `held` at fixed values and the others free.
+
+    Everything above the highest free layer, and the conditional of that layer, is computed here, once; `descend` then
+    costs only the layers from there down. The image decoder below z_1 runs only if asked for.
+
+    Args:
+        generator: the hierarchical generator.
+        batch_size: number of observations.
+        held: layer number (1 … L) -> fixed z_i of shape (batch, *latent_shapes[i - 1]). Shapes are the caller's to check.
+
+    Attributes:
+        free: numbers of the free layers, ascending.
+        reference: a tensor with the dtype and device of the latents.
+    """
+
+    def __init__(self, generator: HierarchicalGenerator, batch_size: int, held: Mapping[int, Tensor] | None = None) -> None:
+        self.generator = generator
+        self.batch_size = batch_size
+        self.held = dict(held or {})
+        self.layers = len(generator.latent_shapes)
+        self.free = tuple(i for i in range(1, self.layers + 1) if i not in self.held)
+        self._above: dict[int, Normal] = {}
+        self._state = generator.start(batch_size)
+        for layer in range(self.layers, 0, -1):
+            self._above[layer] = generator.conditional(self._state)
+            if layer in self.free:
+                break
+            self._state = generator.descend(self._state, self.held[layer])
+        self.reference = next(iter(self._above.values())).loc
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the free layers with the batch dimension, in ascending order of layer."""
+        return tuple((self.batch_size, *self.generator.latent_shapes[i - 1]) for i in self.free)
+
+    @property
+    def held_below(self) -> tuple[int, ...]:
+        """Held layers with a free layer above them: their log p_βj(c_j | z_{>j}) depends on the free ones."""
+        return tuple(j for j in self.held if self.free and j < self.free[-1])
+
+    def descend(self, position: Sequence[Tensor], space: Space, *, to_observation: bool = False) -> Descent:
+        """Runs the pass down from the highest free layer.
+
+        Args:
+            position: the free layers in ascending order: ε_i if `space` is "noise", z_i if it is "latent".
+            space: the coordinates of `position`.
+            to_observation: also descend below z_1, so that `generator.likelihood` can be called on the result's state.
+        """
+        value = dict(zip(self.free, position, strict=True))
+        conditionals = dict(self._above)
+        latents = dict(self.held)
+        state = self._state
+        for layer in range(self.free[-1] if self.free else 0, 0, -1):
+            if layer not in conditionals:
+                conditionals[layer] = self.generator.conditional(state)
+            if layer in value:
+                c = conditionals[layer]
+                latents[layer] = c.loc + c.scale * value[layer] if space == "noise" else value[layer]
+            if layer > 1 or to_observation:
+                state = self.generator.descend(state, latents[layer])
+        order = range(1, self.layers + 1)
+        return Descent(
+            latents=tuple(latents[i] for i in order),
+            conditionals=tuple(conditionals[i] for i in order),
+            state=state if to_observation or not self.free else None,
+        )
+
+    def position(self, latents: Sequence[Tensor], space: Space) -> tuple[Tensor, ...]:
+        """The free layers of `latents` in the coordinates of `space`, in ascending order."""
+        if space == "latent":
+            return tuple(latents[i - 1] for i in self.free)
+        noise = self.descend(tuple(latents[i - 1] for i in self.free), "latent").noise()
+        return tuple(noise[i - 1] for i in self.free)
+
+    def likelihood(self, descent: Descent) -> Distribution:
+        """p_β0(x | z) of a pass that went down to the observation."""
+        return self.generator.likelihood(descent.state)
+
+
+def ancestral(generator: HierarchicalGenerator, batch_size: int) -> Descent:
+    """A draw of the generator's own prior, z = T_β(ε) with ε ~ N(0, I)."""
+    topdown = TopDown(generator, batch_size)
+    return topdown.descend([normal_like(shape, topdown.reference) for shape in topdown.shapes], "noise")
+
+
+def decode_latents(generator: HierarchicalGenerator, latents: Sequence[Tensor], decode: Decode | None = None) -> Tensor:
+    """Observations of given latents (z_1, …, z_L): the mean of p_β0(x | z) or a draw; None: the mean where there is one."""
+    if decode not in (None, *get_args(Decode)):
+        raise ArgumentError(f'decode: expected "mean", "sample" or None, got {decode!r}.')
+    topdown = TopDown(generator, len(latents[0]))
+    likelihood = topdown.likelihood(topdown.descend(tuple(latents), "latent", to_observation=True))
+    if decode == "sample":
+        return likelihood.sample()
+    try:
+        return likelihood.mean
+    except NotImplementedError:  # how torch.distributions says that there is no mean
+        if decode == "mean":
+            raise ArgumentError(f'decode: {type(likelihood).__name__} has no mean; use decode="sample".') from None
+        return likelihood.sample()

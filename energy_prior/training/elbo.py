@@ -1,0 +1,177 @@
+"""The generator's own training: ELBO = E_q[log p_β0(x|z) + w (log p_β(z) − log q_ω(z|x))], w rising from 0 to 1."""
+
+from __future__ import annotations
+
+__all__ = ["ElboConfig", "ElboResult", "elbo", "fit_elbo"]
+
+import copy
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from energy_prior import validate
+from energy_prior._util import check_count, check_positive, evaluating, reproducible
+from energy_prior.errors import ArgumentError, DivergenceError, GeneratorError
+from energy_prior.generator import HierarchicalGenerator
+from energy_prior.topdown import TopDown
+from energy_prior.training.data import endless_batches
+from energy_prior.training.schedule import warmup_cosine
+
+
+@dataclasses.dataclass(frozen=True)
+class ElboConfig:
+    """Settings of `fit_elbo`.
+
+    Attributes:
+        iterations: updates, ≥ 1.
+        batch_size: observations per update, ≥ 1.
+        learning_rate: of AdamW, > 0, after a linear warm-up and with cosine decay to a tenth of it.
+        weight_decay: of AdamW, ≥ 0.
+        kl_warmup: iterations over which the weight of the KL term rises linearly from 0 to 1, ≥ 0.
+        gradient_clip: largest norm of an update's gradient, > 0.
+        validate_every: iterations between looks at the validation ELBO, ≥ 1.
+        validation_draws: posterior draws per validation image and look, ≥ 1.
+        progress: show a progress bar.
+    """
+
+    iterations: int = 3000
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-4
+    kl_warmup: int = 1000
+    gradient_clip: float = 200.0
+    validate_every: int = 100
+    validation_draws: int = 8
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size", "validate_every", "validation_draws"):
+            check_count(name, getattr(self, name))
+        check_count("kl_warmup", self.kl_warmup, least=0)
+        for name in ("learning_rate", "gradient_clip"):
+            check_positive(name, getattr(self, name))
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ArgumentError(f"weight_decay: expected a finite number of at least 0, got {self.weight_decay!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ElboResult:
+    """What happened in a run of `fit_elbo`.
+
+    Attributes:
+        validation_elbo: the best mean ELBO on the validation set, at KL weight 1, nats per observation; None without one.
+        best_iteration: the iteration whose weights were kept.
+        history: "iteration", "elbo" (of the training batch, KL weight 1) and, where looked at, "validation_elbo".
+    """
+
+    validation_elbo: float | None
+    best_iteration: int
+    history: list[dict[str, float]]
+
+
+def elbo(generator: HierarchicalGenerator, x: Tensor, kl_weight: float = 1.0) -> Tensor:
+    """One-draw estimate of E_q[log p_β0(x|z) + w (log p_β(z) − log q_ω(z|x))], (batch,), nats. Differentiable.
+
+    Args:
+        generator: a generator with `infer`.
+        x: observations, (batch, *x_shape).
+        kl_weight: w ≥ 0; the ELBO proper has w = 1.
+    """
+    inferred = validate.checked_infer(generator, x)
+    topdown = TopDown(generator, len(x))
+    descent = topdown.descend(inferred.latents, "latent", to_observation=True)
+    kl = (inferred.log_q - descent.log_priors()).sum(1)
+    return topdown.likelihood(descent).log_prob(x) - kl_weight * kl
+
+
+def fit_elbo(
+    generator: HierarchicalGenerator,
+    data: Tensor | Iterable[Any],
+    *,
+    validation: Tensor | None = None,
+    config: ElboConfig | None = None,
+    rng: torch.Generator | None = None,
+    **settings: Any,
+) -> ElboResult:
+    """Trains a generator with `infer` by its ELBO, with KL warm-up, and keeps the weights of the best validation ELBO.
+
+    Args:
+        generator: an `nn.Module` that follows `HierarchicalGenerator` and has `infer`; trained in place.
+        data: as in `JointEBMPrior.fit`.
+        validation: observations kept out of training, (n, *x_shape); looked at from the end of the warm-up on, always at KL
+            weight 1. None: the last weights are kept.
+        config: settings; None: the defaults.
+        rng: random number generator.
+        **settings: single settings of `ElboConfig`, over those in `config`.
+
+    Raises:
+        ArgumentError, ShapeError, GeneratorError: for impossible settings or data, or a generator without `infer`.
+        DivergenceError: if the ELBO stops being finite; the generator then holds its best weights so far.
+    """
+    if not isinstance(generator, nn.Module) or not callable(getattr(generator, "infer", None)):
+        raise GeneratorError(f"generator: expected an nn.Module with infer(x), got {type(generator).__name__}.")
+    known = {field.name for field in dataclasses.fields(ElboConfig)}
+    for name in settings:
+        if name not in known:
+            raise ArgumentError(f"{name}: not a setting of fit_elbo; see energy_prior.training.ElboConfig for those there are.")
+    config = dataclasses.replace(config or ElboConfig(), **settings)
+    with torch.no_grad(), evaluating(generator):
+        probe = validate.probe_generator(generator)
+    reference = probe.latents[0]
+    if validation is not None:
+        validate.check_observations("validation", validation, probe.x_shape, reference)
+    batches = endless_batches(data, config.batch_size, probe.x_shape, reference)
+    training = generator.training
+    optimizer = torch.optim.AdamW(generator.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    schedule = warmup_cosine(optimizer, min(100, config.iterations // 10), config.iterations)
+    best: tuple[float | None, int, dict[str, Any]] = (None, 0, copy.deepcopy(generator.state_dict()))
+    history: list[dict[str, float]] = []
+    try:
+        with reproducible(rng, reference.device):
+            generator.train()
+            bar = tqdm(range(1, config.iterations + 1), desc="fit ELBO", disable=not config.progress)
+            for iteration in bar:
+                weight = min(1.0, iteration / config.kl_warmup) if config.kl_warmup else 1.0
+                value = elbo(generator, next(batches), weight).mean()
+                optimizer.zero_grad(set_to_none=True)
+                (-value).backward()
+                nn.utils.clip_grad_norm_(generator.parameters(), config.gradient_clip)
+                optimizer.step()
+                schedule.step()
+                if iteration % config.validate_every and iteration != config.iterations:
+                    continue
+                if not torch.isfinite(value):
+                    raise DivergenceError(
+                        f"Training of the generator diverged by iteration {iteration}: its ELBO is {float(value)}. It holds "
+                        "its best "
+                        "weights so far. Lower learning_rate, or raise kl_warmup.",
+                        step=iteration,
+                    )
+                entry = {"iteration": float(iteration), "elbo": float(value)}
+                if validation is None:
+                    best = (None, iteration, copy.deepcopy(generator.state_dict()))
+                elif iteration > config.kl_warmup or iteration == config.iterations:
+                    entry["validation_elbo"] = _validation_elbo(generator, validation, config)
+                    if best[0] is None or entry["validation_elbo"] > best[0]:
+                        best = (entry["validation_elbo"], iteration, copy.deepcopy(generator.state_dict()))
+                history.append(entry)
+                bar.set_postfix({name: f"{v:.4g}" for name, v in entry.items() if name != "iteration"}, refresh=False)
+    finally:
+        generator.zero_grad(set_to_none=True)
+        generator.train(training)
+        generator.load_state_dict(best[2])
+    return ElboResult(best[0], best[1], history)
+
+
+def _validation_elbo(generator: HierarchicalGenerator, validation: Tensor, config: ElboConfig) -> float:
+    """Mean ELBO over the validation set, in batches."""
+    total = 0.0
+    with torch.no_grad(), evaluating(generator):
+        for _ in range(config.validation_draws):
+            for batch in validation.split(max(config.batch_size, 256)):
+                total += float(elbo(generator, batch).sum())
+    return total / (len(validation) * config.validation_draws)

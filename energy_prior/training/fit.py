@@ -1,0 +1,210 @@
+"""Two-stage learning: the generator stays as it is, the energies learn, and the prior uses their running average."""
+
+from __future__ import annotations
+
+__all__ = ["FitResult", "fit_energies"]
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from energy_prior._util import frozen
+from energy_prior.energies import Energy
+from energy_prior.errors import ArgumentError, DivergenceError
+from energy_prior.langevin import ChainSettings, ChainState
+from energy_prior.topdown import ancestral
+from energy_prior.training.config import FitConfig, Method, check_method
+from energy_prior.training.data import endless_batches
+from energy_prior.training.objectives import energy_penalty, maximum_likelihood, noise_contrastive
+from energy_prior.training.schedule import warmup_cosine
+
+if TYPE_CHECKING:
+    from energy_prior.prior import JointEBMPrior
+
+_OBJECTIVES = {"nce": noise_contrastive, "two_stage": maximum_likelihood}
+_STANDARDIZE_DRAWS = 2048
+_STEP_GAIN = 0.1
+_LARGEST_STEP = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """What happened in a run of `fit`.
+
+    Attributes:
+        method: the learning rule.
+        config: its settings.
+        history: one entry per `config.log_every` iterations, with "iteration", "loss", "gap" (mean Σf on posterior minus
+            prior draws, nats), "max_energy" (largest |f_i| since the entry before, nats), "gradient_norm" (before clipping)
+            and, for "two_stage", "step_size" and "acceptance" of the training chains.
+        clipped: share of the iterations whose gradient was clipped, in [0, 1].
+        step_size: the tuned Langevin step size that the prior uses from now on.
+    """
+
+    method: Method
+    config: FitConfig
+    history: list[dict[str, float]]
+    clipped: float
+    step_size: float
+
+
+def fit_energies(
+    prior: JointEBMPrior, data: Tensor | Iterable[Any], method: str, config: FitConfig | None, settings: dict[str, Any]
+) -> FitResult:
+    """`JointEBMPrior.fit`, which documents it. Random numbers come from torch's global stream."""
+    rule = check_method(method)
+    unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(FitConfig)})
+    if unknown:
+        raise ArgumentError(f"{unknown[0]}: not a setting of fit; see energy_prior.training.FitConfig for those there are.")
+    config = dataclasses.replace(config or FitConfig(), **settings)
+    run = _Run(prior, endless_batches(data, config.batch_size, prior.x_shape, prior.reference), rule, config)
+    try:
+        run.learn()
+    finally:
+        run.keep_average()
+    step_size = prior.tune_step_size(target_acceptance=config.target_acceptance)
+    return FitResult(rule, config, run.history, run.clipped / config.iterations, step_size)
+
+
+class _Run:
+    """One run: the weights, their running average, and the draws that they learn from."""
+
+    def __init__(self, prior: JointEBMPrior, batches: Iterator[Tensor], method: Method, config: FitConfig) -> None:
+        self.prior, self.batches, self.method, self.config = prior, batches, method, config
+        self.weights = [p for p in prior.energies.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.weights, config.learning_rate, weight_decay=config.weight_decay)
+        self.schedule = warmup_cosine(self.optimizer, config.warmup, config.iterations)
+        self.average = [w.detach().clone() for w in self.weights]
+        self.good = [w.detach().clone() for w in self.weights]
+        self.history: list[dict[str, float]] = []
+        self.clipped = 0
+        self.step_size = config.step_size or float(prior.step_size)
+        self.acceptance = math.nan
+
+    def learn(self) -> None:
+        """All iterations."""
+        self._standardize()
+        window: list[Tensor] = []
+        bar = tqdm(range(1, self.config.iterations + 1), desc=f"fit ({self.method})", disable=not self.config.progress)
+        for iteration in bar:
+            window.append(self._update())
+            if len(window) == self.config.log_every or iteration == self.config.iterations:
+                table = torch.stack(window)
+                self._check(iteration - len(window) + 1, table)
+                self._log(iteration, table, bar)
+                window = []
+
+    def keep_average(self) -> None:
+        """Puts the last good running average in place of the weights, also after an error or Ctrl-C."""
+        with torch.no_grad():
+            for weight, good in zip(self.weights, self.good, strict=True):
+                weight.copy_(good)
+
+    def _update(self) -> Tensor:
+        """One iteration; returns (loss, gap, gradient norm, largest |f_1|, …, largest |f_L|) without a host sync."""
+        positive = self._posterior()
+        negative = self._prior_draws(len(positive[0]))
+        f_positive, f_negative = self._energies(positive), self._energies(negative)
+        total_positive, total_negative = f_positive.sum(1), f_negative.sum(1)
+        loss = _OBJECTIVES[self.method](total_positive, total_negative)
+        penalty = self.config.energy_penalty * energy_penalty(total_positive, total_negative)
+        gradient = torch.autograd.grad(loss + penalty, self.weights)
+        for weight, g in zip(self.weights, gradient, strict=True):
+            weight.grad = g
+        norm = nn.utils.clip_grad_norm_(self.weights, self.config.gradient_clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._average()
+        largest = torch.cat([f_positive, f_negative]).detach().abs().amax(0)
+        gap = (total_positive.mean() - total_negative.mean()).detach()
+        return torch.cat([torch.stack([loss.detach(), gap, norm.detach()]), largest])
+
+    def _average(self) -> None:
+        done = self.schedule.last_epoch
+        decay = min(self.config.ema_decay, (1 + done) / (10 + done))
+        with torch.no_grad():
+            for average, weight in zip(self.average, self.weights, strict=True):
+                average.lerp_(weight, 1 - decay)
+
+    # ------------------------------------------------------------------ draws
+
+    def _energies(self, latents: tuple[Tensor, ...]) -> Tensor:
+        return self.prior.model.negative_energy(latents)
+
+    def _posterior(self) -> tuple[Tensor, ...]:
+        """Posterior draws of the next batch: q_ω, or Langevin where the generator has no inference model."""
+        with torch.no_grad(), frozen(self.prior.generator, self.prior.energies):
+            return self.prior.model.posterior_draw(next(self.batches))
+
+    def _ancestral(self, n: int) -> tuple[Tensor, ...]:
+        with torch.no_grad(), frozen(self.prior.generator):
+            return ancestral(self.prior.generator, n).latents
+
+    def _prior_draws(self, n: int) -> tuple[Tensor, ...]:
+        """Draws of the generator's prior (NCE), or of the joint prior as it is now (maximum likelihood)."""
+        if self.method == "nce":
+            return self._ancestral(n)
+        accepted: list[Tensor] = []
+
+        def note(step: int, state: ChainState, acceptance: Tensor) -> None:
+            accepted.append(acceptance.mean())
+
+        with torch.no_grad(), frozen(self.prior.generator, self.prior.energies):
+            model = self.prior.model
+            settings = ChainSettings(steps=self.config.steps, step_size=self.step_size)
+            draws = model.run(model.prior_density(n), settings, on_step=note)
+        self.acceptance = float(torch.stack(accepted[1:]).mean())
+        if self.config.step_size is None:
+            grown = self.step_size * math.exp(_STEP_GAIN * (self.acceptance - self.config.target_acceptance))
+            self.step_size = min(grown, _LARGEST_STEP)
+        return draws
+
+    def _standardize(self) -> None:
+        """Tells built-in energies the scale of their layer, from posterior and prior draws in equal parts."""
+        if all(not isinstance(f, Energy) or bool(f.standardized) for f in self.prior.energies):
+            return
+        draws: list[tuple[Tensor, ...]] = []
+        while sum(len(z[0]) for z in draws) < _STANDARDIZE_DRAWS:
+            draws.append(self._posterior())
+            draws.append(self._ancestral(len(draws[-1][0])))
+        for energy, z in zip(self.prior.energies, zip(*draws, strict=True), strict=True):
+            if isinstance(energy, Energy):
+                energy.standardize(torch.cat(z))
+
+    # ------------------------------------------------------------------ watching
+
+    def _check(self, first: int, window: Tensor) -> None:
+        """Reads a window of iterations; stops at the first that is not sound, else remembers the average as good."""
+        self.clipped += int((window[:, 2] > self.config.gradient_clip).sum())
+        sound = torch.isfinite(window).all(1) & (window[:, 3:] <= self.config.max_energy).all(1)
+        if bool(sound.all()):
+            self.good = [a.clone() for a in self.average]
+            return
+        row = window[int((~sound).nonzero()[0])]
+        iteration = first + int((~sound).nonzero()[0])
+        excess = ~(row[3:] <= self.config.max_energy)
+        layer = int(excess.nonzero()[0]) + 1 if bool(excess.any()) else None
+        at = "the loss" if layer is None else f"f_{layer}, the energy of layer {layer},"
+        value = float(row[0] if layer is None else row[2 + layer])
+        raise DivergenceError(
+            f"Training diverged at iteration {iteration}: {at} reached {value:.3g} (max_energy is {self.config.max_energy:g}). "
+            "The "
+            "energies hold their last good average. Lower learning_rate or raise energy_penalty; with custom energies, use a "
+            "smooth activation and start from f = 0.",
+            layer=layer,
+            step=iteration,
+        )
+
+    def _log(self, iteration: int, window: Tensor, bar: Any) -> None:
+        loss, gap, norm = window[-1, :3].tolist()
+        entry = {"loss": loss, "gap": gap, "max_energy": float(window[:, 3:].max()), "gradient_norm": norm}
+        if self.method == "two_stage":
+            entry |= {"step_size": self.step_size, "acceptance": self.acceptance}
+        bar.set_postfix({name: f"{value:.3g}" for name, value in entry.items()}, refresh=False)
+        self.history.append({"iteration": iteration, **entry})

@@ -1,0 +1,24 @@
+"""The learning rate over a run: a linear warm-up, then a cosine from its peak down to a tenth of it."""
+
+from __future__ import annotations
+
+__all__ = ["warmup_cosine"]
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+_FLOOR = 0.1
+
+
+def warmup_cosine(optimizer: Optimizer, warmup: int, iterations: int) -> LambdaLR:
+    """lr(t) = peak · (t + 1)/warmup for t < warmup, then peak · (0.1 + 0.9 · ½ (1 + cos π u)), u from 0 to 1."""
+
+    def factor(t: int) -> float:
+        if t < warmup:
+            return (t + 1) / warmup
+        progress = (t - warmup) / max(1, iterations - warmup)
+        return _FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return LambdaLR(optimizer, factor)

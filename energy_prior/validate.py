@@ -1,0 +1,197 @@
+"""Checks at the boundary, once per call: each error says the argument, what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "Probe",
+    "check_energies",
+    "check_given",
+    "check_k",
+    "check_latents",
+    "check_observations",
+    "checked_infer",
+    "probe_generator",
+]
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Normal
+
+from energy_prior._util import normal_like
+from energy_prior.errors import ArgumentError, GeneratorError, ShapeError
+from energy_prior.generator import HierarchicalGenerator, Inferred
+
+_PROBE_BATCH = 2
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one ancestral pass of a generator showed: its latents (batch of 2) and the shape of an observation."""
+
+    latents: tuple[Tensor, ...]
+    x_shape: torch.Size
+
+
+def probe_generator(generator: Any) -> Probe:
+    """One ancestral pass with a batch of 2, checking types and shapes on the way.
+
+    Raises:
+        GeneratorError: names the call at fault, what was expected and what came.
+    """
+    missing = [n for n in ("latent_shapes", "start", "conditional", "descend", "likelihood") if not hasattr(generator, n)]
+    if missing:
+        raise GeneratorError(
+            f"generator: {type(generator).__name__} lacks {', '.join(missing)}; see energy_prior.HierarchicalGenerator."
+        )
+    shapes = tuple(torch.Size(s) for s in generator.latent_shapes)
+    if not shapes:
+        raise GeneratorError("generator.latent_shapes: expected the shape of at least one layer, got none.")
+    state = generator.start(_PROBE_BATCH)
+    latents: list[Tensor] = []
+    for layer in range(len(shapes), 0, -1):
+        conditional = generator.conditional(state)
+        check_conditional(conditional, layer, shapes[layer - 1], _PROBE_BATCH)
+        if latents and (conditional.loc.dtype, conditional.loc.device) != (latents[0].dtype, latents[0].device):
+            raise GeneratorError(
+                f"generator.conditional: layer {layer} is {conditional.loc.dtype} on {conditional.loc.device}, the layer above "
+                f"{latents[0].dtype} on {latents[0].device}; all layers must agree."
+            )
+        latents.insert(0, conditional.loc + conditional.scale * normal_like(conditional.loc.shape, conditional.loc))
+        state = generator.descend(state, latents[0])
+    likelihood = generator.likelihood(state)
+    if not isinstance(likelihood, Distribution):
+        raise GeneratorError(
+            f"generator.likelihood: expected a torch.distributions.Distribution, got {type(likelihood).__name__}."
+        )
+    if likelihood.batch_shape != (_PROBE_BATCH,):
+        raise GeneratorError(
+            f"generator.likelihood: expected batch_shape ({_PROBE_BATCH},) for {_PROBE_BATCH} observations, got "
+            f"{tuple(likelihood.batch_shape)} with event_shape {tuple(likelihood.event_shape)}. Wrap it in "
+            f"torch.distributions.Independent(…, {len(likelihood.batch_shape) - 1})."
+        )
+    return Probe(tuple(latents), likelihood.event_shape)
+
+
+def check_conditional(conditional: Any, layer: int, shape: torch.Size, batch: int) -> None:
+    """A Normal with loc and scale of shape (batch, *shape), finite, scale above 0."""
+    if not isinstance(conditional, Normal):
+        raise GeneratorError(
+            f"generator.conditional: expected a torch.distributions.Normal for layer {layer}, got {type(conditional).__name__}."
+        )
+    if conditional.loc.shape != (batch, *shape):
+        raise GeneratorError(
+            f"generator.conditional: layer {layer} (1 is nearest the data) has shape {tuple(conditional.loc.shape)}, but "
+            f"latent_shapes[{layer - 1}] and a batch of {batch} say {(batch, *shape)}. latent_shapes runs from z_1 to z_L; "
+            "start() must give the state of z_L, the top."
+        )
+    if not (torch.isfinite(conditional.loc).all() and torch.isfinite(conditional.scale).all()):
+        raise GeneratorError(f"generator.conditional: loc or scale of layer {layer} is not finite for a draw of the prior.")
+    if not (conditional.scale > 0).all():
+        raise GeneratorError(
+            f"generator.conditional: scale of layer {layer} must be above 0, got {float(conditional.scale.min()):.3g}."
+        )
+
+
+def check_energies(energies: Sequence[nn.Module] | nn.ModuleList, latents: Sequence[Tensor]) -> None:
+    """One energy per layer, each giving (batch,) finite values in the latents' dtype."""
+    if len(energies) != len(latents):
+        raise ArgumentError(f"energies: expected one module per layer, {len(latents)} (z_1 first), got {len(energies)}.")
+    for layer, (energy, z) in enumerate(zip(energies, latents, strict=True), start=1):
+        try:
+            value = energy(z)
+        except RuntimeError as error:
+            raise ShapeError(
+                f"energies: f_{layer} fails on a batch of z_{layer} of shape {tuple(z.shape)}, {z.dtype} on {z.device}: {error}"
+            ) from error
+        if not isinstance(value, Tensor) or value.shape != (len(z),):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ShapeError(
+                f"energies: expected f_{layer}(z_{layer}) of shape ({len(z)},), one value per observation, got {got}. "
+                "Sum or squeeze the rest inside the module."
+            )
+        if value.dtype != z.dtype:
+            raise ArgumentError(f"energies: expected f_{layer} in the latents' {z.dtype}, got {value.dtype}.")
+
+
+def check_tensor(name: str, value: Any, shape: Sequence[int], reference: Tensor, batch: int | None) -> int:
+    """A finite tensor (batch, *shape) with the dtype and device of `reference`; returns its batch size."""
+    wanted = f"({'batch' if batch is None else batch}, {', '.join(map(str, shape))})"
+    if not isinstance(value, Tensor):
+        raise ArgumentError(f"{name}: expected a tensor of shape {wanted}, got {type(value).__name__}.")
+    if tuple(value.shape[1:]) != tuple(shape) or value.ndim == 0 or (batch is not None and len(value) != batch):
+        raise ShapeError(f"{name}: expected shape {wanted}, got {tuple(value.shape)}.")
+    if len(value) == 0:
+        raise ShapeError(f"{name}: expected at least one observation, got an empty batch.")
+    if value.dtype != reference.dtype:
+        raise ArgumentError(
+            f"{name}: expected {reference.dtype}, the generator's dtype, got {value.dtype}. Convert it with "
+            f".to({reference.dtype})."
+        )
+    if value.device != reference.device:
+        raise ArgumentError(
+            f"{name}: expected a tensor on {reference.device}, where the generator is, got one on {value.device}. Move it "
+            f'with .to("{reference.device}").'
+        )
+    if not torch.isfinite(value).all():
+        raise ArgumentError(
+            f"{name}: expected finite values, got {int((~torch.isfinite(value)).sum())} that are NaN or infinite. Clean the "
+            "data first; nothing is repaired silently."
+        )
+    return len(value)
+
+
+def check_latents(name: str, latents: Any, shapes: Sequence[torch.Size], reference: Tensor, batch: int | None = None) -> None:
+    """(z_1, …, z_L), z_i a finite tensor of shape (batch, *shapes[i - 1])."""
+    if isinstance(latents, Tensor) or not isinstance(latents, Sequence) or len(latents) != len(shapes):
+        got = f"{len(latents)} entries" if isinstance(latents, Sequence) else type(latents).__name__
+        raise ShapeError(f"{name}: expected a tuple of {len(shapes)} tensors (z_1, …, z_{len(shapes)}), got {got}.")
+    for layer, (z, shape) in enumerate(zip(latents, shapes, strict=True), start=1):
+        batch = check_tensor(f"{name}[{layer - 1}] (z_{layer})", z, shape, reference, batch)
+
+
+def check_given(given: Mapping[int, Tensor], shapes: Sequence[torch.Size], reference: Tensor, batch: int) -> None:
+    """Layer numbers 1 … L with their values."""
+    for layer, z in given.items():
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= len(shapes):
+            raise ArgumentError(
+                f"given: expected layer numbers from 1 (nearest the data) to {len(shapes)} (the top), got {layer!r}."
+            )
+        check_tensor(f"given[{layer}]", z, shapes[layer - 1], reference, batch)
+
+
+def check_observations(name: str, x: Any, x_shape: Sequence[int], reference: Tensor) -> None:
+    """A batch of finite observations, (batch, *x_shape)."""
+    check_tensor(name, x, x_shape, reference, None)
+
+
+def check_k(k: Any, layers: int) -> int:
+    """k of L^{>k}: a whole number from 0 to L."""
+    if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= layers:
+        raise ArgumentError(
+            f"k: expected a whole number from 0 to {layers}, the number of layers nearest the data to redraw, got {k!r}."
+        )
+    return k
+
+
+def checked_infer(generator: HierarchicalGenerator, x: Tensor) -> Inferred:
+    """`generator.infer(x)`, its result checked for type and shapes."""
+    infer = getattr(generator, "infer", None)
+    if not callable(infer):
+        raise GeneratorError(f'generator: {type(generator).__name__} has no infer(x); use method="langevin".')
+    inferred: Any = infer(x)
+    if not isinstance(inferred, Inferred):
+        raise GeneratorError(f"generator.infer: expected energy_prior.Inferred, got {type(inferred).__name__}.")
+    got = [tuple(z.shape) for z in inferred.latents]
+    expected = [(len(x), *shape) for shape in generator.latent_shapes]
+    if got != expected:
+        raise GeneratorError(f"generator.infer: expected latents (z_1 first) of shapes {expected}, got {got}.")
+    if inferred.log_q.shape != (len(x), len(expected)):
+        raise GeneratorError(
+            f"generator.infer: expected log_q of shape (batch, L) = {(len(x), len(expected))}, got "
+            f"{tuple(inferred.log_q.shape)}."
+        )
+    return inferred
