@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["check_generator"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
 import torch
@@ -42,10 +42,10 @@ def check_generator(generator: HierarchicalGenerator, x: Tensor) -> tuple[str, .
         raise GeneratorError("x: expected two or more observations of shape (batch, *x_shape).")
     checks: dict[str, Callable[[HierarchicalGenerator, Tensor], str | None]] = {
         "shapes, types and layer order agree with latent_shapes": _shapes,
+        "likelihood fits the observations": _likelihood,
         "conditionals are deterministic": _deterministic,
         "descend leaves its state untouched": _pure,
         "a batch row does not depend on the others": _rows_independent,
-        "likelihood fits the observations": _likelihood,
         "every latent reaches the layers below it and the observation, with gradients": _reaches,
         "noise -> latents -> noise round-trips": _round_trip,
         "infer gives latents and log q of the right shapes, finite and reproducible": _infer,
@@ -57,11 +57,13 @@ def check_generator(generator: HierarchicalGenerator, x: Tensor) -> tuple[str, .
                 fault = check(generator, x)
             except EnergyPriorError as error:
                 fault = str(error)
+            except Exception as error:
+                fault = f"while checking that {what}, the generator raised {type(error).__name__}: {error}"
             if fault is None:
                 passed.append(what)
             else:
                 faults.append(fault)
-                if check in (_shapes, _deterministic, _pure, _likelihood):
+                if check in (_shapes, _likelihood, _deterministic, _pure):
                     break  # what follows would only repeat it
     if faults:
         raise GeneratorError(f"{type(generator).__name__} breaks the generator protocol:\n- " + "\n- ".join(faults))
@@ -69,6 +71,7 @@ def check_generator(generator: HierarchicalGenerator, x: Tensor) -> tuple[str, .
 
 
 def _shapes(generator: HierarchicalGenerator, x: Tensor) -> str | None:
+    validate.check_calls(generator)
     shapes = tuple(torch.Size(s) for s in generator.latent_shapes)
     with torch.no_grad():
         top = generator.conditional(generator.start(2))
@@ -84,54 +87,51 @@ def _shapes(generator: HierarchicalGenerator, x: Tensor) -> str | None:
 
 
 def _deterministic(generator: HierarchicalGenerator, x: Tensor) -> str | None:
-    for layer, state, _ in _states(generator, len(x)):
+    for layer, state, _ in _walk(generator, len(x)):
         if not _same(generator.conditional(state), generator.conditional(state)):
             return (
                 f"conditional: two calls on one state differ at layer {layer}. It must be deterministic: is there dropout, or "
-                "batch "
-                "norm, in train mode? Call generator.eval(); draw no random numbers inside it."
+                "batch norm, in train mode? Call generator.eval(); draw no random numbers inside it."
             )
     return None
 
 
 def _pure(generator: HierarchicalGenerator, x: Tensor) -> str | None:
     """One state branched twice must agree with itself, whatever the other branch does below it."""
-    for layer, state, z in _states(generator, len(x)):
+    for layer, state, z in _walk(generator, len(x)):
         before = generator.conditional(state)
+        loc, scale = before.loc.clone(), before.scale.clone()
         first = generator.descend(state, z)
-        expected = _below(generator, first, layer, x)
-        other = generator.descend(state, z + 1.0)
-        _below(generator, other, layer, x)
-        again = _below(generator, generator.descend(state, z), layer, x)
-        kept = _below(generator, first, layer, x)
-        if not _same(before, generator.conditional(state)) or not _close(expected, again) or not _close(expected, kept):
+        after = generator.conditional(state)
+        sound = torch.equal(loc, after.loc) and torch.equal(scale, after.scale)
+        if sound:
+            expected = _below(generator, first, layer, x)
+            _below(generator, generator.descend(state, z + 1.0), layer, x)
+            sound = _close(expected, _below(generator, first, layer, x))
+            sound = sound and _close(expected, _below(generator, generator.descend(state, z), layer, x))
+        if not sound:
             return (
                 f"descend: one state at layer {layer}, taken down twice, does not agree with itself. descend must return a new "
-                "state "
-                "and leave the given one as it was: copy dicts and lists before writing to them, no in-place operations, "
-                "nothing "
-                "stored on the model."
+                "state and leave the given one as it was: copy dicts and lists before writing to them, no in-place "
+                "operations, nothing stored on the model."
             )
     return None
 
 
 def _rows_independent(generator: HierarchicalGenerator, x: Tensor) -> str | None:
+    """The first row must not notice that the others change."""
     latents = ancestral(generator, len(x)).latents
-    whole = _pass(generator, latents)
-    alone = _pass(generator, [z[:1] for z in latents])
-    for layer, (a, b) in enumerate(zip(whole.conditionals, alone.conditionals, strict=True), start=1):
-        if not _close(a.loc[:1], b.loc) or not _close(a.scale[:1], b.scale):
-            return (
-                f"conditional: layer {layer} of an observation changes with the rest of its batch. Is there batch norm in "
-                "train "
-                "mode? Call generator.eval()."
-            )
-    if not _close(_log_likelihood(generator, whole, x)[:1], _log_likelihood(generator, alone, x[:1])):
-        return (
-            "likelihood: an observation's changes with the rest of its batch. Is there batch norm in train mode? Call "
-            "generator.eval()."
-        )
-    return None
+    here = _pass(generator, latents)
+    there = _pass(generator, [torch.cat([z[:1], 2 * z[1:] + 1]) for z in latents])
+    what = None
+    for layer, (a, b) in enumerate(zip(here.conditionals, there.conditionals, strict=True), start=1):
+        if not _close(a.loc[:1], b.loc[:1]) or not _close(a.scale[:1], b.scale[:1]):
+            what = f"conditional: layer {layer} of an observation"
+    if what is None and not _close(_log_likelihood(generator, here, x)[:1], _log_likelihood(generator, there, x)[:1]):
+        what = "likelihood: that of an observation"
+    if what is None:
+        return None
+    return f"{what} changes with the rest of its batch. Is there batch norm in train mode? Call generator.eval()."
 
 
 def _likelihood(generator: HierarchicalGenerator, x: Tensor) -> str | None:
@@ -165,28 +165,20 @@ def _reaches(generator: HierarchicalGenerator, x: Tensor) -> str | None:
         results = outcome(leaves)
     for layer in range(1, len(noise) + 1):
         moved = outcome([n + (0.5 if i == layer - 1 else 0.0) for i, n in enumerate(noise)])
-        lower = range(1, layer)
-        if layer > 1 and not any(_differs(moved[j], results[j]) for j in lower):
-            return _unreached(layer, "any layer below it")
-        if not _differs(moved[0], results[0]):
-            return _unreached(layer, "the observation")
-        seen = _gradient(results[0], leaves[layer - 1])
-        if seen is None or not bool((seen != 0).any()):
+        for targets, what in ((range(1, layer), "any layer below it"), (range(1), "the observation")):
+            gradient = any(_has_gradient(results[j], leaves[layer - 1]) for j in targets)
+            if gradient or not targets:
+                continue
+            if any(not torch.equal(moved[j].detach(), results[j].detach()) for j in targets):
+                return (
+                    f"gradients: {what} changes with z_{layer}, but autograd gives no gradient for it. Is the latent detached, or "
+                    "is there a torch.no_grad() on the way down? Langevin needs the gradient."
+                )
             return (
-                f"gradients: log p(x | z) changes with z_{layer}, but autograd gives no gradient for it. Is the latent "
-                "detached, or "
-                "is there a torch.no_grad() on the way down? Langevin needs the gradient."
+                f"dependence: changing z_{layer} does not change {what}. Does descend use the z that it is given? (A model with "
+                "zero-initialised layers shows this before training: check a trained one.)"
             )
-        if layer > 1 and all(_gradient(results[j].sum(), leaves[layer - 1]) is None for j in lower):
-            return f"gradients: no layer below z_{layer} passes a gradient back to it. Is it detached on the way down?"
     return None
-
-
-def _unreached(layer: int, what: str) -> str:
-    return (
-        f"dependence: changing z_{layer} does not change {what}. Does descend use the z that it is given? (A model with "
-        "zero-initialised layers shows this before training: check a trained one.)"
-    )
 
 
 def _round_trip(generator: HierarchicalGenerator, x: Tensor) -> str | None:
@@ -227,16 +219,15 @@ def _infer(generator: HierarchicalGenerator, x: Tensor) -> str | None:
     return None
 
 
-def _states(generator: HierarchicalGenerator, batch: int) -> list[tuple[int, Any, Tensor]]:
-    """(layer, state above it, z of it) for every layer of one ancestral pass, from the top."""
-    found = []
+def _walk(generator: HierarchicalGenerator, batch: int) -> Iterator[tuple[int, Any, Tensor]]:
+    """(layer, state above it, a draw of its z), from the top, without gradients."""
     with torch.no_grad():
-        latents = ancestral(generator, batch).latents
         state = generator.start(batch)
-        for layer in range(len(latents), 0, -1):
-            found.append((layer, state, latents[layer - 1]))
-            state = generator.descend(state, latents[layer - 1])
-    return found
+        for layer in range(len(generator.latent_shapes), 0, -1):
+            conditional = generator.conditional(state)
+            z = conditional.loc + conditional.scale * torch.randn_like(conditional.loc)
+            yield layer, state, z
+            state = generator.descend(state, z)
 
 
 def _below(generator: HierarchicalGenerator, state: Any, layer: int, x: Tensor) -> Tensor:
@@ -257,10 +248,11 @@ def _log_likelihood(generator: HierarchicalGenerator, descent: Descent, x: Tenso
     return generator.likelihood(descent.state).log_prob(x)
 
 
-def _gradient(result: Tensor, leaf: Tensor) -> Tensor | None:
+def _has_gradient(result: Tensor, leaf: Tensor) -> bool:
     if not result.requires_grad:
-        return None
-    return torch.autograd.grad(result.sum(), leaf, retain_graph=True, allow_unused=True)[0]
+        return False
+    (gradient,) = torch.autograd.grad(result.sum(), leaf, retain_graph=True, allow_unused=True)
+    return gradient is not None and bool((gradient != 0).any())
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -270,7 +262,3 @@ def _same(a: Any, b: Any) -> bool:
 def _close(a: Tensor, b: Tensor) -> bool:
     scale = float(a.detach().abs().max()) + 1.0
     return bool(torch.allclose(a, b, rtol=1e-4, atol=(1e-5 if a.dtype == torch.float32 else 1e-10) * scale))
-
-
-def _differs(a: Tensor, b: Tensor) -> bool:
-    return not torch.equal(a.detach(), b.detach())

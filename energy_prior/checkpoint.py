@@ -91,7 +91,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
             f"{os.fspath(path)!r} has checkpoint format {version!r}; this version of energy-prior reads up to "
             f"{FORMAT_VERSION}. Upgrade: pip install -U energy-prior."
         )
-    return tensors, json.loads(header["config"])
+    try:
+        config = json.loads(header["config"])
+        missing = {"space", "latent_shapes", "generator", "energies"} - set(config)
+    except (KeyError, TypeError, ValueError):
+        missing = {"everything"}
+    if missing or "step_size" not in tensors:
+        raise CheckpointError(
+            f"The configuration in {os.fspath(path)!r} is damaged. Save the prior again, or use another copy."
+        )
+    return tensors, config
 
 
 def check_generator_fits(path: str | os.PathLike[str], config: Mapping[str, Any], generator: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "Probe",
+    "check_calls",
     "check_energies",
     "check_given",
     "check_k",
@@ -42,11 +43,7 @@ def probe_generator(generator: Any) -> Probe:
     Raises:
         GeneratorError: names the call at fault, what was expected and what came.
     """
-    missing = [n for n in ("latent_shapes", "start", "conditional", "descend", "likelihood") if not hasattr(generator, n)]
-    if missing:
-        raise GeneratorError(
-            f"generator: {type(generator).__name__} lacks {', '.join(missing)}; see energy_prior.HierarchicalGenerator."
-        )
+    check_calls(generator)
     shapes = tuple(torch.Size(s) for s in generator.latent_shapes)
     if not shapes:
         raise GeneratorError("generator.latent_shapes: expected the shape of at least one layer, got none.")
@@ -74,6 +71,15 @@ def probe_generator(generator: Any) -> Probe:
             f"torch.distributions.Independent(…, {len(likelihood.batch_shape) - 1})."
         )
     return Probe(tuple(latents), likelihood.event_shape)
+
+
+def check_calls(generator: Any) -> None:
+    """All five calls are there."""
+    missing = [n for n in ("latent_shapes", "start", "conditional", "descend", "likelihood") if not hasattr(generator, n)]
+    if missing:
+        raise GeneratorError(
+            f"generator: {type(generator).__name__} lacks {', '.join(missing)}; see energy_prior.HierarchicalGenerator."
+        )
 
 
 def check_conditional(conditional: Any, layer: int, shape: torch.Size, batch: int) -> None:

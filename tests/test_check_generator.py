@@ -1,0 +1,227 @@
+"""`check_generator` passes sound generators and names the fault of each broken one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ladders import LinearLadder
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
+
+from energy_prior import GeneratorError, Inferred, LadderVAE, check_generator
+
+
+def vae(**keywords: Any) -> LadderVAE:
+    return LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8, **keywords).eval()
+
+
+X = torch.linspace(0, 1, 64).reshape(4, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("generator", "x"),
+    [
+        (vae(), X),
+        (vae(nets="conv"), X),
+        (vae(likelihood="bernoulli"), X),
+        (LinearLadder((3, 2, 2)), torch.randn(3, 3, dtype=torch.float64)),
+        (vae().double(), X.double()),
+    ],
+)
+def test_sound_generators_pass(generator: Any, x: Tensor) -> None:
+    assert len(check_generator(generator, x)) == 8
+
+
+class Reversed(LinearLadder):
+    """latent_shapes from the top down."""
+
+    def __init__(self) -> None:
+        super().__init__((3, 2), dtype=torch.float32)
+        self.latent_shapes = self.latent_shapes[::-1]
+
+
+class InPlace(LadderVAE):
+    """descend writes into the state that it was given."""
+
+    def start(self, batch_size: int) -> Any:
+        return {"state": super().start(batch_size)}
+
+    def conditional(self, state: Any) -> Normal:
+        return super().conditional(state["state"])
+
+    def descend(self, state: Any, z: Tensor) -> Any:
+        state["state"] = super().descend(state["state"], z)
+        return state
+
+    def likelihood(self, state: Any) -> Distribution:
+        return super().likelihood(state["state"])
+
+
+class SharedBuffer(LadderVAE):
+    """descend stores on the model, so that a second branch overwrites the first."""
+
+    def descend(self, state: Any, z: Tensor) -> Any:
+        new = super().descend(state, z)
+        if new.layer == 1 and new.conditional is not None:
+            if not hasattr(self, "shared") or self.shared.shape != new.conditional.loc.shape:
+                self.shared = torch.empty_like(new.conditional.loc)
+            self.shared.copy_(new.conditional.loc.detach())
+            return new._replace(conditional=Normal(self.shared, new.conditional.scale))
+        return new
+
+
+class WithDropout(LadderVAE):
+    def conditional(self, state: Any) -> Normal:
+        c = super().conditional(state)
+        return Normal(nn.functional.dropout(c.loc + 1, training=self.training), c.scale)
+
+
+class WithBatchNorm(LadderVAE):
+    def __init__(self) -> None:
+        super().__init__((1, 4, 4), latent_dims=(3, 2), hidden=8)
+        self.norm = nn.BatchNorm1d(3, momentum=0.0)
+
+    def descend(self, state: Any, z: Tensor) -> Any:
+        return super().descend(state, self.norm(z) if state.layer == 1 else z)
+
+
+class Ignores(LadderVAE):
+    """z_2 is never used."""
+
+    def descend(self, state: Any, z: Tensor) -> Any:
+        return super().descend(state, torch.zeros_like(z) if state.layer == 2 else z)
+
+
+class SkipsObservation(LadderVAE):
+    """z_1 does not reach x."""
+
+    def likelihood(self, state: Any) -> Distribution:
+        return super().likelihood(state._replace(z=torch.zeros_like(state.z)))
+
+
+class Detached(LadderVAE):
+    def descend(self, state: Any, z: Tensor) -> Any:
+        return super().descend(state, z.detach() if state.layer == 1 else z)
+
+
+class PerPixel(LadderVAE):
+    """A likelihood over pixels instead of observations."""
+
+    def likelihood(self, state: Any) -> Distribution:
+        likelihood = super().likelihood(state)
+        assert isinstance(likelihood, Independent)
+        return likelihood.base_dist
+
+
+class InferReversed(LadderVAE):
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        inferred = super().infer(x, rng=rng)
+        return Inferred(inferred.latents[::-1], inferred.log_q, inferred.factorization)
+
+
+class InferSummed(LadderVAE):
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        inferred = super().infer(x, rng=rng)
+        return Inferred(inferred.latents, inferred.log_q.sum(1), inferred.factorization)
+
+
+class InferDetached(LadderVAE):
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        inferred = super().infer(x, rng=rng)
+        return Inferred(tuple(z.detach() for z in inferred.latents), inferred.log_q, inferred.factorization)
+
+
+class InferGlobal(LadderVAE):
+    """Ignores rng."""
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        return super().infer(x)
+
+
+class InferMean(LadderVAE):
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        return super().infer(x, rng=torch.Generator().manual_seed(0))
+
+
+class NotFinite(LadderVAE):
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        inferred = super().infer(x, rng=rng)
+        return Inferred(inferred.latents, inferred.log_q * float("inf"), inferred.factorization)
+
+
+class NegativeScale(LadderVAE):
+    def conditional(self, state: Any) -> Normal:
+        c = super().conditional(state)
+        return Normal(c.loc, -c.scale, validate_args=False)
+
+
+class NotNormal(LadderVAE):
+    def conditional(self, state: Any) -> Any:
+        return Independent(super().conditional(state), 1)
+
+
+def build(kind: type[LadderVAE]) -> LadderVAE:
+    return kind((1, 4, 4), latent_dims=(3, 2), hidden=8).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (Reversed, "layer order: .* from z_1"),
+        (lambda: build(InPlace), "descend: one state at layer 2, taken down twice"),
+        (lambda: build(SharedBuffer), "descend: one state at layer 2, taken down twice"),
+        (lambda: build(WithDropout).train(), "two calls on one state differ .* dropout"),
+        (lambda: WithBatchNorm().train(), "changes with the rest of its batch.*batch norm in train mode"),
+        (lambda: build(Ignores), "changing z_2 does not change any layer below it"),
+        (lambda: build(SkipsObservation), "changing z_1 does not change the observation"),
+        (lambda: build(Detached), "no gradient for it. Is the latent detached"),
+        (lambda: build(PerPixel), r"batch_shape \(2,\) .* got \(2, 1, 4, 4\).*Independent\(…, 3\)"),
+        (lambda: build(InferReversed), "expected latents .z_1 first. of shapes"),
+        (lambda: build(InferSummed), r"log_q of shape \(batch, L\)"),
+        (lambda: build(InferDetached), "z_1 carries no gradient"),
+        (lambda: build(InferGlobal), "same rng seed gives different draws"),
+        (lambda: build(InferMean), "different rng seeds give the same draw"),
+        (lambda: build(NotFinite), "log_q is not finite"),
+        (lambda: build(NegativeScale), "scale of layer 2 must be above 0"),
+        (lambda: build(NotNormal), "expected a torch.distributions.Normal for layer 2, got Independent"),
+    ],
+)
+def test_each_fault_is_named(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(GeneratorError, match=f"(?s){words}"):
+        check_generator(make(), X)
+
+
+def test_observations_of_another_shape() -> None:
+    with pytest.raises(GeneratorError, match=r"event_shape is \(1, 4, 4\), but an observation has \(1, 5, 5\)"):
+        check_generator(vae(), torch.rand(4, 1, 5, 5))
+    with pytest.raises(GeneratorError, match="two or more observations"):
+        check_generator(vae(), X[:1])
+
+
+def test_missing_calls_are_named() -> None:
+    class Half(nn.Module):
+        latent_shapes = (torch.Size((2,)),)
+
+        def start(self, batch_size: int) -> None: ...
+
+    with pytest.raises(GeneratorError, match="lacks conditional, descend, likelihood"):
+        check_generator(Half(), X)  # type: ignore[arg-type]
+
+
+def test_an_exception_inside_the_generator_is_told() -> None:
+    class Breaks(LadderVAE):
+        def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+            raise KeyError("encoder")
+
+    with pytest.raises(GeneratorError, match=r"while checking that infer gives .* raised KeyError: 'encoder'"):
+        check_generator(build(Breaks), X)
+
+
+def test_leaves_the_global_stream_alone() -> None:
+    generator = vae()
+    before = torch.get_rng_state()
+    check_generator(generator, X)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,340 @@
+"""`JointEBMPrior`: the public contract, the four RNG rules, independence of the batch, and clean parameters."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ladders import LinearLadder, QuadraticEnergy
+from torch import Tensor, nn
+
+from energy_prior import DivergenceError, JointEBMPrior, LadderVAE
+from energy_prior.langevin import ChainSettings, InjectedNoise
+
+
+def trained_looking(dtype: torch.dtype = torch.float32, space: str = "noise", nets: str = "mlp") -> JointEBMPrior:
+    """A prior whose energies are not 0."""
+    torch.manual_seed(3)
+    vae = LadderVAE((1, 4, 4), latent_dims=(3, 2, 2), hidden=8, nets=nets).to(dtype)  # type: ignore[arg-type]
+    prior = JointEBMPrior(vae, space=space)  # type: ignore[arg-type]
+    for p in prior.parameters():
+        p.data.add_(0.3 * torch.randn_like(p))
+    return prior
+
+
+X = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+RANDOM: dict[str, Callable[[JointEBMPrior, Any], Any]] = {
+    "sample": lambda p, rng: p.sample(3, steps=4, rng=rng),
+    "sample decode": lambda p, rng: p.sample(3, steps=4, decode="sample", rng=rng),
+    "sample generator": lambda p, rng: p.sample(3, prior="generator", rng=rng),
+    "sample_latents": lambda p, rng: torch.cat(p.sample_latents(3, steps=4, adjust=True, rng=rng), 1),
+    "trajectory": lambda p, rng: p.trajectory(3, steps=4, every=2, rng=rng).latents[0],
+    "sample_posterior": lambda p, rng: torch.cat(p.sample_posterior(X, steps=4, rng=rng), 1),
+    "infer": lambda p, rng: torch.cat(p.sample_posterior(X, method="infer", rng=rng), 1),
+    "log_joint": lambda p, rng: p.log_joint(X, 2, steps=4, rng=rng),
+    "llr_score": lambda p, rng: p.llr_score(X, 2, steps=4, rng=rng),
+    "anomaly_score": lambda p, rng: p.anomaly_score(X, rng=rng),
+    "fit": lambda p, rng: (p.fit(X, iterations=3, progress=False, rng=rng), torch.cat([q.flatten() for q in p.parameters()]))[
+        1
+    ],
+    "tune_step_size": lambda p, rng: torch.tensor(p.tune_step_size(batch_size=4, rng=rng)),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_the_four_rng_rules(name: str) -> None:
+    draw, prior = RANDOM[name], trained_looking()
+    state = torch.get_rng_state()
+    seeded = [draw(copy.deepcopy(prior), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(torch.get_rng_state(), state), "an explicit rng leaves the global stream untouched"
+    assert torch.equal(seeded[0], seeded[1]), "the same seed gives the same result"
+    assert not torch.equal(seeded[0], seeded[2]), "different seeds differ"
+    globally = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        globally.append(draw(copy.deepcopy(prior), None))
+    assert torch.equal(globally[0], globally[1])
+    assert not torch.equal(globally[0], globally[2])
+
+
+def test_one_rng_goes_on_from_call_to_call() -> None:
+    prior, rng = trained_looking(), torch.Generator().manual_seed(0)
+    assert not torch.equal(prior.sample(2, steps=2, rng=rng), prior.sample(2, steps=2, rng=rng))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("space", ["noise", "latent"])
+@pytest.mark.parametrize("adjust", [False, True])
+def test_with_injected_noise_a_chain_does_not_depend_on_its_batch(
+    adjust: bool, space: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    prior = trained_looking(dtype, space)
+    steps, n = 8, 6
+    shapes = [(steps + 1, n, *shape) for shape in prior.generator.latent_shapes]
+    normals = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    uniforms = torch.rand(steps + 1, n, dtype=dtype)
+    options = {"steps": steps, "step_size": 0.3, "adjust": adjust}
+    whole = prior.sample_latents(n, noise=InjectedNoise(normals, uniforms), **options)  # type: ignore[arg-type]
+    for rows in (slice(0, 1), slice(2, 5)):
+        part = InjectedNoise([m[:, rows] for m in normals], uniforms[:, rows])
+        alone = prior.sample_latents(len(range(n)[rows]), noise=part, **options)  # type: ignore[arg-type]
+        for a, b in zip(whole, alone, strict=True):
+            torch.testing.assert_close(a[rows], b, rtol=tolerance, atol=tolerance)
+
+
+def test_a_posterior_chain_does_not_depend_on_its_batch() -> None:
+    """Adaptive step sizes included: every chain tunes its own."""
+    prior = trained_looking(torch.float64)
+    x = X.double()
+    steps = 10
+    normals = [torch.randn(steps + 1, 4, *shape, dtype=torch.float64) for shape in prior.generator.latent_shapes]
+    uniforms = torch.rand(steps + 1, 4, dtype=torch.float64)
+    start = prior.sample_latents(4, steps=1)
+    whole = prior.sample_posterior(x, steps=steps, start=start, noise=InjectedNoise(normals, uniforms))
+    part = InjectedNoise([m[:, 1:2] for m in normals], uniforms[:, 1:2])
+    alone = prior.sample_posterior(x[1:2], steps=steps, start=[z[1:2] for z in start], noise=part)
+    for a, b in zip(whole, alone, strict=True):
+        torch.testing.assert_close(a[1:2], b, rtol=1e-12, atol=1e-12)
+
+
+def test_untrained_joint_prior_is_the_generators_own() -> None:
+    vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8)
+    prior = JointEBMPrior(vae)
+    z = prior.sample_latents(5)
+    assert torch.equal(prior.negative_energy(z), torch.zeros(5, 2))
+    log_prior = torch.zeros(5)
+    state = vae.start(5)
+    for latent in reversed(z):
+        log_prior += vae.conditional(state).log_prob(latent).sum(1)
+        state = vae.descend(state, latent)
+    torch.testing.assert_close(prior.log_density(z), log_prior)
+
+
+def test_a_constant_added_to_an_energy_does_what_it_should() -> None:
+    ladder = LinearLadder((3, 2))
+    x = torch.randn(5, 3, dtype=torch.float64)
+    shifted = copy.deepcopy(ladder)
+    with torch.no_grad():
+        shifted.energies[1].c += 2.5
+    before, after = JointEBMPrior(ladder, ladder.energies), JointEBMPrior(shifted, shifted.energies)
+
+    def rng() -> torch.Generator:
+        return torch.Generator().manual_seed(0)
+
+    z = before.sample_latents(5, rng=rng())
+    for a, b in zip(z, after.sample_latents(5, rng=rng()), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(after.negative_energy(z) - before.negative_energy(z), torch.tensor([[0.0, 2.5]] * 5).double())
+    torch.testing.assert_close(after.log_density(z) - before.log_density(z), torch.full((5,), 2.5).double())
+    for k in range(3):
+        difference = after.log_joint(x, k, rng=rng()) - before.log_joint(x, k, rng=rng())
+        torch.testing.assert_close(difference, torch.full((5,), 2.5).double())
+        torch.testing.assert_close(after.llr_score(x, k, rng=rng()), before.llr_score(x, k, rng=rng()))
+    difference = after.anomaly_score(x, rng=rng()) - before.anomaly_score(x, rng=rng())
+    torch.testing.assert_close(difference, torch.full((5,), -2.5).double())
+
+
+def test_anomaly_score_is_minus_log_joint_and_its_parts_add_up() -> None:
+    prior = trained_looking(torch.float64)
+    x = X.double()
+
+    def rng() -> torch.Generator:
+        return torch.Generator().manual_seed(0)
+
+    torch.testing.assert_close(prior.anomaly_score(x, num_samples=4, rng=rng()), -prior.log_joint(x, num_samples=4, rng=rng()))
+    z = prior.sample_posterior(x, method="infer", rng=rng())
+    energy = prior.anomaly_score(x, "negative_energy", num_samples=1, rng=rng())
+    assert energy.shape == (4,)
+    assert prior.negative_energy(z).sum(1).shape == energy.shape
+
+
+def test_trajectory_frames_and_diagnostics() -> None:
+    prior = trained_looking()
+    run = prior.trajectory(5, steps=11, every=4, step_size=0.5)
+    assert run.steps.tolist() == [0, 4, 8]
+    assert [tuple(z.shape) for z in run.latents] == [(3, 5, 3), (3, 5, 2), (3, 5, 2)]
+    for frame in range(3):
+        torch.testing.assert_close(run.negative_energy[frame], prior.negative_energy([z[frame] for z in run.latents]).detach())
+    assert run.drift_norm.shape == run.acceptance.shape == (3, 5)
+    assert torch.equal(run.acceptance[0], torch.ones(5))
+    assert bool(((run.acceptance[1:] > 0) & (run.acceptance[1:] <= 1)).all())
+    assert float(run.acceptance[1:].min()) < 1
+
+
+def test_trajectory_start_is_ancestral_and_end_is_the_chain() -> None:
+    prior = trained_looking(torch.float64)
+    options: dict[str, Any] = {"steps": 6, "step_size": 0.4}
+    run = prior.trajectory(5, every=3, rng=torch.Generator().manual_seed(1), **options)
+    end = prior.sample_latents(5, rng=torch.Generator().manual_seed(1), **options)
+    for z, last in zip(run.latents, end, strict=True):
+        torch.testing.assert_close(z[-1], last)
+
+
+def test_drift_norm_is_the_gradient_of_log_density_in_latent_space() -> None:
+    prior = trained_looking(torch.float64, "latent")
+    run = prior.trajectory(4, steps=1, every=1)
+    leaves = [z[0].clone().requires_grad_() for z in run.latents]
+    gradient = torch.autograd.grad(prior.log_density(leaves).sum(), leaves)
+    torch.testing.assert_close(run.drift_norm[0], torch.cat(gradient, 1).norm(dim=1))
+
+
+def test_memory_does_not_grow_with_the_steps() -> None:
+    """A chain holds a bounded number of tensors, whatever its length."""
+    model = trained_looking().model
+
+    def tensors_alive(steps: int) -> int:
+        seen = []
+
+        def count(step: int, *_: object) -> None:
+            if step == steps:
+                gc.collect()
+                seen.append(sum(type(o) is Tensor for o in gc.get_objects()))
+
+        with torch.no_grad():
+            model.run(model.prior_density(2), ChainSettings(steps=steps), on_step=count)
+        return seen[0]
+
+    assert tensors_alive(320) - tensors_alive(40) < 40
+
+
+def test_parameters_stay_clean() -> None:
+    prior = trained_looking()
+    prior.train()
+    assert isinstance(prior.generator, LadderVAE)
+    prior.generator.train()
+    frozen_one = next(iter(prior.parameters())).requires_grad_(False)
+    flags = [(p, p.requires_grad) for p in (*prior.parameters(), *prior.generator.parameters())]
+    weights = [p.detach().clone() for p, _ in flags]
+    for name, draw in RANDOM.items():
+        if name not in ("fit", "tune_step_size"):
+            draw(prior, None)
+    assert all(p.grad is None and p.requires_grad is flag for p, flag in flags)
+    assert not frozen_one.requires_grad
+    assert all(torch.equal(p, w) for (p, _), w in zip(flags, weights, strict=True))
+    assert all(m.training for m in (*prior.modules(), *prior.generator.modules()))
+
+
+def test_flags_are_restored_after_an_error() -> None:
+    prior = trained_looking()
+    with torch.no_grad():
+        next(iter(prior.energies[0].parameters())).fill_(float("nan"))
+    with pytest.raises(DivergenceError):
+        prior.sample(2)
+    assert all(p.requires_grad for p in prior.parameters())
+    assert all(m.training for m in prior.modules())
+    assert torch.distributions.Distribution._validate_args
+
+
+def test_fit_changes_the_energies_alone() -> None:
+    prior = trained_looking()
+    assert isinstance(prior.generator, LadderVAE)
+    before = copy.deepcopy(prior.generator.state_dict())
+    energies = [p.detach().clone() for p in prior.parameters()]
+    prior.fit(X, iterations=5, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), prior.generator.state_dict().values(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(energies, prior.parameters(), strict=True))
+    assert all(p.grad is None for p in (*prior.parameters(), *prior.generator.parameters()))
+
+
+def test_to_moves_the_generator_and_float64_works_end_to_end() -> None:
+    prior = trained_looking().double()
+    assert isinstance(prior.generator, LadderVAE)
+    assert {p.dtype for p in (*prior.parameters(), *prior.generator.parameters())} == {torch.float64}
+    x = X.double()
+    for name, draw in RANDOM.items():
+        if "X" not in draw.__code__.co_names:
+            assert draw(prior, None).dtype in (torch.float64, torch.float32), name
+    prior.fit(x, iterations=3, progress=False)
+    assert prior.llr_score(x, 1, steps=2).dtype == torch.float64
+    assert prior.sample(2, steps=2).dtype == torch.float64
+
+
+def test_parameters_and_state_dict_are_the_energies() -> None:
+    prior = trained_looking()
+    assert {name.split(".")[0] for name, _ in prior.named_parameters()} == {"energies"}
+    keys = set(prior.state_dict())
+    assert "step_size" in keys
+    assert {k.split(".")[0] for k in keys} == {"energies", "step_size"}
+    assert {k.split(".")[1] for k in keys if k.startswith("energies")} == {"0", "1", "2"}
+
+
+def test_given_all_layers_decodes_them() -> None:
+    prior = trained_looking()
+    z = prior.sample_latents(3, steps=2)
+    held = dict(enumerate(z, start=1))
+    assert all(torch.equal(a, b) for a, b in zip(prior.sample_latents(3, given=held), z, strict=True))
+    assert torch.equal(prior.sample(3, given=held), prior.sample(3, given=held))
+
+
+def test_hierarchical_resampling_keeps_the_layers_above() -> None:
+    prior = trained_looking()
+    z = prior.sample_latents(3, steps=2)
+    lower = prior.sample_latents(3, given={2: z[1], 3: z[2]}, steps=5)
+    assert not torch.equal(lower[0], z[0])
+    assert torch.equal(lower[1], z[1])
+    assert torch.equal(lower[2], z[2])
+
+
+def test_decode_falls_back_to_a_sample_where_there_is_no_mean() -> None:
+    class NoMean(LadderVAE):
+        def likelihood(self, state: Any) -> torch.distributions.Distribution:
+            likelihood = super().likelihood(state)
+
+            class Without(torch.distributions.Independent):
+                @property
+                def mean(self) -> Tensor:
+                    raise NotImplementedError
+
+            assert isinstance(likelihood, torch.distributions.Independent)
+            return Without(likelihood.base_dist, 3, validate_args=False)
+
+    prior = JointEBMPrior(NoMean((1, 4, 4), latent_dims=(2,), hidden=4))
+    assert prior.sample(2, steps=1).shape == (2, 1, 4, 4)
+    with pytest.raises(ValueError, match="has no mean"):
+        prior.sample(2, steps=1, decode="mean")
+
+
+def test_a_generator_without_infer_scores_by_langevin() -> None:
+    ladder = LinearLadder((2, 2))
+
+    class NoInfer:
+        """Not an nn.Module either."""
+
+        latent_shapes = ladder.latent_shapes
+        start, conditional, descend, likelihood = ladder.start, ladder.conditional, ladder.descend, ladder.likelihood
+
+    prior = JointEBMPrior(NoInfer(), ladder.energies)  # type: ignore[arg-type]
+    x = torch.randn(3, 3, dtype=torch.float64)
+    assert torch.isfinite(prior.llr_score(x, 1, steps=20)).all()
+    with pytest.raises(ValueError, match="has no infer"):
+        prior.sample_posterior(x, method="infer")
+
+
+def test_users_own_energies() -> None:
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, z: Tensor) -> Tensor:
+            return -self.a * z.square().sum(1)
+
+    vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8)
+    prior = JointEBMPrior(vae, energies=[Mine(), Mine()])
+    assert len(list(prior.parameters())) == 2
+    result = prior.fit(X, iterations=5, progress=False)
+    assert prior.sample(3, steps=3).shape == (3, 1, 4, 4)
+    assert result.step_size == pytest.approx(float(prior.step_size))
+
+
+def test_quadratic_energy_narrows_the_samples() -> None:
+    """The sign: higher f = more probable."""
+    ladder = LinearLadder((2,))
+    pull = QuadraticEnergy(8 * torch.eye(2).double(), torch.zeros(2).double())
+    z = JointEBMPrior(ladder, [pull]).sample_latents(2000, steps=40)[0]
+    assert float(z.std()) == pytest.approx(1 / 3, abs=0.06)
