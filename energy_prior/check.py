@@ -171,12 +171,12 @@ def _reaches(generator: HierarchicalGenerator, x: Tensor) -> str | None:
                 continue
             if any(not torch.equal(moved[j].detach(), results[j].detach()) for j in targets):
                 return (
-                    f"gradients: {what} changes with z_{layer}, but autograd gives no gradient for it. Is the latent detached, or "
-                    "is there a torch.no_grad() on the way down? Langevin needs the gradient."
+                    f"gradients: {what} changes with z_{layer}, but autograd gives no gradient for it. Is the latent detached, "
+                    "or is there a torch.no_grad() on the way down? Langevin needs the gradient."
                 )
             return (
-                f"dependence: changing z_{layer} does not change {what}. Does descend use the z that it is given? (A model with "
-                "zero-initialised layers shows this before training: check a trained one.)"
+                f"dependence: changing z_{layer} does not change {what}. Does descend use the z that it is given? (A model "
+                "with zero-initialised layers shows this before training: check a trained one.)"
             )
     return None
 

@@ -91,6 +91,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
             f"{os.fspath(path)!r} has checkpoint format {version!r}; this version of energy-prior reads up to "
             f"{FORMAT_VERSION}. Upgrade: pip install -U energy-prior."
         )
+    config: dict[str, Any] = {}
     try:
         config = json.loads(header["config"])
         missing = {"space", "latent_shapes", "generator", "energies"} - set(config)

@@ -6,7 +6,7 @@ __all__ = ["ConvEnergy", "Energy", "MLPEnergy", "build_energies", "default_energ
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ class MLPEnergy(Energy):
         width = math.prod(self.latent_shape)
         for size in hidden:
             check_count("hidden", size)
-            linear = nn.Linear(width, size)
+            linear = _scaled(nn.Linear(width, size))
             layers += [with_spectral_norm(linear) if spectral_norm else linear, make()]
             width = size
         self.net = nn.Sequential(*layers, _zero_head(width))
@@ -139,7 +139,7 @@ class ConvEnergy(Energy):
         for n, size in enumerate(channels):
             check_count("channels", size)
             stride = (2 if n and h > 1 else 1, 2 if n and w > 1 else 1)
-            conv = nn.Conv2d(width, size, 3, stride, padding=1)
+            conv = _scaled(nn.Conv2d(width, size, 3, stride, padding=1))
             layers += [with_spectral_norm(conv) if spectral_norm else conv, make()]
             width, h, w = size, -(-h // stride[0]), -(-w // stride[1])
         self.net = nn.Sequential(*layers, nn.Flatten(), _zero_head(width * h * w))
@@ -191,6 +191,17 @@ def build_energies(described: Iterable[Mapping[str, Any]]) -> nn.ModuleList:
             )
         built.append(BUILT_IN[entry["kind"]](**{key: value for key, value in entry.items() if key != "kind"}))
     return built
+
+
+_Weighted = TypeVar("_Weighted", nn.Linear, nn.Conv2d)
+
+
+def _scaled(layer: _Weighted) -> _Weighted:
+    """He initialisation: with torch's own, signals shrink layer by layer to where smooth activations are nearly linear."""
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _zero_head(width: int) -> nn.Linear:

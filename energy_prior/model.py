@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["JointModel"]
+__all__ = ["JointModel", "PosteriorDraw"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,13 @@ from energy_prior.generator import HierarchicalGenerator
 from energy_prior.langevin import ChainSettings, JointDensity, NoiseSource, StepCallback, sample_density
 from energy_prior.scores import ScoreTerms, score_terms
 from energy_prior.topdown import Space, TopDown
+
+
+class PosteriorDraw(NamedTuple):
+    """z of one posterior draw, and Σ_i log q_ω of it, (batch,), if it came from an inference model."""
+
+    latents: tuple[Tensor, ...]
+    log_q: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -68,19 +76,21 @@ class JointModel:
         density = JointDensity(TopDown(self.generator, len(x)), self.energies, self.space, x)
         return self.run(density, settings, start=start, noise=noise)
 
-    def posterior_draw(self, x: Tensor, settings: ChainSettings | None = None) -> tuple[Tensor, ...]:
+    def posterior_draw(self, x: Tensor, settings: ChainSettings | None = None) -> PosteriorDraw:
         """z ~ q_ω(z | x) where the generator has `infer`, else a Langevin draw of the posterior."""
         if inferrer(self.generator) is not None:
-            return validate.checked_infer(self.generator, x).latents
-        return self.sample_posterior(x, settings or ChainSettings())
+            inferred = validate.checked_infer(self.generator, x)
+            return PosteriorDraw(inferred.latents, inferred.log_q.sum(1))
+        return PosteriorDraw(self.sample_posterior(x, settings or ChainSettings()), None)
 
-    def redraw(self, x: Tensor, latents: Sequence[Tensor], k: int, settings: ChainSettings) -> ScoreTerms:
-        """The terms of L^{>k}(x) at one posterior draw `latents` (after Havtorn et al., ICML 2021).
+    def redraw(self, x: Tensor, draw: PosteriorDraw, k: int, settings: ChainSettings) -> ScoreTerms:
+        """The terms of L^{>k}(x) at one posterior draw (after Havtorn et al., ICML 2021).
 
         Keeps z_{>k} and redraws z_{<=k} ~ p(z_{<=k} | z_{>k}) from the joint prior by Langevin; the pass down to layer
         k + 1 is computed once, so that a step costs k layers. k = 0 keeps the draw as it is and runs no chain.
         """
-        if k:
-            held = {layer: latents[layer - 1] for layer in range(k + 1, len(latents) + 1)}
-            latents = self.run(self.prior_density(len(x), held), settings)
+        if not k:
+            return score_terms(self.generator, self.negative_energy(draw.latents), x, draw.latents, draw.log_q)
+        held = {layer: draw.latents[layer - 1] for layer in range(k + 1, len(draw.latents) + 1)}
+        latents = self.run(self.prior_density(len(x), held), settings)
         return score_terms(self.generator, self.negative_energy(latents), x, latents)

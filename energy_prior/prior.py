@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["JointEBMPrior"]
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -35,14 +34,14 @@ from energy_prior.langevin import (
     tune_step_size,
 )
 from energy_prior.model import JointModel
-from energy_prior.scores import ANOMALY_SCORES, ScoreTerms
+from energy_prior.scoring import ScoreMethods
 from energy_prior.topdown import Decode, Space, TopDown, ancestral, decode_latents
 
 if TYPE_CHECKING:
     from energy_prior.training import FitConfig, FitResult
 
 
-class JointEBMPrior(nn.Module):
+class JointEBMPrior(ScoreMethods, nn.Module):
     """The joint latent-space energy-based prior of a hierarchical generator (Cui, Wu and Han, CVPR 2023, eq. 5).
 
         p(z) = exp(Σ_i f_i(z_i)) p_β(z) / Z,   p_β(z) = p(z_L) ∏_{i<L} p_β(z_i | z_{>i})
@@ -54,9 +53,9 @@ class JointEBMPrior(nn.Module):
     `energy_prior.langevin.ChainSettings`). Methods that draw random numbers take `rng`: the same seed gives the same
     result (for the same batch size), None uses torch's global stream, and an explicit `rng` leaves that stream untouched.
 
-    The generator is not a submodule: `parameters()` and `state_dict()` hold the energies (keys `energies.<i - 1>.…`) and
-    the tuned `step_size` alone, while `.to()` moves the generator too. Sampling and scoring run everything in evaluation
-    mode and leave train/eval flags, `requires_grad` and `.grad` as they were.
+    The generator is not a submodule. `parameters()` are the energies'; `state_dict()` holds them (`energies.<i − 1>.…`),
+    the tuned `step_size` and the `calibration` of a score; `.to()` moves the generator too. Sampling and scoring run
+    everything in evaluation mode and leave train/eval flags, `requires_grad` and `.grad` as they were.
 
     Args:
         generator: any `HierarchicalGenerator`; `check_generator` tests one.
@@ -77,6 +76,7 @@ class JointEBMPrior(nn.Module):
 
     generator: HierarchicalGenerator
     step_size: Tensor
+    calibration: Tensor
 
     def __init__(
         self,
@@ -100,6 +100,7 @@ class JointEBMPrior(nn.Module):
             self.energies = nn.ModuleList(energies)
             with torch.no_grad(), evaluating(self.energies):
                 validate.check_energies(self.energies, probe.latents)
+        self.register_buffer("calibration", torch.zeros(2, 3, dtype=reference.dtype, device=reference.device))
         self.register_buffer("step_size", torch.tensor(0.3, dtype=reference.dtype, device=reference.device))
 
     # ------------------------------------------------------------------ learning
@@ -165,30 +166,21 @@ class JointEBMPrior(nn.Module):
         rng: torch.Generator | None = None,
         **chain: Unpack[ChainOptions],
     ) -> Tensor:
-        """Draws observations: latents from the prior, decoded by the generator's likelihood.
+        """Draws observations: latents as `sample_latents` draws them, decoded by the generator's likelihood.
 
         Args:
             n: number of observations.
             decode: "mean" of p_β0(x | z) or a "sample" of it; None: the mean where the likelihood has one.
             given: layers held fixed, as in `sample_latents`.
-            prior: "joint", or "generator" for the generator's own prior (f = 0, no chain), to compare with.
+            prior: "joint", or "generator" for the generator's own, to compare with.
             rng: random number generator.
             **chain: chain options.
 
         Returns:
             (n, *x_shape).
         """
-        self._check_chain(n, given)
-        settings = ChainSettings(**chain)
-        if prior not in ("joint", "generator"):
-            raise ArgumentError(f'prior: expected "joint" or "generator", got {prior!r}.')
-        if prior == "generator" and (given or chain):
-            raise ArgumentError('prior="generator" is ancestral: it takes neither `given` nor chain options.')
-        with self._quiet(rng) as model:
-            if prior == "generator":
-                latents = ancestral(self.generator, n).latents
-            else:
-                latents = model.run(model.prior_density(n, given), settings)
+        with self._quiet(rng):
+            latents = self.sample_latents(n, given=given, prior=prior, **chain)
             return decode_latents(self.generator, latents, decode)
 
     def sample_latents(
@@ -196,6 +188,7 @@ class JointEBMPrior(nn.Module):
         n: int,
         *,
         given: Mapping[int, Tensor] | None = None,
+        prior: Literal["joint", "generator"] = "joint",
         start: Sequence[Tensor] | None = None,
         noise: NoiseSource | None = None,
         rng: torch.Generator | None = None,
@@ -206,6 +199,7 @@ class JointEBMPrior(nn.Module):
         Args:
             n: number of draws.
             given: layer *number* as in the paper (1 = nearest the data, … L) -> its fixed value, (n, *latent_shape).
+            prior: "joint", or "generator" for the generator's own prior (f = 0): ancestral draws, no chain.
             start: latents (z_1, …, z_L) that the chains start from; None: ancestral draws.
             noise: the chain's random numbers (`energy_prior.langevin.InjectedNoise`); None: drawn from `rng`.
             rng: random number generator.
@@ -220,7 +214,13 @@ class JointEBMPrior(nn.Module):
         """
         self._check_chain(n, given, start)
         settings = ChainSettings(**chain)
+        if prior not in ("joint", "generator"):
+            raise ArgumentError(f'prior: expected "joint" or "generator", got {prior!r}.')
+        if prior == "generator" and (given or start or noise or chain):
+            raise ArgumentError('prior="generator" is ancestral: it takes neither `given` nor options of a chain.')
         with self._quiet(rng) as model:
+            if prior == "generator":
+                return ancestral(self.generator, n).latents
             return model.run(model.prior_density(n, given), settings, start=start, noise=noise)
 
     def trajectory(
@@ -313,84 +313,6 @@ class JointEBMPrior(nn.Module):
             descent = TopDown(self.generator, len(energy)).descend(tuple(latents), "latent")
             return energy.sum(1) + descent.log_priors().sum(1)
 
-    # ------------------------------------------------------------------ scores
-
-    def log_joint(
-        self,
-        x: Tensor,
-        k: int = 0,
-        *,
-        num_samples: int = 1,
-        rng: torch.Generator | None = None,
-        **chain: Unpack[ChainOptions],
-    ) -> Tensor:
-        """L^{>k}(x) = E[log p_β0(x|z) + log p_β(z) + Σ_i f_i(z_i)], (batch,), nats, without −log Z.
-
-        The expectation is over z_{>k} ~ q_ω(z_{>k} | x) and z_{<=k} ~ p(z_{<=k} | z_{>k}) under the *joint prior*
-        (Langevin on the k lower layers with z_{>k} held fixed). k = 0: all of z from the posterior; k = L: all of z from
-        the joint prior. A generator without `infer` takes its posterior draws from Langevin.
-
-        Args:
-            x: observations, (batch, *x_shape).
-            k: number of layers nearest the data that are redrawn from the prior, 0 … L.
-            num_samples: draws that the expectation is averaged over.
-            rng: random number generator.
-            **chain: chain options.
-        """
-        validate.check_k(k, len(self.generator.latent_shapes))
-        return self._expectation(x, num_samples, rng, chain, lambda redraw: redraw(k).log_joint())
-
-    def llr_score(
-        self,
-        x: Tensor,
-        k: int,
-        *,
-        num_samples: int = 1,
-        rng: torch.Generator | None = None,
-        **chain: Unpack[ChainOptions],
-    ) -> Tensor:
-        """LLR^{>k}(x) = L^{>0}(x) − L^{>k}(x), (batch,), nats; higher = more out of distribution (Havtorn et al., ICML 2021).
-
-        Both terms use the same posterior draws, so LLR^{>0} is exactly 0; log Z cancels.
-
-        Args:
-            x: observations, (batch, *x_shape).
-            k: as in `log_joint`.
-            num_samples: draws that the expectation is averaged over.
-            rng: random number generator.
-            **chain: chain options.
-        """
-        validate.check_k(k, len(self.generator.latent_shapes))
-        return self._expectation(x, num_samples, rng, chain, lambda redraw: redraw(0).log_joint() - redraw(k).log_joint())
-
-    def anomaly_score(
-        self,
-        x: Tensor,
-        method: str = "log_joint",
-        *,
-        num_samples: int = 16,
-        rng: torch.Generator | None = None,
-        **chain: Unpack[ChainOptions],
-    ) -> Tensor:
-        """How unlike the training data each observation is, (batch,), nats; higher = more anomalous.
-
-        With z ~ q_ω(z | x) (or Langevin posterior draws), averaged over `num_samples` draws:
-
-            "log_joint"        −L^{>0} = −E[log p_β0(x|z) + log p_β(z) + Σ_i f_i(z_i)] (Cui, Wu and Han, CVPR 2023)
-            "negative_energy"  −E[Σ_i f_i(z_i)]: how improbable the latents are against the generator's own prior
-            "reconstruction"   −E[log p_β0(x | z)]: how badly x is reconstructed
-
-        Args:
-            x: observations, (batch, *x_shape).
-            method: the score's name.
-            num_samples: draws that the expectation is averaged over.
-            rng: random number generator.
-            **chain: chain options, for generators without `infer`.
-        """
-        if method not in ANOMALY_SCORES:
-            raise ArgumentError(f"method: expected one of {sorted(ANOMALY_SCORES)}, got {method!r}.")
-        return self._expectation(x, num_samples, rng, chain, lambda redraw: -ANOMALY_SCORES[method](redraw(0)))
-
     # ------------------------------------------------------------------ checkpoints
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -447,12 +369,6 @@ class JointEBMPrior(nn.Module):
         """What the methods compute with, unchecked; for training and for code that runs its own chains."""
         return JointModel(self.generator, list(self.energies), self.space, float(self.step_size))
 
-    @property
-    def reference(self) -> Tensor:
-        """A tensor with the latents' dtype and device."""
-        with torch.no_grad(), evaluating(self.generator):
-            return self.generator.conditional(self.generator.start(1)).loc
-
     @contextlib.contextmanager
     def _quiet(self, rng: torch.Generator | None) -> Iterator[JointModel]:
         """The model without gradients, in evaluation mode, drawing from `rng`."""
@@ -468,22 +384,3 @@ class JointEBMPrior(nn.Module):
             validate.check_given(given, self.generator.latent_shapes, self.reference, n)
         if start is not None:
             self._check_latents("start", start, n)
-
-    def _expectation(
-        self,
-        x: Tensor,
-        num_samples: int,
-        rng: torch.Generator | None,
-        chain: ChainOptions,
-        score: Callable[[Callable[[int], ScoreTerms]], Tensor],
-    ) -> Tensor:
-        """Mean over posterior draws of score(redraw), where redraw(k) gives the terms of L^{>k} at the same draw."""
-        validate.check_observations("x", x, self.x_shape, self.reference)
-        check_count("num_samples", num_samples)
-        settings = ChainSettings(**chain)
-        total = torch.zeros(len(x), dtype=self.reference.dtype, device=x.device)
-        with self._quiet(rng) as model:
-            for _ in range(num_samples):
-                latents = model.posterior_draw(x, settings)
-                total += score(functools.partial(model.redraw, x, latents, settings=settings))
-        return total / num_samples

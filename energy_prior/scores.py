@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["ANOMALY_SCORES", "ScoreTerms", "score_terms"]
+__all__ = ["ANOMALY_SCORES", "ScoreTerms", "calibrated", "score_terms"]
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from energy_prior.generator import HierarchicalGenerator
@@ -21,15 +22,22 @@ class ScoreTerms:
         log_likelihood: log p_β0(x | z), (batch,).
         log_prior: log p_β(z_i | z_{>i}), (batch, L).
         negative_energy: f_i(z_i), (batch, L).
+        log_q: Σ_i log q_ω of the draw, (batch,), or None where it did not come from an inference model.
     """
 
     log_likelihood: Tensor
     log_prior: Tensor
     negative_energy: Tensor
+    log_q: Tensor | None = None
 
     def log_joint(self) -> Tensor:
         """log p_β0(x | z) + log p_β(z) + Σ_i f_i(z_i), (batch,)."""
         return self.log_likelihood + self.log_prior.sum(1) + self.negative_energy.sum(1)
+
+    def parts(self) -> Tensor:
+        """log p_β0(x | z), log p_β(z) [− log q_ω(z | x)] and Σ_i f_i(z_i), (batch, 3): what `calibrated` weighs."""
+        rate = self.log_prior.sum(1) if self.log_q is None else self.log_prior.sum(1) - self.log_q
+        return torch.stack([self.log_likelihood, rate, self.negative_energy.sum(1)], dim=1)
 
 
 ANOMALY_SCORES: dict[str, Callable[[ScoreTerms], Tensor]] = {
@@ -40,8 +48,19 @@ ANOMALY_SCORES: dict[str, Callable[[ScoreTerms], Tensor]] = {
 """Terms by the name of the anomaly score that is their negative, (batch,), nats."""
 
 
-def score_terms(generator: HierarchicalGenerator, negative_energy: Tensor, x: Tensor, latents: Sequence[Tensor]) -> ScoreTerms:
+def calibrated(terms: ScoreTerms, calibration: Tensor) -> Tensor:
+    """Σ_t (t − m_t)/s_t over the three `parts`, (batch,), with m and s in the rows of `calibration`, (2, 3)."""
+    return ((terms.parts() - calibration[0]) / calibration[1]).sum(1)
+
+
+def score_terms(
+    generator: HierarchicalGenerator,
+    negative_energy: Tensor,
+    x: Tensor,
+    latents: Sequence[Tensor],
+    log_q: Tensor | None = None,
+) -> ScoreTerms:
     """The terms of the log joint at given latents (z_1, …, z_L), whose f_i are `negative_energy`, (batch, L)."""
     topdown = TopDown(generator, len(x))
     descent = topdown.descend(tuple(latents), "latent", to_observation=True)
-    return ScoreTerms(topdown.likelihood(descent).log_prob(x), descent.log_priors(), negative_energy)
+    return ScoreTerms(topdown.likelihood(descent).log_prob(x), descent.log_priors(), negative_energy, log_q)

@@ -90,7 +90,7 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
     (lambda p: p.sample(0), ArgumentError, "n: expected a whole number of at least 1, got 0"),
     (lambda p: p.sample(4, decode="median"), ArgumentError, 'decode: expected "mean", "sample" or None'),  # type: ignore[arg-type]
     (lambda p: p.sample(4, prior="gaussian"), ArgumentError, 'prior: expected "joint" or "generator"'),  # type: ignore[arg-type]
-    (lambda p: p.sample(4, prior="generator", steps=3), ArgumentError, "takes neither `given` nor chain options"),
+    (lambda p: p.sample(4, prior="generator", steps=3), ArgumentError, "takes neither `given` nor options of a chain"),
     (lambda p: p.log_joint(X, num_samples=0), ArgumentError, "num_samples: expected a whole number of at least 1"),
     (lambda p: p.sample_posterior(X, method="gibbs"), ArgumentError, 'method: expected "langevin" or "infer"'),  # type: ignore[arg-type]
     (lambda p: p.anomaly_score(X, "likelihood"), ArgumentError, "method: expected one of .*'log_joint'"),
@@ -181,7 +181,7 @@ EXPLODING = {
     ("name", "adjust"), [(n, a) for n in EXPLODING for a in (False, True) if not (a and n.startswith("grows"))]
 )
 def test_an_energy_that_explodes(name: str, adjust: bool, layer: int) -> None:
-    """DivergenceError with layer and step. (MALA rejects the moves of the one that grows without bound, so it stays finite.)"""
+    """DivergenceError with layer and step; MALA, which rejects the moves of the one that grows without bound, stays finite."""
     energies = [Returns(flat), Returns(flat)]
     energies[layer - 1] = Returns(EXPLODING[name])
     prior = make(energies=energies)
@@ -230,9 +230,9 @@ def test_training_that_diverges_keeps_the_last_good_weights() -> None:
 
 def test_energies_beyond_max_energy_stop_the_run_and_name_the_layer() -> None:
     prior = make()
+    with torch.no_grad():
+        prior.energies[1].net[-1].bias.fill_(5e3)  # type: ignore[union-attr]
     with pytest.raises(DivergenceError, match="f_2, the energy of layer 2, reached .*max_energy is 1000") as caught:
-        with torch.no_grad():
-            prior.energies[1].net[-1].bias.fill_(5e3)  # type: ignore[union-attr]
         prior.fit(X, iterations=5, progress=False)
     assert caught.value.layer == 2
 

@@ -120,7 +120,7 @@ def test_a_constant_added_to_an_energy_does_what_it_should() -> None:
     x = torch.randn(5, 3, dtype=torch.float64)
     shifted = copy.deepcopy(ladder)
     with torch.no_grad():
-        shifted.energies[1].c += 2.5
+        shifted.energies[1].c.add_(2.5)
     before, after = JointEBMPrior(ladder, ladder.energies), JointEBMPrior(shifted, shifted.energies)
 
     def rng() -> torch.Generator:
@@ -259,7 +259,7 @@ def test_parameters_and_state_dict_are_the_energies() -> None:
     assert {name.split(".")[0] for name, _ in prior.named_parameters()} == {"energies"}
     keys = set(prior.state_dict())
     assert "step_size" in keys
-    assert {k.split(".")[0] for k in keys} == {"energies", "step_size"}
+    assert {k.split(".")[0] for k in keys} == {"calibration", "energies", "step_size"}
     assert {k.split(".")[1] for k in keys if k.startswith("energies")} == {"0", "1", "2"}
 
 

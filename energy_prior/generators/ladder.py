@@ -67,7 +67,7 @@ class LadderVAE(nn.Module):
         x_shape: Sequence[int],
         latent_dims: Sequence[int] = (16, 8),
         *,
-        hidden: int = 128,
+        hidden: int = 256,
         depth: int = 2,
         nets: Nets = "mlp",
         likelihood: Likelihood = "gaussian",

@@ -30,6 +30,9 @@ class FitConfig:
             early on d is at most (1 + t)/(10 + t).
         max_energy: largest |f_i| in nats on a training batch, > 0; beyond it the run has diverged and stops.
         steps: Langevin steps per prior draw ("two_stage"), ≥ 1.
+        persistent: chains kept from update to update ("two_stage"; Tieleman, ICML 2008): each update takes `batch_size` of
+            them where they stood and runs them on. 0: every chain starts ancestrally.
+        restart: share of the persistent chains taken up that start again ancestrally, in [0, 1].
         step_size: fixed Langevin step size, > 0; None: tuned while training.
         target_acceptance: MALA acceptance that the tuning of the step size aims at, in (0, 1).
         log_every: iterations between looks at the run, each with an entry in the history and a check that nothing has
@@ -47,6 +50,8 @@ class FitConfig:
     ema_decay: float = 0.99
     max_energy: float = 1e3
     steps: int = 60
+    persistent: int = 0
+    restart: float = 0.05
     step_size: float | None = None
     target_acceptance: float = 0.9
     log_every: int = 20
@@ -55,7 +60,14 @@ class FitConfig:
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size", "steps", "log_every"):
             check_count(name, getattr(self, name))
-        check_count("warmup", self.warmup, least=0)
+        for name in ("warmup", "persistent"):
+            check_count(name, getattr(self, name), least=0)
+        if 0 < self.persistent < self.batch_size:
+            raise ArgumentError(
+                f"persistent: expected 0 or at least batch_size = {self.batch_size} chains, got {self.persistent}."
+            )
+        if not 0 <= self.restart <= 1:
+            raise ArgumentError(f"restart: expected a share in [0, 1], got {self.restart!r}.")
         for name in ("learning_rate", "gradient_clip", "max_energy"):
             check_positive(name, getattr(self, name))
         for name in ("weight_decay", "energy_penalty"):

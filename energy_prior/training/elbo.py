@@ -41,10 +41,10 @@ class ElboConfig:
         progress: show a progress bar.
     """
 
-    iterations: int = 3000
+    iterations: int = 2500
     batch_size: int = 128
     learning_rate: float = 2e-3
-    weight_decay: float = 1e-4
+    weight_decay: float = 0.0
     kl_warmup: int = 2000
     input_noise: float = 0.0
     gradient_clip: float = 200.0

@@ -6,7 +6,7 @@ __all__ = ["FitResult", "fit_energies"]
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,6 +85,7 @@ class _Run:
         self.clipped = 0
         self.step_size = config.step_size or float(prior.step_size)
         self.acceptance = math.nan
+        self.bank: tuple[Tensor, ...] | None = None
 
     def learn(self) -> None:
         """All iterations."""
@@ -140,7 +141,7 @@ class _Run:
     def _posterior(self) -> tuple[Tensor, ...]:
         """Posterior draws of the next batch: q_ω, or Langevin where the generator has no inference model."""
         with torch.no_grad(), frozen(self.prior.generator, self.prior.energies):
-            return self.prior.model.posterior_draw(next(self.batches))
+            return self.prior.model.posterior_draw(next(self.batches)).latents
 
     def _ancestral(self, n: int) -> tuple[Tensor, ...]:
         with torch.no_grad(), frozen(self.prior.generator):
@@ -150,6 +151,23 @@ class _Run:
         """Draws of the generator's prior (NCE), or of the joint prior as it is now (maximum likelihood)."""
         if self.method == "nce":
             return self._ancestral(n)
+        if not self.config.persistent:
+            return self._chain(self._ancestral(n))
+        if self.bank is None:
+            self.bank = self._chain(self._ancestral(self.config.persistent))
+        rows = torch.randperm(len(self.bank[0]), device=self.bank[0].device)[:n]
+        again = torch.rand(n, device=rows.device) < self.config.restart
+        start = [
+            torch.where(again.reshape(-1, *([1] * (old.ndim - 1))), new, old[rows])
+            for new, old in zip(self._ancestral(n), self.bank, strict=True)
+        ]
+        draws = self._chain(start)
+        for kept, z in zip(self.bank, draws, strict=True):
+            kept[rows] = z
+        return draws
+
+    def _chain(self, start: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """A short chain from `start`; nudges the step size towards the target acceptance."""
         accepted: list[Tensor] = []
 
         def note(step: int, state: ChainState, acceptance: Tensor) -> None:
@@ -158,7 +176,7 @@ class _Run:
         with torch.no_grad(), frozen(self.prior.generator, self.prior.energies):
             model = self.prior.model
             settings = ChainSettings(steps=self.config.steps, step_size=self.step_size)
-            draws = model.run(model.prior_density(n), settings, on_step=note)
+            draws = model.run(model.prior_density(len(start[0])), settings, start=start, on_step=note)
         self.acceptance = float(torch.stack(accepted[1:]).mean())
         if self.config.step_size is None:
             grown = self.step_size * math.exp(_STEP_GAIN * (self.acceptance - self.config.target_acceptance))

@@ -1,0 +1,111 @@
+"""How good samples and scores are: Fréchet distance and its excess, two-sample accuracy, AUROC and AUPRC."""
+
+from __future__ import annotations
+
+__all__ = ["Detection", "detection", "excess_ratio", "frechet_distance", "two_sample_accuracy"]
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from energy_prior._util import require_extra
+from energy_prior.errors import ArgumentError, ShapeError
+
+
+class Detection(NamedTuple):
+    """How well a score tells unknown from known observations: areas in [0, 1], unknown as the positive class."""
+
+    auroc: float
+    auprc: float
+
+
+def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
+    """‖m_a − m_b‖² + tr(C_a + C_b − 2 (C_a C_b)^{1/2}), the squared 2-Wasserstein distance of two fitted Gaussians.
+
+    The FID with any feature net (Heusel et al., NeurIPS 2017); computed in float64.
+
+    Args:
+        features_a: (n, d), n ≥ 2.
+        features_b: (m, d), m ≥ 2.
+
+    Raises:
+        ShapeError: if they are not two matrices with the same d.
+        ArgumentError: if a value is not finite.
+    """
+    if features_a.ndim != 2 or features_b.ndim != 2 or features_a.shape[1] != features_b.shape[1]:
+        got = f"{tuple(features_a.shape)} and {tuple(features_b.shape)}"
+        raise ShapeError(f"features: expected two matrices (n, d) and (m, d), got {got}.")
+    if min(len(features_a), len(features_b)) < 2:
+        raise ShapeError("features: expected at least two rows on each side.")
+    a, b = features_a.double(), features_b.double()
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise ArgumentError("features: expected finite values, got NaN or infinity.")
+    cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def excess_ratio(joint: float, generator: float, floor: float) -> float:
+    """(joint − floor)/(generator − floor) of three Fréchet distances to the same test images at equal sample counts.
+
+    Args:
+        joint: distance of the joint prior's samples.
+        generator: distance of samples of the generator's own prior.
+        floor: distance of training images, which is not 0 at finite sample counts.
+
+    Raises:
+        ArgumentError: if `generator` does not exceed `floor`: there is then no excess to compare with.
+    """
+    if not generator > floor:
+        raise ArgumentError(f"generator: expected a distance above the floor {floor:.4g}, got {generator:.4g}.")
+    return (joint - floor) / (generator - floor)
+
+
+def two_sample_accuracy(
+    train_a: Tensor, train_b: Tensor, test_a: Tensor, test_b: Tensor, *, hidden: int = 128, epochs: int = 25, seed: int = 0
+) -> float:
+    """Balanced accuracy of a classifier of A against B on draws that it was not trained on; 0.5 = cannot be told apart.
+
+    A classifier two-sample test (Lopez-Paz and Oquab, ICLR 2017) with scikit-learn's two-layer perceptron.
+
+    Args:
+        train_a: (n, d) draws of A to train on; inputs are standardised by these.
+        train_b: (n, d) draws of B, as many.
+        test_a: (m, d) draws of A to test on.
+        test_b: (m', d) draws of B to test on.
+        hidden: width of the two hidden layers.
+        epochs: passes over the training draws.
+        seed: random state of the classifier.
+
+    Raises:
+        MissingExtraError: if scikit-learn is not installed.
+    """
+    perceptron = require_extra("sklearn.neural_network", "eval").MLPClassifier
+    mean, spread = train_a.mean(0), train_a.std(0).clamp_min(1e-12)
+    unit = [((t - mean) / spread).cpu().numpy() for t in (train_a, train_b, test_a, test_b)]
+    labels = torch.cat([torch.ones(len(train_a)), torch.zeros(len(train_b))]).numpy()
+    net = perceptron((hidden, hidden), alpha=1e-3, batch_size=256, max_iter=epochs, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Stochastic Optimizer: Maximum iterations")
+        net.fit(torch.cat([torch.as_tensor(unit[0]), torch.as_tensor(unit[1])]).numpy(), labels)
+    return 0.5 * float(net.predict(unit[2]).mean() + (1 - net.predict(unit[3])).mean())
+
+
+def detection(known: Tensor, unknown: Tensor) -> Detection:
+    """AUROC and AUPRC (average precision) of a score, higher = more unknown, from scikit-learn.
+
+    Args:
+        known: scores of known observations, (n,).
+        unknown: scores of unknown observations, (m,).
+
+    Raises:
+        MissingExtraError: if scikit-learn is not installed.
+    """
+    metrics = require_extra("sklearn.metrics", "eval")
+    scores = torch.cat([known, unknown]).double().cpu().numpy()
+    labels = torch.cat([torch.zeros(len(known)), torch.ones(len(unknown))]).numpy()
+    return Detection(float(metrics.roc_auc_score(labels, scores)), float(metrics.average_precision_score(labels, scores)))

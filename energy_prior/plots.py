@@ -1,0 +1,111 @@
+"""Pictures: panels of images, a Langevin run from its start to its end, histograms of scores. Written without a display."""
+
+from __future__ import annotations
+
+__all__ = ["chain_strip", "image_panels", "score_histograms"]
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from energy_prior._util import require_extra
+from energy_prior.evaluate import detection
+
+
+def image_panels(path: str | os.PathLike[str], panels: Mapping[str, Tensor], *, columns: int = 8) -> None:
+    """Grids of images side by side, each under its title.
+
+    Args:
+        path: file to write.
+        panels: title -> images in [0, 1], (n, channels, height, width), 1 or 3 channels.
+        columns: images per row of a grid.
+    """
+    figure = _figure(3.4 * len(panels), 3.8)
+    for index, (title, images) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), index)
+        _show(axes, _grid(images, columns))
+        axes.set_title(title)
+    figure.savefig(path, dpi=150)
+
+
+def chain_strip(path: str | os.PathLike[str], frames: Tensor, steps: Tensor, energy: Tensor) -> None:
+    """One row of images per chain, from its ancestral start to its end, above the energy profile of the chains.
+
+    Args:
+        path: file to write.
+        frames: decoded images in [0, 1], (chains, frames, channels, height, width).
+        steps: step number of each frame, (frames,).
+        energy: Σ_i f_i of each frame and chain, (frames, chains), nats.
+    """
+    chains, count = frames.shape[:2]
+    figure = _figure(0.55 * count + 1.2, 0.55 * chains + 3.2)
+    top, bottom = figure.subplots(2, 1, height_ratios=[0.55 * chains, 2.0])
+    _show(top, _grid(rearrange(frames, "a f c h w -> (a f) c h w"), count))
+    top.set_title("Langevin chains under the joint prior: ancestral start (left) to end (right)")
+    side = frames.shape[-1] + 1
+    top.set_xticks([side * (i + 0.5) for i in range(count)], [str(int(s)) for s in steps])
+    top.tick_params(length=0, labelsize=8)
+    bottom.plot(steps.cpu(), energy.cpu(), color="tab:blue", alpha=0.3, linewidth=0.8)
+    bottom.plot(steps.cpu(), energy.mean(1).cpu(), color="tab:blue", linewidth=2, label="mean of the chains")
+    bottom.set_xlabel("Langevin step")
+    bottom.set_ylabel("$\\sum_i f_i(z_i)$ in nats")
+    bottom.margins(x=0.02)
+    bottom.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def score_histograms(
+    path: str | os.PathLike[str], scores: Mapping[str, tuple[Tensor, Tensor]], *, known: str, unknown: str
+) -> None:
+    """A histogram per score, known against unknown observations, with its AUROC.
+
+    Args:
+        path: file to write.
+        scores: name -> scores of known and of unknown observations, (n,) and (m,), higher = more unknown.
+        known: legend of the known ones.
+        unknown: legend of the unknown ones.
+    """
+    columns = min(2, len(scores))
+    rows = -(-len(scores) // columns)
+    figure = _figure(4.6 * columns, 2.6 * rows + 0.4)
+    for index, (name, (inside, outside)) in enumerate(scores.items(), start=1):
+        axes = figure.add_subplot(rows, columns, index)
+        both = torch.cat([inside, outside]).double().cpu()
+        low, high = (float(q) for q in torch.quantile(both, torch.tensor([0.002, 0.998], dtype=both.dtype)))
+        bins = torch.linspace(low, high, 41).tolist()
+        for values, label, colour in ((inside, known, "tab:blue"), (outside, unknown, "tab:orange")):
+            clipped = values.double().cpu().clamp(low, high).numpy()
+            axes.hist(clipped, bins, density=True, alpha=0.6, color=colour, label=label)
+        axes.set_title(f"{name}: AUROC {detection(inside, outside).auroc:.3f}", fontsize=10)
+        axes.set_yticks([])
+        axes.set_xlabel("score (higher = more unknown)", fontsize=8)
+        if index == 1:
+            handles, labels = axes.get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure of its own, outside pyplot: no display, no global state."""
+    return require_extra("matplotlib.figure", "examples").Figure(figsize=(width, height), layout="constrained")
+
+
+def _grid(images: Tensor, columns: int) -> Tensor:
+    """(n, c, h, w) in [0, 1] -> one image (H, W, c) with a pixel between."""
+    images = images.detach().float().clamp(0, 1).cpu()
+    rows = math.ceil(len(images) / columns)
+    blank = images.new_ones(rows * columns - len(images), *images.shape[1:])
+    padded = torch.nn.functional.pad(torch.cat([images, blank]), (0, 1, 0, 1), value=0.0)
+    return rearrange(padded, "(r k) c h w -> (r h) (k w) c", k=columns)[:-1, :-1]
+
+
+def _show(axes: Any, image: Tensor) -> None:
+    axes.imshow(image.squeeze(-1).numpy(), cmap="gray_r" if image.shape[-1] == 1 else None, vmin=0, vmax=1)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_frame_on(False)
