@@ -40,9 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="of the split, the training and the samples")
     demo.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1, …")
     demo.add_argument("--out", type=Path, default=Path("energy-prior-demo"), help="folder to write to")
-    demo.add_argument(
-        "--quick", action="store_true", help="a few iterations only, to see that it runs; the figures mean nothing"
-    )
+    demo.add_argument("--quick", action="store_true", help="a few iterations, to see that it runs; the figures mean nothing")
     return parser
 
 

@@ -102,6 +102,8 @@ def run_demo(settings: DemoSettings, out: str | Path | None = "energy-prior-demo
     """
     begin = time.perf_counter()
     device = torch.device(settings.device)
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)  # now, not after the training
     data = load_demo_data(settings.unknown, settings.seed, settings.device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
@@ -221,7 +223,6 @@ def _draw(
     out: Path, prior: JointEBMPrior, data: DemoData, settings: DemoSettings, scores: Mapping[str, tuple[Tensor, Tensor]]
 ) -> None:
     """samples.png, langevin.png and scores.png."""
-    out.mkdir(parents=True, exist_ok=True)
     n = 64
     plots.image_panels(
         out / "samples.png",

@@ -1,0 +1,100 @@
+"""Figures: Fréchet distance against closed forms, the two-sample test on known pairs, detection on raw scores."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from scipy.linalg import sqrtm
+
+from energy_prior import ArgumentError, MissingExtraError, ShapeError
+from energy_prior.evaluate import detection, excess_ratio, frechet_distance, two_sample_accuracy
+
+
+def test_frechet_distance_of_known_gaussians() -> None:
+    """Samples whitened to have exactly the moments asked for, so that the closed form holds exactly."""
+    torch.manual_seed(0)
+
+    def exactly(mean: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+        z = torch.randn(50, 3, dtype=torch.float64)
+        z = z - z.mean(0)
+        z = z @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(z.T))).T
+        return mean + z @ torch.linalg.cholesky(covariance).T
+
+    m = torch.randn(3, 3, dtype=torch.float64)
+    cov_a, cov_b = m @ m.T + torch.eye(3).double(), torch.diag(torch.tensor([1.0, 2.0, 0.3])).double()
+    mean_a, mean_b = torch.tensor([1.0, 0.0, -2.0]).double(), torch.zeros(3).double()
+    root = torch.as_tensor(sqrtm((cov_a @ cov_b).numpy()).real)
+    expected = (mean_a - mean_b).square().sum() + (cov_a + cov_b - 2 * root).trace()
+    assert frechet_distance(exactly(mean_a, cov_a), exactly(mean_b, cov_b)) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_frechet_distance_of_a_set_to_itself_and_with_fewer_rows_than_features() -> None:
+    x = torch.randn(10, 30)
+    assert frechet_distance(x, x) == pytest.approx(0.0, abs=1e-6)
+    assert frechet_distance(x, x + 1) == pytest.approx(30.0, rel=1e-5)
+    assert frechet_distance(x[:, :1], x[:, :1] + 2) == pytest.approx(4.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "error", "words"),
+    [
+        (torch.zeros(4), torch.zeros(4, 2), ShapeError, "expected two matrices"),
+        (torch.zeros(4, 3), torch.zeros(4, 2), ShapeError, r"got \(4, 3\) and \(4, 2\)"),
+        (torch.zeros(1, 2), torch.zeros(4, 2), ShapeError, "at least two rows"),
+        (torch.full((3, 2), float("nan")), torch.zeros(4, 2), ArgumentError, "expected finite values"),
+    ],
+)
+def test_frechet_distance_bad_input(a: torch.Tensor, b: torch.Tensor, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        frechet_distance(a, b)
+
+
+def test_excess_ratio() -> None:
+    assert excess_ratio(2.0, 5.0, 1.0) == pytest.approx(0.25)
+    with pytest.raises(ArgumentError, match="above the floor"):
+        excess_ratio(2.0, 1.0, 1.0)
+
+
+def test_two_sample_accuracy_on_pairs_that_differ_and_that_do_not() -> None:
+    g = torch.Generator().manual_seed(0)
+
+    def draws(n: int, shift: float) -> torch.Tensor:
+        return torch.randn(n, 2, generator=g) + shift
+
+    same = two_sample_accuracy(draws(800, 0), draws(800, 0), draws(2000, 0), draws(2000, 0), epochs=10)
+    apart = two_sample_accuracy(draws(800, 0), draws(800, 1), draws(2000, 0), draws(2000, 1), epochs=10)
+    assert same == pytest.approx(0.5, abs=0.04)
+    best = float(torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor(0.5**0.5)))  # of two unit Gaussians √2 apart
+    assert apart == pytest.approx(best, abs=0.03)
+
+
+def test_detection_keeps_scores_of_hundreds_of_nats_apart() -> None:
+    """No sigmoid in float32, which would tie them."""
+    known, unknown = torch.tensor([500.0, 501.0, 502.0]), torch.tensor([502.5, 503.0])
+    assert detection(known, unknown) == (1.0, 1.0)
+    assert detection(unknown, known).auroc == 0.0
+
+
+def test_a_missing_extra_names_its_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "energy-prior\[eval\]"'):
+        detection(torch.zeros(2), torch.ones(2))
+
+
+def test_plots_write_readable_pictures(tmp_path: Any) -> None:
+    from matplotlib.image import imread
+
+    from energy_prior import plots
+
+    images = torch.rand(10, 3, 5, 7)
+    plots.image_panels(tmp_path / "a.png", {"left": images, "right": images[:, :1]}, columns=4)
+    plots.chain_strip(tmp_path / "b.png", torch.rand(2, 3, 1, 4, 4), torch.tensor([0, 5, 10]), torch.randn(3, 2))
+    scores = {name: (torch.randn(30), torch.randn(20) + 1) for name in ("one", "two", "three")}
+    plots.score_histograms(tmp_path / "c.png", scores, known="in", unknown="out")
+    for name in "abc":
+        picture = imread(tmp_path / f"{name}.png")
+        assert picture.shape[2] == 4
+        assert picture.std() > 0.05, "not blank"

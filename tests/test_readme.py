@@ -1,0 +1,38 @@
+"""README's Python blocks run as they are written, but for the number of training iterations."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from energy_prior import LadderVAE
+from energy_prior.demo import load_demo_data
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_there_are_blocks() -> None:
+    assert len(BLOCKS) == 3
+
+
+@pytest.mark.parametrize("index", range(len(BLOCKS)))
+def test_block(index: int, capsys: pytest.CaptureFixture[str]) -> None:
+    data = load_demo_data(9, 0)
+    names: dict[str, Any] = {
+        "images": data.train,
+        "held_out": data.validation,
+        "generator": LadderVAE((1, 8, 8), latent_dims=(4, 2)),
+    }
+    short = BLOCKS[index].replace("prior.fit(images)", "prior.fit(images, iterations=2, progress=False)")
+    short = short.replace("validation=held_out)", "validation=held_out, iterations=2, progress=False)")
+    torch.manual_seed(0)
+    exec(compile(short, f"README block {index}", "exec"), names)  # noqa: S102
+    if "check_generator" in short:
+        assert "torch.Size([3, 8])" in capsys.readouterr().out
+    else:
+        assert names["prior"].sample(2).shape == (2, 1, 8, 8)
