@@ -7,11 +7,14 @@ __all__ = [
     "check_positive",
     "evaluating",
     "frozen",
+    "is_whole",
     "inferrer",
     "normal_like",
     "reproducible",
     "require_extra",
     "sum_event",
+    "training_mode",
+    "unvalidated",
 ]
 
 import contextlib
@@ -48,10 +51,26 @@ def reproducible(rng: torch.Generator | None, device: torch.device) -> Iterator[
     if rng is None:
         yield
         return
+    if not isinstance(rng, torch.Generator):
+        raise ArgumentError(f"rng: expected a torch.Generator or None, got {type(rng).__name__}.")
     seed = int(torch.randint(2**62, (), generator=rng, device=rng.device))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU, also those not forked
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
+
+
+@contextlib.contextmanager
+def unvalidated() -> Iterator[None]:
+    """No checks inside torch.distributions, which would sync with the host at every construction; restored on exit."""
+    validate = Distribution._validate_args
+    try:
+        Distribution.set_default_validate_args(False)
+        yield
+    finally:
+        Distribution.set_default_validate_args(validate)
 
 
 @contextlib.contextmanager
@@ -59,14 +78,24 @@ def evaluating(*modules: Any) -> Iterator[None]:
     """Evaluation mode and no per-call distribution checks; both restored on exit, also after an error."""
     parts = [m for module in modules if isinstance(module, nn.Module) for m in module.modules()]
     flags = [(m, m.training) for m in parts]
-    validate = Distribution._validate_args
     try:
         for m in parts:
             m.training = False
-        Distribution.set_default_validate_args(False)
+        with unvalidated():
+            yield
+    finally:
+        for m, training in flags:
+            m.training = training
+
+
+@contextlib.contextmanager
+def training_mode(module: nn.Module) -> Iterator[None]:
+    """Training mode; every part's own flag is restored on exit, also after an error."""
+    flags = [(m, m.training) for m in module.modules()]
+    try:
+        module.train()
         yield
     finally:
-        Distribution.set_default_validate_args(validate)
         for m, training in flags:
             m.training = training
 
@@ -93,17 +122,19 @@ def inferrer(generator: Any) -> Callable[..., Any] | None:
 
 def check_count(name: str, value: Any, *, least: int = 1) -> int:
     """A whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_whole(value) or value < least:
         raise ArgumentError(f"{name}: expected a whole number of at least {least}, got {value!r}.")
-    return value
+    return int(value)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether this is an integer of any kind (numpy's too), but not a bool."""
+    return hasattr(value, "__index__") and not isinstance(value, bool | Tensor)
 
 
 def check_positive(name: str, value: Any) -> float:
     """A finite number above 0."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = float(value) if hasattr(value, "__float__") else math.nan
     if not (math.isfinite(number) and number > 0):
         raise ArgumentError(f"{name}: expected a finite number above 0, got {value!r}.")
     return number

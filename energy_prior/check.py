@@ -203,11 +203,7 @@ def _infer(generator: HierarchicalGenerator, x: Tensor) -> str | None:
         inferred = validate.checked_infer(generator, x)
     if inferred.factorization not in get_args(Factorization):
         return f"infer: factorization must be one of {get_args(Factorization)}, got {inferred.factorization!r}."
-    if not torch.isfinite(inferred.log_q).all():
-        return "infer: log_q is not finite."
     for layer, z in enumerate(inferred.latents, start=1):
-        if not torch.isfinite(z).all():
-            return f"infer: z_{layer} is not finite."
         learnable = isinstance(generator, nn.Module) and any(p.requires_grad for p in generator.parameters())
         if learnable and not z.requires_grad:
             return f"infer: z_{layer} carries no gradient. Draw it reparameterised (rsample), not detached."

@@ -51,7 +51,7 @@ def write_checkpoint(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "config": json.dumps(dict(config))}
-    data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata=header)
+    data = save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, metadata=header)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -86,7 +86,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
             "JointEBMPrior.save wrote."
         )
     version = header.get("format_version", "")
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
+    if not version.isdecimal() or int(version) > FORMAT_VERSION:
         raise CheckpointError(
             f"{os.fspath(path)!r} has checkpoint format {version!r}; this version of energy-prior reads up to "
             f"{FORMAT_VERSION}. Upgrade: pip install -U energy-prior."
@@ -94,10 +94,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
     config: dict[str, Any] = {}
     try:
         config = json.loads(header["config"])
-        missing = {"space", "latent_shapes", "generator", "energies"} - set(config)
+        whole = all(
+            isinstance(config[key], kind)
+            for key, kind in {"space": str, "latent_shapes": list, "generator": str, "energies": list}.items()
+        )
     except (KeyError, TypeError, ValueError):
-        missing = {"everything"}
-    if missing or "step_size" not in tensors:
+        whole = False
+    if not whole or not {"step_size", "calibration"} <= set(tensors):
         raise CheckpointError(
             f"The configuration in {os.fspath(path)!r} is damaged. Save the prior again, or use another copy."
         )
@@ -128,6 +131,7 @@ def check_state_fits(path: str | os.PathLike[str], expected: Mapping[str, Tensor
         for name, value in expected.items()
         if name in got and got[name].shape != value.shape
     ]
+    faults += [f"{name} is not finite" for name, value in got.items() if not bool(torch.isfinite(value.float()).all())]
     if faults:
         more = f" (and {len(faults) - 4} more)" if len(faults) > 4 else ""
         raise CheckpointError(

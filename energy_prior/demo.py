@@ -27,7 +27,7 @@ SCORES = ("calibrated", "log_joint", "negative_energy", "reconstruction")
 """The anomaly scores that the demo reports, the default one first."""
 
 
-NCE: dict[str, Any] = {"weight_decay": 0.1, "energy_penalty": 5e-3}
+NCE: dict[str, Any] = {"batch_size": 1024, "weight_decay": 0.1, "energy_penalty": 5e-3}
 ML: dict[str, Any] = {"steps": 20, "persistent": 2048, "warmup": 20, "ema_decay": 0.98}
 """What differs from `FitConfig`: few images, so a strong weight decay; a short finish by maximum likelihood."""
 
@@ -52,7 +52,7 @@ class DemoSettings:
     seed: int = 0
     device: str = "cpu"
     vae_iterations: int = 2500
-    nce_iterations: int = 2000
+    nce_iterations: int = 1500
     ml_iterations: int = 200
     draws: int = 10
     repeats: int = 5
@@ -113,7 +113,6 @@ def run_demo(settings: DemoSettings, out: str | Path | None = "energy-prior-demo
             data.train,
             validation=data.validation,
             iterations=settings.vae_iterations,
-            kl_warmup=int(0.8 * settings.vae_iterations),
             input_noise=0.15,
             progress=settings.progress,
         )

@@ -62,7 +62,7 @@ class DiscretizedLogistic(Distribution):
         upper = (value + self.step / 2 - self.loc) / self.scale
         lower = (value - self.step / 2 - self.loc) / self.scale
         # F(u) − F(l) = F(u) F(−l) (1 − e^{l − u}) for every l < u
-        log_width = torch.log(-torch.expm1(lower - upper))
+        log_width = torch.log(-torch.expm1(-self.step / self.scale))
         inside = F.logsigmoid(upper) + F.logsigmoid(-lower) + log_width
         edge = self.step / 2
         at_low, at_high = value < self.low + edge, value > self.high - edge

@@ -183,13 +183,18 @@ def build_energies(described: Iterable[Mapping[str, Any]]) -> nn.ModuleList:
     """
     built = nn.ModuleList()
     for layer, entry in enumerate(described, start=1):
-        if entry["kind"] not in BUILT_IN:
+        if not isinstance(entry, Mapping) or entry.get("kind") not in (*BUILT_IN, "custom"):
+            raise CheckpointError(f"energies: the description of f_{layer}, {entry!r}, is not one that this version can read.")
+        if entry["kind"] == "custom":
             raise CheckpointError(
                 f"energies: f_{layer} was a module of your own, {entry.get('name')}; a checkpoint holds its weights but not "
                 "its "
                 "code. Pass energies=[…] to load, built as they were when the prior was saved."
             )
-        built.append(BUILT_IN[entry["kind"]](**{key: value for key, value in entry.items() if key != "kind"}))
+        try:
+            built.append(BUILT_IN[entry["kind"]](**{key: value for key, value in entry.items() if key != "kind"}))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"energies: f_{layer} cannot be built from {dict(entry)!r}: {error}") from error
     return built
 
 

@@ -46,6 +46,10 @@ class JointModel:
         """f_i(z_i), (batch, L), nats."""
         return torch.stack([f(z) for f, z in zip(self.energies, latents, strict=True)], dim=1)
 
+    def log_prior(self, latents: Sequence[Tensor]) -> Tensor:
+        """log p_β(z_i | z_{>i}), (batch, L), nats."""
+        return TopDown(self.generator, len(latents[0])).descend(tuple(latents), "latent").log_priors()
+
     def prior_density(self, n: int, held: Mapping[int, Tensor] | None = None) -> JointDensity:
         """p(z_free | z_held) of n draws."""
         return JointDensity(TopDown(self.generator, n, held), self.energies, self.space)
@@ -90,7 +94,8 @@ class JointModel:
         k + 1 is computed once, so that a step costs k layers. k = 0 keeps the draw as it is and runs no chain.
         """
         if not k:
-            return score_terms(self.generator, self.negative_energy(draw.latents), x, draw.latents, draw.log_q)
+            terms = score_terms(self.generator, self.negative_energy(draw.latents), x, draw.latents, draw.log_q)
+            return terms.checked()
         held = {layer: draw.latents[layer - 1] for layer in range(k + 1, len(draw.latents) + 1)}
         latents = self.run(self.prior_density(len(x), held), settings)
-        return score_terms(self.generator, self.negative_energy(latents), x, latents)
+        return score_terms(self.generator, self.negative_energy(latents), x, latents).checked()

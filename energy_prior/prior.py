@@ -35,7 +35,7 @@ from energy_prior.langevin import (
 )
 from energy_prior.model import JointModel
 from energy_prior.scoring import ScoreMethods
-from energy_prior.topdown import Decode, Space, TopDown, ancestral, decode_latents
+from energy_prior.topdown import Decode, Space, ancestral, check_decode, decode_latents
 
 if TYPE_CHECKING:
     from energy_prior.training import FitConfig, FitResult
@@ -90,7 +90,7 @@ class JointEBMPrior(ScoreMethods, nn.Module):
             raise ArgumentError(f"space: expected one of {get_args(Space)}, got {space!r}.")
         self.space: Space = space
         object.__setattr__(self, "generator", generator)  # not a submodule: see the class docstring
-        with torch.no_grad(), frozen(generator), reproducible(torch.Generator(), torch.device("cpu")):
+        with torch.no_grad(), frozen(generator):
             probe = validate.probe_generator(generator)
         self.x_shape = probe.x_shape
         reference = probe.latents[0]
@@ -132,14 +132,16 @@ class JointEBMPrior(ScoreMethods, nn.Module):
             The history of the run.
 
         Raises:
-            ArgumentError, ShapeError: for impossible settings or data (empty, not finite, wrong shape, dtype or device).
+            ArgumentError, ShapeError: for impossible settings or data (empty, not finite, wrong shape or dtype).
             DivergenceError: if something stops being finite or |f| leaves `max_energy`; the energies then hold their last
                 good average.
         """
         from energy_prior.training import fit_energies
 
         with reproducible(rng, self.reference.device):
-            return fit_energies(self, data, method, config, settings)
+            result = fit_energies(self, data, method, config, settings)
+        self.calibration.zero_()  # it was that of other energies
+        return result
 
     def tune_step_size(
         self, *, target_acceptance: float = 0.9, batch_size: int = 64, rng: torch.Generator | None = None
@@ -179,6 +181,7 @@ class JointEBMPrior(ScoreMethods, nn.Module):
         Returns:
             (n, *x_shape).
         """
+        check_decode(decode)
         with self._quiet(rng):
             latents = self.sample_latents(n, given=given, prior=prior, **chain)
             return decode_latents(self.generator, latents, decode)
@@ -252,6 +255,8 @@ class JointEBMPrior(ScoreMethods, nn.Module):
         self._check_chain(n, given, start)
         with self._quiet(rng) as model:
             density = model.prior_density(n, given)
+            if not density.topdown.free:
+                raise ArgumentError("given: every layer is held, so there is nothing to follow; leave one free.")
             recorder = TrajectoryRecorder(density, every)
             model.run(density, settings, start=start, noise=noise, on_step=recorder)
             return recorder.trajectory()
@@ -273,7 +278,7 @@ class JointEBMPrior(ScoreMethods, nn.Module):
             method: "langevin": chains on the exact posterior, by default Metropolis-adjusted with step sizes that each
                 chain adapts over its first half; "infer": one draw of the generator's inference model q_ω(z | x).
             start: latents that the chains start from; None: a draw of q_ω, or ancestral where there is no `infer`.
-            noise: the chain's random numbers; None: drawn from `rng`.
+            noise: the chain's random numbers (then `start` is needed too); None: drawn from `rng`.
             rng: random number generator.
             **chain: chain options.
 
@@ -285,6 +290,8 @@ class JointEBMPrior(ScoreMethods, nn.Module):
         settings = ChainSettings(**chain)
         if method not in ("langevin", "infer"):
             raise ArgumentError(f'method: expected "langevin" or "infer", got {method!r}.')
+        if noise is not None and start is None:
+            raise ArgumentError("noise: give `start` as well; the draw of q that a chain starts from is random too.")
         with self._quiet(rng) as model:
             if method == "infer":
                 return validate.checked_infer(self.generator, x).latents
@@ -310,8 +317,7 @@ class JointEBMPrior(ScoreMethods, nn.Module):
         """
         energy = self.negative_energy(latents)
         with evaluating(self.generator):
-            descent = TopDown(self.generator, len(energy)).descend(tuple(latents), "latent")
-            return energy.sum(1) + descent.log_priors().sum(1)
+            return energy.sum(1) + self.model.log_prior(latents).sum(1)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -371,8 +377,19 @@ class JointEBMPrior(ScoreMethods, nn.Module):
 
     @contextlib.contextmanager
     def _quiet(self, rng: torch.Generator | None) -> Iterator[JointModel]:
-        """The model without gradients, in evaluation mode, drawing from `rng`."""
-        with torch.no_grad(), frozen(self.generator, self), reproducible(rng, self.reference.device):
+        """The model without gradients, in evaluation mode, drawing from `rng`; also inside `torch.inference_mode`."""
+        here, there = self.reference, self.step_size
+        if (here.dtype, here.device) != (there.dtype, there.device):
+            raise ArgumentError(
+                f"generator: it is {here.dtype} on {here.device}, but the energies are {there.dtype} on {there.device}. Move "
+                "both with prior.to(…), not the generator alone."
+            )
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            frozen(self.generator, self),
+            reproducible(rng, self.reference.device),
+        ):
             yield self.model
 
     def _check_latents(self, name: str, latents: Sequence[Tensor], batch: int | None = None) -> None:

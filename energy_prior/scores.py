@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
+from energy_prior.errors import DivergenceError
 from energy_prior.generator import HierarchicalGenerator
 from energy_prior.topdown import TopDown
 
@@ -33,6 +35,21 @@ class ScoreTerms:
     def log_joint(self) -> Tensor:
         """log p_β0(x | z) + log p_β(z) + Σ_i f_i(z_i), (batch,)."""
         return self.log_likelihood + self.log_prior.sum(1) + self.negative_energy.sum(1)
+
+    def checked(self) -> Self:
+        """Itself, if every term is finite.
+
+        Raises:
+            DivergenceError: naming the term, and its layer.
+        """
+        for what, values in (("the energy f", self.negative_energy), ("log p_β", self.log_prior)):
+            bad = (~torch.isfinite(values)).any(0)
+            if bool(bad.any()):
+                layer = int(bad.nonzero()[0]) + 1
+                raise DivergenceError(f"A score is not finite: {what} of layer {layer} is not, at a draw of z.", layer=layer)
+        if not bool(torch.isfinite(self.log_likelihood).all()):
+            raise DivergenceError("A score is not finite: the log likelihood of an observation is not, at a draw of z.")
+        return self
 
     def parts(self) -> Tensor:
         """log p_β0(x | z), log p_β(z) [− log q_ω(z | x)] and Σ_i f_i(z_i), (batch, 3): what `calibrated` weighs."""

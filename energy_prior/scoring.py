@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from energy_prior import validate
 from energy_prior._util import check_count, evaluating
-from energy_prior.errors import ArgumentError
+from energy_prior.errors import ArgumentError, ShapeError
 from energy_prior.generator import HierarchicalGenerator
 from energy_prior.langevin import ChainOptions, ChainSettings
 from energy_prior.model import JointModel
@@ -81,7 +81,12 @@ class ScoreMethods:
             **chain: chain options.
         """
         validate.check_k(k, len(self.generator.latent_shapes))
-        return self._expectation(x, num_samples, rng, chain, lambda redraw: redraw(0).log_joint() - redraw(k).log_joint())
+
+        def difference(redraw: Callable[[int], ScoreTerms]) -> Tensor:
+            here = redraw(0).log_joint()
+            return here - (redraw(k).log_joint() if k else here)
+
+        return self._expectation(x, num_samples, rng, chain, difference)
 
     def anomaly_score(
         self,
@@ -99,7 +104,8 @@ class ScoreMethods:
             "log_joint"        −L^{>0} = −E[log p_β0(x|z) + log p_β(z) + Σ_i f_i(z_i)], nats (Cui, Wu and Han, CVPR 2023)
             "calibrated"       −Σ_t (E[t] − m_t)/s_t over the terms t = log p_β0(x|z), log p_β(z) − log q_ω(z|x), Σ_i f_i(z_i),
                                with their mean m_t and standard deviation s_t on known data (`calibrate`): no term drowns
-                               the others, as the reconstruction does in "log_joint". In standard deviations
+                               the others, as the reconstruction does in "log_joint". In standard deviations; without
+                               `infer`, the second term is log p_β(z) alone
             "negative_energy"  −E[Σ_i f_i(z_i)], nats: how improbable the latents are against the generator's own prior
             "reconstruction"   −E[log p_β0(x | z)], nats: how badly x is reconstructed
 
@@ -133,12 +139,15 @@ class ScoreMethods:
             rng: random number generator.
             **chain: chain options, for generators without `infer`.
         """
+        validate.check_observations("x", x, self.x_shape, self.reference)
+        if len(x) < 2:
+            raise ShapeError("x: expected two or more observations to calibrate on, got one.")
         parts = self._expectation(x, num_samples, rng, chain, lambda redraw: redraw(0).parts())
         spread = parts.std(0)
-        if len(x) < 2 or not bool((spread > 0).all()):
+        if not bool((spread > 0).all()):
             raise ArgumentError(
-                "x: expected two or more observations on which every term varies; an untrained prior (f = 0) has nothing to "
-                "calibrate: fit first."
+                "x: expected observations on which every term varies; an untrained prior (f = 0) has nothing to calibrate: "
+                "fit first."
             )
         self.calibration.copy_(torch.stack([parts.mean(0), spread]))
 

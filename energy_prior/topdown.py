@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Decode", "Descent", "Space", "TopDown", "ancestral", "decode_latents"]
+__all__ = ["Decode", "Descent", "Space", "TopDown", "ancestral", "check_decode", "decode_latents"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ class TopDown:
     def __init__(self, generator: HierarchicalGenerator, batch_size: int, held: Mapping[int, Tensor] | None = None) -> None:
         self.generator = generator
         self.batch_size = batch_size
-        self.held = dict(held or {})
+        self.held = {layer: z.clone() if z.is_inference() else z for layer, z in (held or {}).items()}
         self.layers = len(generator.latent_shapes)
         self.free = tuple(i for i in range(1, self.layers + 1) if i not in self.held)
         self._above: dict[int, Normal] = {}
@@ -136,10 +136,15 @@ def ancestral(generator: HierarchicalGenerator, batch_size: int) -> Descent:
     return topdown.descend([normal_like(shape, topdown.reference) for shape in topdown.shapes], "noise")
 
 
-def decode_latents(generator: HierarchicalGenerator, latents: Sequence[Tensor], decode: Decode | None = None) -> Tensor:
-    """Observations of given latents (z_1, …, z_L): the mean of p_β0(x | z) or a draw; None: the mean where there is one."""
+def check_decode(decode: Any) -> None:
+    """One of `Decode`, or None."""
     if decode not in (None, *get_args(Decode)):
         raise ArgumentError(f'decode: expected "mean", "sample" or None, got {decode!r}.')
+
+
+def decode_latents(generator: HierarchicalGenerator, latents: Sequence[Tensor], decode: Decode | None = None) -> Tensor:
+    """Observations of given latents (z_1, …, z_L): the mean of p_β0(x | z) or a draw; None: the mean where there is one."""
+    check_decode(decode)
     topdown = TopDown(generator, len(latents[0]))
     likelihood = topdown.likelihood(topdown.descend(tuple(latents), "latent", to_observation=True))
     if decode == "sample":

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
-from energy_prior._util import normal_like
-from energy_prior.errors import ArgumentError, GeneratorError, ShapeError
+from energy_prior._util import is_whole
+from energy_prior.errors import ArgumentError, DivergenceError, GeneratorError, ShapeError
 from energy_prior.generator import HierarchicalGenerator, Inferred
 
 _PROBE_BATCH = 2
@@ -31,14 +31,14 @@ _PROBE_BATCH = 2
 
 @dataclass(frozen=True)
 class Probe:
-    """What one ancestral pass of a generator showed: its latents (batch of 2) and the shape of an observation."""
+    """What one pass of a generator showed: its latents (batch of 2) and the shape of an observation."""
 
     latents: tuple[Tensor, ...]
     x_shape: torch.Size
 
 
 def probe_generator(generator: Any) -> Probe:
-    """One ancestral pass with a batch of 2, checking types and shapes on the way.
+    """One pass with a batch of 2 and no random numbers, checking types and shapes on the way.
 
     Raises:
         GeneratorError: names the call at fault, what was expected and what came.
@@ -57,7 +57,7 @@ def probe_generator(generator: Any) -> Probe:
                 f"generator.conditional: layer {layer} is {conditional.loc.dtype} on {conditional.loc.device}, the layer above "
                 f"{latents[0].dtype} on {latents[0].device}; all layers must agree."
             )
-        latents.insert(0, conditional.loc + conditional.scale * normal_like(conditional.loc.shape, conditional.loc))
+        latents.insert(0, conditional.loc + 0.5 * conditional.scale)
         state = generator.descend(state, latents[0])
     likelihood = generator.likelihood(state)
     if not isinstance(likelihood, Distribution):
@@ -103,7 +103,7 @@ def check_conditional(conditional: Any, layer: int, shape: torch.Size, batch: in
 
 
 def check_energies(energies: Sequence[nn.Module] | nn.ModuleList, latents: Sequence[Tensor]) -> None:
-    """One energy per layer, each giving (batch,) finite values in the latents' dtype."""
+    """One energy per layer, each giving (batch,) values in the latents' dtype."""
     if len(energies) != len(latents):
         raise ArgumentError(f"energies: expected one module per layer, {len(latents)} (z_1 first), got {len(energies)}.")
     for layer, (energy, z) in enumerate(zip(energies, latents, strict=True), start=1):
@@ -135,7 +135,8 @@ def check_tensor(name: str, value: Any, shape: Sequence[int], reference: Tensor,
     if value.dtype != reference.dtype:
         raise ArgumentError(
             f"{name}: expected {reference.dtype}, the generator's dtype, got {value.dtype}. Convert it with "
-            f".to({reference.dtype})."
+            f".to({reference.dtype})"
+            + ("." if value.is_floating_point() else ", and scale it to the range that the model wants.")
         )
     if value.device != reference.device:
         raise ArgumentError(
@@ -161,8 +162,10 @@ def check_latents(name: str, latents: Any, shapes: Sequence[torch.Size], referen
 
 def check_given(given: Mapping[int, Tensor], shapes: Sequence[torch.Size], reference: Tensor, batch: int) -> None:
     """Layer numbers 1 … L with their values."""
+    if not isinstance(given, Mapping):
+        raise ArgumentError(f"given: expected a mapping from layer number to z, got {type(given).__name__}.")
     for layer, z in given.items():
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= len(shapes):
+        if not is_whole(layer) or not 1 <= layer <= len(shapes):
             raise ArgumentError(
                 f"given: expected layer numbers from 1 (nearest the data) to {len(shapes)} (the top), got {layer!r}."
             )
@@ -176,11 +179,11 @@ def check_observations(name: str, x: Any, x_shape: Sequence[int], reference: Ten
 
 def check_k(k: Any, layers: int) -> int:
     """k of L^{>k}: a whole number from 0 to L."""
-    if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= layers:
+    if not is_whole(k) or not 0 <= k <= layers:
         raise ArgumentError(
             f"k: expected a whole number from 0 to {layers}, the number of layers nearest the data to redraw, got {k!r}."
         )
-    return k
+    return int(k)
 
 
 def checked_infer(generator: HierarchicalGenerator, x: Tensor) -> Inferred:
@@ -200,4 +203,11 @@ def checked_infer(generator: HierarchicalGenerator, x: Tensor) -> Inferred:
             f"generator.infer: expected log_q of shape (batch, L) = {(len(x), len(expected))}, got "
             f"{tuple(inferred.log_q.shape)}."
         )
+    for layer, z in enumerate(inferred.latents, start=1):
+        if (z.dtype, z.device) != (x.dtype, x.device):
+            raise GeneratorError(
+                f"generator.infer: expected z_{layer} like x, {x.dtype} on {x.device}, got {z.dtype} on {z.device}."
+            )
+    if not all(bool(torch.isfinite(t).all()) for t in (*inferred.latents, inferred.log_q)):
+        raise DivergenceError("generator.infer: its draws, or their log q, are not finite.")
     return inferred

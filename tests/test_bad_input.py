@@ -98,7 +98,7 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
     (
         lambda p: p.sample_latents(4, steps=9, noise=InjectedNoise([torch.zeros(5, 4, 3), torch.zeros(5, 4, 2)])),
         ArgumentError,
-        "noise: expected 6 rows or more .* got 5",
+        "noise: expected 10 rows or more .* got 5",
     ),
     (
         lambda p: p.sample_latents(4, steps=2, adjust=True, noise=InjectedNoise([torch.zeros(5, 4, 3), torch.zeros(5, 4, 2)])),
@@ -248,6 +248,6 @@ def test_generator_whose_likelihood_is_not_finite() -> None:
 
 def test_elbo_training_that_diverges_keeps_the_best_weights() -> None:
     vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8)
-    with pytest.raises(DivergenceError, match="diverged by iteration .* its ELBO is"):
+    with pytest.raises(DivergenceError, match="diverged by iteration .*(its ELBO is|infer).*It holds its best weights"):
         fit_elbo(vae, X, iterations=50, learning_rate=1e18, gradient_clip=1e30, validate_every=5, progress=False)
     assert all(torch.isfinite(p).all() for p in vae.parameters())

@@ -184,7 +184,7 @@ def build(kind: type[LadderVAE]) -> LadderVAE:
         (lambda: build(InferDetached), "z_1 carries no gradient"),
         (lambda: build(InferGlobal), "same rng seed gives different draws"),
         (lambda: build(InferMean), "different rng seeds give the same draw"),
-        (lambda: build(NotFinite), "log_q is not finite"),
+        (lambda: build(NotFinite), "infer: its draws, or their log q, are not finite"),
         (lambda: build(NegativeScale), "scale of layer 2 must be above 0"),
         (lambda: build(NotNormal), "expected a torch.distributions.Normal for layer 2, got Independent"),
     ],

@@ -29,13 +29,10 @@ class ChainResult:
     Attributes:
         position: the free layers at the end, ascending, in the density's coordinates.
         step_size: the step size at the end, one per chain, (batch,).
-        acceptance: mean over the steps of min(1, α), (batch,): the share that MALA accepts, or would have accepted of an
-            unadjusted chain. None where it was not needed.
     """
 
     position: tuple[Tensor, ...]
     step_size: Tensor
-    acceptance: Tensor | None
 
 
 def run_chain(
@@ -50,7 +47,6 @@ def run_chain(
     temperature: float = 1.0,
     adapt_steps: int = 0,
     target_acceptance: float = 0.7,
-    measure: bool = False,
     on_step: StepCallback | None = None,
 ) -> ChainResult:
     """Runs one Langevin chain per row of the batch.
@@ -73,7 +69,6 @@ def run_chain(
         temperature: T > 0; the chain targets p̃^{1/T}.
         adapt_steps: number of first steps that adapt the step size.
         target_acceptance: acceptance that the adaptation aims at, in (0, 1).
-        measure: report the acceptance of an unadjusted chain too.
         on_step: called after every step.
 
     Raises:
@@ -86,8 +81,7 @@ def run_chain(
     watch = _FiniteWatch(density, s, adjust)
     state = density.evaluate(start)
     watch.look(0, state, at_start=True)
-    measured = measure or adjust or adapt_steps > 0 or on_step is not None
-    total = torch.zeros_like(s)
+    measured = adjust or adapt_steps > 0 or on_step is not None
     if on_step is not None:
         on_step(0, state, torch.ones_like(s))
     for step in range(1, steps + 1):
@@ -96,23 +90,23 @@ def run_chain(
         proposal = propose(state, c, n)
         if step == steps and not measured:
             watch.finish(step, proposal)
-            return ChainResult(proposal, s, None)
+            return ChainResult(proposal, s)
         new = density.evaluate(proposal)
         watch.look(step, new)
         if measured:
             log_alpha = log_acceptance(state, new, c, n, temperature)
             acceptance = log_alpha.exp().clamp(max=1.0)
-            total += acceptance
             if adjust:
                 new = _select(noise.uniform(step).log() < log_alpha, new, state)
             if step <= adapt_steps:
                 s = s * torch.exp(step**-0.6 * (acceptance - target_acceptance))
                 s = s.clamp(max=2 * math.sqrt(temperature)) if scheme == "crank_nicolson" else s
+                watch.step_size = s
             if on_step is not None:
                 on_step(step, new, acceptance)
         state = new
     watch.finish(steps, state.position)
-    return ChainResult(state.position, s, total / max(steps, 1) if measured else None)
+    return ChainResult(state.position, s)
 
 
 def _select(accept: Tensor, new: ChainState, old: ChainState) -> ChainState:
@@ -133,49 +127,58 @@ class _FiniteWatch:
     """Notes on the device, step by step, what stopped being finite; tells the host every few steps."""
 
     def __init__(self, density: JointDensity, step_size: Tensor, adjust: bool) -> None:
+        self.step_size = step_size
+        self._density = density
         self._free = density.topdown.free
         self._adjust = adjust
-        self._step_size = step_size
         self._pending: list[tuple[int, Tensor]] = []
+        self._largest = [0.0] * len(self._free)
 
     def look(self, step: int, state: ChainState, *, at_start: bool = False) -> None:
+        """A row of three flags or figures per layer (energy bad, gradient bad, largest |f|), and one flag for the density."""
         energy, log_density, gradient = state.negative_energy, state.log_density, state.gradient
         zero_density = torch.isneginf(log_density) & (self._adjust and not at_start)
-        bad = torch.cat(
-            [
-                (~torch.isfinite(energy) & ~zero_density[:, None]).any(0),
-                torch.stack([(~torch.isfinite(g)).flatten(1).any(1) & ~zero_density for g in gradient], 1).any(0),
-                (~torch.isfinite(log_density) & ~zero_density).any()[None],
-            ]
-        )
-        self._pending.append((step, bad))
+        bad_energy = (~torch.isfinite(energy) & ~zero_density[:, None]).any(0)
+        bad_gradient = torch.stack([(~torch.isfinite(g)).flatten(1).any(1) & ~zero_density for g in gradient], 1).any(0)
+        bad_density = (~torch.isfinite(log_density) & ~zero_density).any()[None]
+        flags = torch.cat([bad_energy, bad_gradient, bad_density]).to(energy.dtype)
+        self._pending.append((step, torch.cat([flags, energy.abs().amax(0)])))
         if at_start or len(self._pending) >= _CHECK_EVERY:
             self._read()
 
     def finish(self, step: int, position: Sequence[Tensor]) -> None:
+        """Reads what is left and looks at the last state of all, whose density was not needed."""
         self._read()
-        for layer, p in zip(self._free, position, strict=True):
-            if not torch.isfinite(p).all():
-                self._fail(step, layer, f"the position of layer {layer} (z_{layer}) is not finite")
+        energy = self._density.negative_energy(position)
+        sound = [bool(torch.isfinite(p).all() and torch.isfinite(energy[:, i]).all()) for i, p in enumerate(position)]
+        if not all(sound):
+            layer = self._worst([not s for s in sound])
+            self._fail(step, layer, f"z_{layer} or its energy f_{layer} at the end of layer {layer} is not finite")
 
     def _read(self) -> None:
         if not self._pending:
             return
-        table = torch.stack([bad for _, bad in self._pending]).tolist()
+        table = torch.stack([row for _, row in self._pending]).tolist()
         steps, self._pending = [step for step, _ in self._pending], []
+        n = len(self._free)
         for step, row in zip(steps, table, strict=True):
-            if any(row):
-                what = row.index(True)
-                layer = self._free[what % len(self._free)] if what < 2 * len(self._free) else None
-                if layer is None:
-                    self._fail(step, None, "the log density (log p_β or the likelihood) is not finite")
-                part = f"the energy f_{layer}(z_{layer})" if what < len(self._free) else "the gradient"
-                self._fail(step, layer, f"{part} of layer {layer} is not finite")
+            for flags, what in ((row[:n], "the energy f_{0}(z_{0})"), (row[n : 2 * n], "the gradient")):
+                if any(flags):
+                    layer = self._worst([bool(f) for f in flags])
+                    self._fail(step, layer, f"{what.format(layer)} of layer {layer} is not finite")
+            if row[2 * n]:
+                self._fail(step, None, "the log density (log p_β or the likelihood) is not finite")
+            self._largest = row[2 * n + 1 :]
+
+    def _worst(self, bad: Sequence[bool]) -> int:
+        """Of the layers that are bad, the one whose |f| was largest just before: one explosion drags the others along."""
+        candidates = [i for i, is_bad in enumerate(bad) if is_bad]
+        return self._free[max(candidates, key=lambda i: self._largest[i])]
 
     def _fail(self, step: int, layer: int | None, what: str) -> None:
         raise DivergenceError(
             f"The Langevin chain diverged at step {step}: {what}. Use a smaller step_size (it was "
-            f"{float(self._step_size.median()):.3g}) or adjust=True; if it is not finite at step 0 already, the energy or "
+            f"{float(self.step_size.median()):.3g}) or adjust=True; if it is not finite at step 0 already, the energy or "
             "the generator itself is at fault.",
             layer=layer,
             step=step,

@@ -55,7 +55,7 @@ class JointDensity:
         self.topdown = topdown
         self.energies = energies
         self.space: Space = space
-        self.x = x
+        self.x = x.clone() if x is not None and x.is_inference() else x
 
     @property
     def informed(self) -> bool:
@@ -75,11 +75,19 @@ class JointDensity:
                 log_tilt = log_tilt + descent.log_prior(layer)
             if self.x is not None:
                 log_tilt = log_tilt + self.topdown.likelihood(descent).log_prob(self.x)
-            gradient = torch.autograd.grad(log_tilt.sum(), leaves)
+            if log_tilt.requires_grad:
+                gradient = torch.autograd.grad(log_tilt.sum(), leaves, allow_unused=True, materialize_grads=True)
+            else:  # energies that are constant, and nothing else that pulls
+                gradient = tuple(torch.zeros_like(p) for p in leaves)
         log_density = log_tilt.detach()
         if self.space == "noise":
             log_density = log_density - 0.5 * sum(sum_event(p.detach() ** 2) for p in leaves)
         return ChainState(tuple(p.detach() for p in leaves), energy.detach(), log_density, gradient)
+
+    def negative_energy(self, position: Sequence[Tensor]) -> Tensor:
+        """f_i of the free layers at one position, without its gradient, (batch, free layers)."""
+        latents = self.topdown.descend(position, self.space).latents
+        return torch.stack([self.energies[i - 1](latents[i - 1]) for i in self.topdown.free], dim=1)
 
     def drift_norm(self, state: ChainState) -> Tensor:
         """‖∇ log p̃‖ over all free layers, (batch,)."""

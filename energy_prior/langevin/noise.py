@@ -57,22 +57,36 @@ class InjectedNoise:
 
     def __init__(self, normals: Sequence[Tensor], uniforms: Tensor | None = None) -> None:
         leading = {tuple(t.shape[:2]) for t in (*normals, *([] if uniforms is None else [uniforms]))}
+        if len(normals) == 0:
+            raise ShapeError("noise: expected one tensor per free layer, got none.")
         if len(leading) != 1:
             raise ShapeError(f"noise: expected the same (steps + 1, batch) on every tensor, got {sorted(leading)}.")
         self._normals, self._uniforms = tuple(normals), uniforms
 
     def normal(self, step: int) -> tuple[Tensor, ...]:
-        self._check(step)
         return tuple(n[step] for n in self._normals)
 
     def uniform(self, step: int) -> Tensor:
-        self._check(step)
         if self._uniforms is None:
             raise ArgumentError("noise: Metropolis adjustment needs `uniforms` as well; give InjectedNoise both.")
         return self._uniforms[step]
 
-    def _check(self, step: int) -> None:
-        if step >= len(self._normals[0]):
-            raise ArgumentError(
-                f"noise: expected {step + 1} rows or more (the start and one per step), got {len(self._normals[0])}."
+    def check(self, shapes: Sequence[tuple[int, ...]], reference: Tensor, steps: int, adjust: bool) -> None:
+        """Raises `ShapeError` or `ArgumentError` if it does not fit a chain of free layers with these shapes."""
+        got = [tuple(n.shape[1:]) for n in self._normals]
+        if got != list(shapes):
+            raise ShapeError(
+                f"noise: expected one tensor (steps + 1, *shape) per free layer, shapes {list(shapes)}, got {got}."
             )
+        if len(self._normals[0]) < steps + 1:
+            raise ArgumentError(
+                f"noise: expected {steps + 1} rows or more (the start and one per step), got {len(self._normals[0])}."
+            )
+        if adjust and self._uniforms is None:
+            self.uniform(0)
+        for tensor in (*self._normals, *([] if self._uniforms is None else [self._uniforms])):
+            if (tensor.dtype, tensor.device) != (reference.dtype, reference.device):
+                raise ArgumentError(
+                    f"noise: expected {reference.dtype} on {reference.device}, like the latents, got {tensor.dtype} on "
+                    f"{tensor.device}."
+                )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ChainOptions", "ChainSettings", "sample_density", "tune_step_size"]
+__all__ = ["LARGEST_STEP", "ChainOptions", "ChainSettings", "sample_density", "tune_step_size"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +15,12 @@ from energy_prior._util import check_count, check_positive
 from energy_prior.errors import ArgumentError
 from energy_prior.langevin.chain import StepCallback, run_chain
 from energy_prior.langevin.density import JointDensity
-from energy_prior.langevin.noise import NoiseSource, RandomNoise
+from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
 from energy_prior.langevin.step import Scheme
 from energy_prior.topdown import Space
 
-_LARGEST_STEP = 1.0
+LARGEST_STEP = 1.0
+"""Where tuning stops: with nothing to sample but N(0, I), every step size is accepted."""
 
 
 class ChainOptions(TypedDict, total=False):
@@ -44,7 +45,8 @@ class ChainSettings:
             of its steps, starting there.
         adjust: Metropolis–Hastings accept/reject (MALA), which makes the chain exact. None: only for those pulled-on
             chains, which are stiff; a plain prior chain is unadjusted, as in Cui, Wu and Han (CVPR 2023).
-        temperature: T > 0 of the chain, which targets p̃^{1/T}; not a generator's own prior temperature.
+        temperature: T > 0 of the chain, which targets p̃^{1/T} in its own coordinates (with T ≠ 1, noise and latent space
+            are two targets where some σ_i depends on the layers above); not a generator's own prior temperature.
         scheme: "crank_nicolson" (noise space only; N(0, I) is exactly invariant for f = 0) or "euler". None:
             Crank–Nicolson in noise space, Euler in latent space.
 
@@ -101,7 +103,10 @@ def sample_density(
     topdown, space = density.topdown, density.space
     if not topdown.free:
         return topdown.descend((), space).latents
-    source = noise or RandomNoise(topdown.shapes, topdown.reference)
+    adjust = density.informed if settings.adjust is None else settings.adjust
+    source = RandomNoise(topdown.shapes, topdown.reference) if noise is None else noise
+    if isinstance(source, InjectedNoise):
+        source.check(topdown.shapes, topdown.reference, settings.steps, adjust)
     position = _ancestral_start(density, source) if start is None else topdown.position(start, space)
     adaptive = settings.step_size is None and density.informed
     result = run_chain(
@@ -111,7 +116,7 @@ def sample_density(
         step_size=settings.step_size or default_step_size,
         noise=source,
         scheme=settings.scheme_in(space),
-        adjust=density.informed if settings.adjust is None else settings.adjust,
+        adjust=adjust,
         temperature=settings.temperature,
         adapt_steps=settings.steps // 2 if adaptive else 0,
         on_step=on_step,
@@ -143,7 +148,7 @@ def tune_step_size(
         adapt_steps=steps,
         target_acceptance=target_acceptance,
     )
-    return float(result.step_size.log().mean().exp().clamp(max=_LARGEST_STEP))
+    return float(result.step_size.log().mean().exp().clamp(max=LARGEST_STEP))
 
 
 def _ancestral_start(density: JointDensity, source: NoiseSource) -> tuple[Tensor, ...]:

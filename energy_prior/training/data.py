@@ -27,7 +27,7 @@ def endless_batches(
         ArgumentError, ShapeError: if the data are empty, not finite, or of the wrong shape or dtype.
     """
     if isinstance(data, Tensor):
-        validate.check_observations("data", data.to(reference.device), x_shape, reference)
+        validate.check_observations("data", data, x_shape, reference.to(data.device))
         size = min(batch_size, len(data))
         while True:
             order = torch.randperm(len(data), device="cpu").to(data.device)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from energy_prior import validate
-from energy_prior._util import check_count, check_positive, evaluating, reproducible
+from energy_prior._util import check_count, check_positive, evaluating, reproducible, training_mode, unvalidated
 from energy_prior.errors import ArgumentError, DivergenceError, GeneratorError
 from energy_prior.generator import HierarchicalGenerator
 from energy_prior.topdown import TopDown
@@ -32,7 +32,8 @@ class ElboConfig:
         batch_size: observations per update, ≥ 1.
         learning_rate: of AdamW, > 0, after a linear warm-up and with cosine decay to a tenth of it.
         weight_decay: of AdamW, ≥ 0.
-        kl_warmup: iterations over which the weight of the KL term rises linearly from 0 to 1, ≥ 0.
+        kl_warmup: iterations over which the weight of the KL term rises linearly from 0 to 1, ≥ 0 and below `iterations`;
+            None: 80% of the iterations.
         input_noise: standard deviation, in the data's units, of Gaussian noise on what the inference model sees in training,
             ≥ 0: keeps small data sets from being learned by heart.
         gradient_clip: largest norm of an update's gradient, > 0.
@@ -45,7 +46,7 @@ class ElboConfig:
     batch_size: int = 128
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
-    kl_warmup: int = 2000
+    kl_warmup: int | None = None
     input_noise: float = 0.0
     gradient_clip: float = 200.0
     validate_every: int = 100
@@ -55,7 +56,11 @@ class ElboConfig:
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size", "validate_every", "validation_draws"):
             check_count(name, getattr(self, name))
-        check_count("kl_warmup", self.kl_warmup, least=0)
+        if self.kl_warmup is not None and check_count("kl_warmup", self.kl_warmup, least=0) >= self.iterations:
+            raise ArgumentError(
+                f"kl_warmup: expected fewer than iterations = {self.iterations}, so that training ends at KL weight 1, got "
+                f"{self.kl_warmup}."
+            )
         for name in ("learning_rate", "gradient_clip"):
             check_positive(name, getattr(self, name))
         for name in ("weight_decay", "input_noise"):
@@ -132,37 +137,36 @@ def fit_elbo(
     if validation is not None:
         validate.check_observations("validation", validation, probe.x_shape, reference)
     batches = endless_batches(data, config.batch_size, probe.x_shape, reference)
-    training = generator.training
+    warmup = int(0.8 * config.iterations) if config.kl_warmup is None else config.kl_warmup
     optimizer = torch.optim.AdamW(generator.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     schedule = warmup_cosine(optimizer, min(100, config.iterations // 10), config.iterations)
     best: tuple[float | None, int, dict[str, Any]] = (None, 0, copy.deepcopy(generator.state_dict()))
     history: list[dict[str, float]] = []
     try:
-        with reproducible(rng, reference.device):
-            generator.train()
+        with reproducible(rng, reference.device), torch.enable_grad(), training_mode(generator), unvalidated():
+            finite = torch.ones((), dtype=torch.bool, device=reference.device)
             bar = tqdm(range(1, config.iterations + 1), desc="fit ELBO", disable=not config.progress)
             for iteration in bar:
-                weight = min(1.0, iteration / config.kl_warmup) if config.kl_warmup else 1.0
-                loss = -elbo(generator, next(batches), weight, config.input_noise).mean()
+                weight = min(1.0, iteration / warmup) if warmup else 1.0
+                try:
+                    loss = -elbo(generator, next(batches), weight, config.input_noise).mean()
+                except DivergenceError as error:  # from infer
+                    raise _diverged(iteration, str(error)) from error
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                nn.utils.clip_grad_norm_(generator.parameters(), config.gradient_clip)
+                norm = nn.utils.clip_grad_norm_(generator.parameters(), config.gradient_clip)
+                finite &= torch.isfinite(norm) & torch.isfinite(loss.detach())
                 optimizer.step()
                 schedule.step()
                 if iteration % config.validate_every and iteration != config.iterations:
                     continue
                 value = -float(loss.detach())
-                if not math.isfinite(value):
-                    raise DivergenceError(
-                        f"Training of the generator diverged by iteration {iteration}: its ELBO is {value}. It holds "
-                        "its best "
-                        "weights so far. Lower learning_rate, or raise kl_warmup.",
-                        step=iteration,
-                    )
+                if not (math.isfinite(value) and bool(finite)):
+                    raise _diverged(iteration, f"its ELBO is {value}, or a gradient before it was not finite.")
                 entry = {"iteration": float(iteration), "elbo": value}
-                if validation is None:
+                if validation is None or iteration < warmup:
                     best = (None, iteration, copy.deepcopy(generator.state_dict()))
-                elif iteration > config.kl_warmup or iteration == config.iterations:
+                else:
                     entry["validation_elbo"] = _validation_elbo(generator, validation, config)
                     if best[0] is None or entry["validation_elbo"] > best[0]:
                         best = (entry["validation_elbo"], iteration, copy.deepcopy(generator.state_dict()))
@@ -170,9 +174,16 @@ def fit_elbo(
                 bar.set_postfix({name: f"{v:.4g}" for name, v in entry.items() if name != "iteration"}, refresh=False)
     finally:
         generator.zero_grad(set_to_none=True)
-        generator.train(training)
         generator.load_state_dict(best[2])
     return ElboResult(best[0], best[1], history)
+
+
+def _diverged(iteration: int, what: str) -> DivergenceError:
+    return DivergenceError(
+        f"Training of the generator diverged by iteration {iteration}: {what} It holds its best weights so far. Lower "
+        "learning_rate, or raise kl_warmup.",
+        step=iteration,
+    )
 
 
 def _validation_elbo(generator: HierarchicalGenerator, validation: Tensor, config: ElboConfig) -> float:

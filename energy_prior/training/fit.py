@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from energy_prior._util import frozen
+from energy_prior._util import frozen, training_mode
 from energy_prior.energies import Energy
 from energy_prior.errors import ArgumentError, DivergenceError
 from energy_prior.langevin import ChainSettings, ChainState
+from energy_prior.langevin.settings import LARGEST_STEP
 from energy_prior.topdown import ancestral
 from energy_prior.training.config import FitConfig, Method, check_method
 from energy_prior.training.data import endless_batches
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 _OBJECTIVES = {"nce": noise_contrastive, "two_stage": maximum_likelihood}
 _STANDARDIZE_DRAWS = 2048
 _STEP_GAIN = 0.1
-_LARGEST_STEP = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +61,15 @@ def fit_energies(
     unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(FitConfig)})
     if unknown:
         raise ArgumentError(f"{unknown[0]}: not a setting of fit; see energy_prior.training.FitConfig for those there are.")
+    if config is not None and not isinstance(config, FitConfig):
+        raise ArgumentError(f"config: expected a FitConfig or None, got {type(config).__name__}.")
     config = dataclasses.replace(config or FitConfig(), **settings)
     run = _Run(prior, endless_batches(data, config.batch_size, prior.x_shape, prior.reference), rule, config)
-    try:
-        run.learn()
-    finally:
-        run.keep_average()
+    with torch.inference_mode(False), torch.enable_grad(), training_mode(prior.energies):
+        try:
+            run.learn()
+        finally:
+            run.keep_average()
     step_size = prior.tune_step_size(target_acceptance=config.target_acceptance)
     return FitResult(rule, config, run.history, run.clipped / config.iterations, step_size)
 
@@ -76,11 +79,14 @@ class _Run:
 
     def __init__(self, prior: JointEBMPrior, batches: Iterator[Tensor], method: Method, config: FitConfig) -> None:
         self.prior, self.batches, self.method, self.config = prior, batches, method, config
+        self.model = prior.model
         self.weights = [p for p in prior.energies.parameters() if p.requires_grad]
+        if not self.weights:
+            raise ArgumentError("energies: none of their parameters requires a gradient, so there is nothing to fit.")
         self.optimizer = torch.optim.AdamW(self.weights, config.learning_rate, weight_decay=config.weight_decay)
         self.schedule = warmup_cosine(self.optimizer, config.warmup, config.iterations)
         self.average = [w.detach().clone() for w in self.weights]
-        self.good = [w.detach().clone() for w in self.weights]
+        self.good = self._snapshot()
         self.history: list[dict[str, float]] = []
         self.clipped = 0
         self.step_size = config.step_size or float(prior.step_size)
@@ -90,6 +96,9 @@ class _Run:
     def learn(self) -> None:
         """All iterations."""
         self._standardize()
+        self.good = self._snapshot()
+        if self.method == "two_stage" and self.config.step_size is None:
+            self.step_size = self.prior.tune_step_size(target_acceptance=self.config.target_acceptance)
         window: list[Tensor] = []
         bar = tqdm(range(1, self.config.iterations + 1), desc=f"fit ({self.method})", disable=not self.config.progress)
         for iteration in bar:
@@ -103,18 +112,22 @@ class _Run:
     def keep_average(self) -> None:
         """Puts the last good running average in place of the weights, also after an error or Ctrl-C."""
         with torch.no_grad():
-            for weight, good in zip(self.weights, self.good, strict=True):
-                weight.copy_(good)
+            for now, good in zip((*self.weights, *self.prior.energies.buffers()), self.good, strict=True):
+                now.copy_(good)
+
+    def _snapshot(self) -> list[Tensor]:
+        """The running average of the weights, and the buffers as they are."""
+        return [t.detach().clone() for t in (*self.average, *self.prior.energies.buffers())]
 
     def _update(self) -> Tensor:
-        """One iteration; returns (loss, gap, gradient norm, largest |f_1|, …, largest |f_L|) without a host sync."""
+        """One iteration; returns (loss, gap, gradient norm, largest |f_1|, …, largest |f_L|)."""
         positive = self._posterior()
         negative = self._prior_draws(len(positive[0]))
         f_positive, f_negative = self._energies(positive), self._energies(negative)
         total_positive, total_negative = f_positive.sum(1), f_negative.sum(1)
         loss = _OBJECTIVES[self.method](total_positive, total_negative)
         penalty = self.config.energy_penalty * energy_penalty(total_positive, total_negative)
-        gradient = torch.autograd.grad(loss + penalty, self.weights)
+        gradient = torch.autograd.grad(loss + penalty, self.weights, allow_unused=True, materialize_grads=True)
         for weight, g in zip(self.weights, gradient, strict=True):
             weight.grad = g
         norm = nn.utils.clip_grad_norm_(self.weights, self.config.gradient_clip)
@@ -136,12 +149,12 @@ class _Run:
     # ------------------------------------------------------------------ draws
 
     def _energies(self, latents: tuple[Tensor, ...]) -> Tensor:
-        return self.prior.model.negative_energy(latents)
+        return self.model.negative_energy(latents)
 
     def _posterior(self) -> tuple[Tensor, ...]:
         """Posterior draws of the next batch: q_ω, or Langevin where the generator has no inference model."""
         with torch.no_grad(), frozen(self.prior.generator, self.prior.energies):
-            return self.prior.model.posterior_draw(next(self.batches)).latents
+            return self.model.posterior_draw(next(self.batches)).latents
 
     def _ancestral(self, n: int) -> tuple[Tensor, ...]:
         with torch.no_grad(), frozen(self.prior.generator):
@@ -153,8 +166,13 @@ class _Run:
             return self._ancestral(n)
         if not self.config.persistent:
             return self._chain(self._ancestral(n))
+        chains = self.config.persistent
+        if n > chains:
+            raise ArgumentError(
+                f"persistent: expected at least as many chains as a batch has, {n}, got {self.config.persistent}."
+            )
         if self.bank is None:
-            self.bank = self._chain(self._ancestral(self.config.persistent))
+            self.bank = self._chain(self._ancestral(chains))
         rows = torch.randperm(len(self.bank[0]), device=self.bank[0].device)[:n]
         again = torch.rand(n, device=rows.device) < self.config.restart
         start = [
@@ -174,13 +192,13 @@ class _Run:
             accepted.append(acceptance.mean())
 
         with torch.no_grad(), frozen(self.prior.generator, self.prior.energies):
-            model = self.prior.model
             settings = ChainSettings(steps=self.config.steps, step_size=self.step_size)
-            draws = model.run(model.prior_density(len(start[0])), settings, start=start, on_step=note)
+            density = self.model.prior_density(len(start[0]))
+            draws = self.model.run(density, settings, start=start, on_step=note)
         self.acceptance = float(torch.stack(accepted[1:]).mean())
         if self.config.step_size is None:
             grown = self.step_size * math.exp(_STEP_GAIN * (self.acceptance - self.config.target_acceptance))
-            self.step_size = min(grown, _LARGEST_STEP)
+            self.step_size = min(grown, LARGEST_STEP)
         return draws
 
     def _standardize(self) -> None:
@@ -202,7 +220,7 @@ class _Run:
         self.clipped += int((window[:, 2] > self.config.gradient_clip).sum())
         sound = torch.isfinite(window).all(1) & (window[:, 3:] <= self.config.max_energy).all(1)
         if bool(sound.all()):
-            self.good = [a.clone() for a in self.average]
+            self.good = self._snapshot()
             return
         row = window[int((~sound).nonzero()[0])]
         iteration = first + int((~sound).nonzero()[0])
