@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "check_count",
     "check_positive",
+    "check_settings",
     "evaluating",
     "frozen",
     "is_whole",
@@ -18,9 +19,11 @@ __all__ = [
 ]
 
 import contextlib
+import dataclasses
+import difflib
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -138,6 +141,16 @@ def check_positive(name: str, value: Any) -> float:
     if not (math.isfinite(number) and number > 0):
         raise ArgumentError(f"{name}: expected a finite number above 0, got {value!r}.")
     return number
+
+
+def check_settings(kind: type[Any], given: Mapping[str, Any], what: str) -> None:
+    """Every name is a field of the dataclass `kind`; else the nearest one is suggested."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(known)}."
+            raise ArgumentError(f"{name}: not {what}. {hint}")
 
 
 def require_extra(module: str, extra: str) -> ModuleType:

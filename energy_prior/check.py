@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["check_generator"]
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
@@ -17,6 +18,10 @@ from energy_prior.generator import Factorization, HierarchicalGenerator
 from energy_prior.topdown import Descent, TopDown, ancestral
 
 _SEED = 20230423
+_DETERMINISTIC = (
+    "It must be deterministic: is there dropout, or batch norm, in train mode? Call generator.eval(); draw no random numbers "
+    "inside it."
+)
 
 
 def check_generator(generator: HierarchicalGenerator, x: Tensor) -> tuple[str, ...]:
@@ -27,7 +32,8 @@ def check_generator(generator: HierarchicalGenerator, x: Tensor) -> tuple[str, .
         x: two or more observations of the kind it was trained on, (batch, *x_shape).
 
     Returns:
-        What was checked and found right, a sentence each.
+        What was checked and found right, a sentence each. The values of log q are not among it: only their shape, that they are
+        finite, and that they change with the draw.
 
     Raises:
         GeneratorError: with every fault found, in words, and what to do about it.
@@ -48,10 +54,12 @@ def check_generator(generator: HierarchicalGenerator, x: Tensor) -> tuple[str, .
         "a batch row does not depend on the others": _rows_independent,
         "every latent reaches the layers below it and the observation, with gradients": _reaches,
         "noise -> latents -> noise round-trips": _round_trip,
-        "infer gives latents and log q of the right shapes, finite and reproducible": _infer,
+        "infer gives latents and log q of the right shapes, finite, reproducible, row by row": _infer,
     }
+    if inferrer(generator) is None:
+        checks.popitem()
     passed, faults = [], []
-    with reproducible(torch.Generator().manual_seed(_SEED), x.device):
+    with reproducible(torch.Generator().manual_seed(_SEED), x.device), _same_buffers(generator):
         for what, check in checks.items():
             try:
                 fault = check(generator, x)
@@ -80,42 +88,53 @@ def _shapes(generator: HierarchicalGenerator, x: Tensor) -> str | None:
             return (
                 f"layer order: start() leads to a layer of shape {tuple(shape)}, which is latent_shapes[0]; latent_shapes must "
                 "run "
-                "from z_1 (nearest the data) to z_L (the top). Reverse it, and the latents that infer returns."
+                "from z_1 (nearest the data) to z_L (the top). Reverse it, and the latents that infer returns if they run that "
+                "way too."
             )
         validate.probe_generator(generator)
     return None
 
 
 def _deterministic(generator: HierarchicalGenerator, x: Tensor) -> str | None:
-    for layer, state, _ in _walk(generator, len(x)):
+    for layer, state, z in _walk(generator, len(x)):
         if not _same(generator.conditional(state), generator.conditional(state)):
-            return (
-                f"conditional: two calls on one state differ at layer {layer}. It must be deterministic: is there dropout, or "
-                "batch norm, in train mode? Call generator.eval(); draw no random numbers inside it."
-            )
+            return f"conditional: two calls on one state differ at layer {layer}. {_DETERMINISTIC}"
+        if layer == 1:
+            below = generator.descend(state, z)
+            if not torch.equal(_log_likelihood_at(generator, below, x), _log_likelihood_at(generator, below, x)):
+                return f"likelihood: two calls on one state differ. {_DETERMINISTIC}"
     return None
 
 
 def _pure(generator: HierarchicalGenerator, x: Tensor) -> str | None:
     """One state branched twice must agree with itself, whatever the other branch does below it."""
     for layer, state, z in _walk(generator, len(x)):
-        before = generator.conditional(state)
-        loc, scale = before.loc.clone(), before.scale.clone()
-        first = generator.descend(state, z)
-        after = generator.conditional(state)
-        sound = torch.equal(loc, after.loc) and torch.equal(scale, after.scale)
-        if sound:
-            expected = _below(generator, first, layer, x)
-            _below(generator, generator.descend(state, z + 1.0), layer, x)
-            sound = _close(expected, _below(generator, first, layer, x))
-            sound = sound and _close(expected, _below(generator, generator.descend(state, z), layer, x))
+        try:
+            sound, raised = _branches_agree(generator, state, layer, z, x), ""
+        except RuntimeError as error:  # a list that grew, a dict that was overwritten: the shapes no longer fit
+            sound, raised = False, f" (it raised: {error})"
         if not sound:
             return (
-                f"descend: one state at layer {layer}, taken down twice, does not agree with itself. descend must return a new "
-                "state and leave the given one as it was: copy dicts and lists before writing to them, no in-place "
-                "operations, nothing stored on the model."
+                f"descend: one state at layer {layer}, taken down twice, does not agree with itself{raised}. descend must "
+                "return a "
+                "new state and leave the given one as it was: copy dicts and lists before writing to them, no in-place "
+                "operations, nothing stored on the model; no dropout or batch norm in train mode."
             )
     return None
+
+
+def _branches_agree(generator: HierarchicalGenerator, state: Any, layer: int, z: Tensor, x: Tensor) -> bool:
+    before = generator.conditional(state)
+    loc, scale = before.loc.clone(), before.scale.clone()
+    first = generator.descend(state, z)
+    after = generator.conditional(state)
+    if not (torch.equal(loc, after.loc) and torch.equal(scale, after.scale)):
+        return False
+    expected = _below(generator, first, layer, x)
+    _below(generator, generator.descend(state, z + 1.0), layer, x)
+    kept = _below(generator, first, layer, x)
+    again = _below(generator, generator.descend(state, z), layer, x)
+    return _close(expected, kept) and _close(expected, again)
 
 
 def _rows_independent(generator: HierarchicalGenerator, x: Tensor) -> str | None:
@@ -138,6 +157,7 @@ def _likelihood(generator: HierarchicalGenerator, x: Tensor) -> str | None:
     descent = ancestral(generator, len(x))
     descent = _pass(generator, descent.latents)
     likelihood = generator.likelihood(descent.state)
+    validate.check_observations("x", x, x.shape[1:], descent.latents[0])
     if likelihood.event_shape != x.shape[1:]:
         return f"likelihood: event_shape is {tuple(likelihood.event_shape)}, but an observation has {tuple(x.shape[1:])}."
     log_prob = _log_likelihood(generator, descent, x)
@@ -165,7 +185,7 @@ def _reaches(generator: HierarchicalGenerator, x: Tensor) -> str | None:
         results = outcome(leaves)
     for layer in range(1, len(noise) + 1):
         moved = outcome([n + (0.5 if i == layer - 1 else 0.0) for i, n in enumerate(noise)])
-        for targets, what in ((range(1, layer), "any layer below it"), (range(1), "the observation")):
+        for targets, what in ((range(1, layer), "a layer below it"), (range(1), "the observation")):
             gradient = any(_has_gradient(results[j], leaves[layer - 1]) for j in targets)
             if gradient or not targets:
                 continue
@@ -175,7 +195,8 @@ def _reaches(generator: HierarchicalGenerator, x: Tensor) -> str | None:
                     "or is there a torch.no_grad() on the way down? Langevin needs the gradient."
                 )
             return (
-                f"dependence: changing z_{layer} does not change {what}. Does descend use the z that it is given? (A model "
+                f"dependence: changing z_{layer} does not change {what.replace('a layer', 'any layer')}. Does descend use the "
+                "z that it is given? (A model "
                 "with zero-initialised layers shows this before training: check a trained one.)"
             )
     return None
@@ -212,6 +233,16 @@ def _infer(generator: HierarchicalGenerator, x: Tensor) -> str | None:
         return "infer: the same rng seed gives different draws. Use `rng` for every random number (and evaluation mode)."
     if all(torch.equal(a, b) for a, b in zip(draws[0], draws[2], strict=True)):
         return "infer: different rng seeds give the same draw. It must draw z ~ q(z | x), not return a mean."
+    log_q = [infer(x, rng=torch.Generator(x.device).manual_seed(seed)).log_q for seed in (1, 2)]
+    for layer in range(1, len(draws[0]) + 1):
+        if torch.equal(log_q[0][:, layer - 1], log_q[1][:, layer - 1]):
+            return f"infer: log_q of layer {layer} is the same for different draws. It must be log q at the drawn z_{layer}."
+    alone = infer(x[:1].expand(x.shape), rng=torch.Generator(x.device).manual_seed(1)).latents
+    if not all(_close(a[:1], b[:1]) for a, b in zip(draws[0], alone, strict=True)):
+        return (
+            "infer: the latents of an observation change with the rest of its batch. Is there batch norm in train mode? Call "
+            "generator.eval()."
+        )
     return None
 
 
@@ -223,7 +254,8 @@ def _walk(generator: HierarchicalGenerator, batch: int) -> Iterator[tuple[int, A
             conditional = generator.conditional(state)
             z = conditional.loc + conditional.scale * torch.randn_like(conditional.loc)
             yield layer, state, z
-            state = generator.descend(state, z)
+            if layer > 1:
+                state = generator.descend(state, z)
 
 
 def _below(generator: HierarchicalGenerator, state: Any, layer: int, x: Tensor) -> Tensor:
@@ -232,7 +264,23 @@ def _below(generator: HierarchicalGenerator, state: Any, layer: int, x: Tensor) 
         if layer > 1:
             conditional = generator.conditional(state)
             return torch.stack([conditional.loc, conditional.scale])
-        return generator.likelihood(state).log_prob(x)
+        return _log_likelihood_at(generator, state, x)
+
+
+def _log_likelihood_at(generator: HierarchicalGenerator, state: Any, x: Tensor) -> Tensor:
+    return generator.likelihood(state).log_prob(x)
+
+
+@contextlib.contextmanager
+def _same_buffers(generator: Any) -> Iterator[None]:
+    """Running statistics and the like are put back: a check must not change the model."""
+    buffers = list(generator.buffers()) if isinstance(generator, nn.Module) else []
+    kept = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        for b, value in zip(buffers, kept, strict=True):
+            b.copy_(value)
 
 
 def _pass(generator: HierarchicalGenerator, latents: Sequence[Tensor]) -> Descent:
@@ -241,7 +289,7 @@ def _pass(generator: HierarchicalGenerator, latents: Sequence[Tensor]) -> Descen
 
 
 def _log_likelihood(generator: HierarchicalGenerator, descent: Descent, x: Tensor) -> Tensor:
-    return generator.likelihood(descent.state).log_prob(x)
+    return _log_likelihood_at(generator, descent.state, x)
 
 
 def _has_gradient(result: Tensor, leaf: Tensor) -> bool:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from energy_prior.errors import CheckpointError
+from energy_prior.errors import ArgumentError, CheckpointError
 
 FORMAT = "energy-prior"
 FORMAT_VERSION = 1
@@ -49,6 +49,10 @@ def fingerprint(generator: Any) -> str:
 def write_checkpoint(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Writes a checkpoint whole or not at all: to a temporary file beside `path`, then renamed over it."""
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path: there is no folder {os.fspath(target.parent)!r} to write the checkpoint to.")
+    if target.is_dir():
+        raise IsADirectoryError(f"path: {os.fspath(target)!r} is a folder; name a file in it.")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "config": json.dumps(dict(config))}
     data = save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, metadata=header)
@@ -69,6 +73,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         FileNotFoundError: if there is no such file.
         CheckpointError: if it is truncated or damaged, was not written by this library, or by a newer version of it.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentError(f"path: expected a file's path, got {type(path).__name__}.")
     if not Path(path).is_file():
         raise FileNotFoundError(f"No checkpoint at {os.fspath(path)!r}.")
     try:

@@ -23,7 +23,7 @@ from energy_prior.checkpoint import (
     write_checkpoint,
 )
 from energy_prior.energies import build_energies, default_energies, describe_energies
-from energy_prior.errors import ArgumentError
+from energy_prior.errors import ArgumentError, CheckpointError
 from energy_prior.generator import HierarchicalGenerator
 from energy_prior.langevin import (
     ChainOptions,
@@ -93,11 +93,20 @@ class JointEBMPrior(ScoreMethods, nn.Module):
         with torch.no_grad(), frozen(generator):
             probe = validate.probe_generator(generator)
         self.x_shape = probe.x_shape
+        self._fitted_on: str | None = None
         reference = probe.latents[0]
+        if isinstance(energies, str | Mapping) or (energies is not None and not isinstance(energies, Iterable)):
+            raise ArgumentError(
+                f"energies: expected a list of modules, one per layer, got {type(energies).__name__}; space is a keyword."
+            )
         if energies is None:
             self.energies = default_energies(generator.latent_shapes).to(reference.device, reference.dtype)
         else:
-            self.energies = nn.ModuleList(energies)
+            modules = list(energies)
+            for layer, module in enumerate(modules, start=1):
+                if not isinstance(module, nn.Module):
+                    raise ArgumentError(f"energies: expected an nn.Module for f_{layer}, got {type(module).__name__}.")
+            self.energies = nn.ModuleList(modules)
             with torch.no_grad(), evaluating(self.energies):
                 validate.check_energies(self.energies, probe.latents)
         self.register_buffer("calibration", torch.zeros(2, 3, dtype=reference.dtype, device=reference.device))
@@ -141,6 +150,7 @@ class JointEBMPrior(ScoreMethods, nn.Module):
         with reproducible(rng, self.reference.device):
             result = fit_energies(self, data, method, config, settings)
         self.calibration.zero_()  # it was that of other energies
+        self._fitted_on = fingerprint(self.generator)
         return result
 
     def tune_step_size(
@@ -216,7 +226,7 @@ class JointEBMPrior(ScoreMethods, nn.Module):
             DivergenceError: if the chain diverges; it names the layer and the step.
         """
         self._check_chain(n, given, start)
-        settings = ChainSettings(**chain)
+        settings = ChainSettings.of(chain)
         if prior not in ("joint", "generator"):
             raise ArgumentError(f'prior: expected "joint" or "generator", got {prior!r}.')
         if prior == "generator" and (given or start or noise or chain):
@@ -249,7 +259,7 @@ class JointEBMPrior(ScoreMethods, nn.Module):
             **chain: chain options; `steps`, the length of the chains, is 2500 unless given.
         """
         chain.setdefault("steps", 2500)
-        settings = ChainSettings(**chain)
+        settings = ChainSettings.of(chain)
         if check_count("every", every) > settings.steps:
             raise ArgumentError(f"every: expected at most steps = {settings.steps}, got {every}.")
         self._check_chain(n, given, start)
@@ -287,9 +297,11 @@ class JointEBMPrior(ScoreMethods, nn.Module):
         """
         validate.check_observations("x", x, self.x_shape, self.reference)
         self._check_chain(len(x), start=start)
-        settings = ChainSettings(**chain)
+        settings = ChainSettings.of(chain)
         if method not in ("langevin", "infer"):
             raise ArgumentError(f'method: expected "langevin" or "infer", got {method!r}.')
+        if method == "infer" and (start is not None or noise is not None or chain):
+            raise ArgumentError('method: "infer" runs no chain, so it takes neither start, noise nor options of a chain.')
         if noise is not None and start is None:
             raise ArgumentError("noise: give `start` as well; the draw of q that a chain starts from is random too.")
         with self._quiet(rng) as model:
@@ -323,10 +335,16 @@ class JointEBMPrior(ScoreMethods, nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the energies, the tuned step size and the generator's fingerprint to one safetensors file, atomically."""
+        now = fingerprint(self.generator)
+        if self._fitted_on not in (None, now):
+            raise CheckpointError(
+                "The generator has changed since the energies were fitted, and they are only valid for the one that they were "
+                "fitted on. Fit the prior again before saving it."
+            )
         config = {
             "space": self.space,
             "latent_shapes": [list(shape) for shape in self.generator.latent_shapes],
-            "generator": fingerprint(self.generator),
+            "generator": now,
             "energies": describe_energies(self.energies),
         }
         write_checkpoint(path, self.state_dict(), config)
@@ -360,6 +378,7 @@ class JointEBMPrior(ScoreMethods, nn.Module):
         prior = cls(generator, energies, space=config["space"])
         check_state_fits(path, prior.state_dict(), tensors)
         prior.load_state_dict(tensors)
+        prior._fitted_on = config["generator"]
         return prior
 
     # ------------------------------------------------------------------ inside

@@ -40,7 +40,7 @@ class ScoreMethods:
         x: Tensor,
         k: int = 0,
         *,
-        num_samples: int = 1,
+        num_samples: int = 8,
         rng: torch.Generator | None = None,
         **chain: Unpack[ChainOptions],
     ) -> Tensor:
@@ -53,7 +53,7 @@ class ScoreMethods:
         Args:
             x: observations, (batch, *x_shape).
             k: number of layers nearest the data that are redrawn from the prior, 0 … L.
-            num_samples: draws that the expectation is averaged over.
+            num_samples: draws that the expectation is averaged over; a single one is noisy.
             rng: random number generator.
             **chain: chain options.
         """
@@ -65,7 +65,7 @@ class ScoreMethods:
         x: Tensor,
         k: int,
         *,
-        num_samples: int = 1,
+        num_samples: int = 8,
         rng: torch.Generator | None = None,
         **chain: Unpack[ChainOptions],
     ) -> Tensor:
@@ -76,7 +76,7 @@ class ScoreMethods:
         Args:
             x: observations, (batch, *x_shape).
             k: as in `log_joint`.
-            num_samples: draws that the expectation is averaged over.
+            num_samples: draws that the expectation is averaged over; a single one is noisy.
             rng: random number generator.
             **chain: chain options.
         """
@@ -162,7 +162,7 @@ class ScoreMethods:
         """Mean over posterior draws of score(redraw), where redraw(k) gives the terms of L^{>k} at the same draw."""
         validate.check_observations("x", x, self.x_shape, self.reference)
         check_count("num_samples", num_samples)
-        settings = ChainSettings(**chain)
+        settings = ChainSettings.of(chain)
 
         def once(model: JointModel) -> Tensor:
             draw = model.posterior_draw(x, settings)

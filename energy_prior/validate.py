@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
 from energy_prior._util import is_whole
-from energy_prior.errors import ArgumentError, DivergenceError, GeneratorError, ShapeError
+from energy_prior.errors import ArgumentError, DivergenceError, EnergyPriorError, GeneratorError, ShapeError
 from energy_prior.generator import HierarchicalGenerator, Inferred
 
 _PROBE_BATCH = 2
@@ -44,6 +44,18 @@ def probe_generator(generator: Any) -> Probe:
         GeneratorError: names the call at fault, what was expected and what came.
     """
     check_calls(generator)
+    try:
+        return _probe(generator)
+    except EnergyPriorError:
+        raise
+    except Exception as error:
+        raise GeneratorError(
+            f"generator: {type(generator).__name__} raised {type(error).__name__} in a plain top-down pass: {error}. "
+            "energy_prior.check_generator(generator, x) looks for the cause."
+        ) from error
+
+
+def _probe(generator: Any) -> Probe:
     shapes = tuple(torch.Size(s) for s in generator.latent_shapes)
     if not shapes:
         raise GeneratorError("generator.latent_shapes: expected the shape of at least one layer, got none.")
@@ -74,11 +86,18 @@ def probe_generator(generator: Any) -> Probe:
 
 
 def check_calls(generator: Any) -> None:
-    """All five calls are there."""
+    """All calls are there, on an object, and latent_shapes holds shapes."""
+    if isinstance(generator, type):
+        raise GeneratorError(f"generator: expected an object, got the class {generator.__name__}; build it first.")
     missing = [n for n in ("latent_shapes", "start", "conditional", "descend", "likelihood") if not hasattr(generator, n)]
     if missing:
         raise GeneratorError(
             f"generator: {type(generator).__name__} lacks {', '.join(missing)}; see energy_prior.HierarchicalGenerator."
+        )
+    if not isinstance(generator.latent_shapes, Sequence) or not all(isinstance(s, Sequence) for s in generator.latent_shapes):
+        raise GeneratorError(
+            f"generator.latent_shapes: expected a shape per layer, such as (torch.Size([16]), torch.Size([8])), got "
+            f"{generator.latent_shapes!r}."
         )
 
 
@@ -127,7 +146,8 @@ def check_tensor(name: str, value: Any, shape: Sequence[int], reference: Tensor,
     """A finite tensor (batch, *shape) with the dtype and device of `reference`; returns its batch size."""
     wanted = f"({'batch' if batch is None else batch}, {', '.join(map(str, shape))})"
     if not isinstance(value, Tensor):
-        raise ArgumentError(f"{name}: expected a tensor of shape {wanted}, got {type(value).__name__}.")
+        hint = " Convert it with torch.from_numpy." if hasattr(value, "__array__") else ""
+        raise ArgumentError(f"{name}: expected a tensor of shape {wanted}, got {type(value).__name__}.{hint}")
     if tuple(value.shape[1:]) != tuple(shape) or value.ndim == 0 or (batch is not None and len(value) != batch):
         raise ShapeError(f"{name}: expected shape {wanted}, got {tuple(value.shape)}.")
     if len(value) == 0:

@@ -84,7 +84,7 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
     (lambda p: p.sample(4, temperature=0), ArgumentError, "temperature: expected a finite number above 0"),
     (lambda p: p.sample(4, adjust="yes"), ArgumentError, "adjust: expected True, False or None"),  # type: ignore[arg-type]
     (lambda p: p.sample(4, scheme="heun"), ArgumentError, "scheme: expected one of"),  # type: ignore[arg-type]
-    (lambda p: p.sample(4, stepsize=0.1), TypeError, "stepsize"),  # type: ignore[call-arg]
+    (lambda p: p.sample(4, stepsize=0.1), ArgumentError, "stepsize: not an option of a chain.*Did you mean 'step_size'"),  # type: ignore[call-arg]
     (lambda p: p.trajectory(4, steps=5, every=6), ArgumentError, "every: expected at most steps = 5, got 6"),
     (lambda p: p.trajectory(4, steps=5, every=0), ArgumentError, "every: expected a whole number"),
     (lambda p: p.sample(0), ArgumentError, "n: expected a whole number of at least 1, got 0"),
@@ -108,7 +108,7 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
     (lambda p: InjectedNoise([torch.zeros(5, 4, 3), torch.zeros(4, 4, 2)]), ShapeError, "noise: expected the same"),
     # fit
     (lambda p: p.fit(X, "contrastive_divergence"), ArgumentError, r"method: expected one of \('nce', 'two_stage'\)"),
-    (lambda p: p.fit(X, learning_rte=1.0), ArgumentError, "learning_rte: not a setting of fit"),
+    (lambda p: p.fit(X, learning_rte=1.0), ArgumentError, "learning_rte: not a setting of fit. Did you mean 'learning_rate'"),
     (lambda p: p.fit(X, iterations=0), ArgumentError, "iterations: expected a whole number of at least 1"),
     (lambda p: p.fit(X, learning_rate=-1e-3), ArgumentError, "learning_rate: expected a finite number above 0"),
     (lambda p: p.fit(X, weight_decay=-1), ArgumentError, "weight_decay: expected a finite number of at least 0"),
@@ -118,7 +118,53 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
     (lambda p: fit_elbo(p.generator, X, iteratons=3), ArgumentError, "iteratons: not a setting of fit_elbo"),
     (lambda p: fit_elbo(p.generator, X, validation=NAN), ArgumentError, "validation: expected finite values"),
     (lambda p: fit_elbo(object(), X), GeneratorError, "expected an nn.Module with infer"),  # type: ignore[arg-type]
+    # further slips
+    (lambda p: p.sample(4, rng=0), ArgumentError, "rng: expected a torch.Generator or None, got int"),  # type: ignore[arg-type]
+    (lambda p: p.sample(4, given=[torch.zeros(4, 2)]), ArgumentError, "given: expected a mapping"),  # type: ignore[arg-type]
+    (lambda p: p.sample_latents(4, noise=torch.zeros(3)), ArgumentError, "noise: expected an InjectedNoise"),  # type: ignore[arg-type]
+    (
+        lambda p: p.sample_latents(4, steps=2, noise=InjectedNoise([torch.zeros(3, 1, 3), torch.zeros(3, 1, 2)])),
+        ShapeError,
+        r"noise: expected one tensor .* shapes \[\(4, 3\), \(4, 2\)\], got \[\(1, 3\), \(1, 2\)\]",
+    ),
+    (
+        lambda p: p.sample_latents(4, steps=2, noise=InjectedNoise(z((3, 4, 3), (3, 4, 2), dtype=torch.float64))),
+        ArgumentError,
+        "noise: expected torch.float32 on cpu, like the latents, got torch.float64",
+    ),
+    (lambda p: InjectedNoise([]), ShapeError, "noise: expected one tensor per free layer, got none"),
+    (
+        lambda p: p.sample_posterior(X, steps=2, noise=InjectedNoise([torch.zeros(3, 4, 3), torch.zeros(3, 4, 2)])),
+        ArgumentError,
+        "noise: give `start` as well",
+    ),
+    (lambda p: p.sample_posterior(X, method="infer", steps=3), ArgumentError, '"infer" runs no chain'),
+    (
+        lambda p: p.trajectory(4, steps=2, every=1, given={1: torch.zeros(4, 3), 2: torch.zeros(4, 2)}),
+        ArgumentError,
+        "given: every layer is held",
+    ),
+    (lambda p: p.anomaly_score((255 * X).to(torch.uint8)), ArgumentError, "scale it to the range"),
+    (lambda p: p.anomaly_score(X, "calibrated"), ArgumentError, r"needs prior.calibrate\(x\)"),
+    (lambda p: p.calibrate(X[:1]), ShapeError, "x: expected two or more observations"),
+    (lambda p: p.calibrate(X), ArgumentError, "an untrained prior"),
+    (lambda p: p.fit(X.numpy()), ArgumentError, "data: .* got ndarray. Convert it with torch.from_numpy"),  # type: ignore[arg-type]
+    (lambda p: p.fit(X, config={"iterations": 3}), ArgumentError, "config: expected a FitConfig or None, got dict"),  # type: ignore[arg-type]
+    (lambda p: p.fit(X, persistent=3), ArgumentError, "persistent: expected 0 or at least batch_size"),
+    (
+        lambda p: p.fit([X], "two_stage", batch_size=2, persistent=3, progress=False),
+        ArgumentError,
+        "persistent: .* as a batch has, 4, got 3",
+    ),
+    (lambda p: p.fit(X, restart=2.0), ArgumentError, r"restart: expected a share in \[0, 1\]"),
+    (lambda p: fit_elbo(p.generator, X, iterations=10, kl_warmup=10), ArgumentError, "kl_warmup: expected fewer than"),
+    (lambda p: p.save("no/such/folder/p.safetensors"), FileNotFoundError, "path: there is no folder 'no/such/folder'"),
+    (lambda p: p.save("tests"), IsADirectoryError, "path: 'tests' is a folder"),
+    (lambda p: JointEBMPrior.load(p.generator, "p"), ArgumentError, "path: expected a file's path, got LadderVAE"),  # type: ignore[arg-type]
     # construction
+    (lambda p: JointEBMPrior(p.generator, "latent"), ArgumentError, "energies: .* got str; space is a keyword"),  # type: ignore[arg-type]
+    (lambda p: make(energies=[torch.sum, torch.sum]), ArgumentError, "energies: expected an nn.Module for f_1, got"),
+    (lambda p: JointEBMPrior(LadderVAE), GeneratorError, "got the class LadderVAE; build it first"),  # type: ignore[arg-type]
     (lambda p: make(space="pixel"), ArgumentError, "space: expected one of"),
     (
         lambda p: make(energies=[nn.Flatten()]),

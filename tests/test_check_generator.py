@@ -82,7 +82,7 @@ class WithDropout(LadderVAE):
 class WithBatchNorm(LadderVAE):
     def __init__(self) -> None:
         super().__init__((1, 4, 4), latent_dims=(3, 2), hidden=8)
-        self.norm = nn.BatchNorm1d(3, momentum=0.0)
+        self.norm = nn.BatchNorm1d(3, momentum=0.5)
 
     def descend(self, state: Any, z: Tensor) -> Any:
         return super().descend(state, self.norm(z) if state.layer == 1 else z)
@@ -146,6 +146,47 @@ class InferMean(LadderVAE):
         return super().infer(x, rng=torch.Generator().manual_seed(0))
 
 
+class InferConstantLogQ(LadderVAE):
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        inferred = super().infer(x, rng=rng)
+        return Inferred(inferred.latents, torch.zeros_like(inferred.log_q), inferred.factorization)
+
+
+class InferBatchNorm(LadderVAE):
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        return super().infer(nn.functional.batch_norm(x, None, None, training=self.training), rng=rng)
+
+
+class GrowingList(LadderVAE):
+    """The usual slip of skip connections: one list shared by all branches, which grows."""
+
+    def start(self, batch_size: int) -> Any:
+        return (super().start(batch_size), [])
+
+    def conditional(self, state: Any) -> Normal:
+        return super().conditional(state[0])
+
+    def descend(self, state: Any, z: Tensor) -> Any:
+        state[1].append(z)
+        return (super().descend(state[0], z), state[1])
+
+    def likelihood(self, state: Any) -> Distribution:
+        return super().likelihood(state[0]._replace(z=sum(s.sum(1, keepdim=True) for s in state[1]) + state[0].z))
+
+
+class DecoderDropout(LadderVAE):
+    def likelihood(self, state: Any) -> Distribution:
+        return super().likelihood(state._replace(z=nn.functional.dropout(state.z, training=self.training)))
+
+
+class Shapeless(LinearLadder):
+    """latent_shapes of numbers instead of shapes."""
+
+    def __init__(self) -> None:
+        super().__init__((3, 2), dtype=torch.float32)
+        self.latent_shapes = (3, 2)  # type: ignore[assignment]
+
+
 class NotFinite(LadderVAE):
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
         inferred = super().infer(x, rng=rng)
@@ -185,6 +226,11 @@ def build(kind: type[LadderVAE]) -> LadderVAE:
         (lambda: build(InferGlobal), "same rng seed gives different draws"),
         (lambda: build(InferMean), "different rng seeds give the same draw"),
         (lambda: build(NotFinite), "infer: its draws, or their log q, are not finite"),
+        (lambda: build(InferConstantLogQ), "log_q of layer 1 is the same for different draws"),
+        (lambda: build(InferBatchNorm).train(), "infer: the latents of an observation change with the rest of its batch"),
+        (lambda: build(GrowingList), "descend: one state at layer 1, taken down twice"),
+        (lambda: build(DecoderDropout).train(), "likelihood: two calls on one state differ.* dropout"),
+        (Shapeless, r"latent_shapes: expected a shape per layer, .* got \(3, 2\)"),
         (lambda: build(NegativeScale), "scale of layer 2 must be above 0"),
         (lambda: build(NotNormal), "expected a torch.distributions.Normal for layer 2, got Independent"),
     ],
@@ -199,6 +245,31 @@ def test_observations_of_another_shape() -> None:
         check_generator(vae(), torch.rand(4, 1, 5, 5))
     with pytest.raises(GeneratorError, match="two or more observations"):
         check_generator(vae(), X[:1])
+
+
+def test_a_check_changes_nothing_and_claims_nothing_that_it_did_not_test() -> None:
+    model = WithBatchNorm()
+    assert model.training
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(GeneratorError):
+        check_generator(model, X)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    without = vae()
+    without.infer = None  # type: ignore[assignment,method-assign]
+    assert not any("infer" in sentence for sentence in check_generator(without, X))
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (X.double(), "x: expected torch.float32"),
+        ((255 * X).to(torch.uint8), "x: expected torch.float32.*scale it"),
+        (X / 0, "x: expected finite"),
+    ],
+)
+def test_observations_of_the_wrong_kind(x: Tensor, words: str) -> None:
+    with pytest.raises(GeneratorError, match=f"(?s){words}"):
+        check_generator(vae(), x)
 
 
 def test_missing_calls_are_named() -> None:

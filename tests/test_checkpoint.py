@@ -153,3 +153,46 @@ def test_the_header_is_readable_json(tmp_path: Path) -> None:
         config = json.loads(file.metadata()["config"])
     assert config["latent_shapes"] == [[3], [2]]
     assert [e["kind"] for e in config["energies"]] == ["MLPEnergy", "MLPEnergy"]
+
+
+def test_a_generator_changed_since_the_fit_is_not_vouched_for(tmp_path: Path) -> None:
+    prior = make()
+    assert isinstance(prior.generator, LadderVAE)
+    prior.fit(torch.rand(8, 1, 4, 4), iterations=2, progress=False)
+    prior.save(tmp_path / "p")
+    with torch.no_grad():
+        next(iter(prior.generator.parameters())).add_(0.1)
+    with pytest.raises(CheckpointError, match="The generator has changed since the energies were fitted"):
+        prior.save(tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+
+
+def test_energies_that_share_weights(tmp_path: Path) -> None:
+    vae = LadderVAE((1, 4, 4), latent_dims=(2, 2), hidden=8)
+    shared = Mine()
+    JointEBMPrior(vae, [shared, shared]).save(tmp_path / "p")
+    again = Mine()
+    JointEBMPrior.load(tmp_path / "p", vae, energies=[again, again])
+    assert torch.equal(again.net.weight, shared.net.weight)
+
+
+@pytest.mark.parametrize("entry", [{}, 3, {"kind": "MLPEnergy", "latent_shape": [3], "depth": 9}, {"kind": "Other"}])
+def test_a_damaged_description_of_the_energies(tmp_path: Path, entry: Any) -> None:
+    prior, path = make(), tmp_path / "p"
+    prior.save(path)
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    config = json.loads(header["config"])
+    save_file(tensors, path, metadata=header | {"config": json.dumps(config | {"energies": [entry, entry]})})
+    with pytest.raises(CheckpointError, match="energies: "):
+        JointEBMPrior.load(path, prior.generator)
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    prior, path = make(), tmp_path / "p"
+    with torch.no_grad():
+        next(iter(prior.parameters())).fill_(float("nan"))
+    prior.save(path)
+    with pytest.raises(CheckpointError, match="is not finite"):
+        JointEBMPrior.load(path, prior.generator)

@@ -12,7 +12,7 @@ import torch
 from ladders import LinearLadder, QuadraticEnergy
 from torch import Tensor, nn
 
-from energy_prior import DivergenceError, JointEBMPrior, LadderVAE
+from energy_prior import DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy
 from energy_prior.langevin import ChainSettings, InjectedNoise
 
 
@@ -338,3 +338,116 @@ def test_quadratic_energy_narrows_the_samples() -> None:
     pull = QuadraticEnergy(8 * torch.eye(2).double(), torch.zeros(2).double())
     z = JointEBMPrior(ladder, [pull]).sample_latents(2000, steps=40)[0]
     assert float(z.std()) == pytest.approx(1 / 3, abs=0.06)
+
+
+def test_no_gpu_stream_is_reseeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.manual_seed` would also reseed the GPUs, which a prior on the CPU does not restore."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    prior = trained_looking()  # seeds globally itself
+    seeded.clear()
+    state = torch.get_rng_state()
+    again = JointEBMPrior(prior.generator, prior.energies)
+    assert torch.equal(torch.get_rng_state(), state), "wrapping a model draws nothing"
+    again.sample(2, steps=2, rng=torch.Generator())
+    assert seeded == []
+
+
+def test_energies_that_do_not_depend_on_z_are_allowed() -> None:
+    """Tilting one layer alone, or none."""
+
+    class Zero(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return z.new_zeros(len(z))
+
+    prior = JointEBMPrior(LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8), [Zero(), Zero()])
+    for space in ("noise", "latent"):
+        prior.space = space  # type: ignore[assignment]
+        assert prior.sample(3, steps=3, step_size=0.1).shape == (3, 1, 4, 4)
+    with pytest.raises(ValueError, match="nothing to fit"):
+        prior.fit(X, progress=False)
+    half = JointEBMPrior(prior.generator, [Zero(), QuadraticEnergy(torch.eye(2), torch.zeros(2))])
+    half.fit(X, iterations=3, progress=False)
+    assert half.sample(3, steps=3).shape == (3, 1, 4, 4)
+
+
+def test_inside_inference_mode_no_grad_and_after_eval() -> None:
+    prior = trained_looking()
+    with torch.inference_mode():
+        x = X.clone()
+        assert prior.sample(3, steps=3).shape == (3, 1, 4, 4)
+        held = prior.sample_latents(3, prior="generator")[2].clone()
+        assert torch.equal(prior.sample_latents(3, given={3: held}, steps=2)[2], held)
+        assert prior.sample_posterior(x, steps=3)[0].shape == (4, 3)
+        assert prior.llr_score(x, 1, steps=2).shape == (4,)
+    with torch.no_grad():
+        prior.eval()
+        before = torch.cat([p.flatten().clone() for p in prior.parameters()])
+        prior.fit(X, iterations=3, progress=False)
+        assert not torch.equal(before, torch.cat([p.flatten() for p in prior.parameters()]))
+    assert not any(m.training for m in prior.modules()), "flags are as they were"
+
+
+def test_spectral_norm_holds_after_a_fit_that_began_in_eval_mode() -> None:
+    vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8)
+    prior = JointEBMPrior(vae, [MLPEnergy(s, hidden=(16,), spectral_norm=True) for s in vae.latent_shapes]).eval()
+    prior.fit(X, iterations=60, learning_rate=0.02, ema_decay=0.0, progress=False)
+    for f in prior.energies:
+        assert isinstance(f, MLPEnergy)
+        norm = torch.linalg.matrix_norm(f.net[1].weight.detach(), 2)  # type: ignore[union-attr,arg-type]
+        assert float(norm) == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_generator_moved_alone_is_told() -> None:
+    prior = trained_looking()
+    assert isinstance(prior.generator, LadderVAE)
+    prior.generator.double()
+    with pytest.raises(ValueError, match=r"generator: it is torch.float64 on cpu, but the energies are .*prior.to"):
+        prior.sample(2)
+
+
+def test_a_further_fit_forgets_the_calibration() -> None:
+    prior = trained_looking()
+    prior.fit(X, iterations=3, progress=False)
+    x = torch.rand(200, 1, 1, 1) * torch.rand(200, 1, 4, 4)
+    prior.calibrate(x)
+    score = prior.anomaly_score(x, "calibrated", rng=torch.Generator())
+    assert float(score.mean()) == pytest.approx(0.0, abs=0.3)
+    assert 0.5 < float(score.std()) < 4, "in standard deviations"
+    prior.fit(X, iterations=3, progress=False)
+    with pytest.raises(ValueError, match="needs prior.calibrate"):
+        prior.anomaly_score(X, "calibrated")
+
+
+def test_a_score_that_is_not_finite_is_told() -> None:
+    prior = trained_looking()
+    with torch.no_grad():
+        prior.energies[1].net[-1].bias.fill_(float("inf"))  # type: ignore[union-attr]
+    with pytest.raises(DivergenceError, match="the energy f of layer 2") as caught:
+        prior.anomaly_score(X)
+    assert caught.value.layer == 2
+
+
+def test_the_last_step_of_an_unadjusted_chain_is_looked_at_too() -> None:
+    class Quartic(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return z.pow(4).sum(1)
+
+    class Flat(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return -0.5 * z.square().sum(1)
+
+    vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8)
+    prior = JointEBMPrior(vae, [Flat(), Quartic()])
+    caught, steps = None, 0
+    for steps in range(2, 9):
+        try:
+            z = prior.sample_latents(64, steps=steps, step_size=0.9, rng=torch.Generator().manual_seed(0))
+        except DivergenceError as error:
+            caught = error
+            break
+        assert torch.isfinite(prior.negative_energy(z)).all()
+    assert caught is not None
+    assert caught.layer == 2, "the layer that exploded, not the one that it dragged along"
+    assert caught.step is not None
+    assert caught.step <= steps

@@ -178,7 +178,8 @@ class _FiniteWatch:
     def _fail(self, step: int, layer: int | None, what: str) -> None:
         raise DivergenceError(
             f"The Langevin chain diverged at step {step}: {what}. Use a smaller step_size (it was "
-            f"{float(self.step_size.median()):.3g}) or adjust=True; if it is not finite at step 0 already, the energy or "
+            f"{float(self.step_size.median()):.3g}; prior.tune_step_size() finds one) or adjust=True; if it is not finite at "
+            "step 0 already, the energy or "
             "the generator itself is at fault.",
             layer=layer,
             step=step,

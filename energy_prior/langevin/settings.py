@@ -11,7 +11,7 @@ from typing import get_args
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from energy_prior._util import check_count, check_positive
+from energy_prior._util import check_count, check_positive, check_settings
 from energy_prior.errors import ArgumentError
 from energy_prior.langevin.chain import StepCallback, run_chain
 from energy_prior.langevin.density import JointDensity
@@ -70,6 +70,12 @@ class ChainSettings:
         if self.scheme is not None and self.scheme not in get_args(Scheme):
             raise ArgumentError(f"scheme: expected one of {get_args(Scheme)} or None, got {self.scheme!r}.")
 
+    @classmethod
+    def of(cls, options: ChainOptions) -> ChainSettings:
+        """The settings that these keywords of a method give; an unknown one is an `ArgumentError` with the nearest name."""
+        check_settings(cls, options, "an option of a chain (random numbers come from `rng`)")
+        return cls(**options)
+
     def scheme_in(self, space: Space) -> Scheme:
         """The scheme to use in this space."""
         if self.scheme is None:
@@ -105,6 +111,8 @@ def sample_density(
         return topdown.descend((), space).latents
     adjust = density.informed if settings.adjust is None else settings.adjust
     source = RandomNoise(topdown.shapes, topdown.reference) if noise is None else noise
+    if not hasattr(source, "normal"):
+        raise ArgumentError(f"noise: expected an InjectedNoise or another NoiseSource, got {type(noise).__name__}.")
     if isinstance(source, InjectedNoise):
         source.check(topdown.shapes, topdown.reference, settings.steps, adjust)
     position = _ancestral_start(density, source) if start is None else topdown.position(start, space)

@@ -33,8 +33,9 @@ def endless_batches(
             order = torch.randperm(len(data), device="cpu").to(data.device)
             for i in range(0, len(data) - size + 1, size):
                 yield data[order[i : i + size]].to(reference.device)
-    if not isinstance(data, Iterable):
-        raise ArgumentError(f"data: expected a tensor or an iterable of batches, got {type(data).__name__}.")
+    if not isinstance(data, Iterable) or hasattr(data, "__array__"):
+        hint = " Convert it with torch.from_numpy." if hasattr(data, "__array__") else ""
+        raise ArgumentError(f"data: expected a tensor or an iterable of batches, got {type(data).__name__}.{hint}")
     while True:
         empty = True
         for item in data:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from energy_prior import validate
-from energy_prior._util import check_count, check_positive, evaluating, reproducible, training_mode, unvalidated
+from energy_prior._util import check_count, check_positive, check_settings, evaluating, reproducible, training_mode, unvalidated
 from energy_prior.errors import ArgumentError, DivergenceError, GeneratorError
 from energy_prior.generator import HierarchicalGenerator
 from energy_prior.topdown import TopDown
@@ -126,10 +126,7 @@ def fit_elbo(
     """
     if not isinstance(generator, nn.Module) or not callable(getattr(generator, "infer", None)):
         raise GeneratorError(f"generator: expected an nn.Module with infer(x), got {type(generator).__name__}.")
-    known = {field.name for field in dataclasses.fields(ElboConfig)}
-    for name in settings:
-        if name not in known:
-            raise ArgumentError(f"{name}: not a setting of fit_elbo; see energy_prior.training.ElboConfig for those there are.")
+    check_settings(ElboConfig, settings, "a setting of fit_elbo")
     config = dataclasses.replace(config or ElboConfig(), **settings)
     with torch.no_grad(), evaluating(generator):
         probe = validate.probe_generator(generator)

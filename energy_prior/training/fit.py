@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from energy_prior._util import frozen, training_mode
+from energy_prior._util import check_settings, frozen, training_mode
 from energy_prior.energies import Energy
 from energy_prior.errors import ArgumentError, DivergenceError
 from energy_prior.langevin import ChainSettings, ChainState
@@ -58,9 +58,7 @@ def fit_energies(
 ) -> FitResult:
     """`JointEBMPrior.fit`, which documents it. Random numbers come from torch's global stream."""
     rule = check_method(method)
-    unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(FitConfig)})
-    if unknown:
-        raise ArgumentError(f"{unknown[0]}: not a setting of fit; see energy_prior.training.FitConfig for those there are.")
+    check_settings(FitConfig, settings, "a setting of fit")
     if config is not None and not isinstance(config, FitConfig):
         raise ArgumentError(f"config: expected a FitConfig or None, got {type(config).__name__}.")
     config = dataclasses.replace(config or FitConfig(), **settings)
@@ -154,7 +152,12 @@ class _Run:
     def _posterior(self) -> tuple[Tensor, ...]:
         """Posterior draws of the next batch: q_ω, or Langevin where the generator has no inference model."""
         with torch.no_grad(), frozen(self.prior.generator, self.prior.energies):
-            return self.model.posterior_draw(next(self.batches)).latents
+            x = next(self.batches)
+            if self.method == "two_stage" and 0 < self.config.persistent < len(x):
+                raise ArgumentError(
+                    f"persistent: expected 0 or at least as many chains as a batch has, {len(x)}, got {self.config.persistent}."
+                )
+            return self.model.posterior_draw(x).latents
 
     def _ancestral(self, n: int) -> tuple[Tensor, ...]:
         with torch.no_grad(), frozen(self.prior.generator):
@@ -166,13 +169,8 @@ class _Run:
             return self._ancestral(n)
         if not self.config.persistent:
             return self._chain(self._ancestral(n))
-        chains = self.config.persistent
-        if n > chains:
-            raise ArgumentError(
-                f"persistent: expected at least as many chains as a batch has, {n}, got {self.config.persistent}."
-            )
         if self.bank is None:
-            self.bank = self._chain(self._ancestral(chains))
+            self.bank = self._chain(self._ancestral(self.config.persistent))
         rows = torch.randperm(len(self.bank[0]), device=self.bank[0].device)[:n]
         again = torch.rand(n, device=rows.device) < self.config.restart
         start = [

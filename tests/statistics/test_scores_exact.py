@@ -20,10 +20,10 @@ def test_log_joint_and_llr(k: int, space: str) -> None:
     prior = JointEBMPrior(ladder, ladder.energies, space=space)  # type: ignore[arg-type]
     options = {"steps": 80, "step_size": 0.9 if space == "noise" else 0.5, "adjust": True}
     x = X.expand(DRAWS, -1)
-    draws = prior.log_joint(x, k, rng=torch.Generator().manual_seed(k), **options)  # type: ignore[arg-type]
+    draws = prior.log_joint(x, k, num_samples=1, rng=torch.Generator().manual_seed(k), **options)  # type: ignore[arg-type]
     z = (draws.mean() - ladder.log_joint(X, k)) / (draws.std() / DRAWS**0.5)
     assert abs(float(z)) < limit(1)
-    llr = prior.llr_score(x, k, rng=torch.Generator().manual_seed(k), **options)  # type: ignore[arg-type]
+    llr = prior.llr_score(x, k, num_samples=1, rng=torch.Generator().manual_seed(k), **options)  # type: ignore[arg-type]
     if k == 0:
         assert torch.equal(llr, torch.zeros_like(llr))
     else:
