@@ -64,6 +64,7 @@ def main() -> None:
     done = {(e["seed"], e["unknown_digit"]): e for e in lines if e["key"] == key}
     missing = [s for s in settings if (s.seed, s.unknown) not in done]
     print(f"{len(settings) - len(missing)} runs are there, {len(missing)} to do", flush=True)
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # of the workers: more threads than cores only stall
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.workers, mp_context=context) as pool:
         for future in concurrent.futures.as_completed([pool.submit(_run, s) for s in missing]):

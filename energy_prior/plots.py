@@ -25,7 +25,8 @@ def image_panels(path: str | os.PathLike[str], panels: Mapping[str, Tensor], *, 
         panels: title -> images in [0, 1], (n, channels, height, width), 1 or 3 channels.
         columns: images per row of a grid.
     """
-    figure = _figure(3.4 * len(panels), 3.8)
+    figure = _figure(3.4 * len(panels), 3.6)
+    figure.get_layout_engine().set(wspace=0.06)
     for index, (title, images) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, len(panels), index)
         _show(axes, _grid(images, columns))

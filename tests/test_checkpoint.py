@@ -131,7 +131,8 @@ def test_another_generator(tmp_path: Path) -> None:
         JointEBMPrior.load(path, other)
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     prior, path = make(), tmp_path / "p"
     prior.save(path)
     before = path.read_bytes()
@@ -139,7 +140,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_module.os, "fsync", full_disk)
+    monkeypatch.setattr(checkpoint_module.os, call, full_disk)
     with pytest.raises(OSError, match="No space left"):
         make((4, 2)).save(path)
     assert path.read_bytes() == before

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from energy_prior import DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy
 from energy_prior.langevin import ChainSettings, InjectedNoise
+from energy_prior.topdown import TopDown
 
 
 def trained_looking(dtype: torch.dtype = torch.float32, space: str = "noise", nets: str = "mlp") -> JointEBMPrior:
@@ -173,6 +174,17 @@ def test_trajectory_start_is_ancestral_and_end_is_the_chain() -> None:
     end = prior.sample_latents(5, rng=torch.Generator().manual_seed(1), **options)
     for z, last in zip(run.latents, end, strict=True):
         torch.testing.assert_close(z[-1], last)
+
+
+@pytest.mark.parametrize("space", ["noise", "latent"])
+def test_a_chain_starts_at_the_latents_of_its_first_noise(space: str) -> None:
+    prior = trained_looking(torch.float64, space)
+    normals = [torch.randn(2, 4, *shape, dtype=torch.float64) for shape in prior.generator.latent_shapes]
+    run = prior.trajectory(4, steps=1, every=1, noise=InjectedNoise(normals))
+    with torch.no_grad():
+        start = TopDown(prior.generator, 4).descend([n[0] for n in normals], "noise").latents
+    for z, expected in zip(run.latents, start, strict=True):
+        torch.testing.assert_close(z[0], expected)
 
 
 def test_drift_norm_is_the_gradient_of_log_density_in_latent_space() -> None:

@@ -21,7 +21,8 @@ def test_there_are_blocks() -> None:
 
 
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
-def test_block(index: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_block(index: int, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     data = load_demo_data(9, 0)
     names: dict[str, Any] = {
         "images": data.train,
