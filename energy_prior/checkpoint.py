@@ -6,6 +6,7 @@ __all__ = [
     "FORMAT_VERSION",
     "check_generator_fits",
     "check_state_fits",
+    "check_unchanged",
     "fingerprint",
     "read_checkpoint",
     "write_checkpoint",
@@ -125,6 +126,15 @@ def check_generator_fits(path: str | os.PathLike[str], config: Mapping[str, Any]
         raise CheckpointError(
             f"{os.fspath(path)!r} was made for a generator with other weights or another dtype: energies are only valid "
             "for the generator that they were fitted on. Give `load` that one, or fit the prior again."
+        )
+
+
+def check_unchanged(fitted_on: str | None, now: str) -> None:
+    """Raises `CheckpointError` if the generator's fingerprint is no longer the one that the energies were fitted on."""
+    if fitted_on not in (None, now):
+        raise CheckpointError(
+            "The generator has changed since the energies were fitted, and they are only valid for the one that they were "
+            "fitted on. Fit the prior again before saving it."
         )
 
 

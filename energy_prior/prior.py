@@ -18,12 +18,13 @@ from energy_prior._util import check_count, evaluating, frozen, reproducible
 from energy_prior.checkpoint import (
     check_generator_fits,
     check_state_fits,
+    check_unchanged,
     fingerprint,
     read_checkpoint,
     write_checkpoint,
 )
 from energy_prior.energies import build_energies, default_energies, describe_energies
-from energy_prior.errors import ArgumentError, CheckpointError
+from energy_prior.errors import ArgumentError
 from energy_prior.generator import HierarchicalGenerator
 from energy_prior.langevin import (
     ChainOptions,
@@ -95,24 +96,14 @@ class JointEBMPrior(ScoreMethods, nn.Module):
         self.x_shape = probe.x_shape
         self._fitted_on: str | None = None
         reference = probe.latents[0]
-        if isinstance(energies, str | Mapping) or (energies is not None and not isinstance(energies, Iterable)):
-            raise ArgumentError(
-                f"energies: expected a list of modules, one per layer, got {type(energies).__name__}; space is a keyword."
-            )
         if energies is None:
             self.energies = default_energies(generator.latent_shapes).to(reference.device, reference.dtype)
         else:
-            modules = list(energies)
-            for layer, module in enumerate(modules, start=1):
-                if not isinstance(module, nn.Module):
-                    raise ArgumentError(f"energies: expected an nn.Module for f_{layer}, got {type(module).__name__}.")
-            self.energies = nn.ModuleList(modules)
+            self.energies = nn.ModuleList(validate.energy_modules(energies))
             with torch.no_grad(), evaluating(self.energies):
                 validate.check_energies(self.energies, probe.latents)
         self.register_buffer("calibration", torch.zeros(2, 3, dtype=reference.dtype, device=reference.device))
         self.register_buffer("step_size", torch.tensor(0.3, dtype=reference.dtype, device=reference.device))
-
-    # ------------------------------------------------------------------ learning
 
     def fit(
         self,
@@ -331,16 +322,10 @@ class JointEBMPrior(ScoreMethods, nn.Module):
         with evaluating(self.generator):
             return energy.sum(1) + self.model.log_prior(latents).sum(1)
 
-    # ------------------------------------------------------------------ checkpoints
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the energies, the tuned step size and the generator's fingerprint to one safetensors file, atomically."""
         now = fingerprint(self.generator)
-        if self._fitted_on not in (None, now):
-            raise CheckpointError(
-                "The generator has changed since the energies were fitted, and they are only valid for the one that they were "
-                "fitted on. Fit the prior again before saving it."
-            )
+        check_unchanged(self._fitted_on, now)
         config = {
             "space": self.space,
             "latent_shapes": [list(shape) for shape in self.generator.latent_shapes],
@@ -381,8 +366,6 @@ class JointEBMPrior(ScoreMethods, nn.Module):
         prior._fitted_on = config["generator"]
         return prior
 
-    # ------------------------------------------------------------------ inside
-
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """What `.to()`, `.double()`, `.cuda()` … call: the generator goes along."""
         if isinstance(self.generator, nn.Module):
@@ -397,18 +380,10 @@ class JointEBMPrior(ScoreMethods, nn.Module):
     @contextlib.contextmanager
     def _quiet(self, rng: torch.Generator | None) -> Iterator[JointModel]:
         """The model without gradients, in evaluation mode, drawing from `rng`; also inside `torch.inference_mode`."""
-        here, there = self.reference, self.step_size
-        if (here.dtype, here.device) != (there.dtype, there.device):
-            raise ArgumentError(
-                f"generator: it is {here.dtype} on {here.device}, but the energies are {there.dtype} on {there.device}. Move "
-                "both with prior.to(…), not the generator alone."
-            )
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            frozen(self.generator, self),
-            reproducible(rng, self.reference.device),
-        ):
+        here = self.reference
+        validate.check_same_place(here, self.step_size)
+        quiet = frozen(self.generator, self)
+        with torch.inference_mode(False), torch.no_grad(), quiet, reproducible(rng, here.device):
             yield self.model
 
     def _check_latents(self, name: str, latents: Sequence[Tensor], batch: int | None = None) -> None:

@@ -10,11 +10,13 @@ __all__ = [
     "check_k",
     "check_latents",
     "check_observations",
+    "check_same_place",
     "checked_infer",
+    "energy_modules",
     "probe_generator",
 ]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +121,28 @@ def check_conditional(conditional: Any, layer: int, shape: torch.Size, batch: in
         raise GeneratorError(
             f"generator.conditional: scale of layer {layer} must be above 0, got {float(conditional.scale.min()):.3g}."
         )
+
+
+def check_same_place(generator: Tensor, energies: Tensor) -> None:
+    """The generator and the energies have one dtype and device."""
+    if (generator.dtype, generator.device) != (energies.dtype, energies.device):
+        raise ArgumentError(
+            f"generator: it is {generator.dtype} on {generator.device}, but the energies are {energies.dtype} on "
+            f"{energies.device}. Move both with prior.to(…), not the generator alone."
+        )
+
+
+def energy_modules(energies: Any) -> list[nn.Module]:
+    """The user's energies as a list of modules."""
+    if isinstance(energies, str | Mapping) or not isinstance(energies, Iterable):
+        raise ArgumentError(
+            f"energies: expected a list of modules, one per layer, got {type(energies).__name__}; space is a keyword."
+        )
+    modules = list(energies)
+    for layer, module in enumerate(modules, start=1):
+        if not isinstance(module, nn.Module):
+            raise ArgumentError(f"energies: expected an nn.Module for f_{layer}, got {type(module).__name__}.")
+    return modules
 
 
 def check_energies(energies: Sequence[nn.Module] | nn.ModuleList, latents: Sequence[Tensor]) -> None:
