@@ -40,7 +40,6 @@ DETAILS = {
     "c2st_generator": lambda r: r["latents"]["c2st_generator"],
     "c2st_joint": lambda r: r["latents"]["c2st_joint"],
     "largest_energy": lambda r: r["fit"]["largest_energy"],
-    "seconds": lambda r: r["seconds"]["all"],
     **{f"auroc_{name}": (lambda r, name=name: r["scores"][name]["auroc"]) for name in SCORES},
     **{f"auprc_{name}": (lambda r, name=name: r["scores"][name]["auprc"]) for name in SCORES},
 }

@@ -157,8 +157,6 @@ class JointEBMPrior(ScoreMethods, nn.Module):
             self.step_size.fill_(tuned)
         return tuned
 
-    # ------------------------------------------------------------------ sampling
-
     def sample(
         self,
         n: int,
@@ -299,8 +297,6 @@ class JointEBMPrior(ScoreMethods, nn.Module):
             if method == "infer":
                 return validate.checked_infer(self.generator, x).latents
             return model.sample_posterior(x, settings, start=start, noise=noise)
-
-    # ------------------------------------------------------------------ densities
 
     def negative_energy(self, latents: Sequence[Tensor]) -> Tensor:
         """f_i(z_i) of every layer, (batch, L), nats; higher = more probable. Differentiable.

@@ -144,8 +144,6 @@ class _Run:
             for average, weight in zip(self.average, self.weights, strict=True):
                 average.lerp_(weight, 1 - decay)
 
-    # ------------------------------------------------------------------ draws
-
     def _energies(self, latents: tuple[Tensor, ...]) -> Tensor:
         return self.model.negative_energy(latents)
 
@@ -210,8 +208,6 @@ class _Run:
         for energy, z in zip(self.prior.energies, zip(*draws, strict=True), strict=True):
             if isinstance(energy, Energy):
                 energy.standardize(torch.cat(z))
-
-    # ------------------------------------------------------------------ watching
 
     def _check(self, first: int, window: Tensor) -> None:
         """Reads a window of iterations; stops at the first that is not sound, else remembers the average as good."""
