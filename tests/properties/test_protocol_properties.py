@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from hypothesis import given, settings
@@ -74,13 +74,14 @@ def test_scores_of_every_k(prior: JointEBMPrior, data: st.DataObject) -> None:
     k = data.draw(st.integers(0, layers))
     x = torch.rand(2, *prior.x_shape, dtype=prior.reference.dtype)
     seeds = [torch.Generator().manual_seed(3) for _ in range(3)]
-    llr = prior.llr_score(x, k, steps=2, step_size=0.1, rng=seeds[0])
+    options: dict[str, Any] = {"num_samples": 1, "steps": 2, "step_size": 0.1}
+    llr = prior.llr_score(x, k, rng=seeds[0], **options)
     assert llr.shape == (2,)
     assert torch.isfinite(llr).all()
     if k == 0:
         assert torch.equal(llr, torch.zeros_like(llr))
     else:
-        same_draw = prior.log_joint(x, 0, rng=seeds[1]) - prior.log_joint(x, k, steps=2, step_size=0.1, rng=seeds[2])
+        same_draw = prior.log_joint(x, 0, rng=seeds[1], **options) - prior.log_joint(x, k, rng=seeds[2], **options)
         torch.testing.assert_close(llr, same_draw, rtol=1e-3, atol=1e-3)
 
 
