@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from energy_prior import validate
 from energy_prior._util import inferrer, reproducible
 from energy_prior.errors import EnergyPriorError, GeneratorError
-from energy_prior.generator import Factorization, HierarchicalGenerator
+from energy_prior.generator import Factorization, HierarchicalGenerator, Inferred
 from energy_prior.topdown import Descent, TopDown, ancestral
 
 _SEED = 20230423
@@ -116,8 +116,8 @@ def _pure(generator: HierarchicalGenerator, x: Tensor) -> str | None:
         if not sound:
             return (
                 f"descend: one state at layer {layer}, taken down twice, does not agree with itself{raised}. descend must "
-                "return a "
-                "new state and leave the given one as it was: copy dicts and lists before writing to them, no in-place "
+                "return a new state and leave the given one as it was: copy dicts and lists before writing to "
+                "them, no in-place "
                 "operations, nothing stored on the model; no dropout or batch norm in train mode."
             )
     return None
@@ -154,8 +154,7 @@ def _rows_independent(generator: HierarchicalGenerator, x: Tensor) -> str | None
 
 
 def _likelihood(generator: HierarchicalGenerator, x: Tensor) -> str | None:
-    descent = ancestral(generator, len(x))
-    descent = _pass(generator, descent.latents)
+    descent = _pass(generator, ancestral(generator, len(x)).latents)
     likelihood = generator.likelihood(descent.state)
     validate.check_observations("x", x, x.shape[1:], descent.latents[0])
     if likelihood.event_shape != x.shape[1:]:
@@ -196,8 +195,7 @@ def _reaches(generator: HierarchicalGenerator, x: Tensor) -> str | None:
                 )
             return (
                 f"dependence: changing z_{layer} does not change {what.replace('a layer', 'any layer')}. Does descend use the "
-                "z that it is given? (A model "
-                "with zero-initialised layers shows this before training: check a trained one.)"
+                "z that it is given? (A model with zero-initialised layers shows this before training: check a trained one.)"
             )
     return None
 
@@ -210,16 +208,12 @@ def _round_trip(generator: HierarchicalGenerator, x: Tensor) -> str | None:
         if not torch.allclose(a, b, rtol=0, atol=1e-2 if a.dtype == torch.float32 else 1e-6):
             return (
                 f"noise -> latents -> noise is off by {float((a - b).abs().max()):.2g} at layer {layer}: the conditionals are "
-                "not the "
-                "same when the same latents are taken in again, or a scale is too small for the dtype."
+                "not the same when the same latents are taken in again, or a scale is too small for the dtype."
             )
     return None
 
 
 def _infer(generator: HierarchicalGenerator, x: Tensor) -> str | None:
-    infer = inferrer(generator)
-    if infer is None:
-        return None
     with torch.enable_grad():
         inferred = validate.checked_infer(generator, x)
     if inferred.factorization not in get_args(Factorization):
@@ -228,17 +222,20 @@ def _infer(generator: HierarchicalGenerator, x: Tensor) -> str | None:
         learnable = isinstance(generator, nn.Module) and any(p.requires_grad for p in generator.parameters())
         if learnable and not z.requires_grad:
             return f"infer: z_{layer} carries no gradient. Draw it reparameterised (rsample), not detached."
-    draws = [infer(x, rng=torch.Generator(x.device).manual_seed(seed)).latents for seed in (1, 1, 2)]
-    if not all(torch.equal(a, b) for a, b in zip(draws[0], draws[1], strict=True)):
+
+    def draw(seed: int, observations: Tensor = x) -> Inferred:
+        return generator.infer(observations, rng=torch.Generator(x.device).manual_seed(seed))  # type: ignore[attr-defined]
+
+    first, again, other = (draw(seed) for seed in (1, 1, 2))
+    if not all(torch.equal(a, b) for a, b in zip(first.latents, again.latents, strict=True)):
         return "infer: the same rng seed gives different draws. Use `rng` for every random number (and evaluation mode)."
-    if all(torch.equal(a, b) for a, b in zip(draws[0], draws[2], strict=True)):
+    if all(torch.equal(a, b) for a, b in zip(first.latents, other.latents, strict=True)):
         return "infer: different rng seeds give the same draw. It must draw z ~ q(z | x), not return a mean."
-    log_q = [infer(x, rng=torch.Generator(x.device).manual_seed(seed)).log_q for seed in (1, 2)]
-    for layer in range(1, len(draws[0]) + 1):
-        if torch.equal(log_q[0][:, layer - 1], log_q[1][:, layer - 1]):
+    for layer in range(1, len(first.latents) + 1):
+        if torch.equal(first.log_q[:, layer - 1], other.log_q[:, layer - 1]):
             return f"infer: log_q of layer {layer} is the same for different draws. It must be log q at the drawn z_{layer}."
-    alone = infer(x[:1].expand(x.shape), rng=torch.Generator(x.device).manual_seed(1)).latents
-    if not all(_close(a[:1], b[:1]) for a, b in zip(draws[0], alone, strict=True)):
+    among_copies = draw(1, x[:1].expand(x.shape))
+    if not all(_close(a[:1], b[:1]) for a, b in zip(first.latents, among_copies.latents, strict=True)):
         return (
             "infer: the latents of an observation change with the rest of its batch. Is there batch norm in train mode? Call "
             "generator.eval()."

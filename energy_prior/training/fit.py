@@ -121,7 +121,7 @@ class _Run:
         """One iteration; returns (loss, gap, gradient norm, largest |f_1|, …, largest |f_L|)."""
         positive = self._posterior()
         negative = self._prior_draws(len(positive[0]))
-        f_positive, f_negative = self._energies(positive), self._energies(negative)
+        f_positive, f_negative = self.model.negative_energy(positive), self.model.negative_energy(negative)
         total_positive, total_negative = f_positive.sum(1), f_negative.sum(1)
         loss = _OBJECTIVES[self.method](total_positive, total_negative)
         penalty = self.config.energy_penalty * energy_penalty(total_positive, total_negative)
@@ -143,9 +143,6 @@ class _Run:
         with torch.no_grad():
             for average, weight in zip(self.average, self.weights, strict=True):
                 average.lerp_(weight, 1 - decay)
-
-    def _energies(self, latents: tuple[Tensor, ...]) -> Tensor:
-        return self.model.negative_energy(latents)
 
     def _posterior(self) -> tuple[Tensor, ...]:
         """Posterior draws of the next batch: q_ω, or Langevin where the generator has no inference model."""
