@@ -9,11 +9,6 @@ Writes docs/results/demo_seeds.json, .md and .png.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import dataclasses
-import hashlib
-import json
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Sequence
@@ -22,9 +17,8 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from results import ROOT, Row, mean_row, write_results
+from results import ROOT, Row, code_key, mean_row, run_missing, write_results
 
-import energy_prior.demo
 from energy_prior.demo import SCORES, DemoSettings, run_demo
 
 GOALS: dict[str, tuple[float, str]] = {
@@ -57,22 +51,12 @@ def main() -> None:
     if options.quick:
         settings, out = [s.quick() for s in settings[:2]], Path(tempfile.mkdtemp())
     log = out / "demo_seeds.partial.jsonl"
-    out.mkdir(parents=True, exist_ok=True)
-    key = _fingerprint()
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = {(e["seed"], e["unknown_digit"]): e for e in lines if e["key"] == key}
-    missing = [s for s in settings if (s.seed, s.unknown) not in done]
-    print(f"{len(settings) - len(missing)} runs are there, {len(missing)} to do", flush=True)
-    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # of the workers: more threads than cores only stall
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        for future in concurrent.futures.as_completed([pool.submit(_run, s) for s in missing]):
-            report = future.result() | {"key": key}
-            with log.open("a") as file:
-                file.write(json.dumps(report) + "\n")
-            done[report["seed"], report["unknown_digit"]] = report
-            print(_line(report), flush=True)
-    reports = [done[s.seed, s.unknown] for s in settings]
+    jobs = {f"seed {s.seed} digit {s.unknown}": s for s in settings}
+    done: dict[str, dict[str, Any]] = {}
+    for name, report in run_missing(jobs, _run, log, code_key(repr(DemoSettings())), options.workers):
+        done[name] = report
+        print(_line(report), flush=True)
+    reports = [done[name] for name in jobs]
     rows = _rows(reports)
     write_results(out / "demo_seeds.json", rows)
     (out / "demo_seeds.md").write_text(_markdown(reports, rows))
@@ -84,14 +68,6 @@ def main() -> None:
 def _run(settings: DemoSettings) -> dict[str, Any]:
     torch.set_num_threads(1)
     return run_demo(settings, out=None)
-
-
-def _fingerprint() -> str:
-    """Of the package's code and the demo's settings: runs of other code do not count."""
-    digest = hashlib.sha256(repr(dataclasses.asdict(DemoSettings())).encode())
-    for path in sorted(Path(energy_prior.demo.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _figures(report: dict[str, Any]) -> dict[str, float]:

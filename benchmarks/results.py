@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["Row", "mean_row", "provenance", "write_results"]
+__all__ = ["ROOT", "Row", "code_key", "mean_row", "provenance", "run_missing", "write_results"]
 
+import ast
+import concurrent.futures
+import hashlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -58,3 +62,47 @@ def write_results(path: Path, rows: Sequence[Row]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(provenance() | {"rows": list(rows)}, indent=1) + "\n")
     temporary.replace(path)
+
+
+def code_key(*extra: str) -> str:
+    """Of the package's code (docstrings, comments and layout aside) and of `extra`: results of other code do not count."""
+    digest = hashlib.sha256(repr(extra).encode())
+    for path in sorted((ROOT / "energy_prior").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
+
+
+def run_missing(
+    jobs: Mapping[str, Any], run: Callable[[Any], dict[str, Any]], log: Path, key: str, workers: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`run(job)` for every job, in worker processes of one thread each; a line in `log` as each ends, which is not run again.
+
+    Args:
+        jobs: name -> what `run` gets; both picklable.
+        run: a function at the top level of a module.
+        log: file of the lines so far; those with another `key` do not count.
+        key: of the code and settings.
+        workers: runs at a time.
+
+    Yields:
+        Name and result, first of those that were there, then of the others as they end.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {line["job"]: line["result"] for line in lines if line["key"] == key and line["job"] in jobs}
+    print(f"{len(done)} runs are there, {len(jobs) - len(done)} to do", flush=True)
+    yield from done.items()
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # of the workers: more threads than cores only stall
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = {pool.submit(run, job): name for name, job in jobs.items() if name not in done}
+        for future in concurrent.futures.as_completed(futures):
+            name, result = futures[future], future.result()
+            with log.open("a") as file:
+                file.write(json.dumps({"key": key, "job": name, "result": result}) + "\n")
+            yield name, result

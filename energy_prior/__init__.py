@@ -6,6 +6,7 @@ __all__ = [
     "ArgumentError",
     "CheckpointError",
     "ConvEnergy",
+    "DistributedError",
     "DivergenceError",
     "Energy",
     "EnergyPriorError",
@@ -17,6 +18,7 @@ __all__ = [
     "MLPEnergy",
     "MissingExtraError",
     "ShapeError",
+    "TrainingWarning",
     "Trajectory",
     "__version__",
     "check_generator",
@@ -29,11 +31,13 @@ from energy_prior.energies import ConvEnergy, Energy, MLPEnergy, default_energie
 from energy_prior.errors import (
     ArgumentError,
     CheckpointError,
+    DistributedError,
     DivergenceError,
     EnergyPriorError,
     GeneratorError,
     MissingExtraError,
     ShapeError,
+    TrainingWarning,
 )
 from energy_prior.generator import HierarchicalGenerator, Inferred
 from energy_prior.generators import LadderVAE

@@ -9,7 +9,9 @@ __all__ = [
     "check_unchanged",
     "fingerprint",
     "read_checkpoint",
+    "read_tensors",
     "write_checkpoint",
+    "write_whole",
 ]
 
 import hashlib
@@ -49,20 +51,36 @@ def fingerprint(generator: Any) -> str:
 
 def write_checkpoint(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Writes a checkpoint whole or not at all: to a temporary file beside `path`, then renamed over it."""
+    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "config": json.dumps(dict(config))}
+    data = save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, metadata=header)
+    write_whole(path, data)
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file whole or not at all: to a temporary file beside `path`, then renamed over it.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: if `path` cannot be a file.
+        OSError: if it cannot be written (a full disk); what was at `path` before is untouched.
+    """
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"path: there is no folder {os.fspath(target.parent)!r} to write the checkpoint to.")
     if target.is_dir():
         raise IsADirectoryError(f"path: {os.fspath(target)!r} is a folder; name a file in it.")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "config": json.dumps(dict(config))}
-    data = save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, metadata=header)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: the checkpoint {os.fspath(target)!r} ({len(data) / 2**20:.1f} MiB) could not be written. What "
+            "was there before is untouched; make room and go on",
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -74,19 +92,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         FileNotFoundError: if there is no such file.
         CheckpointError: if it is truncated or damaged, was not written by this library, or by a newer version of it.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise ArgumentError(f"path: expected a file's path, got {type(path).__name__}.")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"No checkpoint at {os.fspath(path)!r}.")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{os.fspath(path)!r} is not a whole safetensors file ({error}): it is truncated, damaged or of another kind. "
-            "Save the prior again, or use another copy."
-        ) from error
+    tensors, header = read_tensors(path)
     if header.get("format") != FORMAT:
         raise CheckpointError(
             f"{os.fspath(path)!r} is a safetensors file, but not a checkpoint of energy-prior. Expected one that "
@@ -114,15 +120,38 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
     return tensors, config
 
 
-def check_generator_fits(path: str | os.PathLike[str], config: Mapping[str, Any], generator: Any) -> None:
-    """Raises `CheckpointError` if a checkpoint was made for another generator."""
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU, and its header.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is truncated or damaged.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentError(f"path: expected a file's path, got {type(path).__name__}.")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No checkpoint at {os.fspath(path)!r}.")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} is not a whole safetensors file ({error}): it is truncated, damaged or of another kind. "
+            "Save it again, or use another copy."
+        ) from error
+
+
+def check_generator_fits(
+    path: str | os.PathLike[str], config: Mapping[str, Any], generator: Any, *, weights: bool = True
+) -> None:
+    """Raises `CheckpointError` if a checkpoint was made for another generator: other latents or, if asked, other weights."""
     shapes = [list(shape) for shape in generator.latent_shapes]
     if shapes != config["latent_shapes"]:
         raise CheckpointError(
             f"{os.fspath(path)!r} was made for latents of shapes {config['latent_shapes']} (z_1 first); this generator "
             f"has {shapes}. Give `load` the generator that the prior was fitted on."
         )
-    if fingerprint(generator) != config["generator"]:
+    if weights and fingerprint(generator) != config["generator"]:
         raise CheckpointError(
             f"{os.fspath(path)!r} was made for a generator with other weights or another dtype: energies are only valid "
             "for the generator that they were fitted on. Give `load` that one, or fit the prior again."

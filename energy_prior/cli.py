@@ -1,4 +1,4 @@
-"""The command line: `energy-prior demo`."""
+"""The command line: `energy-prior demo` and `energy-prior train`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from energy_prior.errors import EnergyPriorError
 
     try:
-        return _demo(options)
+        return {"demo": _demo, "train": _train}[options.command](options)
     except (EnergyPriorError, OSError) as error:
         print(f"energy-prior: {error}", file=sys.stderr)
         return 2
@@ -41,7 +41,54 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1, …")
     demo.add_argument("--out", type=Path, default=Path("energy-prior-demo"), help="folder to write to")
     demo.add_argument("--quick", action="store_true", help="a few iterations, to see that it runs; the figures mean nothing")
+    train = commands.add_parser(
+        "train",
+        help="train a generator and its joint prior on images, from a YAML file or flags",
+        description="Trains a generator by its ELBO, then its joint prior, and writes both, samples and a report. The same "
+        "command after a kill goes on where it was. `accelerate launch -m energy_prior.cli train …` runs it on several "
+        "processes, hosts or GPUs.",
+    )
+    train.add_argument("config", nargs="?", type=Path, help="the recipe, a YAML file; --settings lists what it can hold")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="e.g. elbo.iterations=500 or fit.0.method=joint; repeatable",
+    )
+    train.add_argument("--data", metavar="SOURCE", help="the same as --set data.source=…")
+    train.add_argument("--out", metavar="FOLDER", help="the same as --set out=…")
+    train.add_argument("--seed", metavar="NUMBER", help="the same as --set seed=…")
+    train.add_argument("--device", metavar="DEVICE", help="the same as --set device=…")
+    train.add_argument("--settings", action="store_true", help="print every setting with its default and meaning, and stop")
     return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from energy_prior.recipe import read_recipe, run_recipe, settings_help
+
+    if options.settings:
+        print(settings_help())
+        return 0
+    flags = {"data.source": options.data, "out": options.out, "seed": options.seed, "device": options.device}
+    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    recipe = read_recipe(options.config, [*options.set, *given])
+    report = run_recipe(recipe, launched_accelerator(cpu=recipe.device == "cpu"))
+    for name, entry in report.items():
+        print(f"{name}: {entry}")
+    print(f"prior.safetensors, generator.safetensors, samples.png and report.json are in {recipe.out}/")
+    return 0
+
+
+def launched_accelerator(*, cpu: bool = False) -> Any:
+    """An `accelerate.Accelerator` if `accelerate launch` or torchrun started this process, else None."""
+    import os
+
+    from energy_prior._util import require_extra
+
+    if not any(name in os.environ for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")):
+        return None
+    return require_extra("accelerate", "train").Accelerator(cpu=cpu)
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -27,8 +27,8 @@ SCORES = ("calibrated", "log_joint", "negative_energy", "reconstruction")
 """The anomaly scores that the demo reports, the default one first."""
 
 
-NCE: dict[str, Any] = {"batch_size": 1024, "weight_decay": 0.1, "energy_penalty": 5e-3}
-ML: dict[str, Any] = {"steps": 20, "persistent": 2048, "warmup": 20, "ema_decay": 0.98}
+NCE: dict[str, Any] = {"batch_size": 1024, "weight_decay": 0.1, "energy_penalty": 5e-3, "gradient_clip": 1.0}
+ML: dict[str, Any] = {"persistent": 2048, "ema_decay": 0.98, "gradient_clip": 1.0}
 """What differs from `FitConfig`: few images, so a strong weight decay; a short finish by maximum likelihood."""
 
 
@@ -131,7 +131,7 @@ def run_demo(settings: DemoSettings, out: str | Path | None = "energy-prior-demo
                 "nce_loss": nce.history[-1]["loss"],
                 "largest_energy": max(h["max_energy"] for h in (*nce.history, *ml.history)),
                 "acceptance": ml.history[-1]["acceptance"],
-                "clipped": {"nce": nce.clipped, "two_stage": ml.clipped},
+                "clipped": {"nce": nce.clipped["energies"], "two_stage": ml.clipped["energies"]},
             },
             "samples": _compare_samples(prior, data, settings),
             "latents": _compare_latents(prior, data, settings),

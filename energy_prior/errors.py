@@ -5,11 +5,13 @@ from __future__ import annotations
 __all__ = [
     "ArgumentError",
     "CheckpointError",
+    "DistributedError",
     "DivergenceError",
     "EnergyPriorError",
     "GeneratorError",
     "MissingExtraError",
     "ShapeError",
+    "TrainingWarning",
 ]
 
 
@@ -31,6 +33,14 @@ class GeneratorError(EnergyPriorError, ValueError):
 
 class CheckpointError(EnergyPriorError, ValueError):
     """A checkpoint is truncated, foreign, of a future version, or belongs to another model."""
+
+
+class DistributedError(EnergyPriorError, RuntimeError):
+    """Another process of a run on several has died or is out of reach."""
+
+
+class TrainingWarning(UserWarning):
+    """Something in a run of training is about to go wrong; the message says what and what to change."""
 
 
 class MissingExtraError(EnergyPriorError, ImportError):

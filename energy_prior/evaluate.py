@@ -1,8 +1,8 @@
-"""How good samples and scores are: Fréchet distance and its excess, two-sample accuracy, AUROC and AUPRC."""
+"""How good samples, scores and chains are: Fréchet distance and its excess, two-sample accuracy, AUROC, AUPRC, ESS."""
 
 from __future__ import annotations
 
-__all__ = ["Detection", "detection", "excess_ratio", "frechet_distance", "two_sample_accuracy"]
+__all__ = ["Detection", "detection", "effective_sample_size", "excess_ratio", "frechet_distance", "two_sample_accuracy"]
 
 import warnings
 from typing import NamedTuple
@@ -63,6 +63,30 @@ def excess_ratio(joint: float, generator: float, floor: float) -> float:
     if not generator > floor:
         raise ArgumentError(f"generator: expected a distance above the floor {floor:.4g}, got {generator:.4g}.")
     return (joint - floor) / (generator - floor)
+
+
+def effective_sample_size(series: Tensor) -> Tensor:
+    """T/(1 + 2 Σ_t ρ_t), how many independent draws one chain of T steps is worth, (d,), in (0, T].
+
+    ρ_t is the autocorrelation at lag t, pooled over the chains about their common mean (chains that stay apart count as
+    correlated), and the sum stops where two neighbouring terms add up to less than 0 (Geyer, Statistical Science 1992).
+
+    Args:
+        series: d quantities along the chains, (T, chains, d), T ≥ 4.
+
+    Raises:
+        ShapeError: if the shape is another.
+    """
+    if series.ndim != 3 or len(series) < 4:
+        raise ShapeError(f"series: expected shape (T, chains, d) with T of at least 4, got {tuple(series.shape)}.")
+    steps = len(series)
+    centred = series.double() - series.double().mean((0, 1))
+    spectrum = torch.fft.rfft(centred, n=2 * steps, dim=0)
+    covariance = torch.fft.irfft(spectrum.abs() ** 2, n=2 * steps, dim=0)[:steps].mean(1) / steps
+    correlation = covariance / covariance[0].clamp_min(1e-300)
+    pairs = correlation[: steps // 2 * 2].reshape(steps // 2, 2, -1).sum(1)
+    positive = (pairs > 0).long().cumprod(0)
+    return steps / (2 * (pairs * positive).sum(0) - 1).clamp_min(1.0)
 
 
 def two_sample_accuracy(

@@ -64,7 +64,8 @@ class JointModel:
         on_step: StepCallback | None = None,
     ) -> tuple[Tensor, ...]:
         """A chain on `density`; all latents at its end."""
-        return sample_density(density, settings, default_step_size=self.step_size, start=start, noise=noise, on_step=on_step)
+        chain = sample_density(density, settings, default_step_size=self.step_size, start=start, noise=noise, on_step=on_step)
+        return chain.latents
 
     def sample_posterior(
         self,

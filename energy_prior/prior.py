@@ -39,7 +39,9 @@ from energy_prior.scoring import ScoreMethods
 from energy_prior.topdown import Decode, Space, ancestral, check_decode, decode_latents
 
 if TYPE_CHECKING:
-    from energy_prior.training import FitConfig, FitResult
+    from accelerate import Accelerator
+
+    from energy_prior.training import FitConfig, FitResult, Method
 
 
 class JointEBMPrior(ScoreMethods, nn.Module):
@@ -55,7 +57,8 @@ class JointEBMPrior(ScoreMethods, nn.Module):
     result (for the same batch size), None uses torch's global stream, and an explicit `rng` leaves that stream untouched.
 
     The generator is not a submodule. `parameters()` are the energies'; `state_dict()` holds them (`energies.<i − 1>.…`),
-    the tuned `step_size` and the `calibration` of a score; `.to()` moves the generator too. Sampling and scoring run
+    the tuned `step_size` and the `calibration` of a score; after joint training both hold the generator (`generator.…`)
+    too. `.to()` moves the generator in any case. Sampling and scoring run
     everything in evaluation mode and leave train/eval flags, `requires_grad` and `.grad` as they were.
 
     Args:
@@ -108,23 +111,37 @@ class JointEBMPrior(ScoreMethods, nn.Module):
     def fit(
         self,
         data: Tensor | Iterable[Any],
-        method: str = "nce",
+        method: Method | str = "nce",
         *,
         config: FitConfig | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
+        accelerator: Accelerator | None = None,
         rng: torch.Generator | None = None,
         **settings: Any,
     ) -> FitResult:
-        """Learns the energies on the frozen generator, then tunes `step_size`. Training again goes on where it stood.
+        """Learns the energies, and in the joint rules the generator too, then tunes `step_size`.
 
-        "nce": one classifier of posterior against prior draws of the whole z with logit Σ f_i (Aneja et al., NeurIPS 2021).
-        "two_stage": maximum likelihood, ∂/∂α_i = E_posterior[∂f_i] − E_prior[∂f_i], prior draws by short Langevin runs
-        (Cui, Wu and Han, CVPR 2023, section 3.3).
+        Training again goes on where it stood. The rules, with z⁺ the posterior's draws and z⁻ the prior's:
+
+            "nce"              one classifier of z⁺ ~ q_ω against z⁻ ~ p_β with logit Σ f_i (Aneja et al., NeurIPS 2021)
+            "multi_stage_nce"  `stages` such estimates, each against draws of the prior before it; f is their sum
+            "two_stage"        maximum likelihood, ∂/∂α_i = E[∂f_i(z⁺)] − E[∂f_i(z⁻)], with z⁺ ~ q_ω and z⁻ ~ p(z) by short
+                               Langevin runs (Cui, Wu and Han, CVPR 2023, section 3.3)
+            "variational"      the same, with the generator and its inference model learning too (joint training, z⁺ ~ q_ω)
+            "joint"            the same, with z⁺ by Langevin on p(z | x): maximum likelihood of the whole model
+
+        The first three leave the generator as it is. The last two train it in place, best from a pretrained one, and then
+        `parameters()`, `state_dict()` and `save` hold it too.
 
         Args:
             data: all observations, (n, *x_shape), or an iterable that can be run through again and again (a `DataLoader`)
                 giving batches: tensors, or tuples whose first entry is one.
-            method: "nce" or "two_stage".
+            method: the learning rule.
             config: settings; None: the defaults of `energy_prior.training.FitConfig`.
+            run_dir: folder for checkpoints of the whole run, TensorBoard and sample grids. The same call after a kill goes
+                on from the last checkpoint, with the weights that it would have had. None: nothing is written.
+            accelerator: an `accelerate.Accelerator`, for several processes, hosts, GPUs and bf16 (extra "train"); None: this
+                process alone.
             rng: random number generator.
             **settings: single settings of `FitConfig`, over those in `config`.
 
@@ -132,14 +149,18 @@ class JointEBMPrior(ScoreMethods, nn.Module):
             The history of the run.
 
         Raises:
-            ArgumentError, ShapeError: for impossible settings or data (empty, not finite, wrong shape or dtype).
-            DivergenceError: if something stops being finite or |f| leaves `max_energy`; the energies then hold their last
-                good average.
+            ArgumentError, ShapeError: for impossible settings or data (empty, not finite, wrong shape or dtype, fewer than a
+                batch), or a `run_dir` that holds another run.
+            GeneratorError: if the method cannot work with the generator.
+            DivergenceError: if something stops being finite or |f| leaves `max_energy`; the prior then holds its last good
+                average.
+            DistributedError: if another process dies.
+            OSError: if a checkpoint cannot be written; the one before is whole.
         """
         from energy_prior.training import fit_energies
 
         with reproducible(rng, self.reference.device):
-            result = fit_energies(self, data, method, config, settings)
+            result = fit_energies(self, data, method, config, settings, run_dir, accelerator)
         self.calibration.zero_()  # it was that of other energies
         self._fitted_on = fingerprint(self.generator)
         return result
@@ -319,7 +340,10 @@ class JointEBMPrior(ScoreMethods, nn.Module):
             return energy.sum(1) + self.model.log_prior(latents).sum(1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the energies, the tuned step size and the generator's fingerprint to one safetensors file, atomically."""
+        """Writes `state_dict()` and the generator's fingerprint to one safetensors file, atomically.
+
+        The file holds the energies and the tuned step size; after joint training the generator's weights too.
+        """
         now = fingerprint(self.generator)
         check_unchanged(self._fitted_on, now)
         config = {
@@ -327,6 +351,7 @@ class JointEBMPrior(ScoreMethods, nn.Module):
             "latent_shapes": [list(shape) for shape in self.generator.latent_shapes],
             "generator": now,
             "energies": describe_energies(self.energies),
+            "joint": self.trained_jointly,
         }
         write_checkpoint(path, self.state_dict(), config)
 
@@ -341,7 +366,8 @@ class JointEBMPrior(ScoreMethods, nn.Module):
 
         Args:
             path: the checkpoint.
-            generator: the generator that the energies were trained on.
+            generator: the generator that the energies were trained on; after joint training one built like it, into which
+                its weights are loaded.
             energies: needed if the prior was built with energy modules of your own: the same modules, whose weights are
                 then loaded. None: the built-in ones that the checkpoint describes.
 
@@ -351,20 +377,34 @@ class JointEBMPrior(ScoreMethods, nn.Module):
                 other energies. The message says which.
         """
         tensors, config = read_checkpoint(path)
-        check_generator_fits(path, config, generator)
+        joint = bool(config.get("joint"))
+        check_generator_fits(path, config, generator, weights=not joint)
         if energies is None:
             step_size = tensors["step_size"]  # its dtype is that of the latents
             device = generator.conditional(generator.start(1)).loc.device
             energies = build_energies(config["energies"]).to(device, step_size.dtype)
         prior = cls(generator, energies, space=config["space"])
+        if joint:
+            prior.train_jointly()
         check_state_fits(path, prior.state_dict(), tensors)
         prior.load_state_dict(tensors)
         prior._fitted_on = config["generator"]
         return prior
 
+    @property
+    def trained_jointly(self) -> bool:
+        """Whether the generator belongs to what is learned and saved; the joint rules of `fit` switch it on."""
+        return "generator" in self._modules
+
+    def train_jointly(self) -> None:
+        """Makes the generator, an `nn.Module`, part of the prior: `parameters()` and `state_dict()` hold it from now on."""
+        if not self.trained_jointly:
+            generator = self.__dict__.pop("generator")
+            self.add_module("generator", generator)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """What `.to()`, `.double()`, `.cuda()` … call: the generator goes along."""
-        if isinstance(self.generator, nn.Module):
+        if isinstance(self.generator, nn.Module) and not self.trained_jointly:
             self.generator._apply(fn, recurse)
         return super()._apply(fn, recurse)
 

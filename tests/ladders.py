@@ -118,7 +118,7 @@ class LinearLadder(nn.Module):
         q, h, c = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64), 0.0
         for i in range(1, self.layers + 1):
             rows, f = self.blocks([i]), self.energies[i - 1]
-            q[np.ix_(rows, rows)] = f.q.detach().double()
+            q[np.ix_(rows, rows)] = 0.5 * (f.q + f.q.T).detach().double()  # all that zᵀQz depends on
             h[rows] = f.h.detach().double()
             c += float(f.c.detach())
         return q, h, c
@@ -182,6 +182,75 @@ class LinearLadder(nn.Module):
             second = covariance + torch.outer(mean, mean)
             total += float(-0.5 * (matrix * second).sum() + vector @ mean) + constant
         return total
+
+
+class PairsLadder(LinearLadder):
+    """The observations are the latents themselves, x = (z_1, z_2): posterior draws with a known distribution."""
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        """z = x, exactly."""
+        latents = tuple(x.split(self.dims, dim=1))
+        return Inferred(latents, x.new_zeros(len(x), self.layers), "top_down")
+
+
+class GaussianLadder(LinearLadder):
+    """With q(z_2 | x) q(z_1 | z_2, x) of full covariance, which holds the exact posterior; it starts at that for f = 0."""
+
+    def __init__(self, dims: Sequence[int], x_dim: int, seed: int) -> None:
+        super().__init__(dims, x_dim=x_dim, seed=seed)
+        mean, covariance = gaussian(self, tilted=False)
+        d1, d2 = dims
+        g2, l2, b2 = _conditional(mean, covariance, list(range(d1, d1 + d2)), list(range(d1 + d2, d1 + d2 + x_dim)))
+        g1, l1, b1 = _conditional(mean, covariance, list(range(d1)), list(range(d1, d1 + d2 + x_dim)))
+        self.q2 = nn.ParameterList([nn.Parameter(t) for t in (g2, l2, b2)])
+        self.q1 = nn.ParameterList([nn.Parameter(t) for t in (g1, l1, b1)])
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        """A reparameterised draw, top-down."""
+        z2, log_q2 = _draw(x, *self.q2)
+        z1, log_q1 = _draw(torch.cat([z2, x], 1), *self.q1)
+        return Inferred((z1, z2), torch.stack([log_q1, log_q2], 1), "top_down")
+
+
+def _draw(given: Tensor, gain: Tensor, root: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    noise = torch.randn(len(given), len(offset), dtype=given.dtype)
+    lower = root.tril()
+    log_q = -0.5 * (noise**2).sum(1) - lower.diagonal().abs().log().sum() - 0.5 * len(offset) * math.log(2 * math.pi)
+    return given @ gain.T + offset + noise @ lower.T, log_q
+
+
+def _conditional(mean: Tensor, covariance: Tensor, of: list[int], given: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gain, lower Cholesky factor and offset of a Gaussian's conditional."""
+    cross, inner = covariance[of][:, given], covariance[given][:, given]
+    gain = torch.linalg.solve(inner, cross.T).T
+    rest = covariance[of][:, of] - gain @ cross.T
+    return gain, torch.linalg.cholesky(rest), mean[of] - gain @ mean[given]
+
+
+def gaussian(ladder: LinearLadder, *, tilted: bool) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of (z, x) under the joint prior, or under the generator's own."""
+    if tilted:
+        mean, covariance = ladder.tilted()
+    else:
+        precision, eta, _ = ladder.prior_form()
+        mean, covariance = torch.linalg.solve(precision, eta), torch.linalg.inv(precision)
+    n, out = len(mean), ladder.out.detach().double()
+    lift = torch.zeros(n + ladder.x_dim, n, dtype=torch.float64)
+    lift[:n] = torch.eye(n, dtype=torch.float64)
+    lift[n:, : ladder.dims[0]] = out
+    noise = torch.zeros(n + ladder.x_dim, dtype=torch.float64)
+    noise[n:] = ladder.tau**2
+    return lift @ mean, lift @ covariance @ lift.T + torch.diag(noise)
+
+
+def kl(p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor]) -> float:
+    """KL(N_p ‖ N_q), nats; infinite where q is no density."""
+    values = torch.linalg.eigvalsh(q[1])
+    if not bool(torch.isfinite(values).all()) or float(values.min()) <= 0:
+        return math.inf
+    inverse, d = torch.linalg.inv(q[1]), q[0] - p[0]
+    logs = torch.logdet(q[1]) - torch.logdet(p[1])
+    return 0.5 * float((inverse @ p[1]).trace() + d @ inverse @ d - len(d) + logs)
 
 
 class WildEnergy(nn.Module):

@@ -107,7 +107,11 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
     ),
     (lambda p: InjectedNoise([torch.zeros(5, 4, 3), torch.zeros(4, 4, 2)]), ShapeError, "noise: expected the same"),
     # fit
-    (lambda p: p.fit(X, "contrastive_divergence"), ArgumentError, r"method: expected one of \('nce', 'two_stage'\)"),
+    (
+        lambda p: p.fit(X, "contrastive_divergence"),
+        ArgumentError,
+        r"method: expected one of \('nce', 'multi_stage_nce', 'two_stage', 'variational', 'joint'\)",
+    ),
     (lambda p: p.fit(X, learning_rte=1.0), ArgumentError, "learning_rte: not a setting of fit. Did you mean 'learning_rate'"),
     (lambda p: p.fit(X, iterations=0), ArgumentError, "iterations: expected a whole number of at least 1"),
     (lambda p: p.fit(X, learning_rate=-1e-3), ArgumentError, "learning_rate: expected a finite number above 0"),
@@ -150,7 +154,7 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
     (lambda p: p.calibrate(X), ArgumentError, "an untrained prior"),
     (lambda p: p.fit(X.numpy()), ArgumentError, "data: .* got ndarray. Convert it with torch.from_numpy"),  # type: ignore[arg-type]
     (lambda p: p.fit(X, config={"iterations": 3}), ArgumentError, "config: expected a FitConfig or None, got dict"),  # type: ignore[arg-type]
-    (lambda p: p.fit(X, persistent=3), ArgumentError, "persistent: expected 0 or at least batch_size"),
+    (lambda p: p.fit(X, persistent=3, batch_size=4), ArgumentError, "persistent: expected 0 or at least batch_size"),
     (
         lambda p: p.fit([X], "two_stage", batch_size=2, persistent=3, progress=False),
         ArgumentError,
@@ -266,7 +270,7 @@ def test_training_that_diverges_keeps_the_last_good_weights() -> None:
 
     bomb = Bomb()
     prior = make(energies=[bomb, Returns(lambda t: t.sum(1) * 0)])
-    with pytest.raises(DivergenceError, match="Training diverged at iteration .*last good average") as caught:
+    with pytest.raises(DivergenceError, match="Training diverged in iteration .*last good average") as caught:
         prior.fit(X, iterations=100, log_every=10, progress=False)
     assert caught.value.step is not None
     assert caught.value.step > 10
@@ -294,6 +298,6 @@ def test_generator_whose_likelihood_is_not_finite() -> None:
 
 def test_elbo_training_that_diverges_keeps_the_best_weights() -> None:
     vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8)
-    with pytest.raises(DivergenceError, match="diverged by iteration .*(its ELBO is|infer).*It holds its best weights"):
-        fit_elbo(vae, X, iterations=50, learning_rate=1e18, gradient_clip=1e30, validate_every=5, progress=False)
+    with pytest.raises(DivergenceError, match="diverged in iteration .*(its ELBO is|infer).*It holds its best weights"):
+        fit_elbo(vae, X, iterations=50, learning_rate=1e18, gradient_clip=1e30, log_every=5, progress=False)
     assert all(torch.isfinite(p).all() for p in vae.parameters())

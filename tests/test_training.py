@@ -11,8 +11,9 @@ from ladders import LinearLadder, QuadraticEnergy
 from torch import Tensor, nn
 
 from energy_prior import JointEBMPrior, LadderVAE
-from energy_prior.training import FitConfig, energy_penalty, maximum_likelihood, noise_contrastive
-from energy_prior.training.data import endless_batches
+from energy_prior.training import METHODS, FitConfig, Method, RunConfig, energy_penalty, maximum_likelihood, noise_contrastive
+from energy_prior.training.config import JOINT_METHODS, LANGEVIN_METHODS
+from energy_prior.training.data import Batches
 from energy_prior.training.schedule import warmup_cosine
 
 
@@ -115,19 +116,28 @@ def make() -> JointEBMPrior:
     return JointEBMPrior(LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8))
 
 
-@pytest.mark.parametrize("method", ["nce", "two_stage"])
-def test_history_and_result(method: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_history_and_result(method: Method) -> None:
     prior = make()
-    result = prior.fit(digits_like(), method, iterations=25, log_every=10, steps=3, progress=False)
+    result = prior.fit(digits_like(), method, iterations=25, log_every=10, steps=6, posterior_steps=4, progress=False)
     assert [h["iteration"] for h in result.history] == [10, 20, 25]
     assert result.method == method
-    assert result.config == FitConfig(iterations=25, log_every=10, steps=3, progress=False)
-    assert 0 <= result.clipped <= 1
-    keys = {"iteration", "loss", "gap", "max_energy", "gradient_norm"}
-    assert set(result.history[0]) == (keys if method == "nce" else keys | {"step_size", "acceptance"})
+    assert result.config == FitConfig(iterations=25, log_every=10, steps=6, posterior_steps=4, progress=False).for_method(
+        method
+    )
+    joint = method in JOINT_METHODS
+    assert set(result.clipped) == ({"energies", "generator"} if joint else {"energies"})
+    assert all(0 <= share <= 1 for share in result.clipped.values())
+    keys = {"iteration", "loss", "energy_posterior", "energy_prior", "gap", "max_energy", "gradient_norm_energies"}
+    keys |= set() if method in LANGEVIN_METHODS else {"weight_ess"}
+    keys |= {"gradient_norm_generator", "log_likelihood"} if joint else set()
+    chains = {"step_size", "acceptance", "drift_norm", "tamed"} | ({"chain_ess"} if method in LANGEVIN_METHODS else set())
+    keys |= {"posterior_acceptance", "posterior_step_size"} if method == "joint" else set()
+    assert set(result.history[-1]) == (keys if method == "nce" else keys | chains)
+    assert result.tamed is None if method == "nce" else 0 <= result.history[-1]["tamed"] <= 1
     assert result.step_size == pytest.approx(float(prior.step_size))
-    if method == "two_stage":
-        assert 0 < result.history[0]["acceptance"] <= 1
+    if method != "nce":
+        assert 0 < result.history[-1]["acceptance"] <= 1
 
 
 def test_the_prior_uses_the_average_of_the_weights() -> None:
@@ -176,25 +186,59 @@ def test_data_loaders_and_tuples() -> None:
     assert len(make().fit([digits_like(8), digits_like(8)], iterations=6, progress=False).history) == 1
 
 
-def test_endless_batches_visit_everything_once_per_pass() -> None:
+def batches_of(data: Tensor, batch_size: int | None = None, **keywords: Any) -> Batches:
+    return Batches(data, RunConfig(batch_size=batch_size), data.shape[1:], data, **keywords)
+
+
+def test_batches_visit_everything_once_per_pass() -> None:
     data = torch.arange(10.0)[:, None]
-    stream = endless_batches(data, 5, (1,), data)
+    stream = batches_of(data, 5)
     for _ in range(3):
         seen = torch.cat([next(stream), next(stream)]).flatten()
         assert sorted(seen.tolist()) == list(range(10))
-    assert len(next(endless_batches(data, 64, (1,), data))) == 10
+    assert len(next(batches_of(data))) == 10
+
+
+def test_processes_share_a_batch() -> None:
+    data = torch.arange(12.0)[:, None]
+    whole = batches_of(data, 6, seed=3)
+    parts = [batches_of(data, 3, seed=3, rank=r, world=2) for r in range(2)]
+    for _ in range(5):
+        seen = torch.cat([next(p) for p in parts]).flatten()
+        assert sorted(seen.tolist()) == sorted(next(whole).flatten().tolist())
+
+
+@pytest.mark.parametrize("loader", [False, True])
+def test_batches_go_on_where_they_stood(loader: bool) -> None:
+    data = torch.rand(20, 3)
+
+    class Noisy(torch.utils.data.Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, i: int) -> Tensor:
+            return data[i] + torch.rand(3)
+
+    def stream() -> Batches:
+        source = torch.utils.data.DataLoader(Noisy(), batch_size=4, shuffle=True) if loader else data
+        return Batches(source, RunConfig(batch_size=4), (3,), data, seed=5)
+
+    first = stream()
+    for _ in range(8):
+        next(first)
+        torch.rand(1)
+    state = first.state()
+    expected = [next(first) for _ in range(7)]
+    again = stream()
+    again.load_state(state)
+    for batch in expected:
+        assert torch.equal(next(again), batch)
 
 
 def test_schedule_warms_up_and_decays_to_a_tenth() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = warmup_cosine(optimizer, 10, 110)
-    rates = []
-    for _ in range(110):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert rates[0] == pytest.approx(0.2)
-    assert rates[9] == pytest.approx(2.0)
-    assert max(rates) == pytest.approx(2.0)
-    assert rates[-1] == pytest.approx(0.2, abs=2e-3)
+    rates = [warmup_cosine(t, 10, 110) for t in range(110)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == pytest.approx(1.0)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
     assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))

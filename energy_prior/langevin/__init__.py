@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 __all__ = [
-    "ChainResult",
+    "ChainDraw",
     "ChainOptions",
+    "ChainResult",
     "ChainSettings",
     "ChainState",
     "InjectedNoise",
@@ -20,12 +21,13 @@ __all__ = [
     "propose",
     "run_chain",
     "sample_density",
+    "tame",
     "tune_step_size",
 ]
 
 from energy_prior.langevin.chain import ChainResult, StepCallback, run_chain
 from energy_prior.langevin.density import ChainState, JointDensity
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
-from energy_prior.langevin.settings import ChainOptions, ChainSettings, sample_density, tune_step_size
-from energy_prior.langevin.step import Scheme, coefficients, log_acceptance, propose
+from energy_prior.langevin.settings import ChainDraw, ChainOptions, ChainSettings, sample_density, tune_step_size
+from energy_prior.langevin.step import Scheme, coefficients, log_acceptance, propose, tame
 from energy_prior.langevin.trajectory import Trajectory, TrajectoryRecorder

@@ -14,7 +14,7 @@ from torch import Tensor
 from energy_prior.errors import DivergenceError
 from energy_prior.langevin.density import ChainState, JointDensity
 from energy_prior.langevin.noise import NoiseSource
-from energy_prior.langevin.step import Scheme, coefficients, log_acceptance, propose
+from energy_prior.langevin.step import Scheme, coefficients, log_acceptance, propose, tame
 
 StepCallback = Callable[[int, ChainState, Tensor], None]
 """Called with (step, state, acceptance probability of that step, (batch,)) after every step, and at step 0 with ones."""
@@ -29,10 +29,16 @@ class ChainResult:
     Attributes:
         position: the free layers at the end, ascending, in the density's coordinates.
         step_size: the step size at the end, one per chain, (batch,).
+        state: density and gradient at the end; None if nothing asked for the acceptance, which needs them.
+        acceptance: mean over the steps of the acceptance probability, (batch,); None as for `state`.
+        tamed: share of the steps whose drift was cut, (batch,); None without `taming`.
     """
 
     position: tuple[Tensor, ...]
     step_size: Tensor
+    state: ChainState | None = None
+    acceptance: Tensor | None = None
+    tamed: Tensor | None = None
 
 
 def run_chain(
@@ -47,6 +53,8 @@ def run_chain(
     temperature: float = 1.0,
     adapt_steps: int = 0,
     target_acceptance: float = 0.7,
+    taming: float | None = None,
+    measure: bool = False,
     on_step: StepCallback | None = None,
 ) -> ChainResult:
     """Runs one Langevin chain per row of the batch.
@@ -69,6 +77,8 @@ def run_chain(
         temperature: T > 0; the chain targets p̃^{1/T}.
         adapt_steps: number of first steps that adapt the step size.
         target_acceptance: acceptance that the adaptation aims at, in (0, 1).
+        taming: longest drift, as a multiple of the noise's length, > 0 (`tame`); None: the drift as it is.
+        measure: report `state` and `acceptance` of an unadjusted chain too.
         on_step: called after every step.
 
     Raises:
@@ -81,32 +91,43 @@ def run_chain(
     watch = _FiniteWatch(density, s, adjust)
     state = density.evaluate(start)
     watch.look(0, state, at_start=True)
-    measured = adjust or adapt_steps > 0 or on_step is not None
+    measured = measure or adjust or adapt_steps > 0 or on_step is not None
+    accepted, cut = torch.zeros_like(s), torch.zeros_like(s)
     if on_step is not None:
         on_step(0, state, torch.ones_like(s))
+    c = coefficients(s, scheme, density.space, temperature)
+    tamed: tuple[ChainState, Tensor] | None = None  # of `state`, where the step before has it already
     for step in range(1, steps + 1):
-        c = coefficients(s, scheme, density.space, temperature)
         n = noise.normal(step)
-        proposal = propose(state, c, n)
+        here = state
+        if taming is not None:
+            here, was_cut = tamed or tame(state, c, taming)
+            cut += was_cut
+        proposal = propose(here, c, n)
         if step == steps and not measured:
             watch.finish(step, proposal)
-            return ChainResult(proposal, s)
+            return ChainResult(proposal, s, tamed=None if taming is None else cut / steps)
         new = density.evaluate(proposal)
         watch.look(step, new)
         if measured:
-            log_alpha = log_acceptance(state, new, c, n, temperature)
+            tamed = None if taming is None else tame(new, c, taming)
+            log_alpha = log_acceptance(here, tamed[0] if tamed else new, c, n, temperature)
             acceptance = log_alpha.exp().clamp(max=1.0)
+            accepted += acceptance
             if adjust:
                 new = _select(noise.uniform(step).log() < log_alpha, new, state)
+                tamed = None
             if step <= adapt_steps:
                 s = s * torch.exp(step**-0.6 * (acceptance - target_acceptance))
                 s = s.clamp(max=2 * math.sqrt(temperature)) if scheme == "crank_nicolson" else s
                 watch.step_size = s
+                c, tamed = coefficients(s, scheme, density.space, temperature), None
             if on_step is not None:
                 on_step(step, new, acceptance)
         state = new
     watch.finish(steps, state.position)
-    return ChainResult(state.position, s)
+    share = max(steps, 1)
+    return ChainResult(state.position, s, state, accepted / share, None if taming is None else cut / share)
 
 
 def _select(accept: Tensor, new: ChainState, old: ChainState) -> ChainState:

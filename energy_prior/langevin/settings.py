@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["LARGEST_STEP", "ChainOptions", "ChainSettings", "sample_density", "tune_step_size"]
+__all__ = ["LARGEST_STEP", "ChainDraw", "ChainOptions", "ChainSettings", "sample_density", "tune_step_size"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from energy_prior._util import check_count, check_positive, check_settings
 from energy_prior.errors import ArgumentError
-from energy_prior.langevin.chain import StepCallback, run_chain
+from energy_prior.langevin.chain import ChainResult, StepCallback, run_chain
 from energy_prior.langevin.density import JointDensity
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
 from energy_prior.langevin.step import Scheme
@@ -31,6 +31,7 @@ class ChainOptions(TypedDict, total=False):
     adjust: bool | None
     temperature: float
     scheme: Scheme | None
+    taming: float | None
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class ChainSettings:
             are two targets where some σ_i depends on the layers above); not a generator's own prior temperature.
         scheme: "crank_nicolson" (noise space only; N(0, I) is exactly invariant for f = 0) or "euler". None:
             Crank–Nicolson in noise space, Euler in latent space.
+        taming: each layer's drift is cut to this multiple of the noise's length, > 0 (`energy_prior.langevin.step.tame`): a
+            steep spot cannot throw an unadjusted chain off, at the price of a bias where it acts. None: never. Training
+            has its own, on by default.
 
     Raises:
         ArgumentError: if a value is out of range.
@@ -59,12 +63,15 @@ class ChainSettings:
     adjust: bool | None = None
     temperature: float = 1.0
     scheme: Scheme | None = None
+    taming: float | None = None
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
         check_positive("temperature", self.temperature)
         if self.step_size is not None:
             check_positive("step_size", self.step_size)
+        if self.taming is not None:
+            check_positive("taming", self.taming)
         if self.adjust not in (None, True, False):
             raise ArgumentError(f"adjust: expected True, False or None, got {self.adjust!r}.")
         if self.scheme is not None and self.scheme not in get_args(Scheme):
@@ -87,6 +94,13 @@ class ChainSettings:
         return self.scheme
 
 
+class ChainDraw(NamedTuple):
+    """All latents (z_1, …, z_L) at the end of a chain, and what the chain says of itself (None: every layer was held)."""
+
+    latents: tuple[Tensor, ...]
+    result: ChainResult | None
+
+
 def sample_density(
     density: JointDensity,
     settings: ChainSettings,
@@ -94,8 +108,9 @@ def sample_density(
     default_step_size: float,
     start: Sequence[Tensor] | None = None,
     noise: NoiseSource | None = None,
+    measure: bool = False,
     on_step: StepCallback | None = None,
-) -> tuple[Tensor, ...]:
+) -> ChainDraw:
     """Runs a chain on `density` and returns all latents (z_1, …, z_L) at its end, the held ones included.
 
     Args:
@@ -104,11 +119,12 @@ def sample_density(
         default_step_size: what to use where `settings.step_size` is None.
         start: (z_1, …, z_L) to start from (entries of held layers are not read); None: ancestral, ε ~ N(0, I).
         noise: the chain's random numbers; None: torch's global stream.
+        measure: report the acceptance of an unadjusted chain too.
         on_step: called after every step.
     """
     topdown, space = density.topdown, density.space
     if not topdown.free:
-        return topdown.descend((), space).latents
+        return ChainDraw(topdown.descend((), space).latents, None)
     adjust = density.informed if settings.adjust is None else settings.adjust
     source = RandomNoise(topdown.shapes, topdown.reference) if noise is None else noise
     if not hasattr(source, "normal"):
@@ -127,9 +143,11 @@ def sample_density(
         adjust=adjust,
         temperature=settings.temperature,
         adapt_steps=settings.steps // 2 if adaptive else 0,
+        taming=settings.taming,
+        measure=measure,
         on_step=on_step,
     )
-    return topdown.descend(result.position, space).latents
+    return ChainDraw(topdown.descend(result.position, space).latents, result)
 
 
 def tune_step_size(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Scheme", "StepCoefficients", "coefficients", "log_acceptance", "propose"]
+__all__ = ["Scheme", "StepCoefficients", "coefficients", "log_acceptance", "propose", "tame"]
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -49,6 +51,30 @@ def coefficients(step_size: Tensor, scheme: Scheme, space: Space, temperature: f
     if scheme == "crank_nicolson":
         return StepCoefficients((1 - a) / (1 + a), 2 * a / (1 + a), step_size / (1 + a))
     return StepCoefficients(1 - 2 * a if space == "noise" else torch.ones_like(a), 2 * a, step_size)
+
+
+def tame(state: ChainState, c: StepCoefficients, taming: float) -> tuple[ChainState, Tensor]:
+    """The state with each layer's drift cut to `taming` times the length of the noise, ‖c₁ g_i‖ ≤ taming · τ √d_i.
+
+    A truncated drift (MALTA of Roberts and Tweedie, Bernoulli 1996): a chain cannot be thrown off by a steep spot, and as
+    the cut depends on the position alone, Metropolis–Hastings with it at both ends stays exact.
+
+    Args:
+        state: where the chain is.
+        c: coefficients of the step.
+        taming: > 0; at 1 a cut drift is as long as the noise that comes with it.
+
+    Returns:
+        The state, and whether each chain's drift was cut in any layer, (batch,).
+    """
+    gradients, cut = [], torch.zeros_like(state.log_density, dtype=torch.bool)
+    for g in state.gradient:
+        limit = taming * c.noise * math.sqrt(g[0].numel()) / c.drift
+        length = sum_event(g**2).sqrt()
+        over = length > limit  # False where the length is not finite: that is for the chain's watch to report
+        gradients.append(g * _match(torch.where(over, limit / length, 1.0), g))
+        cut = cut | over
+    return dataclasses.replace(state, gradient=tuple(gradients)), cut
 
 
 def propose(state: ChainState, c: StepCoefficients, noise: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -1,21 +1,27 @@
-"""Learning: the generator's ELBO, and the joint prior's energies on the frozen generator."""
+"""Learning: the generator's ELBO, and the joint prior by five rules, on one process or many, resumable."""
 
 from __future__ import annotations
 
 __all__ = [
+    "METHODS",
     "ElboConfig",
     "ElboResult",
     "FitConfig",
     "FitResult",
+    "Method",
+    "RunConfig",
     "elbo",
     "energy_penalty",
     "fit_elbo",
     "fit_energies",
+    "generator_likelihood",
+    "map_batches",
     "maximum_likelihood",
     "noise_contrastive",
 ]
 
-from energy_prior.training.config import FitConfig
+from energy_prior.training.config import METHODS, FitConfig, Method, RunConfig
 from energy_prior.training.elbo import ElboConfig, ElboResult, elbo, fit_elbo
+from energy_prior.training.engine import map_batches
 from energy_prior.training.fit import FitResult, fit_energies
-from energy_prior.training.objectives import energy_penalty, maximum_likelihood, noise_contrastive
+from energy_prior.training.objectives import energy_penalty, generator_likelihood, maximum_likelihood, noise_contrastive

@@ -1,78 +1,171 @@
-"""Settings of `prior.fit`, validated before the first step."""
+"""Settings of a run of training, validated before the first step."""
 
 from __future__ import annotations
 
-__all__ = ["FitConfig", "Method"]
+__all__ = ["JOINT_METHODS", "LANGEVIN_METHODS", "METHODS", "FitConfig", "Method", "RunConfig", "check_method"]
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from energy_prior._util import check_count, check_positive
 from energy_prior.errors import ArgumentError
 
-Method = Literal["nce", "two_stage"]
+Method = Literal["nce", "multi_stage_nce", "two_stage", "variational", "joint"]
+"""The learning rules; `JointEBMPrior.fit` says what each does."""
+
+METHODS: tuple[Method, ...] = get_args(Method)
+JOINT_METHODS: tuple[Method, ...] = ("variational", "joint")
+"""Rules that train the generator too."""
+LANGEVIN_METHODS: tuple[Method, ...] = ("two_stage", "variational", "joint")
+"""Rules whose prior draws are Langevin chains on the joint prior as it is now."""
+
+_RATES: dict[Method, float] = {
+    "nce": 1e-3,
+    "multi_stage_nce": 1e-3,
+    "two_stage": 1e-3,
+    "variational": 1e-3,
+    "joint": 1e-3,
+}
 
 
 @dataclass(frozen=True)
-class FitConfig:
-    """Settings of two-stage learning. The defaults are meant to be safe; none needs tuning per seed.
+class RunConfig:
+    """What every run of training has.
 
     Attributes:
-        iterations: updates of the energies, ≥ 1.
-        batch_size: posterior draws, and as many prior draws, per update, ≥ 1.
+        iterations: updates, ≥ 1.
+        batch_size: observations per update, process and accumulation step, ≥ 1; None: 256, or all of them if there are fewer.
         learning_rate: of AdamW, > 0, after a linear warm-up and with cosine decay to a tenth of it.
         weight_decay: of AdamW, ≥ 0.
-        warmup: iterations of the linear warm-up, ≥ 0.
-        energy_penalty: c ≥ 0 of the penalty c·E[(Σ_i f_i)²] over posterior and prior draws: energies are only defined up
-            to a constant, and this keeps it, and their magnitude, near 0.
+        warmup: iterations of the linear warm-up, ≥ 0; None: 100, or a tenth of the iterations if that is less.
         gradient_clip: largest norm of an update's gradient, > 0.
-        ema_decay: d in [0, 1) of the running average of the weights, a ← d a + (1 − d) w, which is what the prior uses;
-            early on d is at most (1 + t)/(10 + t).
-        max_energy: largest |f_i| in nats on a training batch, > 0; beyond it the run has diverged and stops.
-        steps: Langevin steps per prior draw ("two_stage"), ≥ 1.
-        persistent: chains kept from update to update ("two_stage"; Tieleman, ICML 2008): each update takes `batch_size` of
-            them where they stood and runs them on. 0: every chain starts ancestrally.
-        restart: share of the persistent chains taken up that start again ancestrally, in [0, 1].
-        step_size: fixed Langevin step size, > 0; None: tuned while training.
-        target_acceptance: MALA acceptance that the tuning of the step size aims at, in (0, 1).
+        accumulate: batches whose gradients are averaged into one update, ≥ 1.
         log_every: iterations between looks at the run, each with an entry in the history and a check that nothing has
             diverged, ≥ 1.
+        checkpoint_every: iterations between checkpoints in `run_dir`, ≥ 1.
+        tensorboard: write the history to `run_dir`/tensorboard as well (extra "train").
         progress: show a progress bar.
     """
 
     iterations: int = 2000
-    batch_size: int = 256
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-4
-    warmup: int = 100
-    energy_penalty: float = 1e-3
-    gradient_clip: float = 1.0
-    ema_decay: float = 0.99
-    max_energy: float = 1e3
-    steps: int = 60
-    persistent: int = 0
-    restart: float = 0.05
-    step_size: float | None = None
-    target_acceptance: float = 0.9
+    batch_size: int | None = None
+    learning_rate: float | None = 1e-3
+    weight_decay: float = 0.0
+    warmup: int | None = None
+    gradient_clip: float = 10.0
+    accumulate: int = 1
     log_every: int = 20
+    checkpoint_every: int = 200
+    tensorboard: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "steps", "log_every"):
+        for name in ("iterations", "accumulate", "log_every", "checkpoint_every"):
             check_count(name, getattr(self, name))
-        for name in ("warmup", "persistent"):
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size)
+        if self.warmup is not None:
+            check_count("warmup", self.warmup, least=0)
+        if self.learning_rate is not None:
+            check_positive("learning_rate", self.learning_rate)
+        check_positive("gradient_clip", self.gradient_clip)
+        _check_at_least_zero(self, "weight_decay")
+        for name in ("tensorboard", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"{name}: expected True or False, got {getattr(self, name)!r}.")
+
+    usual_batch: ClassVar[int] = 256
+
+    @property
+    def warmup_iterations(self) -> int:
+        """Iterations of the warm-up."""
+        return min(100, self.iterations // 10) if self.warmup is None else self.warmup
+
+    def resumable(self) -> dict[str, Any]:
+        """The settings that a run must keep when it goes on: all but those that only show it."""
+        shown = ("progress", "tensorboard", "sample_every")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in shown}
+
+
+@dataclass(frozen=True)
+class FitConfig(RunConfig):
+    """Settings of `prior.fit`. The defaults are meant to be safe; none needs tuning per seed.
+
+    Attributes:
+        iterations: updates, ≥ 1.
+        batch_size: posterior draws, and as many prior draws, per update, process and accumulation step, ≥ 1; None: 256, or
+            all observations if there are fewer.
+        learning_rate: of the energies' AdamW, > 0, after a linear warm-up and with cosine decay to a tenth of it; None: 1e-3.
+        weight_decay: of the energies' AdamW, ≥ 0.
+        warmup: iterations of the linear warm-up, ≥ 0; None: 100, or a tenth of the iterations if that is less.
+        gradient_clip: largest norm of an update's gradient of the energies, > 0.
+        accumulate: batches whose gradients are averaged into one update, ≥ 1.
+        log_every: iterations between looks at the run, each with an entry in the history, warnings of what may go wrong and
+            a check that nothing has diverged, ≥ 1.
+        checkpoint_every: iterations between checkpoints in `run_dir`, ≥ 1.
+        tensorboard: write the history and sample grids to `run_dir`/tensorboard as well (extra "train").
+        progress: show a progress bar.
+        energy_penalty: c ≥ 0 of the penalty c·E[(Σ_i f_i)²] over posterior and prior draws: energies are only defined up
+            to a constant, and this keeps it, and their magnitude, near 0. With Langevin draws c rises above this, up to 1,
+            while the gap is larger than `gap_limit`, and falls back after.
+        gap_limit: largest E₊[Σ f_i] − E₋[Σ f_i] in nats, > 0, that Langevin draws may show before the penalty rises. Were
+            the chains where f wants them, it would be near 0: a gap says that f is ahead of them, which is how these
+            runs diverge. 0 for `energy_penalty` switches this off.
+        energy_bound: |f_i| in nats beyond which a steep penalty, 0.1 (|f_i| − energy_bound)², holds each layer's energy back,
+            > 0; energies of a good prior stay well inside it.
+        ema_decay: d in [0, 1) of the running average of the weights, a ← d a + (1 − d) w, which is what the prior uses;
+            early on d is at most (1 + t)/(10 + t). The joint rules average the generator's weights as well.
+        max_energy: largest |f_i| in nats on a training batch, > 0; beyond it the run has diverged and stops.
+        steps: Langevin steps per prior draw, ≥ 1. "multi_stage_nce": of the chains that a stage starts with.
+        persistent: chains kept from update to update (Tieleman, ICML 2008): each update takes `batch_size` of them where
+            they stood and runs them on. 0: every chain starts ancestrally.
+        restart: share of the persistent chains taken up that start again ancestrally, in [0, 1].
+        posterior_steps: Langevin steps per posterior draw, where the posterior is sampled by Langevin, ≥ 1. These chains
+            are Metropolis-adjusted and each adapts its step size, from where the last ones ended.
+        step_size: fixed Langevin step size of the prior chains, > 0; None: tuned while training.
+        target_acceptance: MALA acceptance that the tuning of the step size aims at, in (0, 1).
+        taming: longest drift of a training chain's step, per layer, as a multiple of the noise's length, > 0.
+        stages: ratio estimates of "multi_stage_nce", each against samples of the prior before it, ≥ 1.
+        generator_learning_rate: of the generator's AdamW in the joint rules, > 0, with the same schedule.
+        generator_gradient_clip: largest norm of an update's gradient of the generator, > 0.
+        sample_every: iterations between sample grids in `run_dir`/samples, ≥ 0; 0: none (extra "examples").
+    """
+
+    weight_decay: float = 1e-4
+    learning_rate: float | None = None
+    energy_penalty: float = 1e-3
+    gap_limit: float = 1.0
+    energy_bound: float = 25.0
+    ema_decay: float = 0.99
+    max_energy: float = 1e3
+    steps: int = 20
+    persistent: int = 0
+    restart: float = 0.05
+    posterior_steps: int = 20
+    step_size: float | None = None
+    target_acceptance: float = 0.9
+    taming: float = 1.0
+    stages: int = 3
+    generator_learning_rate: float = 1e-4
+    generator_gradient_clip: float = 1000.0
+    sample_every: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "posterior_steps", "stages"):
+            check_count(name, getattr(self, name))
+        for name in ("persistent", "sample_every"):
             check_count(name, getattr(self, name), least=0)
-        if 0 < self.persistent < self.batch_size:
+        if self.batch_size is not None and 0 < self.persistent < self.batch_size:
             raise ArgumentError(
                 f"persistent: expected 0 or at least batch_size = {self.batch_size} chains, got {self.persistent}."
             )
         if not 0 <= self.restart <= 1:
             raise ArgumentError(f"restart: expected a share in [0, 1], got {self.restart!r}.")
-        for name in ("learning_rate", "gradient_clip", "max_energy"):
+        for name in ("max_energy", "energy_bound", "gap_limit", "taming", "generator_learning_rate", "generator_gradient_clip"):
             check_positive(name, getattr(self, name))
-        for name in ("weight_decay", "energy_penalty"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ArgumentError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)!r}.")
+        _check_at_least_zero(self, "energy_penalty")
         if self.step_size is not None:
             check_positive("step_size", self.step_size)
         if not 0 <= self.ema_decay < 1:
@@ -80,9 +173,19 @@ class FitConfig:
         if not 0 < self.target_acceptance < 1:
             raise ArgumentError(f"target_acceptance: expected a number between 0 and 1, got {self.target_acceptance!r}.")
 
+    def for_method(self, method: Method) -> FitConfig:
+        """With the method's own learning rate where none was given."""
+        return dataclasses.replace(self, learning_rate=self.learning_rate or _RATES[method])
+
 
 def check_method(method: str) -> Method:
     """The method, if there is such a one."""
-    if method not in get_args(Method):
-        raise ArgumentError(f"method: expected one of {get_args(Method)}, got {method!r}.")
-    return method  # type: ignore[return-value]
+    if method not in METHODS:
+        raise ArgumentError(f"method: expected one of {METHODS}, got {method!r}.")
+    return method
+
+
+def _check_at_least_zero(config: Any, name: str) -> None:
+    value = getattr(config, name)
+    if not (hasattr(value, "__float__") and 0 <= float(value) < float("inf")):
+        raise ArgumentError(f"{name}: expected a finite number of at least 0, got {value!r}.")

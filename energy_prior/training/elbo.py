@@ -6,66 +6,75 @@ __all__ = ["ElboConfig", "ElboResult", "elbo", "fit_elbo"]
 
 import copy
 import dataclasses
-import math
-from collections.abc import Iterable
-from typing import Any
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from energy_prior import validate
 from energy_prior._util import check_count, check_positive, check_settings, evaluating, reproducible, training_mode, unvalidated
 from energy_prior.errors import ArgumentError, DivergenceError, GeneratorError
 from energy_prior.generator import HierarchicalGenerator
 from energy_prior.topdown import TopDown
-from energy_prior.training.data import endless_batches
-from energy_prior.training.schedule import warmup_cosine
+from energy_prior.training.config import RunConfig
+from energy_prior.training.data import Batches
+from energy_prior.training.engine import Engine
+from energy_prior.training.loop import Group, run_loop
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+_VALIDATION_BATCH = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class ElboConfig:
+class ElboConfig(RunConfig):
     """Settings of `fit_elbo`.
 
     Attributes:
         iterations: updates, ≥ 1.
-        batch_size: observations per update, ≥ 1.
+        batch_size: observations per update, process and accumulation step, ≥ 1; None: 128, or all of them if there are fewer.
         learning_rate: of AdamW, > 0, after a linear warm-up and with cosine decay to a tenth of it.
         weight_decay: of AdamW, ≥ 0.
+        warmup: iterations of the learning rate's warm-up, ≥ 0; None: 100, or a tenth of the iterations if that is less.
+        gradient_clip: largest norm of an update's gradient, > 0.
+        accumulate: batches whose gradients are averaged into one update, ≥ 1.
+        log_every: iterations between looks at the run: an entry in the history, a check that nothing has diverged and, from
+            the end of the KL warm-up on, the validation ELBO, ≥ 1.
+        checkpoint_every: iterations between checkpoints in `run_dir`, ≥ 1.
+        tensorboard: write the history to `run_dir`/tensorboard as well (extra "train").
+        progress: show a progress bar.
         kl_warmup: iterations over which the weight of the KL term rises linearly from 0 to 1, ≥ 0 and below `iterations`;
             None: 80% of the iterations.
         input_noise: standard deviation, in the data's units, of Gaussian noise on what the inference model sees in training,
             ≥ 0: keeps small data sets from being learned by heart.
-        gradient_clip: largest norm of an update's gradient, > 0.
-        validate_every: iterations between looks at the validation ELBO, ≥ 1.
         validation_draws: posterior draws per validation image and look, ≥ 1.
-        progress: show a progress bar.
     """
 
     iterations: int = 2500
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.0
+    usual_batch: ClassVar[int] = 128
+    learning_rate: float | None = 2e-3
+    gradient_clip: float = 200.0
+    log_every: int = 100
+    checkpoint_every: int = 500
     kl_warmup: int | None = None
     input_noise: float = 0.0
-    gradient_clip: float = 200.0
-    validate_every: int = 100
     validation_draws: int = 8
-    progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "validate_every", "validation_draws"):
-            check_count(name, getattr(self, name))
+        super().__post_init__()
+        check_positive("learning_rate", self.learning_rate)
+        check_count("validation_draws", self.validation_draws)
         if self.kl_warmup is not None and check_count("kl_warmup", self.kl_warmup, least=0) >= self.iterations:
             raise ArgumentError(
                 f"kl_warmup: expected fewer than iterations = {self.iterations}, so that training ends at KL weight 1, got "
                 f"{self.kl_warmup}."
             )
-        for name in ("learning_rate", "gradient_clip"):
-            check_positive(name, getattr(self, name))
-        for name in ("weight_decay", "input_noise"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ArgumentError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)!r}.")
+        if not (hasattr(self.input_noise, "__float__") and 0 <= float(self.input_noise) < float("inf")):
+            raise ArgumentError(f"input_noise: expected a finite number of at least 0, got {self.input_noise!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +84,15 @@ class ElboResult:
     Attributes:
         validation_elbo: the best mean ELBO on the validation set, at KL weight 1, nats per observation; None without one.
         best_iteration: the iteration whose weights were kept.
-        history: "iteration", "elbo" (of the training batch, KL weight 1) and, where looked at, "validation_elbo".
+        history: "iteration", "elbo" (of the training batch, at the KL weight of the time), "gradient_norm_generator" (before
+            clipping) and, where looked at, "validation_elbo".
+        resumed_at: the iteration after which a run that had been stopped went on; None if it did not.
     """
 
     validation_elbo: float | None
     best_iteration: int
     history: list[dict[str, float]]
+    resumed_at: int | None
 
 
 def elbo(generator: HierarchicalGenerator, x: Tensor, kl_weight: float = 1.0, input_noise: float = 0.0) -> Tensor:
@@ -106,6 +118,8 @@ def fit_elbo(
     *,
     validation: Tensor | None = None,
     config: ElboConfig | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    accelerator: Accelerator | None = None,
     rng: torch.Generator | None = None,
     **settings: Any,
 ) -> ElboResult:
@@ -117,6 +131,8 @@ def fit_elbo(
         validation: observations kept out of training, (n, *x_shape); looked at from the end of the warm-up on, always at KL
             weight 1. None: the last weights are kept.
         config: settings; None: the defaults.
+        run_dir: folder for checkpoints; the same call goes on from the last one. None: nothing is written.
+        accelerator: as in `JointEBMPrior.fit`.
         rng: random number generator.
         **settings: single settings of `ElboConfig`, over those in `config`.
 
@@ -133,61 +149,106 @@ def fit_elbo(
     reference = probe.latents[0]
     if validation is not None:
         validate.check_observations("validation", validation, probe.x_shape, reference)
-    batches = endless_batches(data, config.batch_size, probe.x_shape, reference)
-    warmup = int(0.8 * config.iterations) if config.kl_warmup is None else config.kl_warmup
-    optimizer = torch.optim.AdamW(generator.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    schedule = warmup_cosine(optimizer, min(100, config.iterations // 10), config.iterations)
-    best: tuple[float | None, int, dict[str, Any]] = (None, 0, copy.deepcopy(generator.state_dict()))
-    history: list[dict[str, float]] = []
-    try:
-        with reproducible(rng, reference.device), torch.enable_grad(), training_mode(generator), unvalidated():
-            finite = torch.ones((), dtype=torch.bool, device=reference.device)
-            bar = tqdm(range(1, config.iterations + 1), desc="fit ELBO", disable=not config.progress)
-            for iteration in bar:
-                weight = min(1.0, iteration / warmup) if warmup else 1.0
-                try:
-                    loss = -elbo(generator, next(batches), weight, config.input_noise).mean()
-                except DivergenceError as error:  # from infer
-                    raise _diverged(iteration, str(error)) from error
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                norm = nn.utils.clip_grad_norm_(generator.parameters(), config.gradient_clip)
-                finite &= torch.isfinite(norm) & torch.isfinite(loss.detach())
-                optimizer.step()
-                schedule.step()
-                if iteration % config.validate_every and iteration != config.iterations:
-                    continue
-                value = -float(loss.detach())
-                if not (math.isfinite(value) and bool(finite)):
-                    raise _diverged(iteration, f"its ELBO is {value}, or a gradient before it was not finite.")
-                entry = {"iteration": float(iteration), "elbo": value}
-                if validation is None or iteration < warmup:
-                    best = (None, iteration, copy.deepcopy(generator.state_dict()))
-                else:
-                    entry["validation_elbo"] = _validation_elbo(generator, validation, config)
-                    if best[0] is None or entry["validation_elbo"] > best[0]:
-                        best = (entry["validation_elbo"], iteration, copy.deepcopy(generator.state_dict()))
-                history.append(entry)
-                bar.set_postfix({name: f"{v:.4g}" for name, v in entry.items() if name != "iteration"}, refresh=False)
-    finally:
-        generator.zero_grad(set_to_none=True)
-        generator.load_state_dict(best[2])
-    return ElboResult(best[0], best[1], history)
+    engine = Engine(accelerator)
+    engine.agree("generator", [float(p.detach().double().sum()) for p in generator.parameters()])
+    with reproducible(rng, reference.device), training_mode(generator), unvalidated():
+        seed = engine.objects(int(torch.randint(2**62, ())))[0]
+        batches = Batches(data, config, probe.x_shape, reference, rank=engine.rank, world=engine.world, seed=seed)
+        task = _ElboTask(generator, validation, config, engine)
+        shapes = [[name, list(p.shape)] for name, p in generator.named_parameters()]
+        try:
+            with engine.own_stream(reference.device):
+                progress = run_loop(task, batches, config, engine, run_dir=run_dir, identity={"generator": shapes})
+        finally:
+            generator.load_state_dict(task.best_weights)
+    return ElboResult(task.best_elbo, task.best_iteration, progress.history, progress.resumed_at)
 
 
-def _diverged(iteration: int, what: str) -> DivergenceError:
-    return DivergenceError(
-        f"Training of the generator diverged by iteration {iteration}: {what} It holds its best weights so far. Lower "
-        "learning_rate, or raise kl_warmup.",
-        step=iteration,
-    )
+class _ElboTask:
+    """One run: the generator, and the best of it so far."""
 
+    name = "fit ELBO"
 
-def _validation_elbo(generator: HierarchicalGenerator, validation: Tensor, config: ElboConfig) -> float:
-    """Mean ELBO over the validation set, in batches."""
-    total = 0.0
-    with torch.no_grad(), evaluating(generator):
-        for _ in range(config.validation_draws):
-            for batch in validation.split(max(config.batch_size, 256)):
-                total += float(elbo(generator, batch).sum())
-    return total / (len(validation) * config.validation_draws)
+    def __init__(self, generator: Any, validation: Tensor | None, config: ElboConfig, engine: Engine) -> None:
+        self.generator, self.validation, self.config, self.engine = generator, validation, config, engine
+        weights = [p for p in generator.parameters() if p.requires_grad]
+        if not weights:
+            raise GeneratorError("generator: none of its parameters requires a gradient, so there is nothing to fit.")
+        assert config.learning_rate is not None  # noqa: S101 (checked by ElboConfig)
+        self.groups: Sequence[Group] = [
+            Group("generator", weights, config.learning_rate, config.weight_decay, config.gradient_clip)
+        ]
+        self.kl_warmup = int(0.8 * config.iterations) if config.kl_warmup is None else config.kl_warmup
+        self.best_elbo: float | None = None
+        self.best_iteration = 0
+        self.best_weights = copy.deepcopy(generator.state_dict())
+
+    def begin(self) -> None:
+        """Nothing to prepare."""
+
+    def loss(self, x: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Minus the mean ELBO of a batch, at the KL weight of this iteration."""
+        weight = min(1.0, iteration / self.kl_warmup) if self.kl_warmup else 1.0
+        try:
+            loss = -elbo(self.generator, x, weight, self.config.input_noise).mean()
+        except DivergenceError as error:  # from infer
+            raise self._diverged(iteration, str(error)) from error
+        return loss, {"elbo": -loss}
+
+    def updated(self, iteration: int) -> None:
+        """Nothing follows an update."""
+
+    def look(self, first: int, figures: dict[str, Tensor]) -> dict[str, float]:
+        """Checks a window, and the validation ELBO after the warm-up; remembers the best weights."""
+        finite = torch.isfinite(figures["elbo"]) & torch.isfinite(figures["gradient_norm_generator"])
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0])
+            value = float(figures["elbo"][row])
+            raise self._diverged(first + row, f"its ELBO is {value:.4g}, its gradient's norm not finite.")
+        iteration = first + len(finite) - 1
+        entry = {name: float(value[-1]) for name, value in figures.items()}
+        if self.validation is None or iteration < self.kl_warmup:
+            self._remember(None, iteration)
+        else:
+            entry["validation_elbo"] = value = self._validation_elbo()
+            if self.best_elbo is None or value > self.best_elbo:
+                self._remember(value, iteration)
+        return entry
+
+    def picture(self) -> Tensor | None:
+        """No grids: they belong to the prior."""
+
+    def state(self) -> dict[str, Any]:
+        """The buffers, and the best weights so far."""
+        best = {"elbo": self.best_elbo, "iteration": self.best_iteration, "weights": dict(self.best_weights)}
+        return {"buffers": list(self.generator.buffers()), "best": best}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on from such a state."""
+        with torch.no_grad():
+            for here, saved in zip(self.generator.buffers(), state["buffers"], strict=True):
+                here.copy_(saved)
+        best = state["best"]
+        self.best_elbo, self.best_iteration, self.best_weights = best["elbo"], best["iteration"], best["weights"]
+
+    def _remember(self, value: float | None, iteration: int) -> None:
+        self.best_elbo, self.best_iteration = value, iteration
+        self.best_weights = copy.deepcopy(self.generator.state_dict())
+
+    def _validation_elbo(self) -> float:
+        """Mean ELBO over the validation set, in batches; over the processes too."""
+        assert self.validation is not None  # noqa: S101
+        total = torch.zeros((), dtype=torch.float64, device=self.validation.device)
+        with torch.no_grad(), evaluating(self.generator):
+            for _ in range(self.config.validation_draws):
+                for batch in self.validation.split(_VALIDATION_BATCH):
+                    total += elbo(self.generator, batch).sum()
+        return float(self.engine.mean([total])[0]) / (len(self.validation) * self.config.validation_draws)
+
+    @staticmethod
+    def _diverged(iteration: int, what: str) -> DivergenceError:
+        return DivergenceError(
+            f"Training of the generator diverged in iteration {iteration}: {what} It holds its best weights so far. Lower "
+            "learning_rate, or raise kl_warmup.",
+            step=iteration,
+        )

@@ -1,35 +1,52 @@
-"""Two-stage learning: the generator stays as it is, the energies learn, and the prior uses their running average."""
+"""`JointEBMPrior.fit`: what the five learning rules do in an iteration, and what the prior keeps of it."""
 
 from __future__ import annotations
 
 __all__ = ["FitResult", "fit_energies"]
 
+import contextlib
+import copy
 import dataclasses
-import math
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from energy_prior._util import check_settings, frozen, training_mode
+from energy_prior import validate
+from energy_prior._util import check_settings, frozen, inferrer, training_mode, unvalidated
+from energy_prior.checkpoint import fingerprint
 from energy_prior.energies import Energy
-from energy_prior.errors import ArgumentError, DivergenceError
-from energy_prior.langevin import ChainSettings, ChainState
-from energy_prior.langevin.settings import LARGEST_STEP
-from energy_prior.topdown import ancestral
-from energy_prior.training.config import FitConfig, Method, check_method
-from energy_prior.training.data import endless_batches
-from energy_prior.training.objectives import energy_penalty, maximum_likelihood, noise_contrastive
-from energy_prior.training.schedule import warmup_cosine
+from energy_prior.errors import ArgumentError, DivergenceError, GeneratorError, TrainingWarning
+from energy_prior.model import JointModel, PosteriorDraw
+from energy_prior.topdown import TopDown
+from energy_prior.training import diagnostics
+from energy_prior.training.chains import TrainingChains
+from energy_prior.training.config import JOINT_METHODS, LANGEVIN_METHODS, FitConfig, Method, check_method
+from energy_prior.training.data import Batches
+from energy_prior.training.engine import Engine
+from energy_prior.training.loop import Group, run_loop
+from energy_prior.training.objectives import (
+    energy_penalty,
+    energy_wall,
+    generator_likelihood,
+    maximum_likelihood,
+    noise_contrastive,
+)
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from energy_prior.prior import JointEBMPrior
 
-_OBJECTIVES = {"nce": noise_contrastive, "two_stage": maximum_likelihood}
 _STANDARDIZE_DRAWS = 2048
-_STEP_GAIN = 0.1
+_REFRESH = 10
+_BANK = 4
+_WALL = 0.1
+_GAP_RATE = 0.1
+_PENALTY_RATE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,161 +55,281 @@ class FitResult:
 
     Attributes:
         method: the learning rule.
-        config: its settings.
-        history: one entry per `config.log_every` iterations, with "iteration", "loss", "gap" (mean Σf on posterior minus
-            prior draws, nats), "max_energy" (largest |f_i| since the entry before, nats), "gradient_norm" (before clipping)
-            and, for "two_stage", "step_size" and "acceptance" of the training chains.
-        clipped: share of the iterations whose gradient was clipped, in [0, 1].
+        config: its settings, with the method's own learning rate filled in.
+        history: one entry per look, every `config.log_every` iterations and at checkpoints; `docs/training.md` says what
+            each figure means.
+        clipped: share of the iterations whose gradient was clipped, in [0, 1], for "energies" and, in the joint rules,
+            "generator".
+        tamed: share of the training chains' steps whose drift was cut, in [0, 1]; None without chains.
+        warnings: what was warned of, in the order that it came.
         step_size: the tuned Langevin step size that the prior uses from now on.
+        resumed_at: the iteration after which a run that had been stopped went on; None if it did not.
     """
 
     method: Method
     config: FitConfig
     history: list[dict[str, float]]
-    clipped: float
+    clipped: dict[str, float]
+    tamed: float | None
+    warnings: list[str]
     step_size: float
+    resumed_at: int | None
 
 
 def fit_energies(
-    prior: JointEBMPrior, data: Tensor | Iterable[Any], method: str, config: FitConfig | None, settings: dict[str, Any]
+    prior: JointEBMPrior,
+    data: Tensor | Iterable[Any],
+    method: str,
+    config: FitConfig | None,
+    settings: dict[str, Any],
+    run_dir: str | os.PathLike[str] | None = None,
+    accelerator: Accelerator | None = None,
 ) -> FitResult:
     """`JointEBMPrior.fit`, which documents it. Random numbers come from torch's global stream."""
     rule = check_method(method)
     check_settings(FitConfig, settings, "a setting of fit")
     if config is not None and not isinstance(config, FitConfig):
         raise ArgumentError(f"config: expected a FitConfig or None, got {type(config).__name__}.")
-    config = dataclasses.replace(config or FitConfig(), **settings)
-    run = _Run(prior, endless_batches(data, config.batch_size, prior.x_shape, prior.reference), rule, config)
-    with torch.inference_mode(False), torch.enable_grad(), training_mode(prior.energies):
+    config = dataclasses.replace(config or FitConfig(), **settings).for_method(rule)
+    engine = Engine(accelerator)
+    seed = engine.objects(int(torch.randint(2**62, ())))[0]
+    batches = Batches(data, config, prior.x_shape, prior.reference, rank=engine.rank, world=engine.world, seed=seed)
+    if rule in JOINT_METHODS:
+        _check_trainable(prior.generator, rule)
+        prior.train_jointly()
+    start = fingerprint(prior.generator)
+    engine.agree("generator", start)
+    task = _FitTask(prior, batches, rule, config, engine)
+    identity = {
+        "latents": [list(shape) for shape in prior.generator.latent_shapes],
+        "energies": [[name, list(p.shape)] for name, p in prior.energies.named_parameters()],
+    } | ({} if rule in JOINT_METHODS else {"generator": start})
+    learning = [
+        prior.energies,
+        *([prior.generator] if isinstance(prior.generator, nn.Module) and rule in JOINT_METHODS else []),
+    ]
+    with engine.own_stream(prior.reference.device), unvalidated(), contextlib.ExitStack() as stack:
+        for module in learning:
+            stack.enter_context(training_mode(module))
         try:
-            run.learn()
+            progress = run_loop(task, batches, config, engine, run_dir=run_dir, identity=identity)
+        except DivergenceError as error:
+            task.keep_average()
+            raise _keep_good(prior, error, run_dir, engine) from error
         finally:
-            run.keep_average()
-    step_size = prior.tune_step_size(target_acceptance=config.target_acceptance)
-    return FitResult(rule, config, run.history, run.clipped / config.iterations, step_size)
+            task.keep_average()
+        step_size = prior.tune_step_size(target_acceptance=config.target_acceptance)
+        if engine.world > 1:
+            step_size = float(engine.mean([prior.step_size])[0])
+            prior.step_size.fill_(step_size)
+    tamed = [h["tamed"] for h in progress.history if "tamed" in h]
+    return FitResult(
+        method=rule,
+        config=config,
+        history=progress.history,
+        clipped={name: count / config.iterations for name, count in progress.clipped.items()},
+        tamed=sum(tamed) / len(tamed) if tamed else None,
+        warnings=list(task.warned.values()),
+        step_size=step_size,
+        resumed_at=progress.resumed_at,
+    )
 
 
-class _Run:
-    """One run: the weights, their running average, and the draws that they learn from."""
+class _FitTask:
+    """One run: what learns, its running average, and the draws that it learns from."""
 
-    def __init__(self, prior: JointEBMPrior, batches: Iterator[Tensor], method: Method, config: FitConfig) -> None:
-        self.prior, self.batches, self.method, self.config = prior, batches, method, config
+    def __init__(self, prior: JointEBMPrior, batches: Batches, method: Method, config: FitConfig, engine: Engine) -> None:
+        self.prior, self.batches, self.config, self.engine = prior, batches, config, engine
+        self.method: Method = method
+        self.name = f"fit ({method})"
+        self.joint = method in JOINT_METHODS
         self.model = prior.model
-        self.weights = [p for p in prior.energies.parameters() if p.requires_grad]
-        if not self.weights:
+        self.chains = TrainingChains(self.model, config, float(prior.step_size))
+        energies = [p for p in prior.energies.parameters() if p.requires_grad]
+        if not energies:
             raise ArgumentError("energies: none of their parameters requires a gradient, so there is nothing to fit.")
-        self.optimizer = torch.optim.AdamW(self.weights, config.learning_rate, weight_decay=config.weight_decay)
-        self.schedule = warmup_cosine(self.optimizer, config.warmup, config.iterations)
+        rate = config.learning_rate
+        assert rate is not None  # noqa: S101 (for_method has filled it in)
+        self.groups: Sequence[Group] = [Group("energies", energies, rate, config.weight_decay, config.gradient_clip)]
+        self.buffers = list(prior.energies.buffers())
+        if self.joint and isinstance(prior.generator, nn.Module):
+            inner = [p for p in prior.generator.parameters() if p.requires_grad]
+            clip = config.generator_gradient_clip
+            self.groups = [*self.groups, Group("generator", inner, config.generator_learning_rate, 0.0, clip)]
+            self.buffers += list(prior.generator.buffers())
+        self.weights = [p for group in self.groups for p in group.parameters]
         self.average = [w.detach().clone() for w in self.weights]
         self.good = self._snapshot()
-        self.history: list[dict[str, float]] = []
-        self.clipped = 0
-        self.step_size = config.step_size or float(prior.step_size)
-        self.acceptance = math.nan
-        self.bank: tuple[Tensor, ...] | None = None
+        self.stage = 0
+        self.previous: nn.ModuleList | None = None
+        self.warned: dict[str, str] = {}
+        self.negative_logits = torch.zeros(1)
+        self.gap = torch.zeros((), device=self.weights[0].device)
+        self.penalty = torch.full_like(self.gap, config.energy_penalty)
 
-    def learn(self) -> None:
-        """All iterations."""
+    def begin(self) -> None:
+        """Standardises the energies and tunes the step size of the chains."""
         self._standardize()
-        self.good = self._snapshot()
-        if self.method == "two_stage" and self.config.step_size is None:
-            self.step_size = self.prior.tune_step_size(target_acceptance=self.config.target_acceptance)
-        window: list[Tensor] = []
-        bar = tqdm(range(1, self.config.iterations + 1), desc=f"fit ({self.method})", disable=not self.config.progress)
-        for iteration in bar:
-            window.append(self._update())
-            if len(window) == self.config.log_every or iteration == self.config.iterations:
-                table = torch.stack(window)
-                self._check(iteration - len(window) + 1, table)
-                self._log(iteration, table, bar)
-                window = []
+        if self.method in LANGEVIN_METHODS and self.config.step_size is None:
+            self.chains.tune()
 
-    def keep_average(self) -> None:
-        """Puts the last good running average in place of the weights, also after an error or Ctrl-C."""
-        with torch.no_grad():
-            for now, good in zip((*self.weights, *self.prior.energies.buffers()), self.good, strict=True):
-                now.copy_(good)
+    def loss(self, x: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Objective plus penalty of one batch, and figures."""
+        try:
+            return self._loss(x, iteration)
+        except DivergenceError as error:  # of a chain, or of infer
+            raise DivergenceError(str(error), layer=error.layer, step=iteration) from error
 
-    def _snapshot(self) -> list[Tensor]:
-        """The running average of the weights, and the buffers as they are."""
-        return [t.detach().clone() for t in (*self.average, *self.prior.energies.buffers())]
-
-    def _update(self) -> Tensor:
-        """One iteration; returns (loss, gap, gradient norm, largest |f_1|, …, largest |f_L|)."""
-        positive = self._posterior()
-        negative = self._prior_draws(len(positive[0]))
-        f_positive, f_negative = self.model.negative_energy(positive), self.model.negative_energy(negative)
-        total_positive, total_negative = f_positive.sum(1), f_negative.sum(1)
-        loss = _OBJECTIVES[self.method](total_positive, total_negative)
-        penalty = self.config.energy_penalty * energy_penalty(total_positive, total_negative)
-        gradient = torch.autograd.grad(loss + penalty, self.weights, allow_unused=True, materialize_grads=True)
-        for weight, g in zip(self.weights, gradient, strict=True):
-            weight.grad = g
-        norm = nn.utils.clip_grad_norm_(self.weights, self.config.gradient_clip)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._average()
-        largest = torch.cat([f_positive, f_negative]).detach().abs().amax(0)
-        gap = (total_positive.mean() - total_negative.mean()).detach()
-        return torch.cat([torch.stack([loss.detach(), gap, norm.detach()]), largest])
-
-    def _average(self) -> None:
-        done = self.schedule.last_epoch
-        decay = min(self.config.ema_decay, (1 + done) / (10 + done))
+    def updated(self, iteration: int) -> None:
+        """Takes the weights into their running average."""
+        decay = min(self.config.ema_decay, (1 + iteration) / (10 + iteration))
         with torch.no_grad():
             for average, weight in zip(self.average, self.weights, strict=True):
                 average.lerp_(weight, 1 - decay)
 
-    def _posterior(self) -> tuple[Tensor, ...]:
-        """Posterior draws of the next batch: q_ω, or Langevin where the generator has no inference model."""
-        with torch.no_grad(), frozen(self.prior.generator, self.prior.energies):
-            x = next(self.batches)
-            if self.method == "two_stage" and 0 < self.config.persistent < len(x):
-                raise ArgumentError(
-                    f"persistent: expected 0 or at least as many chains as a batch has, {len(x)}, got {self.config.persistent}."
-                )
-            return self.model.posterior_draw(x).latents
+    def look(self, first: int, figures: dict[str, Tensor]) -> dict[str, float]:
+        """Stops at the first iteration that is not sound, else remembers the average as good; warns of what is coming."""
+        self._check(first, figures)
+        self.good = self._snapshot()
+        entry = diagnostics.entry(figures, self.chains, self.negative_logits if "weight_ess" in figures else None)
+        for kind, message in diagnostics.forebodings(entry, self.config).items():
+            if kind not in self.warned:
+                self.warned[kind] = f"Iteration {first + len(figures['loss']) - 1} of {self.name}: {message}"
+                warnings.warn(self.warned[kind], TrainingWarning, stacklevel=2)
+        return entry
 
-    def _ancestral(self, n: int) -> tuple[Tensor, ...]:
-        with torch.no_grad(), frozen(self.prior.generator):
-            return ancestral(self.prior.generator, n).latents
+    def picture(self) -> Tensor | None:
+        """64 samples of the averaged prior, as images."""
+        if len(self.prior.x_shape) != 3 or self.prior.x_shape[0] not in (1, 3):
+            return None
+        now = [w.detach().clone() for w in self.weights]
+        _copy(self.weights, self.average)
+        try:
+            x = self.prior.sample(64, step_size=self.chains.step_size)
+        finally:
+            _copy(self.weights, now)
+        low, high = float(x.min()), float(x.max())
+        return x if low >= 0 and high <= 1 else (x - low) / max(high - low, 1e-12)
+
+    def state(self) -> dict[str, Any]:
+        """Running average, buffers, chains, stage and what was warned of."""
+        state: dict[str, Any] = {
+            "average": self.average,
+            "good": self.good,
+            "buffers": self.buffers,
+            "chains": self.chains.state(),
+            "stage": self.stage,
+            "warned": self.warned,
+            "gap": self.gap,
+            "penalty": self.penalty,
+        }
+        if self.previous is not None:
+            state["previous"] = dict(self.previous.state_dict())
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on from such a state."""
+        _copy([*self.average, *self.buffers], [*state["average"], *state["buffers"]])
+        self.good = state["good"]
+        self.chains.load_state(state["chains"])
+        self.warned = dict(state["warned"])
+        self.stage, self.gap, self.penalty = state["stage"], state["gap"], state["penalty"]
+        if "previous" in state:
+            self._set_previous()
+            assert self.previous is not None  # noqa: S101
+            self.previous.load_state_dict(state["previous"])
+
+    def keep_average(self) -> None:
+        """Puts the last good running average in place of the weights, also after an error or Ctrl-C."""
+        _copy([*self.weights, *self.buffers], self.good)
+
+    def _snapshot(self) -> list[Tensor]:
+        """The running average of the weights, and the buffers as they are."""
+        return [t.detach().clone() for t in (*self.average, *self.buffers)]
+
+    def _loss(self, x: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
+        self._enter_stage(iteration)
+        draw = self._posterior(x)
+        positive, negative = draw.latents, self._prior_draws(len(x))
+        f_positive, f_negative = self.model.negative_energy(positive), self.model.negative_energy(negative)
+        total_positive, total_negative = f_positive.sum(1), f_negative.sum(1)
+        figures: dict[str, Tensor] = {}
+        if self.method in LANGEVIN_METHODS:
+            loss = maximum_likelihood(total_positive, total_negative)
+        else:
+            logits = total_positive, total_negative
+            if self.previous is not None:
+                before = JointModel(self.model.generator, list(self.previous), self.model.space, self.model.step_size)
+                logits = tuple(t - before.negative_energy(z).sum(1) for t, z in zip(logits, (positive, negative)))
+            loss = noise_contrastive(*logits)
+            self.negative_logits = logits[1].detach()
+            figures["weight_ess"] = diagnostics.weight_share(self.negative_logits)
+        if self.joint:
+            topdown = TopDown(self.prior.generator, len(x))
+            descent = topdown.descend(positive, "latent", to_observation=True)
+            log_likelihood = topdown.likelihood(descent).log_prob(x)
+            below = self.model.log_prior(negative).sum(1)
+            loss = loss + generator_likelihood(log_likelihood, descent.log_priors().sum(1), below, draw.log_q)
+            figures["log_likelihood"] = log_likelihood.mean()
+        if positive[0].requires_grad:  # the penalties are the energies' alone, not the inference model's
+            f_positive = self.model.negative_energy([z.detach() for z in positive])
+        self._hold_back((total_positive.mean() - total_negative.mean()).detach())
+        penalty = self.penalty * energy_penalty(f_positive.sum(1), total_negative)
+        penalty = penalty + _WALL * energy_wall(f_positive, f_negative, self.config.energy_bound)
+        for layer in range(f_positive.shape[1]):
+            both = torch.cat([f_positive[:, layer], f_negative[:, layer]])
+            figures[f"largest_{layer + 1}"] = both.abs().amax()
+        figures |= {"loss": loss, "energy_posterior": total_positive.mean(), "energy_prior": total_negative.mean()}
+        if self.method in LANGEVIN_METHODS:
+            figures["penalty"] = self.penalty
+        return loss + penalty, figures | self.chains.figures()
+
+    def _hold_back(self, gap: Tensor) -> None:
+        """Raises the penalty while Langevin draws lag behind f, and lets it fall back after; all on the device."""
+        if self.method not in LANGEVIN_METHODS:
+            return
+        least, limit = self.config.energy_penalty, self.config.gap_limit
+        self.gap = torch.lerp(self.gap, gap, _GAP_RATE)
+        factor = torch.exp(_PENALTY_RATE * (self.gap / limit - 1).clamp(-1, 1))
+        self.penalty = (self.penalty * factor).clamp(least, max(least, 1.0))
+
+    def _posterior(self, x: Tensor) -> PosteriorDraw:
+        """Posterior draws as the method has them: Langevin ("joint"), reparameterised ("variational"), or plain."""
+        generator = self.prior.generator
+        if self.method == "joint" or inferrer(generator) is None:
+            return PosteriorDraw(self.chains.posterior(x), None)
+        if self.method == "variational":
+            inferred = validate.checked_infer(generator, x)
+            return PosteriorDraw(inferred.latents, inferred.log_q.sum(1))
+        with torch.no_grad(), frozen(generator):
+            return PosteriorDraw(validate.checked_infer(generator, x).latents, None)
 
     def _prior_draws(self, n: int) -> tuple[Tensor, ...]:
-        """Draws of the generator's prior (NCE), or of the joint prior as it is now (maximum likelihood)."""
-        if self.method == "nce":
-            return self._ancestral(n)
-        if not self.config.persistent:
-            return self._chain(self._ancestral(n))
-        if self.bank is None:
-            self.bank = self._chain(self._ancestral(self.config.persistent))
-        rows = torch.randperm(len(self.bank[0]), device=self.bank[0].device)[:n]
-        again = torch.rand(n, device=rows.device) < self.config.restart
-        start = [
-            torch.where(again.reshape(-1, *([1] * (old.ndim - 1))), new, old[rows])
-            for new, old in zip(self._ancestral(n), self.bank, strict=True)
-        ]
-        draws = self._chain(start)
-        for kept, z in zip(self.bank, draws, strict=True):
-            kept[rows] = z
-        return draws
+        """Draws of the generator's prior, of the stage before (NCE), or of the joint prior now (maximum likelihood)."""
+        config = self.config
+        if self.method in LANGEVIN_METHODS:
+            return self.chains.prior(n, config.steps, persistent=config.persistent, restart=config.restart)
+        if self.previous is None:
+            return self.chains.ancestral(n)
+        bank = config.persistent or _BANK * n
+        return self.chains.prior(n, max(2, config.steps // _REFRESH), persistent=bank, restart=config.restart)
 
-    def _chain(self, start: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """A short chain from `start`; nudges the step size towards the target acceptance."""
-        accepted: list[Tensor] = []
+    def _enter_stage(self, iteration: int) -> None:
+        """Begins the next stage of "multi_stage_nce": f as it is becomes the prior that the next estimate corrects."""
+        if self.method != "multi_stage_nce":
+            return
+        stage = (iteration - 1) * self.config.stages // self.config.iterations
+        if stage == self.stage:
+            return
+        self.stage = stage
+        _copy(self.weights, self.average)
+        self._set_previous()
+        self.chains.bank = None
 
-        def note(step: int, state: ChainState, acceptance: Tensor) -> None:
-            accepted.append(acceptance.mean())
-
-        with torch.no_grad(), frozen(self.prior.generator, self.prior.energies):
-            settings = ChainSettings(steps=self.config.steps, step_size=self.step_size)
-            density = self.model.prior_density(len(start[0]))
-            draws = self.model.run(density, settings, start=start, on_step=note)
-        self.acceptance = float(torch.stack(accepted[1:]).mean())
-        if self.config.step_size is None:
-            grown = self.step_size * math.exp(_STEP_GAIN * (self.acceptance - self.config.target_acceptance))
-            self.step_size = min(grown, LARGEST_STEP)
-        return draws
+    def _set_previous(self) -> None:
+        """Freezes a copy of the energies as the stage before; chains then run on it."""
+        self.previous = copy.deepcopy(self.prior.energies).requires_grad_(False).eval()
+        self.chains.model = dataclasses.replace(self.model, energies=list(self.previous))
 
     def _standardize(self) -> None:
         """Tells built-in energies the scale of their layer, from posterior and prior draws in equal parts."""
@@ -200,38 +337,66 @@ class _Run:
             return
         draws: list[tuple[Tensor, ...]] = []
         while sum(len(z[0]) for z in draws) < _STANDARDIZE_DRAWS:
-            draws.append(self._posterior())
-            draws.append(self._ancestral(len(draws[-1][0])))
+            x = next(self.batches)
+            with torch.no_grad(), frozen(self.prior.generator, self.prior.energies):
+                draws.append(self._posterior(x).latents)
+            draws.append(self.chains.ancestral(len(x)))
         for energy, z in zip(self.prior.energies, zip(*draws, strict=True), strict=True):
             if isinstance(energy, Energy):
-                energy.standardize(torch.cat(z))
+                energy.standardize(torch.cat([part.detach() for part in z]))
+                if self.engine.world > 1:
+                    _copy([energy.shift, energy.scale], self.engine.mean([energy.shift, energy.scale]))
 
-    def _check(self, first: int, window: Tensor) -> None:
-        """Reads a window of iterations; stops at the first that is not sound, else remembers the average as good."""
-        self.clipped += int((window[:, 2] > self.config.gradient_clip).sum())
-        sound = torch.isfinite(window).all(1) & (window[:, 3:] <= self.config.max_energy).all(1)
+    def _check(self, first: int, figures: dict[str, Tensor]) -> None:
+        largest = torch.stack([value for name, value in figures.items() if name.startswith("largest_")], 1)
+        norms = [value for name, value in figures.items() if name.startswith("gradient_norm_")]
+        finite = torch.stack([torch.isfinite(v) for v in (figures["loss"], *norms)], 1).all(1)
+        sound = finite & (largest <= self.config.max_energy).all(1)
         if bool(sound.all()):
-            self.good = self._snapshot()
             return
-        row = window[int((~sound).nonzero()[0])]
-        iteration = first + int((~sound).nonzero()[0])
-        excess = ~(row[3:] <= self.config.max_energy)
+        row = int((~sound).nonzero()[0])
+        excess = ~(largest[row] <= self.config.max_energy)
         layer = int(excess.nonzero()[0]) + 1 if bool(excess.any()) else None
-        at = "the loss" if layer is None else f"f_{layer}, the energy of layer {layer},"
-        value = float(row[0] if layer is None else row[2 + layer])
+        if layer is not None:
+            what = f"f_{layer}, the energy of layer {layer}, reached {float(largest[row, layer - 1]):.3g}"
+        else:
+            bad = [name for name, v in figures.items() if name.startswith(("loss", "gradient")) and not torch.isfinite(v[row])]
+            what = f"the {bad[0].replace('gradient_norm_', 'gradient of the ')} is not finite"
         raise DivergenceError(
-            f"Training diverged at iteration {iteration}: {at} reached {value:.3g} (max_energy is {self.config.max_energy:g}). "
-            "The "
-            "energies hold their last good average. Lower learning_rate or raise energy_penalty; with custom energies, use a "
-            "smooth activation and start from f = 0.",
+            f"{what} (max_energy is {self.config.max_energy:g}). "
+            + diagnostics.likely_cause(self.method, self.config, figures, row),
             layer=layer,
-            step=iteration,
+            step=first + row,
         )
 
-    def _log(self, iteration: int, window: Tensor, bar: Any) -> None:
-        loss, gap, norm = window[-1, :3].tolist()
-        entry = {"loss": loss, "gap": gap, "max_energy": float(window[:, 3:].max()), "gradient_norm": norm}
-        if self.method == "two_stage":
-            entry |= {"step_size": self.step_size, "acceptance": self.acceptance}
-        bar.set_postfix({name: f"{value:.3g}" for name, value in entry.items()}, refresh=False)
-        self.history.append({"iteration": iteration, **entry})
+
+def _check_trainable(generator: Any, method: Method) -> None:
+    """The joint rules train the generator, so it has to be a module with parameters; "variational" needs infer."""
+    if not isinstance(generator, nn.Module) or not any(p.requires_grad for p in generator.parameters()):
+        raise GeneratorError(
+            f"generator: method={method!r} trains it too, but {type(generator).__name__} "
+            + ("is no nn.Module." if not isinstance(generator, nn.Module) else "has no parameter that requires a gradient.")
+            + ' Use "nce" or "two_stage", which leave it as it is.'
+        )
+    if method == "variational" and inferrer(generator) is None:
+        raise GeneratorError(
+            f'generator: method="variational" needs infer(x), which {type(generator).__name__} does not have; use "joint".'
+        )
+
+
+def _keep_good(
+    prior: JointEBMPrior, error: DivergenceError, run_dir: str | os.PathLike[str] | None, engine: Engine
+) -> DivergenceError:
+    """The error with what was kept and where; the prior holds its last good average already."""
+    kept = "The prior holds its last good average."
+    if run_dir is not None and engine.main:
+        path = os.path.join(os.fspath(run_dir), "last_good.safetensors")
+        prior.save(path)
+        kept = f"The prior holds its last good average, saved as {path!r} too."
+    return DivergenceError(f"Training diverged in iteration {error.step}: {error} {kept}", layer=error.layer, step=error.step)
+
+
+@torch.no_grad()
+def _copy(to: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for here, value in zip(to, values, strict=True):
+        here.copy_(value)

@@ -1,8 +1,8 @@
-"""Objectives of two-stage learning, as functions of Σ_i f_i at posterior (+) and at prior (−) draws."""
+"""Objectives of the learning rules, as functions of log densities at posterior (+) and at prior (−) draws."""
 
 from __future__ import annotations
 
-__all__ = ["energy_penalty", "maximum_likelihood", "noise_contrastive"]
+__all__ = ["energy_penalty", "energy_wall", "generator_likelihood", "maximum_likelihood", "noise_contrastive"]
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,6 +34,39 @@ def maximum_likelihood(positive: Tensor, negative: Tensor) -> Tensor:
     return negative.mean() - positive.mean()
 
 
+def generator_likelihood(
+    log_likelihood: Tensor, log_prior_positive: Tensor, log_prior_negative: Tensor, log_q: Tensor | None = None
+) -> Tensor:
+    """−E₊[log p_β0(x|z) + log p_β(z) − log q_ω(z|x)] + E₋[log p_β(z)], a scalar: what the joint rules add.
+
+    With `maximum_likelihood` it has the gradient of the negative log likelihood in every parameter:
+    ∂/∂β_{>0} = E₊[∂log p_β(z)] − E₋[∂log p_β(z)] and ∂/∂β_0 = E₊[∂log p_β0(x|z)] (Cui, Wu and Han, CVPR 2023, eqs. 8–10).
+    With reparameterised z ~ q_ω it is the variational surrogate, whose gradient reaches ω through z and log q_ω.
+
+    Args:
+        log_likelihood: log p_β0(x | z) at posterior draws, (batch,), nats.
+        log_prior_positive: log p_β(z) at posterior draws, (batch,), nats.
+        log_prior_negative: log p_β(z) at draws of the joint prior, (batch,), nats.
+        log_q: log q_ω(z | x) of the posterior draws, (batch,), nats; None for Langevin draws.
+    """
+    positive = log_likelihood + log_prior_positive - (0.0 if log_q is None else log_q)
+    return log_prior_negative.mean() - positive.mean()
+
+
 def energy_penalty(positive: Tensor, negative: Tensor) -> Tensor:
     """E₊[(Σ f_i)²] + E₋[(Σ f_i)²], a scalar: keeps energies, which have no absolute zero, near 0."""
     return positive.square().mean() + negative.square().mean()
+
+
+def energy_wall(positive: Tensor, negative: Tensor, bound: float) -> Tensor:
+    """Σ_i E₊[w_i²] + E₋[w_i²] with w_i = max(0, |f_i| − bound), a scalar: 0 for energies within the bound.
+
+    Maximum likelihood alone raises f without limit where prior chains do not reach the posterior. Layer by layer, as two
+    layers that cancel in Σ f would pass unseen.
+
+    Args:
+        positive: f_i at posterior draws, (batch, L), nats.
+        negative: f_i at prior draws, (batch, L), nats.
+        bound: > 0, nats.
+    """
+    return sum(((f.abs() - bound).clamp_min(0).square().sum(1).mean() for f in (positive, negative)), positive.new_zeros(()))

@@ -6,19 +6,18 @@ __all__ = ["warmup_cosine"]
 
 import math
 
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-
 _FLOOR = 0.1
 
 
-def warmup_cosine(optimizer: Optimizer, warmup: int, iterations: int) -> LambdaLR:
-    """lr(t) = peak · (t + 1)/warmup for t < warmup, then peak · (0.1 + 0.9 · ½ (1 + cos π u)), u from 0 to 1."""
+def warmup_cosine(t: int, warmup: int, iterations: int) -> float:
+    """(t + 1)/warmup for t < warmup, then 0.1 + 0.9 · ½ (1 + cos π u), u from 0 to 1; a factor of the peak.
 
-    def factor(t: int) -> float:
-        if t < warmup:
-            return (t + 1) / warmup
-        progress = (t - warmup) / max(1, iterations - warmup)
-        return _FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-    return LambdaLR(optimizer, factor)
+    Args:
+        t: updates done so far, ≥ 0.
+        warmup: updates of the warm-up.
+        iterations: updates of the run.
+    """
+    if t < warmup:
+        return (t + 1) / warmup
+    progress = (t - warmup) / max(1, iterations - warmup)
+    return _FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

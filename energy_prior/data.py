@@ -1,0 +1,139 @@
+"""Images from a Hugging Face data set by name, from local parquet files or from a folder of images, as one tensor."""
+
+from __future__ import annotations
+
+__all__ = ["Images", "load_images"]
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from energy_prior._util import check_count, require_extra
+from energy_prior.errors import ArgumentError
+
+_IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Images(NamedTuple):
+    """Images in [0, 1], (n, channels, height, width), and their labels, (n,), or None where the set has none."""
+
+    images: Tensor
+    labels: Tensor | None
+
+
+def load_images(
+    source: str | os.PathLike[str],
+    split: str = "train",
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    limit: int | None = None,
+    streaming: bool = False,
+) -> Images:
+    """Loads a split of an image set through Hugging Face `datasets`, without shuffling.
+
+    Args:
+        source: a folder with parquet files whose names begin with the split (train-00000-of-00001.parquet), or with one folder
+            of images per split (train/…, a folder per class inside it gives labels); else the name of a set on the hub,
+            "ylecun/mnist", which is downloaded.
+        split: "train", "test", or another that the set has.
+        size: height and width to scale to, after a central square crop; None: as the images are, which must agree.
+        channels: 1 (gray) or 3 (RGB); None: as the first image is.
+        limit: number of images, the first ones; None: all.
+        streaming: read only what `limit` needs instead of preparing the whole set first.
+
+    Returns:
+        Images as float32.
+
+    Raises:
+        ArgumentError: if there is no such set or split, it has no images, or they differ in size; the message says what to do.
+        MissingExtraError: if `datasets` is not installed.
+    """
+    if channels not in (None, 1, 3):
+        raise ArgumentError(f"channels: expected 1, 3 or None, got {channels!r}.")
+    for name, value in (("size", size), ("limit", limit)):
+        if value is not None:
+            check_count(name, value)
+    rows = _open(source, split, streaming)
+    if limit is not None:
+        rows = rows.take(limit)
+    rows, image_column, label_column = _columns(rows, source)
+    images: list[Tensor] = []
+    labels: list[int] = []
+    for row in _rows(rows, source):
+        picture = row[image_column]
+        if channels is None:
+            channels = 1 if picture.mode in ("1", "L", "I;16", "I") else 3
+        image = _tensor(picture, size, channels)
+        if images and image.shape != images[0].shape:
+            raise ArgumentError(
+                f"size: the images of {os.fspath(source)!r} differ, {tuple(images[0].shape[1:])} and {tuple(image.shape[1:])}; "
+                "pass the size that they shall all be scaled to."
+            )
+        images.append(image)
+        if label_column is not None:
+            labels.append(int(row[label_column]))
+    if not images:
+        raise ArgumentError(f"source: split {split!r} of {os.fspath(source)!r} has no images.")
+    stacked = torch.stack(images).to(torch.float32) / 255
+    return Images(stacked, torch.tensor(labels) if label_column is not None else None)
+
+
+def _open(source: str | os.PathLike[str], split: str, streaming: bool) -> Any:
+    """The rows of a split."""
+    datasets = require_extra("datasets", "examples")
+    folder = Path(source)
+    if folder.is_dir():
+        files = sorted(str(f) for f in folder.glob(f"{split}*.parquet"))
+        if files:
+            return datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
+        if not any(f.suffix.lower() in _IMAGE_FILES for f in (folder / split).rglob("*")):
+            there = sorted(f.name for f in folder.iterdir())[:6]
+            raise ArgumentError(
+                f"source: expected {split}*.parquet or a folder {split}/ with images in {str(folder)!r}, which has {there}."
+            )
+        return datasets.load_dataset("imagefolder", data_dir=str(folder / split), split="train", streaming=streaming)
+    if folder.is_absolute() or str(source).startswith("."):
+        raise ArgumentError(f"source: there is no folder {str(folder)!r}.")
+    try:
+        return datasets.load_dataset(str(source), split=split, streaming=streaming)
+    except Exception as error:  # whatever the hub, the network or the set's own loader raises
+        raise ArgumentError(
+            f"source: {os.fspath(source)!r} is no folder here, and loading it from the hub failed: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _columns(rows: Any, source: str | os.PathLike[str]) -> tuple[Any, str, str | None]:
+    """The rows with their images decoded, and the names of the image column and of the label column, if there is one."""
+    features = dict(rows.features or {})
+    images = [name for name, kind in features.items() if type(kind).__name__ == "Image"]
+    if not images:
+        images = [name for name in ("image", "img") if name in features]
+        for name in images:
+            rows = rows.cast_column(name, require_extra("datasets", "examples").Image())
+    if not images:
+        raise ArgumentError(f"source: expected a column of images in {os.fspath(source)!r}, got {sorted(features)}.")
+    labels = [name for name in ("label", "labels", "fine_label") if name in features]
+    return rows, images[0], labels[0] if labels else None
+
+
+def _rows(rows: Any, source: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    try:
+        yield from rows
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"source: an image or file of {os.fspath(source)!r} cannot be read: {error}") from error
+
+
+def _tensor(picture: Any, size: int | None, channels: int) -> Tensor:
+    """A PIL image as uint8, (channels, height, width)."""
+    if size is not None and picture.size != (size, size):
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        picture = picture.resize((size, size), box=(left, top, left + side, top + side), reducing_gap=2.0)
+    picture = picture.convert("L" if channels == 1 else "RGB")
+    flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return flat.reshape(picture.height, picture.width, channels).permute(2, 0, 1)

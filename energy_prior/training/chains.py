@@ -1,0 +1,140 @@
+"""The chains of a run: prior and posterior draws, with step sizes tuned by their acceptance, and chains that persist."""
+
+from __future__ import annotations
+
+__all__ = ["TrainingChains"]
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from energy_prior import validate
+from energy_prior._util import frozen, inferrer
+from energy_prior.errors import ArgumentError
+from energy_prior.langevin import ChainResult, ChainSettings, ChainState, JointDensity, sample_density, tune_step_size
+from energy_prior.langevin.settings import LARGEST_STEP
+from energy_prior.model import JointModel
+from energy_prior.topdown import TopDown, ancestral
+from energy_prior.training.config import FitConfig
+
+_STEP_GAIN = 0.1
+_SMALLEST_STEP = 1e-4
+_TUNING_BATCH = 64
+
+
+class TrainingChains:
+    """Draws of the joint prior and of the posterior, as their model is now.
+
+    The prior's step size is nudged after every chain, log s += 0.1 (acceptance − target); the posterior's chains adapt
+    their own, and the next ones start from the mean of where they ended.
+
+    Args:
+        model: generator and energies.
+        config: settings of the run.
+        step_size: where the prior's step size starts.
+    """
+
+    def __init__(self, model: JointModel, config: FitConfig, step_size: float) -> None:
+        self.model, self.config = model, config
+        self.step_size = config.step_size or step_size
+        self.posterior_step_size = step_size
+        self.bank: tuple[Tensor, ...] | None = None
+        self.last: ChainResult | None = None
+        self.last_posterior: ChainResult | None = None
+        self.drift_norm = torch.zeros(())
+        self.energy_path: list[Tensor] = []
+
+    def tune(self) -> None:
+        """Starts both step sizes at the one with the target acceptance on the prior as it is."""
+        model = self.model
+        with torch.no_grad(), frozen(model.generator, *model.energies):
+            density = model.prior_density(_TUNING_BATCH)
+            self.step_size = tune_step_size(
+                density, start_step_size=self.step_size, target_acceptance=self.config.target_acceptance
+            )
+        self.posterior_step_size = self.step_size
+
+    def ancestral(self, n: int) -> tuple[Tensor, ...]:
+        """Draws of the generator's own prior, (z_1, …, z_L)."""
+        with torch.no_grad(), frozen(self.model.generator):
+            return ancestral(self.model.generator, n).latents
+
+    def prior(self, n: int, steps: int, *, persistent: int = 0, restart: float = 0.0) -> tuple[Tensor, ...]:
+        """Draws of the joint prior after `steps` Langevin steps: from an ancestral start, or of `persistent` chains."""
+        if not persistent:
+            return self.run(self.ancestral(n), steps)
+        if n > persistent:
+            raise ArgumentError(f"persistent: expected 0 or at least as many chains as a batch has, {n}, got {persistent}.")
+        if self.bank is None:
+            self.bank = self.run(self.ancestral(persistent), self.config.steps)
+        rows = torch.randperm(persistent, device=self.bank[0].device)[:n]
+        again = torch.rand(n, device=rows.device) < restart
+        start = [
+            torch.where(again.reshape(-1, *([1] * (old.ndim - 1))), new, old[rows])
+            for new, old in zip(self.ancestral(n), self.bank, strict=True)
+        ]
+        draws = self.run(start, steps)
+        for kept, z in zip(self.bank, draws, strict=True):
+            kept[rows] = z
+        return draws
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Langevin draws of p(z | x), from a draw of q_ω where there is one, else ancestral."""
+        model = self.model
+        with torch.no_grad(), frozen(model.generator, *model.energies):
+            start = validate.checked_infer(model.generator, x).latents if inferrer(model.generator) else None
+            density = JointDensity(TopDown(model.generator, len(x)), model.energies, model.space, x)
+            settings = ChainSettings(steps=self.config.posterior_steps, taming=self.config.taming)
+            draw = sample_density(density, settings, default_step_size=self.posterior_step_size, start=start)
+        self.last_posterior = draw.result
+        if draw.result is not None:
+            mean = float(draw.result.step_size.log().mean().exp())
+            self.posterior_step_size = min(max(mean, _SMALLEST_STEP), LARGEST_STEP)
+        return draw.latents
+
+    def run(self, start: Sequence[Tensor], steps: int) -> tuple[Tensor, ...]:
+        """A short prior chain from `start`; nudges the step size towards the target acceptance."""
+        model, config = self.model, self.config
+        self.energy_path = []
+
+        def follow(step: int, state: ChainState, acceptance: Tensor) -> None:
+            self.energy_path.append(state.negative_energy.sum(1))
+
+        with torch.no_grad(), frozen(model.generator, *model.energies):
+            settings = ChainSettings(steps=steps, step_size=self.step_size, taming=config.taming)
+            density = model.prior_density(len(start[0]))
+            draw = sample_density(density, settings, default_step_size=self.step_size, start=start, on_step=follow)
+            if draw.result is not None and draw.result.state is not None:
+                size = sum(y[0].numel() for y in draw.result.position)
+                self.drift_norm = density.drift_norm(draw.result.state).mean() / math.sqrt(size)
+        self.last = draw.result
+        if config.step_size is None and draw.result is not None and draw.result.acceptance is not None:
+            accepted = float(draw.result.acceptance.mean())
+            grown = self.step_size * math.exp(_STEP_GAIN * (accepted - config.target_acceptance))
+            self.step_size = min(max(grown, _SMALLEST_STEP), LARGEST_STEP)
+        return draw.latents
+
+    def figures(self) -> dict[str, Tensor]:
+        """Of the last chains: acceptance, share of tamed steps, and drift norm per √dimension."""
+        figures: dict[str, Tensor] = {}
+        if self.last is not None and self.last.acceptance is not None and self.last.state is not None:
+            figures["acceptance"] = self.last.acceptance.mean()
+            figures["drift_norm"] = self.drift_norm
+            if self.last.tamed is not None:
+                figures["tamed"] = self.last.tamed.mean()
+        if self.last_posterior is not None and self.last_posterior.acceptance is not None:
+            figures["posterior_acceptance"] = self.last_posterior.acceptance.mean()
+        return figures
+
+    def state(self) -> dict[str, Any]:
+        """Step sizes and persistent chains."""
+        steps = {"step_size": self.step_size, "posterior_step_size": self.posterior_step_size}
+        return steps | ({"bank": list(self.bank)} if self.bank is not None else {})
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on from such a state."""
+        self.step_size, self.posterior_step_size = state["step_size"], state["posterior_step_size"]
+        self.bank = tuple(state["bank"]) if "bank" in state else None

@@ -1,0 +1,96 @@
+"""What a run says of itself: figures for the history, warnings before things go wrong, likely causes when they did."""
+
+from __future__ import annotations
+
+__all__ = ["entry", "forebodings", "likely_cause", "weight_share"]
+
+import torch
+from torch import Tensor
+
+from energy_prior.evaluate import effective_sample_size
+from energy_prior.training.chains import TrainingChains
+from energy_prior.training.config import FitConfig, Method
+
+_FEW_WEIGHTS = 0.005
+_HIGH_ENERGY = 0.2
+_LOW_ACCEPTANCE = 0.5
+_OFTEN_TAMED = 0.1
+
+
+def weight_share(logits: Tensor) -> Tensor:
+    """(Σw)²/(n Σw²) with w = e^logit, in (0, 1]: the share of prior draws that carry the ratio estimate, a scalar.
+
+    The effective sample size of importance sampling (Kong, 1992) over n. Near 1/n, one draw outweighs all others: the two
+    distributions hardly overlap, and the ratio is learned from almost nothing.
+    """
+    weights = torch.softmax(logits, 0)
+    return 1 / (len(logits) * weights.square().sum())
+
+
+def entry(figures: dict[str, Tensor], chains: TrainingChains, logits: Tensor | None) -> dict[str, float]:
+    """An entry of the history from a window of figures, (iterations,) each."""
+    largest = [value for name, value in figures.items() if name.startswith("largest_")]
+    last = {name: float(value[-1]) for name, value in figures.items() if not name.startswith("largest_")}
+    last["gap"] = last["energy_posterior"] - last["energy_prior"]
+    last["max_energy"] = float(torch.stack(largest).max())
+    for name in ("tamed", "acceptance", "weight_ess"):
+        if name in figures:
+            last[name] = float(figures[name].mean())
+    if "acceptance" in figures:
+        last["step_size"] = chains.step_size
+        if len(chains.energy_path) > 4:
+            path = torch.stack(chains.energy_path[1:])
+            last["chain_ess"] = float(effective_sample_size(path[..., None]).mean())
+    if "posterior_acceptance" in figures:
+        last["posterior_step_size"] = chains.posterior_step_size
+    return last
+
+
+def forebodings(entry: dict[str, float], config: FitConfig) -> dict[str, str]:
+    """What may soon go wrong, in plain words, by kind."""
+    found: dict[str, str] = {}
+    if entry["max_energy"] > _HIGH_ENERGY * config.max_energy:
+        found["energy"] = (
+            f"an energy has reached {entry['max_energy']:.3g} nats, and at max_energy = {config.max_energy:g} the run stops. "
+            "Energies of a good prior are within ±30. Raise energy_penalty, or lower learning_rate."
+        )
+    if entry.get("acceptance", 1.0) < _LOW_ACCEPTANCE:
+        change = "Lower learning_rate, or raise energy_penalty"
+        if config.step_size:
+            change = "Leave step_size out, so that it is tuned"
+        found["acceptance"] = (
+            f"MALA would accept only {entry['acceptance']:.0%} of the steps of the prior's chains (step size "
+            f"{entry['step_size']:.3g}): the draws that the energies learn from are biased. {change}."
+        )
+    if entry.get("posterior_acceptance", 1.0) < _LOW_ACCEPTANCE / 2:
+        found["posterior_acceptance"] = (
+            f"the posterior's chains accept only {entry['posterior_acceptance']:.0%} of their steps and hardly move: raise "
+            'posterior_steps, or use method="variational".'
+        )
+    if entry.get("tamed", 0.0) > _OFTEN_TAMED:
+        found["tamed"] = (
+            f"the drift was cut in {entry['tamed']:.0%} of the steps: the energies are steeper than the chains can follow. "
+            "Raise energy_penalty, lower learning_rate, or make step_size smaller."
+        )
+    if entry.get("weight_ess", 1.0) < _FEW_WEIGHTS:
+        found["weight_ess"] = (
+            f"only {entry['weight_ess']:.2%} of the prior's draws carry the ratio estimate: prior and posterior hardly "
+            'overlap. Use method="multi_stage_nce" or "two_stage", a larger batch_size, or a generator with a larger σ.'
+        )
+    return found
+
+
+def likely_cause(method: Method, config: FitConfig, figures: dict[str, Tensor], row: int) -> str:
+    """Why a run has probably diverged, and what to change."""
+    if "acceptance" in figures and config.step_size and float(figures["acceptance"][row]) < _LOW_ACCEPTANCE:
+        return (
+            f"The fixed step_size = {config.step_size:g} is too large: MALA would accept "
+            f"{float(figures['acceptance'][row]):.0%} of its steps. Leave it out, so that it is tuned, or make it smaller."
+        )
+    if "gradient_norm_generator" in figures and not bool(torch.isfinite(figures["gradient_norm_generator"][row])):
+        return "Lower generator_learning_rate, or train the generator longer by itself (fit_elbo) first."
+    return (
+        "Lower learning_rate or raise energy_penalty"
+        + ("; raise steps or set persistent, for better prior draws" if method not in ("nce", "multi_stage_nce") else "")
+        + "; with custom energies, use a smooth activation and start from f = 0."
+    )

@@ -1,0 +1,265 @@
+"""The loop that every run of training shares: updates, looks, checkpoints; it goes on where a killed run stood."""
+
+from __future__ import annotations
+
+__all__ = ["Group", "Task", "run_loop"]
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from energy_prior._util import require_extra
+from energy_prior.errors import ArgumentError
+from energy_prior.training.config import RunConfig
+from energy_prior.training.data import Batches
+from energy_prior.training.engine import Engine
+from energy_prior.training.rundir import RunFolder
+from energy_prior.training.schedule import warmup_cosine
+
+_SHOWN = ("loss", "elbo", "validation_elbo", "gap", "max_energy", "acceptance", "step_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate and a largest gradient norm.
+
+    Attributes:
+        name: what errors and the history call them.
+        parameters: those that learn.
+        learning_rate: its peak.
+        weight_decay: of AdamW.
+        clip: largest norm of an update's gradient.
+    """
+
+    name: str
+    parameters: Sequence[nn.Parameter]
+    learning_rate: float
+    weight_decay: float
+    clip: float
+
+
+class Task(Protocol):
+    """What a run learns. The loop calls these; `figures` are scalars on the device, those named "largest_…" maxima."""
+
+    name: str
+    groups: Sequence[Group]
+
+    def begin(self) -> None:
+        """Before the first iteration of a new run."""
+
+    def loss(self, x: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one batch, whose gradient is taken, and figures to look at; "loss" among them."""
+        ...
+
+    def updated(self, iteration: int) -> None:
+        """After every update."""
+
+    def look(self, first: int, figures: dict[str, Tensor]) -> dict[str, float]:
+        """A window of iterations from `first` on, each figure (iterations,): raises `DivergenceError`, or gives the entry."""
+        ...
+
+    def picture(self) -> Tensor | None:
+        """A grid's worth of samples in [0, 1], (n, c, h, w), or None if the data are no images."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What it needs to go on."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on from such a state."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """What the loop itself knows of a run."""
+
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    clipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    resumed_at: int | None = None
+
+
+def run_loop(
+    task: Task,
+    batches: Batches,
+    config: RunConfig,
+    engine: Engine,
+    *,
+    run_dir: str | os.PathLike[str] | None = None,
+    identity: dict[str, Any] | None = None,
+) -> Progress:
+    """Runs the iterations of `config`, from the last checkpoint in `run_dir` if there is one.
+
+    Args:
+        task: what is learned.
+        batches: its data.
+        config: settings of the run.
+        engine: the processes that share it.
+        run_dir: folder for checkpoints, TensorBoard and sample grids; None: nothing is written.
+        identity: what else a run must keep to go on, beside its settings and data.
+
+    Returns:
+        The history, and how often gradients were clipped.
+    """
+    if run_dir is None and (config.tensorboard or getattr(config, "sample_every", 0)):
+        raise ArgumentError("run_dir: expected a folder, as tensorboard or sample_every asks for files in it, got None.")
+    folder = None
+    if run_dir is not None:
+        known = {"task": task.name, "data": batches.fingerprint(), **config.resumable(), **(identity or {})}
+        folder = RunFolder(run_dir, engine, known)
+    with torch.inference_mode(False), torch.enable_grad():
+        return _Loop(task, batches, config, engine, folder).run()
+
+
+class _Loop:
+    def __init__(self, task: Task, batches: Batches, config: RunConfig, engine: Engine, folder: RunFolder | None) -> None:
+        self.task, self.batches, self.config, self.engine, self.folder = task, batches, config, engine, folder
+        self.weights = [p for group in task.groups for p in group.parameters]
+        self.device = self.weights[0].device
+        self.optimizer = torch.optim.AdamW(
+            [{"params": list(g.parameters), "lr": g.learning_rate, "weight_decay": g.weight_decay} for g in task.groups]
+        )
+        self.progress = Progress(clipped={g.name: 0 for g in task.groups})
+        self.writer: Any = None
+        if config.tensorboard and engine.main and folder is not None:
+            self.writer = require_extra("torch.utils.tensorboard", "train").SummaryWriter(str(folder.path / "tensorboard"))
+
+    def run(self) -> Progress:
+        done = self._resume()
+        if done is None:
+            self.task.begin()
+            done = 0
+        config, total = self.config, self.config.iterations
+        window: list[dict[str, Tensor]] = []
+        shown = config.progress and self.engine.main
+        try:
+            with tqdm(total=total, initial=done, desc=self.task.name, disable=not shown) as bar:
+                for iteration in range(done + 1, total + 1):
+                    window.append(self._update(iteration))
+                    bar.update()
+                    saves = self.folder is not None and (iteration % config.checkpoint_every == 0 or iteration == total)
+                    if saves or iteration % config.log_every == 0 or iteration == total:
+                        self._look(iteration, window, bar)
+                        window = []
+                    if saves:
+                        self._save(iteration)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.writer is not None:
+                self.writer.close()
+        return self.progress
+
+    def _update(self, iteration: int) -> dict[str, Tensor]:
+        """One iteration: the gradient averaged over batches and processes, clipped group by group, and a step."""
+        config, task = self.config, self.task
+        total: list[Tensor] | None = None
+        figures: list[dict[str, Tensor]] = []
+        for _ in range(config.accumulate):
+            with self.engine.autocast():
+                loss, seen = task.loss(next(self.batches), iteration)
+            gradient = torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)
+            total = list(gradient) if total is None else [a + b for a, b in zip(total, gradient, strict=True)]
+            figures.append({name: value.detach() for name, value in seen.items()})
+        assert total is not None  # noqa: S101 (accumulate ≥ 1)
+        if config.accumulate > 1:
+            total = [g / config.accumulate for g in total]
+        for weight, g in zip(self.weights, self.engine.mean(total), strict=True):
+            weight.grad = g
+        merged = {name: _merge(name, torch.stack([f[name] for f in figures])) for name in figures[0]}
+        for group in task.groups:
+            merged[f"gradient_norm_{group.name}"] = nn.utils.clip_grad_norm_(group.parameters, group.clip).detach()
+        factor = warmup_cosine(iteration - 1, config.warmup_iterations, config.iterations)
+        for settings, group in zip(self.optimizer.param_groups, task.groups, strict=True):
+            settings["lr"] = group.learning_rate * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        task.updated(iteration)
+        return merged
+
+    def _look(self, iteration: int, window: list[dict[str, Tensor]], bar: Any) -> None:
+        """Reads the window, the worst over the processes, so that all of them stop or none."""
+        names = list(window[0])
+        table = torch.stack([torch.stack([row[name].to(torch.float64) for name in names]) for row in window])
+        everywhere = self.engine.stacked(table)
+        figures = {name: _merge(name, everywhere[:, :, i]) for i, name in enumerate(names)}
+        for group in self.task.groups:
+            over = figures[f"gradient_norm_{group.name}"] > group.clip
+            self.progress.clipped[group.name] += int(over.sum())
+        entry = {"iteration": float(iteration), **self.task.look(iteration - len(window) + 1, figures)}
+        self.progress.history.append(entry)
+        bar.set_postfix({name: f"{entry[name]:.3g}" for name in _SHOWN if name in entry}, refresh=False)
+        if self.writer is not None:
+            for name, value in entry.items():
+                self.writer.add_scalar(f"{self.task.name}/{name}", value, iteration)
+        every = getattr(self.config, "sample_every", 0)
+        if every and self.folder is not None and iteration // every > (iteration - len(window)) // every:
+            self._picture(iteration)
+
+    def _picture(self, iteration: int) -> None:
+        """A grid of samples, from a random stream of its own: pictures do not change a run."""
+        if not self.engine.main or self.folder is None:
+            return
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            images = self.task.picture()
+        if images is None:
+            return
+        from energy_prior import plots
+
+        out = self.folder.path / "samples"
+        out.mkdir(exist_ok=True)
+        plots.image_panels(out / f"{iteration:08d}.png", {f"joint prior, iteration {iteration}": images})
+        if self.writer is not None:
+            self.writer.add_images(f"{self.task.name}/samples", images.clamp(0, 1), iteration)
+
+    def _save(self, iteration: int) -> None:
+        if self.folder is None:
+            return
+        optimizer = [self.optimizer.state[p] for p in self.weights]
+        state = {
+            "weights": [p.detach() for p in self.weights],
+            "optimizer": [dict(s) for s in optimizer],
+            "task": self.task.state(),
+            "data": self.batches.state(),
+            "random": self._random_state(),
+            "history": self.progress.history,
+            "clipped": self.progress.clipped,
+        }
+        self.folder.save(iteration, state)
+
+    def _resume(self) -> int | None:
+        """Goes back to the last checkpoint; the iteration that it was taken after, or None if there is none."""
+        found = None if self.folder is None else self.folder.load(self.device)
+        if found is None:
+            return None
+        iteration, state = found
+        with torch.no_grad():
+            for weight, saved in zip(self.weights, state["weights"], strict=True):
+                weight.copy_(saved)
+        for weight, saved in zip(self.weights, state["optimizer"], strict=True):
+            self.optimizer.state[weight] = saved | ({"step": saved["step"].cpu()} if "step" in saved else {})
+        self.task.load_state(state["task"])
+        state["data"]["pass_start"] = state["data"]["pass_start"].cpu()
+        self.batches.load_state(state["data"])
+        self.progress.history[:] = state["history"]
+        self.progress.clipped.update(state["clipped"])
+        self.progress.resumed_at = iteration
+        torch.set_rng_state(state["random"]["cpu"].cpu())
+        if "cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), self.device)
+        return iteration
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+
+def _merge(name: str, values: Tensor) -> Tensor:
+    """Over the first dimension: the maximum of figures named "largest_…", the mean of others; NaN stays NaN."""
+    return values.amax(0) if name.startswith("largest_") else values.mean(0)

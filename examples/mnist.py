@@ -1,0 +1,171 @@
+"""MNIST, two layers, two stages: a ladder VAE, then its joint prior by multi-stage NCE, and what that does to its samples.
+
+    python examples/mnist.py --data ../shared/data/mnist         # parquet files or image folders; about 15 minutes, one core
+    python examples/mnist.py --data ylecun/mnist                 # from the Hugging Face hub
+    python examples/mnist.py --data ../shared/data/mnist --quick # a minute, to see that it runs
+
+    accelerate launch --multi_gpu --num_processes 2 examples/mnist.py --data ylecun/mnist
+    accelerate launch --multi_gpu --num_processes 2 examples/mnist.py --data ../shared/data/mnist --device cpu --quick
+
+Writes to --out: samples.png (real | Gaussian prior | joint prior), long_chain.png (chains of 1,000 steps with their energy
+profile), results.json, prior.safetensors, and checkpoints: the same command after a kill goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from energy_prior import JointEBMPrior, LadderVAE, MLPEnergy, fit_elbo, plots
+from energy_prior.cli import launched_accelerator
+from energy_prior.data import load_images
+from energy_prior.evaluate import effective_sample_size, excess_ratio, frechet_distance
+from energy_prior.topdown import decode_latents
+from energy_prior.training import map_batches
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="ylecun/mnist", help="a folder, or the name of a set on the Hugging Face hub")
+    parser.add_argument("--out", default="runs/mnist", help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--device", default=None, help="cpu, cuda, …; default: a GPU if there is one")
+    parser.add_argument("--quick", action="store_true", help="a few iterations; the figures mean nothing")
+    options = parser.parse_args()
+    if options.device is None:
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cpu":
+        torch.set_num_threads(1)  # the nets are small: more threads gain little
+    results = run(options.data, Path(options.out), options.seed, options.device, options.quick)
+    print(json.dumps(results, indent=2))
+
+
+def run(data: str, out: Path, seed: int = 0, device: str = "cpu", quick: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Trains, compares, draws; returns what results.json holds."""
+    accelerator = launched_accelerator(cpu=device == "cpu")  # None unless `accelerate launch` started this
+    place = accelerator.device if accelerator else torch.device(device)
+    out.mkdir(parents=True, exist_ok=True)
+
+    # 1. Data: 59,000 images to train on, 1,000 to choose the VAE's weights by, 9,000 test images to compare samples with.
+    train = load_images(data, "train", channels=1, limit=3000 if quick else None)
+    test = load_images(data, "test", channels=1, limit=500 if quick else 9000)
+    if train.labels is None:
+        raise SystemExit(f"{data} has no labels, which the classifier behind the Fréchet distance needs.")
+    held_out = 500 if quick else 1000
+    images, labels = train.images[:-held_out], train.labels[:-held_out]
+    validation = train.images[-held_out:].to(place)
+
+    # 2. The backbone, trained to KL weight 1 and chosen by its validation ELBO before any energy exists.
+    torch.manual_seed(seed)
+    vae = LadderVAE((1, 28, 28), latent_dims=(16, 8), hidden=512).to(place)
+    rng = torch.Generator().manual_seed(seed)
+    shared: dict[str, Any] = {"accelerator": accelerator, "rng": rng, "progress": progress}
+    length = {"iterations": 60, "log_every": 20} if quick else {"iterations": 10_000, "log_every": 500}
+    elbo = fit_elbo(vae, images, validation=validation, learning_rate=1e-3, run_dir=out / "elbo", **length, **shared)
+
+    # 3. The joint prior: three ratio estimates, each against samples of the prior before it; the VAE stays as it is.
+    prior = JointEBMPrior(vae, [MLPEnergy(shape, hidden=(256, 256)) for shape in vae.latent_shapes]).to(place)
+    size = (
+        {"iterations": 30, "batch_size": 128, "persistent": 256}
+        if quick
+        else {"iterations": 3600, "batch_size": 1024, "persistent": 8192}
+    )
+    fit = prior.fit(images, "multi_stage_nce", stages=3, steps=60, run_dir=out / "fit", **size, **shared)
+
+    # 4. Fréchet distances to the test images at equal counts, in the 64 features of a classifier of the digits. Training
+    # images have one too, the floor: what is compared is the excess over it.
+    features = train_classifier(images, labels, 60 if quick else 4000, place)
+
+    def distance(x: Tensor) -> float:
+        return frechet_distance(features(x), features(test.images))
+
+    def samples(**chain: Any) -> Tensor:
+        return map_batches(prior.sample, len(test.images), batch_size=3000, seed=seed, accelerator=accelerator, **chain)
+
+    floor = distance(images[torch.randperm(len(images), generator=rng)[: len(test.images)]])
+    gaussian, short = distance(samples(prior="generator")), distance(samples(steps=60))
+    long = distance(samples(steps=100 if quick else 1000))
+
+    # 5. Long chains: do they hold, and do they move?
+    chain = prior.trajectory(64, steps=100 if quick else 1000, every=10, rng=rng)
+    everything = torch.cat([chain.negative_energy.sum(2, keepdim=True), *chain.latents], dim=2)
+    effective = effective_sample_size(everything)
+    results = {
+        "seed": seed,
+        "validation_elbo": elbo.validation_elbo,
+        "frechet_floor": floor,
+        "frechet_generator": gaussian,
+        "frechet_joint": short,
+        "frechet_joint_1000_steps": long,
+        "frechet_excess_ratio": excess_ratio(short, gaussian, floor),
+        "long_over_short": (long - floor) / (short - floor),
+        "step_size": fit.step_size,
+        "acceptance": float(chain.acceptance[1:].mean()),
+        "effective_samples_energy": float(effective[0]),
+        "effective_samples_mean": float(effective.mean()),
+        "effective_samples_least": float(effective.min()),
+        "largest_energy": max(h["max_energy"] for h in fit.history),
+        "warnings": fit.warnings,
+    }
+    if accelerator is not None and not accelerator.is_main_process:
+        return results
+
+    # 6. Pictures, and everything that is needed to sample again.
+    panels = (
+        {"real": test.images[:64], "Gaussian prior": samples(prior="generator")[:64], "joint prior": samples()[:64]}
+        if (accelerator is None)
+        else {"joint prior": prior.sample(64, rng=rng)}
+    )
+    plots.image_panels(out / "samples.png", panels)
+    frames = [
+        decode_latents(vae, [z[i, :8] for z in chain.latents])
+        for i in range(0, len(chain.steps), max(1, len(chain.steps) // 20))
+    ]
+    steps = chain.steps[:: max(1, len(chain.steps) // 20)]
+    energy = chain.negative_energy.sum(2)[:: max(1, len(chain.steps) // 20)]
+    plots.chain_strip(out / "long_chain.png", torch.stack(frames, 1), steps, energy)
+    prior.save(out / "prior.safetensors")
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def train_classifier(images: Tensor, labels: Tensor, iterations: int, place: torch.device) -> nn.Module:
+    """A small convolutional classifier of the digits without its last layer; 64 features."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 16, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, 2, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 49, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    ).to(place)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for _ in range(iterations):
+            rows = torch.randint(len(images), (128,))
+            loss = nn.functional.cross_entropy(net(images[rows].to(place)), labels[rows].to(place))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    body = net[:-1].eval().requires_grad_(False)
+
+    class Features(nn.Module):
+        """In batches, so that any number of images fits, on the CPU."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([body(batch.to(place)).cpu() for batch in x.split(1000)])
+
+    return Features()
+
+
+if __name__ == "__main__":
+    main()
