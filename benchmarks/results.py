@@ -64,10 +64,16 @@ def write_results(path: Path, rows: Sequence[Row]) -> None:
     temporary.replace(path)
 
 
+_FIGURES = ("langevin", "training", "generators", "topdown.py", "model.py", "energies.py", "distributions.py", "evaluate.py")
+
+
 def code_key(*extra: str) -> str:
-    """Of the package's code (docstrings, comments and layout aside) and of `extra`: results of other code do not count."""
+    """Of the code behind figures (docstrings, comments and layout aside) and of `extra`: results of other code do not count."""
     digest = hashlib.sha256(repr(extra).encode())
-    for path in sorted((ROOT / "energy_prior").rglob("*.py")):
+    package = ROOT / "energy_prior"
+    for path in sorted(
+        f for part in _FIGURES for f in ([package / part] if part.endswith(".py") else (package / part).rglob("*.py"))
+    ):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             body = getattr(node, "body", None)

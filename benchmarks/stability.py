@@ -211,8 +211,8 @@ def _markdown(rows: Sequence[Row], grid: Sequence[tuple[str, Method]]) -> str:
         "small classifier; on the ladder, the KL divergence to the known optimum over that at the start. Clipped, "
         "tamed: share of the updates whose gradient was clipped, and of the chains' steps whose drift was cut.",
         "",
-        "| problem | rule | runs | diverged | iterations | ratio, mean | worst | goal | max abs f | acceptance | clipped | tamed "
-        "| plain loop: failed, at iteration |",
+        "| problem | rule | runs | diverged | iterations | ratio, mean | worst | goal | max abs f | acceptance | clipped | "
+        "tamed | plain loop: failed, at iteration |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for problem, method in grid:

@@ -119,13 +119,14 @@ def _trained(kind: str, seed: int, data: str, quick: bool, reference: str) -> tu
     hidden = {"digits": 128, "mnist": 128, "cifar10": 16}[kind]
     nets: Any = {"nets": "conv", "depth": 1} if conv else {}
     vae = LadderVAE(tuple(train.shape[1:]), latent_dims=(4, 4) if conv else (16, 8), hidden=hidden, **nets)
-    iterations = 30 if quick else {"digits": 2000, "mnist": 4000, "cifar10": 1500}[kind]
+    iterations = 30 if quick else {"digits": 2000, "mnist": 4000, "cifar10": 800}[kind]
     noise = 0.15 if kind == "digits" else 0.0
     fit_elbo(
         vae,
         train,
         validation=validation[:1000],
         iterations=iterations,
+        batch_size=64 if conv else 128,
         log_every=iterations // 10,
         input_noise=noise,
         progress=False,
