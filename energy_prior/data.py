@@ -133,7 +133,7 @@ def _tensor(picture: Any, size: int | None, channels: int) -> Tensor:
     if size is not None and picture.size != (size, size):
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.resize((size, size), box=(left, top, left + side, top + side), reducing_gap=2.0)
+        picture = picture.crop((left, top, left + side, top + side)).resize((size, size), reducing_gap=2.0)
     picture = picture.convert("L" if channels == 1 else "RGB")
     flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return flat.reshape(picture.height, picture.width, channels).permute(2, 0, 1)

@@ -28,7 +28,7 @@ SCORES = ("calibrated", "log_joint", "negative_energy", "reconstruction")
 
 
 NCE: dict[str, Any] = {"batch_size": 1024, "weight_decay": 0.1, "energy_penalty": 5e-3, "gradient_clip": 1.0}
-ML: dict[str, Any] = {"persistent": 2048, "ema_decay": 0.98, "gradient_clip": 1.0}
+ML: dict[str, Any] = {"persistent": 2048, "restart": 0.05, "ema_decay": 0.98, "gradient_clip": 1.0}
 """What differs from `FitConfig`: few images, so a strong weight decay; a short finish by maximum likelihood."""
 
 

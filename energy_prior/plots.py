@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["chain_strip", "image_panels", "score_histograms"]
+__all__ = ["chain_strip", "image_panels", "latent_transitions", "score_histograms"]
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,41 @@ def chain_strip(path: str | os.PathLike[str], frames: Tensor, steps: Tensor, ene
     bottom.set_ylabel("$\\sum_i f_i(z_i)$ in nats")
     bottom.margins(x=0.02)
     bottom.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def latent_transitions(
+    path: str | os.PathLike[str], posterior: Sequence[Tensor], chains: Sequence[Tensor], steps: Tensor
+) -> None:
+    """Langevin chains of the prior on their way, over posterior draws: a row per layer, top layer first, a column per frame.
+
+    The picture of Cui, Wu and Han (CVPR 2023) for latents of two dimensions; of wider ones the first two are shown.
+
+    Args:
+        path: file to write.
+        posterior: posterior draws (z_1, …, z_L), each (n, d), d ≥ 2.
+        chains: (z_1, …, z_L) of the chains, each (frames, m, d).
+        steps: step number of each frame, (frames,).
+    """
+    columns = len(steps)
+    figure = _figure(1.9 * columns + 0.3, 2.0 * len(posterior) + 0.5)
+    grid = figure.subplots(len(posterior), columns, squeeze=False)
+    for row, layer in zip(grid, range(len(posterior), 0, -1), strict=True):
+        z, run = posterior[layer - 1].cpu(), chains[layer - 1].cpu()
+        both = torch.cat([z[:, :2], run[..., :2].reshape(-1, 2)])
+        low, high = both.amin(0).tolist(), both.amax(0).tolist()
+        for index, axes in enumerate(row):
+            axes.scatter(z[:, 0], z[:, 1], s=3, color="0.75", label="posterior", linewidths=0)
+            axes.scatter(run[index, :, 0], run[index, :, 1], s=3, color="tab:blue", label="joint prior", linewidths=0)
+            axes.set_xlim(low[0], high[0])
+            axes.set_ylim(low[1], high[1])
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if layer == len(posterior):
+                axes.set_title(f"step {int(steps[index])}" if index else "ancestral start", fontsize=9)
+        row[0].set_ylabel(f"$z_{layer}$")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9, markerscale=3)
     figure.savefig(path, dpi=150)
 
 

@@ -16,10 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from features import train_classifier
+from torch import Tensor
 
 from energy_prior import JointEBMPrior, LadderVAE, MLPEnergy, fit_elbo, plots
 from energy_prior.cli import launched_accelerator
@@ -66,7 +67,7 @@ def run(data: str, out: Path, seed: int = 0, device: str = "cpu", quick: bool = 
     vae = LadderVAE((1, 28, 28), latent_dims=(16, 8), hidden=512).to(place)
     rng = torch.Generator().manual_seed(seed)
     shared: dict[str, Any] = {"accelerator": accelerator, "rng": rng, "progress": progress}
-    length = {"iterations": 60, "log_every": 20} if quick else {"iterations": 10_000, "log_every": 500}
+    length: dict[str, Any] = {"iterations": 60, "log_every": 20} if quick else {"iterations": 10_000, "log_every": 500}
     elbo = fit_elbo(vae, images, validation=validation, learning_rate=1e-3, run_dir=out / "elbo", **length, **shared)
 
     # 3. The joint prior: three ratio estimates, each against samples of the prior before it; the VAE stays as it is.
@@ -117,54 +118,17 @@ def run(data: str, out: Path, seed: int = 0, device: str = "cpu", quick: bool = 
         return results
 
     # 6. Pictures, and everything that is needed to sample again.
-    panels = (
-        {"real": test.images[:64], "Gaussian prior": samples(prior="generator")[:64], "joint prior": samples()[:64]}
-        if (accelerator is None)
-        else {"joint prior": prior.sample(64, rng=rng)}
-    )
+    def grid(which: Literal["generator", "joint"]) -> Tensor:
+        return prior.sample(64, prior=which, rng=rng)
+
+    panels = {"real": test.images[:64], "Gaussian prior": grid("generator"), "joint prior": grid("joint")}
     plots.image_panels(out / "samples.png", panels)
-    frames = [
-        decode_latents(vae, [z[i, :8] for z in chain.latents])
-        for i in range(0, len(chain.steps), max(1, len(chain.steps) // 20))
-    ]
-    steps = chain.steps[:: max(1, len(chain.steps) // 20)]
-    energy = chain.negative_energy.sum(2)[:: max(1, len(chain.steps) // 20)]
-    plots.chain_strip(out / "long_chain.png", torch.stack(frames, 1), steps, energy)
+    shown = range(0, len(chain.steps), max(1, len(chain.steps) // 20))
+    frames = torch.stack([decode_latents(vae, [z[i, :8] for z in chain.latents]) for i in shown], 1)
+    plots.chain_strip(out / "long_chain.png", frames, chain.steps[list(shown)], chain.negative_energy.sum(2)[list(shown)])
     prior.save(out / "prior.safetensors")
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
-
-
-def train_classifier(images: Tensor, labels: Tensor, iterations: int, place: torch.device) -> nn.Module:
-    """A small convolutional classifier of the digits without its last layer; 64 features."""
-    net = nn.Sequential(
-        nn.Conv2d(1, 16, 3, 2, 1),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, 2, 1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(32 * 49, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
-    ).to(place)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for _ in range(iterations):
-            rows = torch.randint(len(images), (128,))
-            loss = nn.functional.cross_entropy(net(images[rows].to(place)), labels[rows].to(place))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    body = net[:-1].eval().requires_grad_(False)
-
-    class Features(nn.Module):
-        """In batches, so that any number of images fits, on the CPU."""
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.cat([body(batch.to(place)).cpu() for batch in x.split(1000)])
-
-    return Features()
 
 
 if __name__ == "__main__":

@@ -68,10 +68,10 @@ def killed_after(saves: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunFolder, "save", save)
 
 
-@pytest.mark.parametrize("persistent", [0, 32])
+@pytest.mark.parametrize("persistent", [0, None])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_stopped_run_goes_on_bit_by_bit(
-    method: Method, persistent: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: Method, persistent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make()
     settings: dict[str, Any] = SETTINGS | {"persistent": persistent, "accumulate": 2}

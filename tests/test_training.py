@@ -131,7 +131,9 @@ def test_history_and_result(method: Method) -> None:
     keys = {"iteration", "loss", "energy_posterior", "energy_prior", "gap", "max_energy", "gradient_norm_energies"}
     keys |= set() if method in LANGEVIN_METHODS else {"weight_ess"}
     keys |= {"gradient_norm_generator", "log_likelihood"} if joint else set()
-    chains = {"step_size", "acceptance", "drift_norm", "tamed"} | ({"chain_ess"} if method in LANGEVIN_METHODS else set())
+    chains = {"step_size", "acceptance", "drift_norm", "tamed"} | (
+        {"chain_ess", "penalty"} if method in LANGEVIN_METHODS else set()
+    )
     keys |= {"posterior_acceptance", "posterior_step_size"} if method == "joint" else set()
     assert set(result.history[-1]) == (keys if method == "nce" else keys | chains)
     assert result.tamed is None if method == "nce" else 0 <= result.history[-1]["tamed"] <= 1

@@ -23,6 +23,7 @@ from energy_prior.training.config import FitConfig
 _STEP_GAIN = 0.1
 _SMALLEST_STEP = 1e-4
 _TUNING_BATCH = 64
+_BANK = 4
 
 
 class TrainingChains:
@@ -62,16 +63,19 @@ class TrainingChains:
         with torch.no_grad(), frozen(self.model.generator):
             return ancestral(self.model.generator, n).latents
 
-    def prior(self, n: int, steps: int, *, persistent: int = 0, restart: float = 0.0) -> tuple[Tensor, ...]:
-        """Draws of the joint prior after `steps` Langevin steps: from an ancestral start, or of `persistent` chains."""
+    def prior(self, n: int, steps: int) -> tuple[Tensor, ...]:
+        """Draws of the joint prior after `steps` Langevin steps: of persistent chains, or from an ancestral start."""
+        persistent = _BANK * n if self.config.persistent is None else self.config.persistent
         if not persistent:
             return self.run(self.ancestral(n), steps)
+        if self.bank is not None:
+            persistent = len(self.bank[0])
         if n > persistent:
             raise ArgumentError(f"persistent: expected 0 or at least as many chains as a batch has, {n}, got {persistent}.")
         if self.bank is None:
             self.bank = self.run(self.ancestral(persistent), self.config.steps)
         rows = torch.randperm(persistent, device=self.bank[0].device)[:n]
-        again = torch.rand(n, device=rows.device) < restart
+        again = torch.rand(n, device=rows.device) < (self.config.restart or 0.0)
         start = [
             torch.where(again.reshape(-1, *([1] * (old.ndim - 1))), new, old[rows])
             for new, old in zip(self.ancestral(n), self.bank, strict=True)

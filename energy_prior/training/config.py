@@ -20,14 +20,6 @@ JOINT_METHODS: tuple[Method, ...] = ("variational", "joint")
 LANGEVIN_METHODS: tuple[Method, ...] = ("two_stage", "variational", "joint")
 """Rules whose prior draws are Langevin chains on the joint prior as it is now."""
 
-_RATES: dict[Method, float] = {
-    "nce": 1e-3,
-    "multi_stage_nce": 1e-3,
-    "two_stage": 1e-3,
-    "variational": 1e-3,
-    "joint": 1e-3,
-}
-
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -50,7 +42,7 @@ class RunConfig:
 
     iterations: int = 2000
     batch_size: int | None = None
-    learning_rate: float | None = 1e-3
+    learning_rate: float = 1e-3
     weight_decay: float = 0.0
     warmup: int | None = None
     gradient_clip: float = 10.0
@@ -67,9 +59,8 @@ class RunConfig:
             check_count("batch_size", self.batch_size)
         if self.warmup is not None:
             check_count("warmup", self.warmup, least=0)
-        if self.learning_rate is not None:
-            check_positive("learning_rate", self.learning_rate)
-        check_positive("gradient_clip", self.gradient_clip)
+        for name in ("learning_rate", "gradient_clip"):
+            check_positive(name, getattr(self, name))
         _check_at_least_zero(self, "weight_decay")
         for name in ("tensorboard", "progress"):
             if not isinstance(getattr(self, name), bool):
@@ -96,7 +87,7 @@ class FitConfig(RunConfig):
         iterations: updates, ≥ 1.
         batch_size: posterior draws, and as many prior draws, per update, process and accumulation step, ≥ 1; None: 256, or
             all observations if there are fewer.
-        learning_rate: of the energies' AdamW, > 0, after a linear warm-up and with cosine decay to a tenth of it; None: 1e-3.
+        learning_rate: of the energies' AdamW, > 0, after a linear warm-up and with cosine decay to a tenth of it.
         weight_decay: of the energies' AdamW, ≥ 0.
         warmup: iterations of the linear warm-up, ≥ 0; None: 100, or a tenth of the iterations if that is less.
         gradient_clip: largest norm of an update's gradient of the energies, > 0.
@@ -118,9 +109,11 @@ class FitConfig(RunConfig):
             early on d is at most (1 + t)/(10 + t). The joint rules average the generator's weights as well.
         max_energy: largest |f_i| in nats on a training batch, > 0; beyond it the run has diverged and stops.
         steps: Langevin steps per prior draw, ≥ 1. "multi_stage_nce": of the chains that a stage starts with.
-        persistent: chains kept from update to update (Tieleman, ICML 2008): each update takes `batch_size` of them where
-            they stood and runs them on. 0: every chain starts ancestrally.
-        restart: share of the persistent chains taken up that start again ancestrally, in [0, 1].
+        persistent: chains kept from update to update (Tieleman, ICML 2008): each update takes as many as a batch has, where
+            they stood, and runs them on. None: four batches of them; 0: every chain starts ancestrally.
+        restart: share of the persistent chains taken up that start again ancestrally, in [0, 1]; None: 0.3, so that draws
+            are 1/0.3 · `steps` steps old on average, about as old as samples (0.05 in "multi_stage_nce", whose chains run on
+            a prior that stands still).
         posterior_steps: Langevin steps per posterior draw, where the posterior is sampled by Langevin, ≥ 1. These chains
             are Metropolis-adjusted and each adapts its step size, from where the last ones ended.
         step_size: fixed Langevin step size of the prior chains, > 0; None: tuned while training.
@@ -133,15 +126,14 @@ class FitConfig(RunConfig):
     """
 
     weight_decay: float = 1e-4
-    learning_rate: float | None = None
     energy_penalty: float = 1e-3
     gap_limit: float = 1.0
     energy_bound: float = 25.0
     ema_decay: float = 0.99
     max_energy: float = 1e3
     steps: int = 20
-    persistent: int = 0
-    restart: float = 0.05
+    persistent: int | None = None
+    restart: float | None = None
     posterior_steps: int = 20
     step_size: float | None = None
     target_acceptance: float = 0.9
@@ -155,13 +147,14 @@ class FitConfig(RunConfig):
         super().__post_init__()
         for name in ("steps", "posterior_steps", "stages"):
             check_count(name, getattr(self, name))
-        for name in ("persistent", "sample_every"):
-            check_count(name, getattr(self, name), least=0)
-        if self.batch_size is not None and 0 < self.persistent < self.batch_size:
+        check_count("sample_every", self.sample_every, least=0)
+        if self.persistent is not None:
+            check_count("persistent", self.persistent, least=0)
+        if self.batch_size is not None and 0 < (self.persistent or 0) < self.batch_size:
             raise ArgumentError(
                 f"persistent: expected 0 or at least batch_size = {self.batch_size} chains, got {self.persistent}."
             )
-        if not 0 <= self.restart <= 1:
+        if self.restart is not None and not 0 <= self.restart <= 1:
             raise ArgumentError(f"restart: expected a share in [0, 1], got {self.restart!r}.")
         for name in ("max_energy", "energy_bound", "gap_limit", "taming", "generator_learning_rate", "generator_gradient_clip"):
             check_positive(name, getattr(self, name))
@@ -174,8 +167,9 @@ class FitConfig(RunConfig):
             raise ArgumentError(f"target_acceptance: expected a number between 0 and 1, got {self.target_acceptance!r}.")
 
     def for_method(self, method: Method) -> FitConfig:
-        """With the method's own learning rate where none was given."""
-        return dataclasses.replace(self, learning_rate=self.learning_rate or _RATES[method])
+        """With the method's own restart share where none was given."""
+        usual = 0.05 if method == "multi_stage_nce" else 0.3
+        return dataclasses.replace(self, restart=usual if self.restart is None else self.restart)
 
 
 def check_method(method: str) -> Method:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from energy_prior import validate
-from energy_prior._util import check_count, check_positive, check_settings, evaluating, reproducible, training_mode, unvalidated
+from energy_prior._util import check_count, check_settings, evaluating, reproducible, training_mode, unvalidated
 from energy_prior.errors import ArgumentError, DivergenceError, GeneratorError
 from energy_prior.generator import HierarchicalGenerator
 from energy_prior.topdown import TopDown
@@ -56,7 +56,7 @@ class ElboConfig(RunConfig):
 
     iterations: int = 2500
     usual_batch: ClassVar[int] = 128
-    learning_rate: float | None = 2e-3
+    learning_rate: float = 2e-3
     gradient_clip: float = 200.0
     log_every: int = 100
     checkpoint_every: int = 500
@@ -66,7 +66,6 @@ class ElboConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("learning_rate", self.learning_rate)
         check_count("validation_draws", self.validation_draws)
         if self.kl_warmup is not None and check_count("kl_warmup", self.kl_warmup, least=0) >= self.iterations:
             raise ArgumentError(
@@ -174,7 +173,6 @@ class _ElboTask:
         weights = [p for p in generator.parameters() if p.requires_grad]
         if not weights:
             raise GeneratorError("generator: none of its parameters requires a gradient, so there is nothing to fit.")
-        assert config.learning_rate is not None  # noqa: S101 (checked by ElboConfig)
         self.groups: Sequence[Group] = [
             Group("generator", weights, config.learning_rate, config.weight_decay, config.gradient_clip)
         ]

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 _STANDARDIZE_DRAWS = 2048
 _REFRESH = 10
-_BANK = 4
 _WALL = 0.1
 _GAP_RATE = 0.1
 _PENALTY_RATE = 0.05
@@ -55,7 +54,7 @@ class FitResult:
 
     Attributes:
         method: the learning rule.
-        config: its settings, with the method's own learning rate filled in.
+        config: its settings, with the method's own defaults filled in.
         history: one entry per look, every `config.log_every` iterations and at checkpoints; `docs/training.md` says what
             each figure means.
         clipped: share of the iterations whose gradient was clipped, in [0, 1], for "energies" and, in the joint rules,
@@ -148,9 +147,9 @@ class _FitTask:
         energies = [p for p in prior.energies.parameters() if p.requires_grad]
         if not energies:
             raise ArgumentError("energies: none of their parameters requires a gradient, so there is nothing to fit.")
-        rate = config.learning_rate
-        assert rate is not None  # noqa: S101 (for_method has filled it in)
-        self.groups: Sequence[Group] = [Group("energies", energies, rate, config.weight_decay, config.gradient_clip)]
+        self.groups: Sequence[Group] = [
+            Group("energies", energies, config.learning_rate, config.weight_decay, config.gradient_clip)
+        ]
         self.buffers = list(prior.energies.buffers())
         if self.joint and isinstance(prior.generator, nn.Module):
             inner = [p for p in prior.generator.parameters() if p.requires_grad]
@@ -164,7 +163,7 @@ class _FitTask:
         self.previous: nn.ModuleList | None = None
         self.warned: dict[str, str] = {}
         self.negative_logits = torch.zeros(1)
-        self.gap = torch.zeros((), device=self.weights[0].device)
+        self.gap = self.weights[0].new_zeros(())
         self.penalty = torch.full_like(self.gap, config.energy_penalty)
 
     def begin(self) -> None:
@@ -289,7 +288,7 @@ class _FitTask:
         if self.method not in LANGEVIN_METHODS:
             return
         least, limit = self.config.energy_penalty, self.config.gap_limit
-        self.gap = torch.lerp(self.gap, gap, _GAP_RATE)
+        self.gap = torch.lerp(self.gap, gap.to(self.gap.dtype), _GAP_RATE)
         factor = torch.exp(_PENALTY_RATE * (self.gap / limit - 1).clamp(-1, 1))
         self.penalty = (self.penalty * factor).clamp(least, max(least, 1.0))
 
@@ -308,11 +307,10 @@ class _FitTask:
         """Draws of the generator's prior, of the stage before (NCE), or of the joint prior now (maximum likelihood)."""
         config = self.config
         if self.method in LANGEVIN_METHODS:
-            return self.chains.prior(n, config.steps, persistent=config.persistent, restart=config.restart)
+            return self.chains.prior(n, config.steps)
         if self.previous is None:
             return self.chains.ancestral(n)
-        bank = config.persistent or _BANK * n
-        return self.chains.prior(n, max(2, config.steps // _REFRESH), persistent=bank, restart=config.restart)
+        return self.chains.prior(n, max(2, config.steps // _REFRESH))
 
     def _enter_stage(self, iteration: int) -> None:
         """Begins the next stage of "multi_stage_nce": f as it is becomes the prior that the next estimate corrects."""

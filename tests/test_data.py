@@ -1,0 +1,98 @@
+"""Images from parquet files and folders that the tests write, and what is said of those that cannot be used."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from energy_prior import ArgumentError
+from energy_prior.data import load_images
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def picture(value: int, size: tuple[int, int] = (6, 4), mode: str = "L") -> Image.Image:
+    return Image.new(mode, size, value if mode == "L" else (value, 0, 255))
+
+
+def write_parquet(folder: Path, images: list[Image.Image], split: str = "train", **columns: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+
+    def encoded(image: Image.Image) -> dict[str, Any]:
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    rows = {"image": [encoded(i) for i in images], "label": list(range(len(images)))} | columns
+    datasets.Dataset.from_dict(rows).to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_without_hub_metadata(tmp_path: Path, streaming: bool) -> None:
+    folder = write_parquet(tmp_path / "set", [picture(0), picture(51), picture(255)])
+    images, labels = load_images(folder, streaming=streaming)
+    assert images.shape == (3, 1, 4, 6)
+    assert images.dtype == torch.float32
+    assert images[:, 0, 0, 0].tolist() == pytest.approx([0.0, 0.2, 1.0])
+    assert labels is not None
+    assert labels.tolist() == [0, 1, 2]
+    assert len(load_images(folder, limit=2, streaming=streaming).images) == 2
+
+
+def test_folders_of_images_with_a_class_each(tmp_path: Path) -> None:
+    for i, name in enumerate(("cat", "dog")):
+        (tmp_path / "set" / "test" / name).mkdir(parents=True)
+        picture(100 * i, (5, 5), "RGB").save(tmp_path / "set" / "test" / name / "0.png")
+    images, labels = load_images(tmp_path / "set", "test")
+    assert images.shape == (2, 3, 5, 5)
+    assert labels is not None
+    assert labels.tolist() == [0, 1]
+    assert load_images(tmp_path / "set", "test", channels=1).images.shape == (2, 1, 5, 5)
+
+
+def test_size_crops_the_centre_and_scales(tmp_path: Path) -> None:
+    wide = Image.new("L", (12, 4), 0)
+    wide.paste(255, (4, 0, 8, 4))
+    folder = write_parquet(tmp_path / "set", [wide, picture(0, (9, 9))])
+    images, _ = load_images(folder, size=2)
+    assert images.shape == (2, 1, 2, 2)
+    assert bool((images[0] == 1).all()), "the bright middle, without the dark sides"
+    with pytest.raises(ArgumentError, match=r"size: the images of .* differ, \(4, 12\) and \(9, 9\); pass the size"):
+        load_images(folder)
+
+
+def test_what_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="there is no folder '/nowhere'"):
+        load_images("/nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArgumentError, match=r"expected train\*.parquet or a folder train/ with images"):
+        load_images(tmp_path / "empty")
+    folder = tmp_path / "numbers"
+    folder.mkdir()
+    datasets.Dataset.from_dict({"x": [1, 2]}).to_parquet(str(folder / "train.parquet"))
+    with pytest.raises(ArgumentError, match=r"expected a column of images in .*, got \['x'\]"):
+        load_images(folder)
+    with pytest.raises(ArgumentError, match="channels: expected 1, 3 or None, got 2"):
+        load_images(folder, channels=2)
+    with pytest.raises(ArgumentError, match="limit: expected a whole number of at least 1"):
+        load_images(folder, limit=0)
+
+
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = {"image": [{"bytes": b"no image", "path": None}]}
+    datasets.Dataset.from_dict(rows).to_parquet(str(folder / "train.parquet"))
+    with pytest.raises(ArgumentError, match="source: an image or file of .* cannot be read"):
+        load_images(folder)
