@@ -98,12 +98,12 @@ def image_problem(kind: str, seed: int, data: str, quick: bool, reference: str =
     count = min(len(test), 2000)
 
     def energies() -> list[nn.Module] | None:
-        return [ConvEnergy(shape, channels=(16, 32, 32)) for shape in vae.latent_shapes] if kind == "cifar10" else None
+        return [ConvEnergy(shape, channels=(8, 16, 16)) for shape in vae.latent_shapes] if kind == "cifar10" else None
 
     def distance(prior: JointEBMPrior) -> float:
         return _mean_distance(features, test[:count], [prior.sample(count) for _ in range(repeats)])
 
-    return Problem(vae, energies, train, 16 if quick else 64, distance, start, floor)
+    return Problem(vae, energies, train, 16 if quick else 32 if kind == "cifar10" else 64, distance, start, floor)
 
 
 def _trained(kind: str, seed: int, data: str, quick: bool, reference: str) -> tuple[Any, ...]:
@@ -116,9 +116,9 @@ def _trained(kind: str, seed: int, data: str, quick: bool, reference: str) -> tu
     if reference == "validation":
         test = validation
     conv = kind == "cifar10"
-    hidden = {"digits": 128, "mnist": 128, "cifar10": 16}[kind]
+    hidden = {"digits": 128, "mnist": 128, "cifar10": 8}[kind]
     nets: Any = {"nets": "conv", "depth": 1} if conv else {}
-    vae = LadderVAE(tuple(train.shape[1:]), latent_dims=(4, 4) if conv else (16, 8), hidden=hidden, **nets)
+    vae = LadderVAE(tuple(train.shape[1:]), latent_dims=(2, 4) if conv else (16, 8), hidden=hidden, **nets)
     iterations = 30 if quick else {"digits": 2000, "mnist": 4000, "cifar10": 800}[kind]
     noise = 0.15 if kind == "digits" else 0.0
     fit_elbo(

@@ -7,7 +7,7 @@ __all__ = ["JointEBMPrior"]
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,19 +32,14 @@ from energy_prior.langevin import (
     NoiseSource,
     Trajectory,
     TrajectoryRecorder,
-    tune_step_size,
 )
+from energy_prior.learning import LearnMethods
 from energy_prior.model import JointModel
 from energy_prior.scoring import ScoreMethods
 from energy_prior.topdown import Decode, Space, ancestral, check_decode, decode_latents
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
-    from energy_prior.training import FitConfig, FitResult, Method
-
-
-class JointEBMPrior(ScoreMethods, nn.Module):
+class JointEBMPrior(ScoreMethods, LearnMethods):
     """The joint latent-space energy-based prior of a hierarchical generator (Cui, Wu and Han, CVPR 2023, eq. 5).
 
         p(z) = exp(Σ_i f_i(z_i)) p_β(z) / Z,   p_β(z) = p(z_L) ∏_{i<L} p_β(z_i | z_{>i})
@@ -107,76 +102,6 @@ class JointEBMPrior(ScoreMethods, nn.Module):
                 validate.check_energies(self.energies, probe.latents)
         self.register_buffer("calibration", torch.zeros(2, 3, dtype=reference.dtype, device=reference.device))
         self.register_buffer("step_size", torch.tensor(0.3, dtype=reference.dtype, device=reference.device))
-
-    def fit(
-        self,
-        data: Tensor | Iterable[Any],
-        method: Method | str = "nce",
-        *,
-        config: FitConfig | None = None,
-        run_dir: str | os.PathLike[str] | None = None,
-        accelerator: Accelerator | None = None,
-        rng: torch.Generator | None = None,
-        **settings: Any,
-    ) -> FitResult:
-        """Learns the energies, and in the joint rules the generator too, then tunes `step_size`.
-
-        Training again goes on where it stood. The rules, with z⁺ the posterior's draws and z⁻ the prior's:
-
-            "nce"              one classifier of z⁺ ~ q_ω against z⁻ ~ p_β with logit Σ f_i (Aneja et al., NeurIPS 2021)
-            "multi_stage_nce"  `stages` such estimates, each against draws of the prior before it; f is their sum
-            "two_stage"        maximum likelihood, ∂/∂α_i = E[∂f_i(z⁺)] − E[∂f_i(z⁻)], with z⁺ ~ q_ω and z⁻ ~ p(z) by short
-                               Langevin runs (Cui, Wu and Han, CVPR 2023, section 3.3)
-            "variational"      the same, with the generator and its inference model learning too (joint training, z⁺ ~ q_ω)
-            "joint"            the same, with z⁺ by Langevin on p(z | x): maximum likelihood of the whole model
-
-        The first three leave the generator as it is. The last two train it in place, best from a pretrained one, and then
-        `parameters()`, `state_dict()` and `save` hold it too.
-
-        Args:
-            data: all observations, (n, *x_shape), or an iterable that can be run through again and again (a `DataLoader`)
-                giving batches: tensors, or tuples whose first entry is one.
-            method: the learning rule.
-            config: settings; None: the defaults of `energy_prior.training.FitConfig`.
-            run_dir: folder for checkpoints of the whole run, TensorBoard and sample grids. The same call after a kill goes
-                on from the last checkpoint, with the weights that it would have had. None: nothing is written.
-            accelerator: an `accelerate.Accelerator`, for several processes, hosts, GPUs and bf16 (extra "train"); None: this
-                process alone.
-            rng: random number generator.
-            **settings: single settings of `FitConfig`, over those in `config`.
-
-        Returns:
-            The history of the run.
-
-        Raises:
-            ArgumentError, ShapeError: for impossible settings or data (empty, not finite, wrong shape or dtype, fewer than a
-                batch), or a `run_dir` that holds another run.
-            GeneratorError: if the method cannot work with the generator.
-            DivergenceError: if something stops being finite or |f| leaves `max_energy`; the prior then holds its last good
-                average.
-            DistributedError: if another process dies.
-            OSError: if a checkpoint cannot be written; the one before is whole.
-        """
-        from energy_prior.training import fit_energies
-
-        with reproducible(rng, self.reference.device):
-            result = fit_energies(self, data, method, config, settings, run_dir, accelerator)
-        self.calibration.zero_()  # it was that of other energies
-        self._fitted_on = fingerprint(self.generator)
-        return result
-
-    def tune_step_size(
-        self, *, target_acceptance: float = 0.9, batch_size: int = 64, rng: torch.Generator | None = None
-    ) -> float:
-        """Sets `step_size` to the one at which MALA on this prior accepts the share `target_acceptance`, and returns it."""
-        if not 0 < target_acceptance < 1:
-            raise ArgumentError(f"target_acceptance: expected a number between 0 and 1, got {target_acceptance!r}.")
-        check_count("batch_size", batch_size)
-        with self._quiet(rng) as model:
-            density = model.prior_density(batch_size)
-            tuned = tune_step_size(density, start_step_size=model.step_size, target_acceptance=target_acceptance)
-            self.step_size.fill_(tuned)
-        return tuned
 
     def sample(
         self,
@@ -390,17 +315,6 @@ class JointEBMPrior(ScoreMethods, nn.Module):
         prior.load_state_dict(tensors)
         prior._fitted_on = config["generator"]
         return prior
-
-    @property
-    def trained_jointly(self) -> bool:
-        """Whether the generator belongs to what is learned and saved; the joint rules of `fit` switch it on."""
-        return "generator" in self._modules
-
-    def train_jointly(self) -> None:
-        """Makes the generator, an `nn.Module`, part of the prior: `parameters()` and `state_dict()` hold it from now on."""
-        if not self.trained_jointly:
-            generator = self.__dict__.pop("generator")
-            self.add_module("generator", generator)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """What `.to()`, `.double()`, `.cuda()` … call: the generator goes along."""

@@ -1,8 +1,8 @@
 """CIFAR-10, joint training as in Cui, Wu and Han (CVPR 2023), on a convolutional generator that is written here.
 
-    python examples/cifar10.py --data ../shared/data/cifar10 --unknown ../shared/data/svhn100
+    python examples/cifar10.py --data path/to/cifar10 --unknown path/to/svhn
     python examples/cifar10.py --data uoft-cs/cifar10                     # from the Hugging Face hub
-    python examples/cifar10.py --data ../shared/data/cifar10 --quick      # minutes on a CPU, to see that it runs
+    python examples/cifar10.py --data path/to/cifar10 --quick      # minutes on a CPU, to see that it runs
 
     accelerate launch --multi_gpu --num_processes 2 --mixed_precision bf16 examples/cifar10.py
 

@@ -1,11 +1,11 @@
 """MNIST, two layers, two stages: a ladder VAE, then its joint prior by multi-stage NCE, and what that does to its samples.
 
-    python examples/mnist.py --data ../shared/data/mnist         # parquet files or image folders; about 15 minutes, one core
+    python examples/mnist.py --data path/to/mnist         # parquet files or image folders; about 15 minutes, one core
     python examples/mnist.py --data ylecun/mnist                 # from the Hugging Face hub
-    python examples/mnist.py --data ../shared/data/mnist --quick # a minute, to see that it runs
+    python examples/mnist.py --data path/to/mnist --quick # a minute, to see that it runs
 
     accelerate launch --multi_gpu --num_processes 2 examples/mnist.py --data ylecun/mnist
-    accelerate launch --multi_gpu --num_processes 2 examples/mnist.py --data ../shared/data/mnist --device cpu --quick
+    accelerate launch --multi_gpu --num_processes 2 examples/mnist.py --data path/to/mnist --device cpu --quick
 
 Writes to --out: samples.png (real | Gaussian prior | joint prior), long_chain.png (chains of 1,000 steps with their energy
 profile), results.json, prior.safetensors, and checkpoints: the same command after a kill goes on where it was.

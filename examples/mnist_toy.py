@@ -1,7 +1,7 @@
 """Digits 0 and 1 of MNIST with two layers of 2-D latents: every Langevin transition can be seen.
 
-    python examples/mnist_toy.py --data ../shared/data/mnist           # or --data ylecun/mnist; two minutes, one core
-    python examples/mnist_toy.py --data ../shared/data/mnist --quick
+    python examples/mnist_toy.py --data path/to/mnist           # or --data ylecun/mnist; two minutes, one core
+    python examples/mnist_toy.py --data path/to/mnist --quick
 
 Writes to --out: transitions.png (chains of the joint prior on their way over posterior draws, layer by layer), samples.png
 and results.json.

@@ -1,4 +1,4 @@
-"""README's Python blocks run as they are written, but for the number of training iterations."""
+"""The Python blocks of README and docs/training.md run as they are written, but for the number of training iterations."""
 
 from __future__ import annotations
 
@@ -12,12 +12,34 @@ import torch
 from energy_prior import LadderVAE
 from energy_prior.demo import load_demo_data
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+
+
+BLOCKS = blocks("README.md")
 
 
 def test_there_are_blocks() -> None:
     assert len(BLOCKS) == 3
+    assert len(blocks("docs/training.md")) == 2
+
+
+def test_training_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its two blocks, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    data = load_demo_data(9, 0)
+    names: dict[str, Any] = {"images": data.train[:64], "held_out": data.validation[:32]}
+    for block in blocks("docs/training.md"):
+        short = block.replace("run_dir=", "iterations=3, progress=False, run_dir=").replace(
+            "1000, batch_size=256", "30, batch_size=20"
+        )
+        exec(compile(short, "docs/training.md", "exec"), names)  # noqa: S102
+    assert names["samples"].shape == (30, 1, 8, 8)
+    assert names["scores"].shape == (64,)
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"vae", "prior", "prior-2"}
 
 
 @pytest.mark.parametrize("index", range(len(BLOCKS)))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["entry", "forebodings", "likely_cause", "weight_share"]
+__all__ = ["check_sound", "entry", "forebodings", "weight_share"]
 
 import torch
 from torch import Tensor
 
+from energy_prior.errors import DivergenceError
 from energy_prior.evaluate import effective_sample_size
 from energy_prior.training.chains import TrainingChains
 from energy_prior.training.config import FitConfig, Method
@@ -80,7 +81,37 @@ def forebodings(entry: dict[str, float], config: FitConfig) -> dict[str, str]:
     return found
 
 
-def likely_cause(method: Method, config: FitConfig, figures: dict[str, Tensor], row: int) -> str:
+def check_sound(figures: dict[str, Tensor], first: int, method: Method, config: FitConfig) -> None:
+    """Raises `DivergenceError` at the first iteration of a window where something is not finite or |f_i| > `max_energy`.
+
+    Args:
+        figures: of the window, (iterations,) each.
+        first: number of its first iteration.
+        method: the learning rule.
+        config: its settings.
+    """
+    largest = torch.stack([value for name, value in figures.items() if name.startswith("largest_")], 1)
+    watched = {name: value for name, value in figures.items() if name == "loss" or name.startswith("gradient_norm_")}
+    finite = torch.stack([torch.isfinite(value) for value in watched.values()], 1).all(1)
+    sound = finite & (largest <= config.max_energy).all(1)
+    if bool(sound.all()):
+        return
+    row = int((~sound).nonzero()[0])
+    excess = ~(largest[row] <= config.max_energy)
+    layer = int(excess.nonzero()[0]) + 1 if bool(excess.any()) else None
+    if layer is not None:
+        what = f"f_{layer}, the energy of layer {layer}, reached {float(largest[row, layer - 1]):.3g}"
+    else:
+        bad = next(name for name, value in watched.items() if not bool(torch.isfinite(value[row])))
+        what = f"the {bad.replace('gradient_norm_', 'gradient of the ')} is not finite"
+    raise DivergenceError(
+        f"{what} (max_energy is {config.max_energy:g}). {_likely_cause(method, config, figures, row)}",
+        layer=layer,
+        step=first + row,
+    )
+
+
+def _likely_cause(method: Method, config: FitConfig, figures: dict[str, Tensor], row: int) -> str:
     """Why a run has probably diverged, and what to change."""
     if "acceptance" in figures and config.step_size and float(figures["acceptance"][row]) < _LOW_ACCEPTANCE:
         return (

@@ -46,6 +46,7 @@ _REFRESH = 10
 _WALL = 0.1
 _GAP_RATE = 0.1
 _PENALTY_RATE = 0.05
+_LARGEST_PENALTY = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +189,7 @@ class _FitTask:
 
     def look(self, first: int, figures: dict[str, Tensor]) -> dict[str, float]:
         """Stops at the first iteration that is not sound, else remembers the average as good; warns of what is coming."""
-        self._check(first, figures)
+        diagnostics.check_sound(figures, first, self.method, self.config)
         self.good = self._snapshot()
         entry = diagnostics.entry(figures, self.chains, self.negative_logits if "weight_ess" in figures else None)
         for kind, message in diagnostics.forebodings(entry, self.config).items():
@@ -290,7 +291,7 @@ class _FitTask:
         least, limit = self.config.energy_penalty, self.config.gap_limit
         self.gap = torch.lerp(self.gap, gap.to(self.gap.dtype), _GAP_RATE)
         factor = torch.exp(_PENALTY_RATE * (self.gap / limit - 1).clamp(-1, 1))
-        self.penalty = (self.penalty * factor).clamp(least, max(least, 1.0))
+        self.penalty = (self.penalty * factor).clamp(least, max(least, _LARGEST_PENALTY))
 
     def _posterior(self, x: Tensor) -> PosteriorDraw:
         """Posterior draws as the method has them: Langevin ("joint"), reparameterised ("variational"), or plain."""
@@ -344,28 +345,6 @@ class _FitTask:
                 energy.standardize(torch.cat([part.detach() for part in z]))
                 if self.engine.world > 1:
                     _copy([energy.shift, energy.scale], self.engine.mean([energy.shift, energy.scale]))
-
-    def _check(self, first: int, figures: dict[str, Tensor]) -> None:
-        largest = torch.stack([value for name, value in figures.items() if name.startswith("largest_")], 1)
-        norms = [value for name, value in figures.items() if name.startswith("gradient_norm_")]
-        finite = torch.stack([torch.isfinite(v) for v in (figures["loss"], *norms)], 1).all(1)
-        sound = finite & (largest <= self.config.max_energy).all(1)
-        if bool(sound.all()):
-            return
-        row = int((~sound).nonzero()[0])
-        excess = ~(largest[row] <= self.config.max_energy)
-        layer = int(excess.nonzero()[0]) + 1 if bool(excess.any()) else None
-        if layer is not None:
-            what = f"f_{layer}, the energy of layer {layer}, reached {float(largest[row, layer - 1]):.3g}"
-        else:
-            bad = [name for name, v in figures.items() if name.startswith(("loss", "gradient")) and not torch.isfinite(v[row])]
-            what = f"the {bad[0].replace('gradient_norm_', 'gradient of the ')} is not finite"
-        raise DivergenceError(
-            f"{what} (max_energy is {self.config.max_energy:g}). "
-            + diagnostics.likely_cause(self.method, self.config, figures, row),
-            layer=layer,
-            step=first + row,
-        )
 
 
 def _check_trainable(generator: Any, method: Method) -> None:
