@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 
 from energy_prior import ArgumentError, LadderVAE, ShapeError, check_generator, fit_elbo
 from energy_prior.distributions import DiscretizedLogistic
+from energy_prior.generators.ladder import _Resize
 from energy_prior.training import elbo
 
 
@@ -132,3 +133,11 @@ def test_discretized_logistic_far_from_its_centre_in_float32() -> None:
     log_p = d.log_prob(torch.tensor([0.0, 0.1, 0.5, 1.0]))
     assert torch.isfinite(log_p).all()
     assert float(log_p.min()) < -500
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [((8, 8), (4, 4)), ((8, 6), (4, 6)), ((4, 4), (8, 12)), ((7, 7), (4, 4)), ((4, 4), (7, 7))]
+)
+def test_resizing_by_whole_factors_is_area_averaging(source: tuple[int, int], target: tuple[int, int]) -> None:
+    x = torch.rand(2, 3, *source)
+    torch.testing.assert_close(_Resize(target)(x), torch.nn.functional.interpolate(x, target, mode="area"))

@@ -201,11 +201,17 @@ def _conv_net(source: torch.Size, target: torch.Size, hidden: int, depth: int) -
 
 
 class _Resize(nn.Module):
-    """Area averaging down, nearest neighbour up."""
+    """Area averaging down, nearest neighbour up; for whole factors by pooling and repetition, which are far faster."""
 
     def __init__(self, size: Sequence[int]) -> None:
         super().__init__()
         self.size = (int(size[0]), int(size[1]))
 
     def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        down = height // self.size[0], width // self.size[1]
+        if (self.size[0] * down[0], self.size[1] * down[1]) == (height, width):
+            return F.avg_pool2d(x, down) if max(down) > 1 else x
+        if self.size[0] % height == 0 and self.size[1] % width == 0:
+            return F.interpolate(x, self.size, mode="nearest")
         return F.interpolate(x, self.size, mode="area")
