@@ -270,7 +270,8 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
         The file holds the energies and the tuned step size; after joint training the generator's weights too.
         """
         now = fingerprint(self.generator)
-        check_unchanged(self._fitted_on, now)
+        if not self.trained_jointly:  # else the generator is in the file
+            check_unchanged(self._fitted_on, now)
         config = {
             "space": self.space,
             "latent_shapes": [list(shape) for shape in self.generator.latent_shapes],

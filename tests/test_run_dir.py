@@ -221,7 +221,14 @@ def test_tensorboard_and_sample_grids_do_not_change_a_run(tmp_path: Path) -> Non
     assert any((tmp_path / "b" / "tensorboard").glob("events.*"))
 
 
-WILD: dict[str, Any] = {"iterations": 400, "log_every": 1, "energy_penalty": 0.0, "energy_bound": 1e9, "progress": False}
+WILD: dict[str, Any] = {
+    "iterations": 400,
+    "log_every": 1,
+    "energy_penalty": 0.0,
+    "energy_bound": 1e9,
+    "persistent": 0,
+    "progress": False,
+}
 """Without what holds energies back."""
 
 
@@ -284,6 +291,16 @@ def test_joint_training_belongs_to_the_prior_and_its_checkpoint(tmp_path: Path) 
     assert again.sample(2).dtype == torch.float64
     with pytest.raises(CheckpointError, match="generator.*has shape"):
         JointEBMPrior.load(tmp_path / "p", LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=9))
+
+
+def test_joint_training_that_diverges_is_kept_as_well(tmp_path: Path) -> None:
+    """Also where the prior was fitted on the generator as it was before."""
+    prior = JointEBMPrior(make().generator, [Steep(), Steep()])
+    prior.fit(X, **SETTINGS)
+    with recorded(), pytest.raises(DivergenceError, match="last_good"):
+        prior.fit(X, "variational", **WILD, steps=4, learning_rate=0.05, max_energy=2.0, run_dir=tmp_path)
+    kept = JointEBMPrior.load(tmp_path / "last_good.safetensors", make(4).generator, [Steep(), Steep()])
+    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), prior.parameters()))
 
 
 def test_resumable_settings_leave_out_what_only_shows() -> None:
