@@ -72,11 +72,9 @@ def run(data: str, out: Path, seed: int = 0, device: str = "cpu", quick: bool = 
 
     # 3. The joint prior: three ratio estimates, each against samples of the prior before it; the VAE stays as it is.
     prior = JointEBMPrior(vae, [MLPEnergy(shape, hidden=(256, 256)) for shape in vae.latent_shapes]).to(place)
-    size = (
-        {"iterations": 30, "batch_size": 128, "persistent": 256}
-        if quick
-        else {"iterations": 3600, "batch_size": 1024, "persistent": 8192}
-    )
+    size: dict[str, Any] = {"iterations": 5400, "batch_size": 1024, "persistent": 8192, "energy_penalty": 5e-4}
+    if quick:
+        size = {"iterations": 30, "batch_size": 128, "persistent": 256}
     fit = prior.fit(images, "multi_stage_nce", stages=3, steps=60, run_dir=out / "fit", **size, **shared)
 
     # 4. Fréchet distances to the test images at equal counts, in the 64 features of a classifier of the digits. Training
