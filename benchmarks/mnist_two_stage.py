@@ -53,10 +53,9 @@ def main() -> None:
     options = parser.parse_args()
     out = Path(tempfile.mkdtemp()) if options.quick else ROOT / "docs" / "results"
     runs = out if options.quick else Path(options.runs)
-    jobs = {
-        f"seed {s}": (options.data, runs / f"mnist-{s}", s, options.quick) for s in (range(1) if options.quick else range(3))
-    }
-    key = code_key((ROOT / "examples" / "mnist.py").read_text())
+    key = code_key(*(ROOT / "examples" / name for name in ("mnist.py", "features.py")))
+    seeds = range(1) if options.quick else range(3)
+    jobs = {f"seed {s}": (options.data, runs / f"mnist-{key}-{s}", s, options.quick) for s in seeds}
     done: dict[str, dict[str, Any]] = {}
     for name, result in run_missing(jobs, _run, out / "mnist_two_stage.partial.jsonl", key, options.workers):
         done[name] = result
@@ -85,7 +84,7 @@ def main() -> None:
     (out / "mnist_two_stage.md").write_text("\n".join(lines) + "\n")
     for picture in ("samples", "long_chain"):
         if not options.quick:
-            shutil.copy(runs / "mnist-0" / f"{picture}.png", out / f"mnist_{picture}.png")
+            shutil.copy(runs / f"mnist-{key}-0" / f"{picture}.png", out / f"mnist_{picture}.png")
     print("\n".join(lines))
     (out / "mnist_two_stage.partial.jsonl").unlink()
 

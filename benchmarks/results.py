@@ -64,23 +64,23 @@ def write_results(path: Path, rows: Sequence[Row]) -> None:
     temporary.replace(path)
 
 
-_FIGURES = ("langevin", "training", "generators", "topdown.py", "model.py", "energies.py", "distributions.py", "evaluate.py")
+_FIGURES = ("langevin", "training", "generators")
+_FIGURE_FILES = ("topdown", "model", "energies", "distributions", "evaluate", "prior", "data", "_util")
 
 
-def code_key(*extra: str) -> str:
-    """Of the code behind figures (docstrings, comments and layout aside) and of `extra`: results of other code do not count."""
-    digest = hashlib.sha256(repr(extra).encode())
+def code_key(*files: Path, also: str = "") -> str:
+    """Of the code behind figures (docstrings, comments and layout aside) and `files`: results of other code do not count."""
     package = ROOT / "energy_prior"
-    for path in sorted(
-        f for part in _FIGURES for f in ([package / part] if part.endswith(".py") else (package / part).rglob("*.py"))
-    ):
+    own = [file for folder in _FIGURES for file in sorted((package / folder).rglob("*.py"))]
+    total = hashlib.sha256(also.encode())
+    for path in (*own, *(package / f"{name}.py" for name in _FIGURE_FILES), *files):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
                 node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()[:16]
+        total.update(ast.dump(tree).encode())
+    return total.hexdigest()[:16]
 
 
 def run_missing(

@@ -73,7 +73,8 @@ def main() -> None:
     problems = ["digits", "ladder"] if options.quick else list(PROBLEMS)
     seeds, plain_seeds = (range(1), range(1)) if options.quick else (SEEDS, PLAIN_SEEDS)
     log = out / "stability.partial.jsonl"
-    key = code_key((Path(__file__).parent / "stability_problems.py").read_text(), repr(LONGEST))
+    files = (Path(__file__), Path(__file__).parent / "stability_problems.py", ROOT / "tests" / "ladders.py")
+    key = code_key(*files)
 
     def longest(problem: str) -> int:
         return 12 if options.quick else LONGEST[problem]
@@ -121,6 +122,7 @@ def run(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(job.seed)
     problem = PROBLEMS[job.problem](job.method, job.seed, job.data, job.quick)
+    torch.manual_seed(job.seed)  # again: the VAE may have come from the cache
     head = {"problem": job.problem, "method": job.method, "seed": job.seed, "iterations": job.iterations}
     if job.plain:
         return head | {"failed_at": plain_loop(problem, job.method, job.iterations, LARGEST_ENERGY, LEAST_ACCEPTANCE)}

@@ -86,8 +86,7 @@ def _images(kind: str) -> Callable[[Method, int, str, bool], Problem]:
 def image_problem(kind: str, seed: int, data: str, quick: bool, reference: str = "test") -> Problem:
     """A ladder VAE trained by its ELBO on small images, and the Fréchet distance to held-out ones."""
     cache = (
-        Path(tempfile.gettempdir())
-        / f"energy-prior-{kind}-{seed}-{quick}-{reference}-{code_key(Path(__file__).read_text())}.pt"
+        Path(tempfile.gettempdir()) / f"energy-prior-{kind}-{seed}-{quick}-{reference}-{code_key(Path(__file__), also=data)}.pt"
     )
     made = torch.load(cache, weights_only=False) if cache.exists() else _trained(kind, seed, data, quick, reference)
     if not cache.exists():  # the five rules start from one VAE

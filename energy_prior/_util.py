@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "check_count",
+    "check_device",
     "check_positive",
     "check_settings",
     "evaluating",
@@ -128,6 +129,15 @@ def check_count(name: str, value: Any, *, least: int = 1) -> int:
     if not is_whole(value) or value < least:
         raise ArgumentError(f"{name}: expected a whole number of at least {least}, got {value!r}.")
     return int(value)
+
+
+def check_device(name: str, value: str) -> str:
+    """The name of a device that can be used here."""
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"{name} {value}: not available here ({str(error).splitlines()[0]}).") from error
+    return value
 
 
 def is_whole(value: Any) -> bool:

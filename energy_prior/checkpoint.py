@@ -7,6 +7,7 @@ __all__ = [
     "check_generator_fits",
     "check_state_fits",
     "check_unchanged",
+    "digest",
     "fingerprint",
     "read_checkpoint",
     "read_tensors",
@@ -30,6 +31,7 @@ from energy_prior.errors import ArgumentError, CheckpointError
 
 FORMAT = "energy-prior"
 FORMAT_VERSION = 1
+_DIGEST_PART = 2**24
 
 
 def fingerprint(generator: Any) -> str:
@@ -37,16 +39,22 @@ def fingerprint(generator: Any) -> str:
 
     It depends on names, shapes, dtypes and values, not on the device.
     """
-    digest = hashlib.sha256(repr([tuple(shape) for shape in generator.latent_shapes]).encode())
-    if isinstance(generator, nn.Module):
-        for name, value in sorted(generator.state_dict().items()):
-            digest.update(name.encode())
-            if isinstance(value, Tensor):
-                digest.update(f"{tuple(value.shape)}{value.dtype}".encode())
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            else:
-                digest.update(repr(value).encode())
-    return digest.hexdigest()
+    shapes = repr([tuple(shape) for shape in generator.latent_shapes])
+    return digest(generator.state_dict() if isinstance(generator, nn.Module) else {}, shapes)
+
+
+def digest(values: Mapping[str, Any], start: str = "") -> str:
+    """SHA-256 of named tensors and other values, as hexadecimal digits, after that of `start`."""
+    total = hashlib.sha256(start.encode())
+    for name, value in sorted(values.items()):
+        total.update(name.encode())
+        if isinstance(value, Tensor):
+            total.update(f"{tuple(value.shape)}{value.dtype}".encode())
+            for part in value.detach().flatten().split(_DIGEST_PART):
+                total.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        else:
+            total.update(repr(value).encode())
+    return total.hexdigest()
 
 
 def write_checkpoint(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

@@ -73,7 +73,10 @@ def _train(options: argparse.Namespace) -> int:
     flags = {"data.source": options.data, "out": options.out, "seed": options.seed, "device": options.device}
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     recipe = read_recipe(options.config, [*options.set, *given])
-    report = run_recipe(recipe, launched_accelerator(cpu=recipe.device == "cpu"))
+    accelerator = launched_accelerator(cpu=recipe.device == "cpu")
+    report = run_recipe(recipe, accelerator)
+    if accelerator is not None:
+        accelerator.end_training()
     for name, entry in report.items():
         print(f"{name}: {entry}")
     print(f"prior.safetensors, generator.safetensors, samples.png and report.json are in {recipe.out}/")
@@ -94,13 +97,10 @@ def launched_accelerator(*, cpu: bool = False) -> Any:
 def _demo(options: argparse.Namespace) -> int:
     import torch
 
+    from energy_prior._util import check_device
     from energy_prior.demo import DemoSettings, run_demo
-    from energy_prior.errors import ArgumentError
 
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"--device {options.device}: not available here ({str(error).splitlines()[0]}).") from error
+    check_device("--device", options.device)
     torch.set_num_threads(1)  # the nets are tiny: more threads gain nothing, and stall where other programs run
     settings = DemoSettings(unknown=options.unknown, seed=options.seed, device=options.device)
     report = run_demo(settings.quick() if options.quick else settings, options.out)

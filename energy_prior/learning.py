@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from energy_prior._util import check_count, reproducible
-from energy_prior.checkpoint import fingerprint
 from energy_prior.errors import ArgumentError
 from energy_prior.generator import HierarchicalGenerator
 from energy_prior.langevin import tune_step_size
@@ -87,10 +86,8 @@ class LearnMethods(nn.Module):
         from energy_prior.training import fit_energies
 
         with reproducible(rng, self.step_size.device):
-            result = fit_energies(cast("JointEBMPrior", self), data, method, config, settings, run_dir, accelerator)
-        self.calibration.zero_()  # it was that of other energies
-        self._fitted_on = fingerprint(self.generator)
-        return result
+            prior = cast("JointEBMPrior", self)
+            return fit_energies(prior, data, method, config, settings, run_dir, accelerator, seeded=rng is not None)
 
     def tune_step_size(
         self, *, target_acceptance: float = 0.9, batch_size: int = 64, rng: torch.Generator | None = None

@@ -44,7 +44,7 @@ class JointModel:
 
     def negative_energy(self, latents: Sequence[Tensor]) -> Tensor:
         """f_i(z_i), (batch, L), nats."""
-        return torch.stack([f(z) for f, z in zip(self.energies, latents, strict=True)], dim=1)
+        return torch.stack([f(z).to(z.dtype) for f, z in zip(self.energies, latents, strict=True)], dim=1)
 
     def log_prior(self, latents: Sequence[Tensor]) -> Tensor:
         """log p_β(z_i | z_{>i}), (batch, L), nats."""

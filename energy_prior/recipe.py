@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from energy_prior._util import check_count, check_settings, require_extra
+from energy_prior._util import check_count, check_device, check_settings, require_extra
 from energy_prior.checkpoint import write_whole
 from energy_prior.data import load_images
 from energy_prior.errors import ArgumentError
@@ -69,7 +69,7 @@ class Recipe:
         fit: the fits of the joint prior, one after the other: each a method and its settings.
         out: folder to write to.
         seed: of everything random.
-        device: where to compute, where `accelerate launch` does not choose it.
+        device: where to compute; null: the CPU, or what `accelerate launch` chooses.
     """
 
     data: DataSettings
@@ -78,7 +78,7 @@ class Recipe:
     fit: tuple[tuple[Method, FitConfig], ...]
     out: str
     seed: int = 0
-    device: str = "cpu"
+    device: str | None = None
 
 
 def read_recipe(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -120,7 +120,7 @@ def read_recipe(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
         fit=tuple(_fit(fit, f"fit.{i}") for i, fit in enumerate(fits)),
         out=str(entries.get("out", "energy-prior-run")),
         seed=seed,
-        device=str(entries.get("device", "cpu")),
+        device=None if entries.get("device") is None else check_device("device", str(entries["device"])),
     )
 
 
@@ -137,7 +137,7 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[s
 
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
-    device = accelerator.device if accelerator else torch.device(recipe.device)
+    device = accelerator.device if accelerator else torch.device(recipe.device or "cpu")
     main = accelerator is None or accelerator.is_main_process
     data = recipe.data
     images = load_images(data.source, data.split, size=data.size, channels=data.channels, limit=data.limit).images

@@ -46,7 +46,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = run(options.data, Path(options.out), options.unknown, options.seed, options.device, options.quick)
+    accelerator = launched_accelerator(cpu=options.device == "cpu")  # None unless `accelerate launch` started this
+    where = {"device": options.device, "accelerator": accelerator}
+    results = run(options.data, Path(options.out), options.unknown, options.seed, options.quick, **where)
+    if accelerator is not None:
+        accelerator.end_training()
     print(json.dumps(results, indent=2))
 
 
@@ -113,10 +117,16 @@ def normal(parameters: Tensor) -> Normal:
 
 
 def run(
-    data: str, out: Path, unknown: str | None, seed: int = 0, device: str = "cpu", quick: bool = False, progress: bool = True
+    data: str,
+    out: Path,
+    unknown: str | None,
+    seed: int = 0,
+    quick: bool = False,
+    progress: bool = True,
+    device: str = "cpu",
+    accelerator: Any = None,
 ) -> dict[str, Any]:
     """Trains, compares, draws; returns what results.json holds."""
-    accelerator = launched_accelerator(cpu=device == "cpu")  # None unless `accelerate launch` started this
     place = accelerator.device if accelerator else torch.device(device)
     out.mkdir(parents=True, exist_ok=True)
 

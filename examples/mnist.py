@@ -43,13 +43,23 @@ def main() -> None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.device == "cpu":
         torch.set_num_threads(1)  # the nets are small: more threads gain little
-    results = run(options.data, Path(options.out), options.seed, options.device, options.quick)
+    accelerator = launched_accelerator(cpu=options.device == "cpu")  # None unless `accelerate launch` started this
+    results = run(options.data, Path(options.out), options.seed, options.device, options.quick, accelerator=accelerator)
+    if accelerator is not None:
+        accelerator.end_training()
     print(json.dumps(results, indent=2))
 
 
-def run(data: str, out: Path, seed: int = 0, device: str = "cpu", quick: bool = False, progress: bool = True) -> dict[str, Any]:
+def run(
+    data: str,
+    out: Path,
+    seed: int = 0,
+    device: str = "cpu",
+    quick: bool = False,
+    progress: bool = True,
+    accelerator: Any = None,
+) -> dict[str, Any]:
     """Trains, compares, draws; returns what results.json holds."""
-    accelerator = launched_accelerator(cpu=device == "cpu")  # None unless `accelerate launch` started this
     place = accelerator.device if accelerator else torch.device(device)
     out.mkdir(parents=True, exist_ok=True)
 

@@ -48,7 +48,7 @@ def run(data: str, out: Path, seed: int = 0, quick: bool = False, progress: bool
     vae = LadderVAE((1, 28, 28), latent_dims=(2, 2), hidden=256)
     fit_elbo(vae, images, validation=test[:500], iterations=60 if quick else 4000, rng=rng, progress=progress)
     prior = JointEBMPrior(vae)
-    prior.fit(images, "nce", iterations=60 if quick else 3000, batch_size=128 if quick else 1024, rng=rng, progress=progress)
+    prior.fit(images, "nce", iterations=60 if quick else 3000, batch_size=64 if quick else 1024, rng=rng, progress=progress)
 
     # The chains start from the Gaussian prior and move to where the posterior is.
     run = prior.trajectory(500, steps=100, every=20, step_size=min(0.3, float(prior.step_size)), rng=rng)

@@ -11,7 +11,7 @@ import torch
 from scipy.linalg import sqrtm
 
 from energy_prior import ArgumentError, MissingExtraError, ShapeError
-from energy_prior.evaluate import detection, excess_ratio, frechet_distance, two_sample_accuracy
+from energy_prior.evaluate import detection, effective_sample_size, excess_ratio, frechet_distance, two_sample_accuracy
 
 
 def test_frechet_distance_of_known_gaussians() -> None:
@@ -99,3 +99,23 @@ def test_plots_write_readable_pictures(tmp_path: Any) -> None:
         picture = imread(tmp_path / f"{name}.png")
         assert picture.shape[2] == 4
         assert picture.std() > 0.05, "not blank"
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
+def test_effective_sample_size_of_an_autoregression(rho: float) -> None:
+    """x_t = ρ x_{t−1} + noise has autocorrelations ρ^t, so T steps are worth T (1 − ρ)/(1 + ρ)."""
+    steps, chains = 4000, 8
+    noise = torch.randn(steps, chains, 2, generator=torch.Generator().manual_seed(0)) * (1 - rho**2) ** 0.5
+    x = [noise[0]]
+    for n in noise[1:]:
+        x.append(rho * x[-1] + n)
+    size = effective_sample_size(torch.stack(x))
+    assert size.shape == (2,)
+    assert size.tolist() == pytest.approx([steps * (1 - rho) / (1 + rho)] * 2, rel=0.1)
+
+
+def test_chains_that_stay_apart_are_worth_little() -> None:
+    x = 0.1 * torch.randn(400, 4, 1) + torch.arange(4.0)[:, None]
+    assert float(effective_sample_size(x)) < 3
+    with pytest.raises(ShapeError, match="series: expected shape"):
+        effective_sample_size(torch.zeros(3, 2, 1))

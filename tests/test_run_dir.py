@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -125,11 +126,45 @@ def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-00000010", "checkpoint-00000014"]
 
 
+def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    """Where the caller gives one; a script without any goes on."""
+    make().fit(X, **SETTINGS, run_dir=tmp_path / "a", rng=torch.Generator().manual_seed(1))
+    with pytest.raises(ArgumentError, match="cannot go on like this: seed was"):
+        make().fit(X, **SETTINGS, run_dir=tmp_path / "a", rng=torch.Generator().manual_seed(2))
+    make().fit(X, **SETTINGS, run_dir=tmp_path / "b")
+    assert make().fit(X, **SETTINGS, run_dir=tmp_path / "b").resumed_at == 14
+
+
+def test_numbers_of_numpy(tmp_path: Path) -> None:
+    make().fit(X, **(SETTINGS | {"iterations": np.int64(14), "learning_rate": np.float32(1e-3)}), run_dir=tmp_path)
+    assert (tmp_path / "checkpoint-00000014").is_dir()
+
+
+def test_samples_that_diverge_do_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverges(self: JointEBMPrior, n: int, **_: Any) -> Tensor:
+        raise DivergenceError("The chain diverged.", layer=1, step=3)
+
+    monkeypatch.setattr(JointEBMPrior, "sample", diverges)
+    with recorded() as said:
+        make().fit(X, **SETTINGS, sample_every=5, run_dir=tmp_path)
+    assert any("No samples drawn after iteration 5: The chain diverged" in message for message in said)
+
+
+def test_a_failed_run_forgets_the_calibration_of_other_energies() -> None:
+    prior = JointEBMPrior(make().generator, [Steep(), Steep()])
+    prior.fit(X, **SETTINGS)
+    prior.calibration.fill_(1.0)
+    with recorded(), pytest.raises(DivergenceError):
+        prior.fit(X, "two_stage", **WILD, steps=4, learning_rate=0.05, max_energy=20.0)
+    assert bool((prior.calibration == 0).all())
+
+
 CHANGES: list[tuple[str, Callable[[], JointEBMPrior], dict[str, Any], Tensor, str]] = [
     ("setting", make, {"learning_rate": 0.5}, X, "learning_rate was 0.001, now 0.5"),
     ("method", make, {"method": "two_stage"}, X, "task was"),
     ("data", make, {}, X + 0.1, "data was"),
     ("generator", lambda: make(3), {}, X, "generator was"),
+    ("space", lambda: JointEBMPrior(make().generator, space="latent"), {}, X, "space was 'noise', now 'latent'"),
     (
         "energies",
         lambda: JointEBMPrior(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 from typing import Any
 
 import pytest
@@ -10,10 +11,15 @@ import torch
 from ladders import LinearLadder, QuadraticEnergy
 from torch import Tensor, nn
 
-from energy_prior import JointEBMPrior, LadderVAE
+from energy_prior import ArgumentError, JointEBMPrior, LadderVAE, fit_elbo
+from energy_prior.langevin import JointDensity
 from energy_prior.training import METHODS, FitConfig, Method, RunConfig, energy_penalty, maximum_likelihood, noise_contrastive
+from energy_prior.training.chains import TrainingChains
 from energy_prior.training.config import JOINT_METHODS, LANGEVIN_METHODS
 from energy_prior.training.data import Batches
+from energy_prior.training.engine import Engine
+from energy_prior.training.fit import _FitTask
+from energy_prior.training.objectives import energy_wall
 from energy_prior.training.schedule import warmup_cosine
 
 
@@ -105,6 +111,82 @@ def test_the_known_optimum_is_found(method: str) -> None:
     assert kl(mean, covariance) < 0.02 * initial
     assert result.step_size > 0.1
     assert result.history[-1]["loss"] == pytest.approx(result.history[-1]["loss"])
+
+
+def test_energy_wall_acts_beyond_the_bound_layer_by_layer() -> None:
+    inside, outside = torch.tensor([[5.0, -9.0]]), torch.tensor([[12.0, -13.0]])  # Σf hardly differs from 0
+    assert float(energy_wall(inside, inside, 10.0)) == 0
+    assert float(energy_wall(inside, outside, 10.0)) == pytest.approx(4.0 + 9.0)
+
+
+def test_the_penalty_follows_the_gap() -> None:
+    """It rises while prior draws lag behind f, up to 0.1, falls back after, and stays out of NCE."""
+    prior, config = make(), FitConfig(energy_penalty=1e-3, gap_limit=1.0)
+    task = _FitTask(prior, batches_of(digits_like()), "two_stage", config, Engine())
+    for _ in range(10):
+        task._hold_back(torch.tensor(0.5))
+    assert float(task.penalty) == pytest.approx(1e-3)
+    for _ in range(60):
+        task._hold_back(torch.tensor(4.0))
+    assert 5e-3 < float(task.penalty) <= 0.1
+    for _ in range(500):
+        task._hold_back(torch.tensor(50.0))
+    assert float(task.penalty) == pytest.approx(0.1)
+    for _ in range(300):
+        task._hold_back(torch.tensor(0.0))
+    assert float(task.penalty) == pytest.approx(1e-3)
+    other = _FitTask(prior, batches_of(digits_like()), "nce", config, Engine())
+    other._hold_back(torch.tensor(50.0))
+    assert float(other.penalty) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mixed_precision_leaves_the_chains_alone(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 in the networks of the learning step, float32 in chains, latents and densities."""
+    accelerator: Any = types.SimpleNamespace(
+        num_processes=1, process_index=0, mixed_precision="bf16", autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+    )
+    seen: list[bool] = []
+    original = JointDensity.evaluate
+
+    def spy(self: JointDensity, position: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return original(self, position)
+
+    monkeypatch.setattr(JointDensity, "evaluate", spy)
+    prior = make()
+    settings: dict[str, Any] = {"iterations": 4, "steps": 4, "posterior_steps": 4, "stages": 2, "progress": False}
+    result = prior.fit(digits_like(), method, accelerator=accelerator, **settings)
+    assert not any(seen)
+    assert all(math.isfinite(value) for value in result.history[-1].values())
+    assert all(p.dtype == torch.float32 for p in prior.parameters())
+    vae = prior.generator
+    assert isinstance(vae, LadderVAE)
+    fit_elbo(vae, digits_like(), iterations=3, accelerator=accelerator, progress=False)
+
+
+def test_fp16_is_refused() -> None:
+    accelerator: Any = types.SimpleNamespace(num_processes=1, process_index=0, mixed_precision="fp16")
+    with pytest.raises(ArgumentError, match='accelerator: expected mixed_precision "no" or "bf16", got \'fp16\''):
+        make().fit(digits_like(), accelerator=accelerator)
+    with pytest.raises(ArgumentError, match="accelerator: expected an accelerate.Accelerator or None, got str"):
+        make().fit(digits_like(), accelerator="cpu")  # type: ignore[arg-type]
+
+
+def test_the_bank_grows_after_a_small_first_batch() -> None:
+    """A loader's first training batch may be its small last one."""
+    batches = [digits_like(512)[:256] for _ in range(4)] + [digits_like(6)]
+    prior = make()
+    prior.fit(batches, "two_stage", iterations=3, steps=2, progress=False)
+    assert bool(prior.energies[0].standardized)  # type: ignore[arg-type]
+
+
+def test_stages_without_persistent_chains_run_them_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    original = TrainingChains.run
+    monkeypatch.setattr(TrainingChains, "run", lambda self, start, n: (steps.append(n), original(self, start, n))[1])
+    make().fit(digits_like(), "multi_stage_nce", iterations=6, stages=2, steps=7, persistent=0, progress=False)
+    assert steps == [7, 7, 7]
 
 
 def digits_like(n: int = 64) -> Tensor:

@@ -57,9 +57,18 @@ def main() -> None:
         settings: Any = {"steps": 3, "posterior_steps": 2, "persistent": 16, "progress": False, "accelerator": accelerator}
         for method in ("two_stage", "variational"):
             prior.fit(images, method, iterations=6, checkpoint_every=3, run_dir=out / method, **settings)
-        Engine(accelerator).agree("weights", [float(p.sum()) for p in prior.parameters()])
+        Engine(accelerator).agree("weights", [float(p.detach().sum()) for p in prior.parameters()])
         again = prior.fit(images, method, iterations=6, checkpoint_every=3, run_dir=out / method, **settings)
         assert again.resumed_at == 6
+        vae, stray = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8), []
+        for seed in (0, rank):  # the generator agrees, the energies do not
+            torch.manual_seed(seed)
+            stray.append(JointEBMPrior(vae))
+        vae.load_state_dict({name: torch.zeros_like(value) for name, value in vae.state_dict().items()})
+        try:
+            stray[1].fit(images, iterations=2, progress=False, accelerator=accelerator)
+        except EnergyPriorError as error:
+            (out / f"stray-{rank}.txt").write_text(str(error))
         torch.manual_seed(rank)
         other = JointEBMPrior(LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8))
         try:
@@ -90,6 +99,7 @@ def main() -> None:
         except EnergyPriorError as error:
             (out / "died.txt").write_text(str(error))
             raise
+    accelerator.end_training()  # leave together: gloo aborts where the other end is gone
 
 
 if __name__ == "__main__":

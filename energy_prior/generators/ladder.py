@@ -110,13 +110,13 @@ class LadderVAE(nn.Module):
         """Takes z_i in; the new state holds p_β(z_{i−1} | z_i), or z_1 for the decoder."""
         if state.layer == 1:
             return _State(0, None, z)
-        return _State(state.layer - 1, _normal(self.prior[state.layer - 2](z)), None)
+        return _State(state.layer - 1, _normal(self.prior[state.layer - 2](z).to(z.dtype)), None)
 
     def likelihood(self, state: _State) -> Distribution:
         """p_β0(x | z_1); the decoder runs here, so a pass that needs no image never pays for it."""
         if state.z is None:
             raise ArgumentError("state: the likelihood needs the state below z_1; descend through every layer first.")
-        logits = self.decoder(state.z)
+        logits = self.decoder(state.z).to(state.z.dtype)  # autocast may have made it bf16
         if self.likelihood_name == "bernoulli":
             return Independent(Bernoulli(logits=logits, validate_args=False), len(self.x_shape), validate_args=False)
         low, high = self.x_range
@@ -142,7 +142,7 @@ class LadderVAE(nn.Module):
         below = x
         with reproducible(rng, x.device):
             for net in self.inference:
-                q = _normal(net(below))
+                q = _normal(net(below).to(x.dtype))
                 below = q.loc + q.scale * normal_like(q.loc.shape, q.loc)
                 latents.append(below)
                 log_q.append(sum_event(q.log_prob(below)))

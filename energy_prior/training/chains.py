@@ -6,6 +6,7 @@ __all__ = ["TrainingChains"]
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class TrainingChains:
 
     def __init__(self, model: JointModel, config: FitConfig, step_size: float) -> None:
         self.model, self.config = model, config
+        self.device = next(p.device for f in model.energies for p in f.parameters())
         self.step_size = config.step_size or step_size
         self.posterior_step_size = step_size
         self.bank: tuple[Tensor, ...] | None = None
@@ -51,7 +53,7 @@ class TrainingChains:
     def tune(self) -> None:
         """Starts both step sizes at the one with the target acceptance on the prior as it is."""
         model = self.model
-        with torch.no_grad(), frozen(model.generator, *model.energies):
+        with self._full_precision(), torch.no_grad(), frozen(model.generator, *model.energies):
             density = model.prior_density(_TUNING_BATCH)
             self.step_size = tune_step_size(
                 density, start_step_size=self.step_size, target_acceptance=self.config.target_acceptance
@@ -60,7 +62,7 @@ class TrainingChains:
 
     def ancestral(self, n: int) -> tuple[Tensor, ...]:
         """Draws of the generator's own prior, (z_1, …, z_L)."""
-        with torch.no_grad(), frozen(self.model.generator):
+        with self._full_precision(), torch.no_grad(), frozen(self.model.generator):
             return ancestral(self.model.generator, n).latents
 
     def prior(self, n: int, steps: int) -> tuple[Tensor, ...]:
@@ -68,13 +70,15 @@ class TrainingChains:
         persistent = _BANK * n if self.config.persistent is None else self.config.persistent
         if not persistent:
             return self.run(self.ancestral(n), steps)
-        if self.bank is not None:
-            persistent = len(self.bank[0])
         if n > persistent:
             raise ArgumentError(f"persistent: expected 0 or at least as many chains as a batch has, {n}, got {persistent}.")
-        if self.bank is None:
-            self.bank = self.run(self.ancestral(persistent), self.config.steps)
-        rows = torch.randperm(persistent, device=self.bank[0].device)[:n]
+        missing = persistent - (0 if self.bank is None else len(self.bank[0]))
+        if missing > 0:  # all of them at first; some, where a loader's first batch was its small last one
+            fresh = self.run(self.ancestral(missing), self.config.steps)
+            self.bank = fresh if self.bank is None else tuple(torch.cat(pair) for pair in zip(self.bank, fresh, strict=True))
+        assert self.bank is not None  # noqa: S101 (missing was positive if it was)
+        total = len(self.bank[0])
+        rows = torch.randperm(total, device=self.bank[0].device)[:n]
         again = torch.rand(n, device=rows.device) < (self.config.restart or 0.0)
         start = [
             torch.where(again.reshape(-1, *([1] * (old.ndim - 1))), new, old[rows])
@@ -88,7 +92,7 @@ class TrainingChains:
     def posterior(self, x: Tensor) -> tuple[Tensor, ...]:
         """Langevin draws of p(z | x), from a draw of q_ω where there is one, else ancestral."""
         model = self.model
-        with torch.no_grad(), frozen(model.generator, *model.energies):
+        with self._full_precision(), torch.no_grad(), frozen(model.generator, *model.energies):
             start = validate.checked_infer(model.generator, x).latents if inferrer(model.generator) else None
             density = JointDensity(TopDown(model.generator, len(x)), model.energies, model.space, x)
             settings = ChainSettings(steps=self.config.posterior_steps, taming=self.config.taming)
@@ -107,7 +111,7 @@ class TrainingChains:
         def follow(step: int, state: ChainState, acceptance: Tensor) -> None:
             self.energy_path.append(state.negative_energy.sum(1))
 
-        with torch.no_grad(), frozen(model.generator, *model.energies):
+        with self._full_precision(), torch.no_grad(), frozen(model.generator, *model.energies):
             settings = ChainSettings(steps=steps, step_size=self.step_size, taming=config.taming)
             density = model.prior_density(len(start[0]))
             draw = sample_density(density, settings, default_step_size=self.step_size, start=start, on_step=follow)
@@ -120,6 +124,10 @@ class TrainingChains:
             grown = self.step_size * math.exp(_STEP_GAIN * (accepted - config.target_acceptance))
             self.step_size = min(max(grown, _SMALLEST_STEP), LARGEST_STEP)
         return draw.latents
+
+    def _full_precision(self) -> AbstractContextManager[Any]:
+        """No mixed precision in chains: densities of hundreds of nats and their differences do not fit in bf16."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def figures(self) -> dict[str, Tensor]:
         """Of the last chains: acceptance, share of tamed steps, and drift norm per √dimension."""

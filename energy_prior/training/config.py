@@ -76,7 +76,7 @@ class RunConfig:
     def resumable(self) -> dict[str, Any]:
         """The settings that a run must keep when it goes on: all but those that only show it."""
         shown = ("progress", "tensorboard", "sample_every")
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in shown}
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items() if name not in shown}
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,13 @@ def check_method(method: str) -> Method:
     if method not in METHODS:
         raise ArgumentError(f"method: expected one of {METHODS}, got {method!r}.")
     return method
+
+
+def _plain(value: Any) -> Any:
+    """A number of any kind (numpy's too) as Python's own."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    return int(value) if hasattr(value, "__index__") else float(value)
 
 
 def _check_at_least_zero(config: Any, name: str) -> None:

@@ -28,7 +28,7 @@ def weight_share(logits: Tensor) -> Tensor:
     return 1 / (len(logits) * weights.square().sum())
 
 
-def entry(figures: dict[str, Tensor], chains: TrainingChains, logits: Tensor | None) -> dict[str, float]:
+def entry(figures: dict[str, Tensor], chains: TrainingChains) -> dict[str, float]:
     """An entry of the history from a window of figures, (iterations,) each."""
     largest = [value for name, value in figures.items() if name.startswith("largest_")]
     last = {name: float(value[-1]) for name, value in figures.items() if not name.startswith("largest_")}

@@ -154,10 +154,11 @@ def fit_elbo(
         seed = engine.objects(int(torch.randint(2**62, ())))[0]
         batches = Batches(data, config, probe.x_shape, reference, rank=engine.rank, world=engine.world, seed=seed)
         task = _ElboTask(generator, validation, config, engine)
-        shapes = [[name, list(p.shape)] for name, p in generator.named_parameters()]
+        identity: dict[str, Any] = {"generator": [[name, list(p.shape)] for name, p in generator.named_parameters()]}
+        identity |= {"seed": seed} if rng is not None else {}
         try:
             with engine.own_stream(reference.device):
-                progress = run_loop(task, batches, config, engine, run_dir=run_dir, identity={"generator": shapes})
+                progress = run_loop(task, batches, config, engine, run_dir=run_dir, identity=identity)
         finally:
             generator.load_state_dict(task.best_weights)
     return ElboResult(task.best_elbo, task.best_iteration, progress.history, progress.resumed_at)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from energy_prior import validate
 from energy_prior._util import check_settings, frozen, inferrer, training_mode, unvalidated
-from energy_prior.checkpoint import fingerprint
+from energy_prior.checkpoint import digest, fingerprint
 from energy_prior.energies import Energy
-from energy_prior.errors import ArgumentError, DivergenceError, GeneratorError, TrainingWarning
+from energy_prior.errors import ArgumentError, CheckpointError, DivergenceError, GeneratorError, TrainingWarning
 from energy_prior.model import JointModel, PosteriorDraw
 from energy_prior.topdown import TopDown
 from energy_prior.training import diagnostics
@@ -84,8 +84,12 @@ def fit_energies(
     settings: dict[str, Any],
     run_dir: str | os.PathLike[str] | None = None,
     accelerator: Accelerator | None = None,
+    seeded: bool = False,
 ) -> FitResult:
-    """`JointEBMPrior.fit`, which documents it. Random numbers come from torch's global stream."""
+    """`JointEBMPrior.fit`, which documents it. Random numbers come from torch's global stream.
+
+    With `seeded` that stream was seeded by the caller's `rng`, so that a run of another seed is another run.
+    """
     rule = check_method(method)
     check_settings(FitConfig, settings, "a setting of fit")
     if config is not None and not isinstance(config, FitConfig):
@@ -99,11 +103,17 @@ def fit_energies(
         prior.train_jointly()
     start = fingerprint(prior.generator)
     engine.agree("generator", start)
+    engine.agree("energies", digest(prior.energies.state_dict(), repr((rule, config.resumable(), float(prior.step_size)))))
     task = _FitTask(prior, batches, rule, config, engine)
     identity = {
         "latents": [list(shape) for shape in prior.generator.latent_shapes],
         "energies": [[name, list(p.shape)] for name, p in prior.energies.named_parameters()],
-    } | ({} if rule in JOINT_METHODS else {"generator": start})
+        "space": prior.space,
+    } | ({"seed": seed} if seeded else {})
+    if rule not in JOINT_METHODS:
+        identity["generator"] = start
+    elif isinstance(prior.generator, nn.Module):
+        identity["generator"] = [[name, list(p.shape)] for name, p in prior.generator.named_parameters()]
     learning = [
         prior.energies,
         *([prior.generator] if isinstance(prior.generator, nn.Module) and rule in JOINT_METHODS else []),
@@ -122,13 +132,12 @@ def fit_energies(
         if engine.world > 1:
             step_size = float(engine.mean([prior.step_size])[0])
             prior.step_size.fill_(step_size)
-    tamed = [h["tamed"] for h in progress.history if "tamed" in h]
     return FitResult(
         method=rule,
         config=config,
         history=progress.history,
         clipped={name: count / config.iterations for name, count in progress.clipped.items()},
-        tamed=sum(tamed) / len(tamed) if tamed else None,
+        tamed=None if rule == "nce" else task.tamed / config.iterations,
         warnings=list(task.warned.values()),
         step_size=step_size,
         resumed_at=progress.resumed_at,
@@ -163,15 +172,20 @@ class _FitTask:
         self.stage = 0
         self.previous: nn.ModuleList | None = None
         self.warned: dict[str, str] = {}
-        self.negative_logits = torch.zeros(1)
+        self.gaps: list[Tensor] = []
+        self.learned = False
+        self.tamed = 0.0
         self.gap = self.weights[0].new_zeros(())
         self.penalty = torch.full_like(self.gap, config.energy_penalty)
 
     def begin(self) -> None:
         """Standardises the energies and tunes the step size of the chains."""
-        self._standardize()
-        if self.method in LANGEVIN_METHODS and self.config.step_size is None:
-            self.chains.tune()
+        try:
+            self._standardize()
+            if self.method in LANGEVIN_METHODS and self.config.step_size is None:
+                self.chains.tune()
+        except DivergenceError as error:
+            raise DivergenceError(str(error), layer=error.layer, step=0) from error
 
     def loss(self, x: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Objective plus penalty of one batch, and figures."""
@@ -181,7 +195,9 @@ class _FitTask:
             raise DivergenceError(str(error), layer=error.layer, step=iteration) from error
 
     def updated(self, iteration: int) -> None:
-        """Takes the weights into their running average."""
+        """Takes the weights into their running average, and the gap into the penalty's weight."""
+        self._hold_back(torch.stack(self.gaps).mean())
+        self.gaps = []
         decay = min(self.config.ema_decay, (1 + iteration) / (10 + iteration))
         with torch.no_grad():
             for average, weight in zip(self.average, self.weights, strict=True):
@@ -191,7 +207,9 @@ class _FitTask:
         """Stops at the first iteration that is not sound, else remembers the average as good; warns of what is coming."""
         diagnostics.check_sound(figures, first, self.method, self.config)
         self.good = self._snapshot()
-        entry = diagnostics.entry(figures, self.chains, self.negative_logits if "weight_ess" in figures else None)
+        self.learned = True
+        entry = diagnostics.entry(figures, self.chains)
+        self.tamed += entry.get("tamed", 0.0) * len(figures["loss"])
         for kind, message in diagnostics.forebodings(entry, self.config).items():
             if kind not in self.warned:
                 self.warned[kind] = f"Iteration {first + len(figures['loss']) - 1} of {self.name}: {message}"
@@ -219,6 +237,7 @@ class _FitTask:
             "buffers": self.buffers,
             "chains": self.chains.state(),
             "stage": self.stage,
+            "tamed": self.tamed,
             "warned": self.warned,
             "gap": self.gap,
             "penalty": self.penalty,
@@ -233,6 +252,7 @@ class _FitTask:
         self.good = state["good"]
         self.chains.load_state(state["chains"])
         self.warned = dict(state["warned"])
+        self.tamed, self.learned = state["tamed"], True
         self.stage, self.gap, self.penalty = state["stage"], state["gap"], state["penalty"]
         if "previous" in state:
             self._set_previous()
@@ -242,6 +262,9 @@ class _FitTask:
     def keep_average(self) -> None:
         """Puts the last good running average in place of the weights, also after an error or Ctrl-C."""
         _copy([*self.weights, *self.buffers], self.good)
+        if self.learned:
+            self.prior.calibration.zero_()  # it was that of other energies
+            self.prior._fitted_on = fingerprint(self.prior.generator)
 
     def _snapshot(self) -> list[Tensor]:
         """The running average of the weights, and the buffers as they are."""
@@ -262,8 +285,7 @@ class _FitTask:
                 before = JointModel(self.model.generator, list(self.previous), self.model.space, self.model.step_size)
                 logits = tuple(t - before.negative_energy(z).sum(1) for t, z in zip(logits, (positive, negative)))
             loss = noise_contrastive(*logits)
-            self.negative_logits = logits[1].detach()
-            figures["weight_ess"] = diagnostics.weight_share(self.negative_logits)
+            figures["weight_ess"] = diagnostics.weight_share(logits[1].detach())
         if self.joint:
             topdown = TopDown(self.prior.generator, len(x))
             descent = topdown.descend(positive, "latent", to_observation=True)
@@ -273,7 +295,7 @@ class _FitTask:
             figures["log_likelihood"] = log_likelihood.mean()
         if positive[0].requires_grad:  # the penalties are the energies' alone, not the inference model's
             f_positive = self.model.negative_energy([z.detach() for z in positive])
-        self._hold_back((total_positive.mean() - total_negative.mean()).detach())
+        self.gaps.append((total_positive.mean() - total_negative.mean()).detach())
         penalty = self.penalty * energy_penalty(f_positive.sum(1), total_negative)
         penalty = penalty + _WALL * energy_wall(f_positive, f_negative, self.config.energy_bound)
         for layer in range(f_positive.shape[1]):
@@ -311,7 +333,7 @@ class _FitTask:
             return self.chains.prior(n, config.steps)
         if self.previous is None:
             return self.chains.ancestral(n)
-        return self.chains.prior(n, max(2, config.steps // _REFRESH))
+        return self.chains.prior(n, config.steps if config.persistent == 0 else max(2, config.steps // _REFRESH))
 
     def _enter_stage(self, iteration: int) -> None:
         """Begins the next stage of "multi_stage_nce": f as it is becomes the prior that the next estimate corrects."""
@@ -368,8 +390,11 @@ def _keep_good(
     kept = "The prior holds its last good average."
     if run_dir is not None and engine.main:
         path = os.path.join(os.fspath(run_dir), "last_good.safetensors")
-        prior.save(path)
-        kept = f"The prior holds its last good average, saved as {path!r} too."
+        try:
+            prior.save(path)
+            kept = f"The prior holds its last good average, saved as {path!r} too."
+        except (OSError, CheckpointError) as failure:
+            kept += f" Saving it as {path!r} failed: {failure}."
     return DivergenceError(f"Training diverged in iteration {error.step}: {error} {kept}", layer=error.layer, step=error.step)
 
 

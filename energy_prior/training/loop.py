@@ -6,6 +6,7 @@ __all__ = ["Group", "Task", "run_loop"]
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from energy_prior._util import require_extra
-from energy_prior.errors import ArgumentError
+from energy_prior.errors import ArgumentError, DivergenceError, TrainingWarning
 from energy_prior.training.config import RunConfig
 from energy_prior.training.data import Batches
 from energy_prior.training.engine import Engine
@@ -126,8 +127,6 @@ class _Loop:
         )
         self.progress = Progress(clipped={g.name: 0 for g in task.groups})
         self.writer: Any = None
-        if config.tensorboard and engine.main and folder is not None:
-            self.writer = require_extra("torch.utils.tensorboard", "train").SummaryWriter(str(folder.path / "tensorboard"))
 
     def run(self) -> Progress:
         done = self._resume()
@@ -137,6 +136,9 @@ class _Loop:
         config, total = self.config, self.config.iterations
         window: list[dict[str, Tensor]] = []
         shown = config.progress and self.engine.main
+        if config.tensorboard and self.engine.main and self.folder is not None:
+            tensorboard = require_extra("torch.utils.tensorboard", "train")
+            self.writer = tensorboard.SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=done + 1)
         try:
             with tqdm(total=total, initial=done, desc=self.task.name, disable=not shown) as bar:
                 for iteration in range(done + 1, total + 1):
@@ -159,17 +161,18 @@ class _Loop:
         config, task = self.config, self.task
         total: list[Tensor] | None = None
         figures: list[dict[str, Tensor]] = []
-        for _ in range(config.accumulate):
-            with self.engine.autocast():
-                loss, seen = task.loss(next(self.batches), iteration)
-            gradient = torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)
-            total = list(gradient) if total is None else [a + b for a, b in zip(total, gradient, strict=True)]
-            figures.append({name: value.detach() for name, value in seen.items()})
-        assert total is not None  # noqa: S101 (accumulate ≥ 1)
-        if config.accumulate > 1:
-            total = [g / config.accumulate for g in total]
-        for weight, g in zip(self.weights, self.engine.mean(total), strict=True):
-            weight.grad = g
+        failure: DivergenceError | None = None
+        try:
+            for _ in range(config.accumulate):
+                with self.engine.autocast():
+                    loss, seen = task.loss(next(self.batches), iteration)
+                gradient = torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)
+                total = list(gradient) if total is None else [a + b for a, b in zip(total, gradient, strict=True)]
+                figures.append({name: value.detach() for name, value in seen.items()})
+        except DivergenceError as error:
+            failure = error
+        total = [torch.zeros_like(w) for w in self.weights] if failure or total is None else total
+        self._share(iteration, [g / config.accumulate for g in total] if config.accumulate > 1 else total, failure)
         merged = {name: _merge(name, torch.stack([f[name] for f in figures])) for name in figures[0]}
         for group in task.groups:
             merged[f"gradient_norm_{group.name}"] = nn.utils.clip_grad_norm_(group.parameters, group.clip).detach()
@@ -180,6 +183,17 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
         task.updated(iteration)
         return merged
+
+    def _share(self, iteration: int, gradient: list[Tensor], failure: DivergenceError | None) -> None:
+        """Averages the gradients over the processes; where one of them has diverged, all stop."""
+        failed = torch.full_like(gradient[0].flatten()[:1], float(failure is not None))
+        *gradient, failures = self.engine.mean([*gradient, failed])
+        if failure is not None:
+            raise failure
+        if self.engine.world > 1 and bool(failures > 0):
+            raise DivergenceError("another process has diverged; its own error says where.", step=iteration)
+        for weight, g in zip(self.weights, gradient, strict=True):
+            weight.grad = g
 
     def _look(self, iteration: int, window: list[dict[str, Tensor]], bar: Any) -> None:
         """Reads the window, the worst over the processes, so that all of them stop or none."""
@@ -204,8 +218,12 @@ class _Loop:
         """A grid of samples, from a random stream of its own: pictures do not change a run."""
         if not self.engine.main or self.folder is None:
             return
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            images = self.task.picture()
+        try:
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                images = self.task.picture()
+        except DivergenceError as error:  # training chains are tamed, a sampler's are not: no reason to stop
+            warnings.warn(f"No samples drawn after iteration {iteration}: {error}", TrainingWarning, stacklevel=2)
+            return
         if images is None:
             return
         from energy_prior import plots

@@ -55,14 +55,20 @@ class RunFolder:
         final = self.path / f"checkpoint-{iteration:08d}"
         hidden = self.path / f".{final.name}"
         hidden.mkdir(exist_ok=True)
+        failure: OSError | None = None
         tensors: dict[str, Tensor] = {}
         document = {"iteration": iteration, "identity": self._identity, "state": _pack(state, "", tensors)}
         try:
             write_whole(hidden / f"rank{self._engine.rank}.safetensors", save(tensors, {"run": json.dumps(document)}))
-        except OSError:
+        except OSError as error:
+            failure = error
+        whole = all(self._engine.objects(failure is None))
+        if not whole and self._engine.main:
             shutil.rmtree(hidden, ignore_errors=True)
-            raise
-        self._engine.wait()
+        if failure is not None:
+            raise failure
+        if not whole:
+            raise OSError(f"Another process could not write its part of the checkpoint {final.name}; the one before is whole.")
         if self._engine.main:
             if final.exists():
                 shutil.rmtree(final)
