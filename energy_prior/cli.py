@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["main"]
+__all__ = ["launched_accelerator", "main"]
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,25 +74,35 @@ def _train(options: argparse.Namespace) -> int:
     flags = {"data.source": options.data, "out": options.out, "seed": options.seed, "device": options.device}
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     recipe = read_recipe(options.config, [*options.set, *given])
-    accelerator = launched_accelerator(cpu=recipe.device == "cpu")
-    report = run_recipe(recipe, accelerator)
-    if accelerator is not None:
-        accelerator.end_training()
+    with launched_accelerator(cpu=recipe.device == "cpu") as accelerator:
+        report = run_recipe(recipe, accelerator)
     for name, entry in report.items():
         print(f"{name}: {entry}")
     print(f"prior.safetensors, generator.safetensors, samples.png and report.json are in {recipe.out}/")
     return 0
 
 
-def launched_accelerator(*, cpu: bool = False) -> Any:
-    """An `accelerate.Accelerator` if `accelerate launch` or torchrun started this process, else None."""
+@contextlib.contextmanager
+def launched_accelerator(*, cpu: bool = False) -> Iterator[Any]:
+    """An `accelerate.Accelerator` if `accelerate launch` or torchrun started this process, else None.
+
+    The processes leave together at the end: gloo aborts a process that goes while its threads still listen.
+
+    Args:
+        cpu: stay on the CPU even where there is a GPU.
+    """
     import os
 
     from energy_prior._util import require_extra
 
     if not any(name in os.environ for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")):
-        return None
-    return require_extra("accelerate", "train").Accelerator(cpu=cpu)
+        yield None
+        return
+    accelerator = require_extra("accelerate", "train").Accelerator(cpu=cpu)
+    yield accelerator
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    accelerator.state.destroy_process_group()
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -46,11 +46,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    accelerator = launched_accelerator(cpu=options.device == "cpu")  # None unless `accelerate launch` started this
-    where = {"device": options.device, "accelerator": accelerator}
-    results = run(options.data, Path(options.out), options.unknown, options.seed, options.quick, **where)
-    if accelerator is not None:
-        accelerator.end_training()
+    with launched_accelerator(cpu=options.device == "cpu") as accelerator:  # None unless `accelerate launch` started this
+        where = {"device": options.device, "accelerator": accelerator}
+        results = run(options.data, Path(options.out), options.unknown, options.seed, options.quick, **where)
     print(json.dumps(results, indent=2))
 
 

@@ -43,10 +43,8 @@ def main() -> None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.device == "cpu":
         torch.set_num_threads(1)  # the nets are small: more threads gain little
-    accelerator = launched_accelerator(cpu=options.device == "cpu")  # None unless `accelerate launch` started this
-    results = run(options.data, Path(options.out), options.seed, options.device, options.quick, accelerator=accelerator)
-    if accelerator is not None:
-        accelerator.end_training()
+    with launched_accelerator(cpu=options.device == "cpu") as accelerator:  # None unless `accelerate launch` started this
+        results = run(options.data, Path(options.out), options.seed, options.device, options.quick, accelerator=accelerator)
     print(json.dumps(results, indent=2))
 
 

@@ -99,7 +99,8 @@ def main() -> None:
         except EnergyPriorError as error:
             (out / "died.txt").write_text(str(error))
             raise
-    accelerator.end_training()  # leave together: gloo aborts where the other end is gone
+    accelerator.wait_for_everyone()
+    accelerator.state.destroy_process_group()  # gloo aborts a process that goes while its threads still listen
 
 
 if __name__ == "__main__":
