@@ -49,7 +49,8 @@ def main() -> None:
     with launched_accelerator(cpu=options.device == "cpu") as accelerator:  # None unless `accelerate launch` started this
         where = {"device": options.device, "accelerator": accelerator}
         results = run(options.data, Path(options.out), options.unknown, options.seed, options.quick, **where)
-    print(json.dumps(results, indent=2))
+    if accelerator is None or accelerator.is_main_process:
+        print(json.dumps(results, indent=2))
 
 
 class TwoLayers(nn.Module):

@@ -45,7 +45,8 @@ def main() -> None:
         torch.set_num_threads(1)  # the nets are small: more threads gain little
     with launched_accelerator(cpu=options.device == "cpu") as accelerator:  # None unless `accelerate launch` started this
         results = run(options.data, Path(options.out), options.seed, options.device, options.quick, accelerator=accelerator)
-    print(json.dumps(results, indent=2))
+    if accelerator is None or accelerator.is_main_process:
+        print(json.dumps(results, indent=2))
 
 
 def run(
