@@ -41,7 +41,8 @@ class TrainingChains:
 
     def __init__(self, model: JointModel, config: FitConfig, step_size: float) -> None:
         self.model, self.config = model, config
-        self.device = next(p.device for f in model.energies for p in f.parameters())
+        with torch.no_grad(), frozen(model.generator):
+            self.device = TopDown(model.generator, 1).reference.device
         self.step_size = config.step_size or step_size
         self.posterior_step_size = step_size
         self.bank: tuple[Tensor, ...] | None = None
