@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,13 +55,16 @@ def main() -> None:
             life = time.perf_counter() - begin
             for number in range(1 if options.quick else RUNS_PER_RULE):
                 run = Path(folder) / f"{method}-{number}"
-                killed = 0
-                for _ in range(1 + number % MOST_KILLS):
+                killed, patience = 0, life
+                while killed < 1 + number % MOST_KILLS:
                     process = _start(method, run)
-                    time.sleep(moments.uniform(0.3, 1.0) * life)
+                    time.sleep(moments.uniform(0.3, 0.95) * patience)
                     if process.poll() is None:
                         os.kill(process.pid, signal.SIGKILL)
                         killed += 1
+                    elif process.wait() == 0:  # it was faster than the unkilled one: once more, with less patience
+                        shutil.rmtree(run)
+                        killed, patience = 0, 0.7 * patience
                     process.wait()
                 left = list(run.glob("*/checkpoint-*"))
                 while not (run / "weights.safetensors").exists():
