@@ -26,10 +26,10 @@ def test_two_processes_learn_what_one_learns_from_the_joined_batch(tmp_path: Pat
     for mode in ("one", "two"):
         done = launch(mode, tmp_path)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
-    one = torch.load(tmp_path / "weights-1-0.pt")
+    one = torch.load(tmp_path / "weights-1-0.pt", weights_only=True)
     assert any(bool((p != 0).any()) for p in one)
     for rank in range(2):
-        two = torch.load(tmp_path / f"weights-2-{rank}.pt")
+        two = torch.load(tmp_path / f"weights-2-{rank}.pt", weights_only=True)
         for a, b in zip(one, two, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     for rank in range(2):
