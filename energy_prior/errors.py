@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "ArgumentError",
+    "BackendWarning",
     "CheckpointError",
     "DistributedError",
     "DivergenceError",
@@ -41,6 +42,10 @@ class DistributedError(EnergyPriorError, RuntimeError):
 
 class TrainingWarning(UserWarning):
     """Something in a run of training is about to go wrong; the message says what and what to change."""
+
+
+class BackendWarning(UserWarning):
+    """A faster backend of the Langevin sampler cannot be used here; the message says why and what is used instead."""
 
 
 class MissingExtraError(EnergyPriorError, ImportError):

@@ -97,7 +97,7 @@ class LearnMethods(nn.Module):
             raise ArgumentError(f"target_acceptance: expected a number between 0 and 1, got {target_acceptance!r}.")
         check_count("batch_size", batch_size)
         with self._quiet(rng) as model:
-            density = model.prior_density(batch_size)
+            density = model.density(batch_size)
             tuned = tune_step_size(density, start_step_size=model.step_size, target_acceptance=target_acceptance)
             self.step_size.fill_(tuned)
         return tuned

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from energy_prior import validate
 from energy_prior._util import inferrer
+from energy_prior.cost import equal_parts, evaluation_cost
 from energy_prior.generator import HierarchicalGenerator
 from energy_prior.langevin import ChainSettings, JointDensity, NoiseSource, StepCallback, sample_density
 from energy_prior.scores import ScoreTerms, score_terms
@@ -50,20 +51,34 @@ class JointModel:
         """log p_β(z_i | z_{>i}), (batch, L), nats."""
         return TopDown(self.generator, len(latents[0])).descend(tuple(latents), "latent").log_priors()
 
-    def prior_density(self, n: int, held: Mapping[int, Tensor] | None = None) -> JointDensity:
-        """p(z_free | z_held) of n draws."""
-        return JointDensity(TopDown(self.generator, n, held), self.energies, self.space)
+    def density(self, n: int, held: Mapping[int, Tensor] | None = None, x: Tensor | None = None) -> JointDensity:
+        """p(z_free | z_held) of n draws, or the posterior of n observations x."""
+        return JointDensity(TopDown(self.generator, n, held), self.energies, self.space, x)
+
+    def parts(
+        self, n: int, max_memory: float, held: Mapping[int, Tensor] | None = None, x: Tensor | None = None
+    ) -> tuple[JointDensity, ...]:
+        """`density`, in as many equal parts of the batch as an evaluation of each needs to keep at most `max_memory` bytes."""
+
+        def of(rows: slice) -> JointDensity:
+            fixed = {i: z[rows] for i, z in (held or {}).items()}
+            return self.density(rows.stop - rows.start, fixed, None if x is None else x[rows])
+
+        if len(held or {}) == len(self.energies):  # nothing is free, so there is no gradient
+            return (of(slice(0, n)),)
+        cost = evaluation_cost(of(slice(0, min(n, 2))))
+        return tuple(of(rows) for rows in equal_parts(n, cost.memory, max_memory))
 
     def run(
         self,
-        density: JointDensity,
+        density: Sequence[JointDensity],
         settings: ChainSettings,
         *,
         start: Sequence[Tensor] | None = None,
         noise: NoiseSource | None = None,
         on_step: StepCallback | None = None,
     ) -> tuple[Tensor, ...]:
-        """A chain on `density`; all latents at its end."""
+        """A chain on the parts of a density; all latents at its end."""
         chain = sample_density(density, settings, default_step_size=self.step_size, start=start, noise=noise, on_step=on_step)
         return chain.latents
 
@@ -78,8 +93,7 @@ class JointModel:
         """Langevin on p(z | x), from `start`, else from q_ω where there is one, else ancestral."""
         if start is None and inferrer(self.generator) is not None:
             start = validate.checked_infer(self.generator, x).latents
-        density = JointDensity(TopDown(self.generator, len(x)), self.energies, self.space, x)
-        return self.run(density, settings, start=start, noise=noise)
+        return self.run(self.parts(len(x), settings.max_memory, x=x), settings, start=start, noise=noise)
 
     def posterior_draw(self, x: Tensor, settings: ChainSettings | None = None) -> PosteriorDraw:
         """z ~ q_ω(z | x) where the generator has `infer`, else a Langevin draw of the posterior."""
@@ -98,5 +112,5 @@ class JointModel:
             terms = score_terms(self.generator, self.negative_energy(draw.latents), x, draw.latents, draw.log_q)
             return terms.checked()
         held = {layer: draw.latents[layer - 1] for layer in range(k + 1, len(draw.latents) + 1)}
-        latents = self.run(self.prior_density(len(x), held), settings)
+        latents = self.run(self.parts(len(x), settings.max_memory, held), settings)
         return score_terms(self.generator, self.negative_energy(latents), x, latents).checked()

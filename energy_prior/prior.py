@@ -129,7 +129,7 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
         check_decode(decode)
         with self._quiet(rng):
             latents = self.sample_latents(n, given=given, prior=prior, **chain)
-            return decode_latents(self.generator, latents, decode)
+            return decode_latents(self.generator, latents, decode, chain.get("max_memory", ChainSettings.max_memory))
 
     def sample_latents(
         self,
@@ -169,7 +169,7 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
         with self._quiet(rng) as model:
             if prior == "generator":
                 return ancestral(self.generator, n).latents
-            return model.run(model.prior_density(n, given), settings, start=start, noise=noise)
+            return model.run(model.parts(n, settings.max_memory, given), settings, start=start, noise=noise)
 
     def trajectory(
         self,
@@ -199,8 +199,8 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
             raise ArgumentError(f"every: expected at most steps = {settings.steps}, got {every}.")
         self._check_chain(n, given, start)
         with self._quiet(rng) as model:
-            density = model.prior_density(n, given)
-            if not density.topdown.free:
+            density = model.parts(n, settings.max_memory, given)
+            if not density[0].topdown.free:
                 raise ArgumentError("given: every layer is held, so there is nothing to follow; leave one free.")
             recorder = TrajectoryRecorder(density, every)
             model.run(density, settings, start=start, noise=noise, on_step=recorder)

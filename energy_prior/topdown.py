@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal
 
 from energy_prior._util import normal_like, sum_event
+from energy_prior.cost import equal_parts, forward_memory
 from energy_prior.errors import ArgumentError
 from energy_prior.generator import HierarchicalGenerator
 
@@ -142,11 +143,33 @@ def check_decode(decode: Any) -> None:
         raise ArgumentError(f'decode: expected "mean", "sample" or None, got {decode!r}.')
 
 
-def decode_latents(generator: HierarchicalGenerator, latents: Sequence[Tensor], decode: Decode | None = None) -> Tensor:
-    """Observations of given latents (z_1, …, z_L): the mean of p_β0(x | z) or a draw; None: the mean where there is one."""
+def decode_latents(
+    generator: HierarchicalGenerator,
+    latents: Sequence[Tensor],
+    decode: Decode | None = None,
+    max_memory: float = 2.0**30,
+) -> Tensor:
+    """Observations of given latents (z_1, …, z_L), (batch, *x_shape).
+
+    Args:
+        generator: the hierarchical generator.
+        latents: z_i of shape (batch, *latent_shapes[i - 1]).
+        decode: the "mean" of p_β0(x | z) or a "sample" of it; None: the mean where there is one.
+        max_memory: bytes that the decoder may need, > 0; larger batches are decoded in parts.
+    """
     check_decode(decode)
-    topdown = TopDown(generator, len(latents[0]))
-    likelihood = topdown.likelihood(topdown.descend(tuple(latents), "latent", to_observation=True))
+
+    def likelihood(rows: slice) -> Distribution:
+        topdown = TopDown(generator, rows.stop - rows.start)
+        return topdown.likelihood(topdown.descend(tuple(z[rows] for z in latents), "latent", to_observation=True))
+
+    n, few = len(latents[0]), min(len(latents[0]), 2)
+    parts = equal_parts(n, forward_memory(lambda: likelihood(slice(0, few)), few), max_memory)
+    decoded = [_decoded(likelihood(rows), decode) for rows in parts]
+    return decoded[0] if len(parts) == 1 else torch.cat(decoded)
+
+
+def _decoded(likelihood: Distribution, decode: Decode | None) -> Tensor:
     if decode == "sample":
         return likelihood.sample()
     try:

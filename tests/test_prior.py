@@ -208,7 +208,7 @@ def test_memory_does_not_grow_with_the_steps() -> None:
                 seen.append(sum(type(o) is Tensor for o in gc.get_objects()))
 
         with torch.no_grad():
-            model.run(model.prior_density(2), ChainSettings(steps=steps), on_step=count)
+            model.run([model.density(2)], ChainSettings(steps=steps), on_step=count)
         return seen[0]
 
     assert tensors_alive(320) - tensors_alive(40) < 40

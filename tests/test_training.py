@@ -149,9 +149,9 @@ def test_mixed_precision_leaves_the_chains_alone(method: Method, monkeypatch: py
     seen: list[bool] = []
     original = JointDensity.evaluate
 
-    def spy(self: JointDensity, position: Any) -> Any:
+    def spy(self: JointDensity, position: Any, **how: Any) -> Any:
         seen.append(torch.is_autocast_enabled("cpu"))
-        return original(self, position)
+        return original(self, position, **how)
 
     monkeypatch.setattr(JointDensity, "evaluate", spy)
     prior = make()

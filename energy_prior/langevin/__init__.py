@@ -11,6 +11,7 @@ __all__ = [
     "InjectedNoise",
     "JointDensity",
     "NoiseSource",
+    "Precision",
     "RandomNoise",
     "Scheme",
     "StepCallback",
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 from energy_prior.langevin.chain import ChainResult, StepCallback, run_chain
-from energy_prior.langevin.density import ChainState, JointDensity
+from energy_prior.langevin.density import ChainState, JointDensity, Precision
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
 from energy_prior.langevin.settings import ChainDraw, ChainOptions, ChainSettings, sample_density, tune_step_size
 from energy_prior.langevin.step import Scheme, coefficients, log_acceptance, propose, tame

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 __all__ = ["ChainResult", "StepCallback", "run_chain"]
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from energy_prior.errors import DivergenceError
-from energy_prior.langevin.density import ChainState, JointDensity
+from energy_prior.langevin.backends import Advance
+from energy_prior.langevin.density import ChainState, JointDensity, Precision, matrix_products
 from energy_prior.langevin.noise import NoiseSource
-from energy_prior.langevin.step import Scheme, coefficients, log_acceptance, propose, tame
+from energy_prior.langevin.step import Carry, Rules, Scheme, advance, begin, propose
 
 StepCallback = Callable[[int, ChainState, Tensor], None]
 """Called with (step, state, acceptance probability of that step, (batch,)) after every step, and at step 0 with ones."""
 
-_CHECK_EVERY = 32
+_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class ChainResult:
 
 
 def run_chain(
-    density: JointDensity,
+    density: JointDensity | Sequence[JointDensity],
     start: Sequence[Tensor],
     *,
     steps: int,
@@ -54,8 +55,10 @@ def run_chain(
     adapt_steps: int = 0,
     target_acceptance: float = 0.7,
     taming: float | None = None,
+    precision: Precision = "full",
     measure: bool = False,
     on_step: StepCallback | None = None,
+    step: Advance = advance,
 ) -> ChainResult:
     """Runs one Langevin chain per row of the batch.
 
@@ -67,7 +70,8 @@ def run_chain(
     independent of the rest of the batch.
 
     Args:
-        density: the log density and its coordinates.
+        density: the log density and its coordinates; several: of consecutive parts of the batch. Every step goes through all
+            parts with one draw of noise for the whole batch, so parts change a chain by no more than rounding.
         start: the free layers at the start, ascending, in the density's coordinates; (batch, *shape) each.
         steps: number of steps, ≥ 0.
         step_size: s > 0, a number or one per chain, (batch,).
@@ -78,128 +82,188 @@ def run_chain(
         adapt_steps: number of first steps that adapt the step size.
         target_acceptance: acceptance that the adaptation aims at, in (0, 1).
         taming: longest drift, as a multiple of the noise's length, > 0 (`tame`); None: the drift as it is.
+        precision: of the matrix products in the gradients.
         measure: report `state` and `acceptance` of an unadjusted chain too.
         on_step: called after every step.
+        step: how a step is made: the reference, or a faster form of it (`energy_prior.langevin.backends`).
 
     Raises:
-        DivergenceError: if a density or gradient stops being finite; it names the layer and the step. Checked on the
-            device in every step and read by the host every 32 steps and at the end. A proposal of density zero
-            (log density −∞) is not an error under `adjust`: it is rejected.
+        DivergenceError: if a density or gradient stops being finite; it names the layer and the step. Noted on the device in
+            every step; on a CPU it is raised within 64 steps, elsewhere at the end, as the host never waits for a chain
+            under way. A proposal of density zero (log density −∞) is not an error under `adjust`: it is rejected.
     """
+    parts = [density] if isinstance(density, JointDensity) else list(density)
+    sizes = [part.topdown.batch_size for part in parts]
     batch = start[0].shape[0]
     s = torch.as_tensor(step_size, dtype=start[0].dtype, device=start[0].device).expand(batch).clone()
-    watch = _FiniteWatch(density, s, adjust)
-    state = density.evaluate(start)
-    watch.look(0, state, at_start=True)
-    measured = measure or adjust or adapt_steps > 0 or on_step is not None
-    accepted, cut = torch.zeros_like(s), torch.zeros_like(s)
-    if on_step is not None:
-        on_step(0, state, torch.ones_like(s))
-    c = coefficients(s, scheme, density.space, temperature)
-    tamed: tuple[ChainState, Tensor] | None = None  # of `state`, where the step before has it already
-    for step in range(1, steps + 1):
-        n = noise.normal(step)
-        here = state
-        if taming is not None:
-            here, was_cut = tamed or tame(state, c, taming)
-            cut += was_cut
-        proposal = propose(here, c, n)
-        if step == steps and not measured:
-            watch.finish(step, proposal)
-            return ChainResult(proposal, s, tamed=None if taming is None else cut / steps)
-        new = density.evaluate(proposal)
-        watch.look(step, new)
-        if measured:
-            tamed = None if taming is None else tame(new, c, taming)
-            log_alpha = log_acceptance(here, tamed[0] if tamed else new, c, n, temperature)
-            acceptance = log_alpha.exp().clamp(max=1.0)
-            accepted += acceptance
-            if adjust:
-                new = _select(noise.uniform(step).log() < log_alpha, new, state)
-                tamed = None
-            if step <= adapt_steps:
-                s = s * torch.exp(step**-0.6 * (acceptance - target_acceptance))
-                s = s.clamp(max=2 * math.sqrt(temperature)) if scheme == "crank_nicolson" else s
-                watch.step_size = s
-                c, tamed = coefficients(s, scheme, density.space, temperature), None
+    rules = Rules(
+        scheme,
+        temperature,
+        adjust,
+        adapt=adapt_steps > 0,
+        target_acceptance=target_acceptance,
+        taming=taming,
+        measured=measure or adjust or adapt_steps > 0 or on_step is not None,
+        precision=precision,
+    )
+    with matrix_products(precision):
+        split = [list(t.split(sizes)) for t in (*start, s)]
+        carries = [begin(d, rules, own[:-1], own[-1]) for d, *own in zip(parts, *split, strict=True)]
+        watch = _FiniteWatch(parts[0], adjust)
+        watch.note(0, [c.health for c in carries], s)
+        if on_step is not None:
+            on_step(0, _whole_state(carries), torch.ones_like(s))
+        gains = [float(t) ** -0.6 for t in range(1, adapt_steps + 1)]
+        gain = torch.tensor(gains, dtype=s.dtype).to(s.device)
+        for t in range(1, steps + 1):
+            n = noise.normal(t)
+            if t == steps and not rules.measured:
+                pairs = zip(carries, *(layer.split(sizes) for layer in n), strict=True)
+                moved = [propose(c.state.position, c.drift, c.coefficients, own) for c, *own in pairs]
+                watch.finish(t, parts, moved, s)
+                cut = None if taming is None else _share(carries, lambda c: c.cut, lambda c: c.was_cut, steps)
+                return ChainResult(tuple(map(_joined, zip(*moved, strict=True))), s, tamed=cut)
+            if rules.adapt and t > adapt_steps:
+                rules = rules._replace(adapt=False)
+            u = noise.uniform(t) if adjust else None
+            if len(parts) == 1:
+                carries = [step(parts[0], rules, carries[0], n, u, gain[t - 1] if rules.adapt else None)]
+            else:
+                pairs = zip(parts, carries, _rows(u, sizes), *(layer.split(sizes) for layer in n), strict=True)
+                g = gain[t - 1] if rules.adapt else None
+                carries = [step(d, rules, carry, own, mine, g) for d, carry, mine, *own in pairs]
+            if rules.adapt:
+                s = _joined([c.step_size for c in carries])
+            watch.note(t, [c.health for c in carries], s)
             if on_step is not None:
-                on_step(step, new, acceptance)
-        state = new
-    watch.finish(steps, state.position)
-    share = max(steps, 1)
-    return ChainResult(state.position, s, state, accepted / share, None if taming is None else cut / share)
+                on_step(t, _whole_state(carries), _joined([_there(c.acceptance) for c in carries]))
+        watch.finish(steps, parts, [c.state.position for c in carries], s)
+        state = _whole_state(carries)
+        return ChainResult(
+            position=state.position,
+            step_size=s,
+            state=state if rules.measured else None,
+            acceptance=_share(carries, lambda c: c.accepted, None, steps) if rules.measured else None,
+            tamed=None if taming is None else _share(carries, lambda c: c.cut, None, steps),
+        )
 
 
-def _select(accept: Tensor, new: ChainState, old: ChainState) -> ChainState:
-    """Row by row the new state where accepted, the old one elsewhere."""
+def _share(
+    carries: Sequence[Carry], total: Callable[[Carry], Tensor | None], last: Callable[[Carry], Tensor | None] | None, steps: int
+) -> Tensor:
+    """A sum over the steps, and what the last step adds to it, as a share of the steps, (batch,)."""
+    sums = [_there(total(c)) if last is None else _there(total(c)) + _there(last(c)) for c in carries]
+    return _joined(sums) / max(steps, 1)
 
-    def pick(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(accept.reshape(-1, *([1] * (a.ndim - 1))), a, b)
 
+_T = TypeVar("_T")
+
+
+def _there(value: _T | None) -> _T:
+    assert value is not None  # noqa: S101
+    return value
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _rows(u: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
+    return [None] * len(sizes) if u is None else u.split(list(sizes))
+
+
+def _whole_state(carries: Sequence[Carry]) -> ChainState:
+    """The state of the whole batch."""
+    if len(carries) == 1:
+        return carries[0].state
+    states = [c.state for c in carries]
     return ChainState(
-        position=tuple(map(pick, new.position, old.position)),
-        negative_energy=pick(new.negative_energy, old.negative_energy),
-        log_density=pick(new.log_density, old.log_density),
-        gradient=tuple(map(pick, new.gradient, old.gradient)),
+        position=tuple(map(_joined, zip(*(s.position for s in states), strict=True))),
+        negative_energy=_joined([s.negative_energy for s in states]),
+        log_density=None if states[0].log_density is None else _joined([_there(s.log_density) for s in states]),
+        gradient=tuple(map(_joined, zip(*(s.gradient for s in states), strict=True))),
     )
 
 
 class _FiniteWatch:
-    """Notes on the device, step by step, what stopped being finite; tells the host every few steps."""
+    """Remembers on the device the first step where something was not finite, and the one before, in constant memory."""
 
-    def __init__(self, density: JointDensity, step_size: Tensor, adjust: bool) -> None:
-        self.step_size = step_size
-        self._density = density
+    def __init__(self, density: JointDensity, adjust: bool) -> None:
         self._free = density.topdown.free
         self._adjust = adjust
-        self._pending: list[tuple[int, Tensor]] = []
-        self._largest = [0.0] * len(self._free)
+        self._early = density.topdown.reference.device.type == "cpu"  # where reading waits for nothing
+        self._rows: list[Tensor] = []
+        self._first = 0
+        self._record: Tensor | None = None  # step (−1: none yet), health there, health before, latest health
+        self._step_size = torch.zeros(())
 
-    def look(self, step: int, state: ChainState, *, at_start: bool = False) -> None:
-        """A row of three flags or figures per layer (energy bad, gradient bad, largest |f|), and one flag for the density."""
-        energy, log_density, gradient = state.negative_energy, state.log_density, state.gradient
-        zero_density = torch.isneginf(log_density) & (self._adjust and not at_start)
-        bad_energy = (~torch.isfinite(energy) & ~zero_density[:, None]).any(0)
-        bad_gradient = torch.stack([(~torch.isfinite(g)).flatten(1).any(1) & ~zero_density for g in gradient], 1).any(0)
-        bad_density = (~torch.isfinite(log_density) & ~zero_density).any()[None]
-        flags = torch.cat([bad_energy, bad_gradient, bad_density]).to(energy.dtype)
-        self._pending.append((step, torch.cat([flags, energy.abs().amax(0)])))
-        if at_start or len(self._pending) >= _CHECK_EVERY:
-            self._read()
+    def note(self, step: int, health: Sequence[Tensor], step_size: Tensor) -> None:
+        """Takes the health of one step in, part by part."""
+        self._step_size = step_size
+        row = health[0] if len(health) == 1 else torch.stack(list(health)).abs().amax(0)  # NaN wins, as does infinity
+        self._rows.append(row)
+        if step == 0 or len(self._rows) >= _BLOCK:
+            self._fold(step + 1)
+            if self._early:
+                self._read()
 
-    def finish(self, step: int, position: Sequence[Tensor]) -> None:
-        """Reads what is left and looks at the last state of all, whose density was not needed."""
+    def finish(
+        self, step: int, parts: Sequence[JointDensity], positions: Sequence[Sequence[Tensor]], step_size: Tensor
+    ) -> None:
+        """Reads what is left, and looks at the last position of all, whose density was not needed."""
+        energies = [part.negative_energy(position).abs().amax(0) for part, position in zip(parts, positions, strict=True)]
+        sums = [torch.stack([p.sum() for p in position]) for position in positions]
+        self._step_size = step_size
+        self._fold(step)
         self._read()
-        energy = self._density.negative_energy(position)
-        sound = [bool(torch.isfinite(p).all() and torch.isfinite(energy[:, i]).all()) for i, p in enumerate(position)]
-        if not all(sound):
-            layer = self._worst([not s for s in sound])
+        worst = torch.stack([torch.cat([e.to(p.dtype), p]) for e, p in zip(energies, sums, strict=True)]).abs().amax(0)
+        bad = [not (abs(value) < float("inf")) for value in worst.tolist()]
+        layers = len(self._free)
+        if any(bad):
+            layer = self._worst([bad[i] or bad[layers + i] for i in range(layers)], self._largest())
             self._fail(step, layer, f"z_{layer} or its energy f_{layer} at the end of layer {layer} is not finite")
 
-    def _read(self) -> None:
-        if not self._pending:
+    def _fold(self, next_step: int) -> None:
+        """Takes the rows since the last time into the record; a few operations on the device, none waits."""
+        if not self._rows:
             return
-        table = torch.stack([row for _, row in self._pending]).tolist()
-        steps, self._pending = [step for step, _ in self._pending], []
-        n = len(self._free)
-        for step, row in zip(steps, table, strict=True):
-            for flags, what in ((row[:n], "the energy f_{0}(z_{0})"), (row[n : 2 * n], "the gradient")):
-                if any(flags):
-                    layer = self._worst([bool(f) for f in flags])
-                    self._fail(step, layer, f"{what.format(layer)} of layer {layer} is not finite")
-            if row[2 * n]:
-                self._fail(step, None, "the log density (log p_β or the likelihood) is not finite")
-            self._largest = row[2 * n + 1 :]
+        rows = torch.stack(self._rows)
+        before = rows.new_zeros(1, rows.shape[1]) if self._record is None else self._record[None, -rows.shape[1] :]
+        bad = ~torch.isfinite(rows).all(1)
+        at = bad.to(torch.int64).argmax()
+        step = torch.where(bad.any(), (at + self._first).to(rows.dtype), -1.0)
+        row, previous = (table.index_select(0, at[None])[0] for table in (rows, torch.cat([before, rows])))
+        found = torch.cat([step[None], row, previous, rows[-1]])
+        self._record = found if self._record is None else torch.where(self._record[0] >= 0, self._record, found)
+        self._rows, self._first = [], next_step
 
-    def _worst(self, bad: Sequence[bool]) -> int:
+    def _read(self) -> None:
+        if self._record is None:
+            return
+        step, *values = self._record.tolist()
+        if step < 0:
+            return
+        width, layers = len(values) // 3, len(self._free)
+        row, before = values[:width], values[width : 2 * width]
+        broken = [not (abs(value) < float("inf")) for value in row]
+        for flags, what in ((broken[:layers], "the energy f_{0}(z_{0})"), (broken[layers : 2 * layers], "the gradient")):
+            if any(flags):
+                layer = self._worst(flags, before)
+                self._fail(int(step), layer, f"{what.format(layer)} of layer {layer} is not finite")
+        self._fail(int(step), None, "the log density (log p_β or the likelihood) is not finite")
+
+    def _largest(self) -> list[float]:
+        return [0.0] if self._record is None else self._record[1:].reshape(3, -1)[2].tolist()
+
+    def _worst(self, bad: Sequence[bool], before: Sequence[float]) -> int:
         """Of the layers that are bad, the one whose |f| was largest just before: one explosion drags the others along."""
         candidates = [i for i, is_bad in enumerate(bad) if is_bad]
-        return self._free[max(candidates, key=lambda i: self._largest[i])]
+        return self._free[max(candidates, key=lambda i: before[i])]
 
     def _fail(self, step: int, layer: int | None, what: str) -> None:
         raise DivergenceError(
             f"The Langevin chain diverged at step {step}: {what}. Use a smaller step_size (it was "
-            f"{float(self.step_size.median()):.3g}; prior.tune_step_size() finds one) or adjust=True; if it is not finite at "
+            f"{float(self._step_size.median()):.3g}; prior.tune_step_size() finds one) or adjust=True; if it is not finite at "
             "step 0 already, the energy or "
             "the generator itself is at fault.",
             layer=layer,

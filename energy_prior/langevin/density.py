@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["ChainState", "JointDensity"]
+__all__ = ["ChainState", "JointDensity", "Precision", "latents_at", "matrix_products"]
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +14,49 @@ from torch import Tensor, nn
 from energy_prior._util import sum_event
 from energy_prior.topdown import Space, TopDown
 
+Precision = Literal["full", "tf32", "bf16"]
+"""Of the matrix products in a chain's gradients: the dtype of the latents, TF32 (CUDA only), or bf16 by autocast."""
 
-@dataclass(frozen=True)
-class ChainState:
+
+class ChainState(NamedTuple):
     """What the next Langevin step needs.
 
     Attributes:
         position: the free layers, ascending, in the coordinates of the density.
         negative_energy: f_i of the free layers at this position, (batch, free layers), nats.
-        log_density: log p̃ at this position, up to its constant, (batch,), nats.
+        log_density: log p̃ at this position, up to its constant, (batch,), nats; None where only the gradient was asked for.
         gradient: ∇ log p̃ in latent space; in noise space ∇ (log p̃ + ½‖ε‖²), the part beside the Gaussian.
     """
 
     position: tuple[Tensor, ...]
     negative_energy: Tensor
-    log_density: Tensor
+    log_density: Tensor | None
     gradient: tuple[Tensor, ...]
+
+
+@contextlib.contextmanager
+def matrix_products(precision: Precision) -> Iterator[None]:
+    """Inside, CUDA computes matrix products and convolutions in TF32 if `precision` is "tf32"; restored on exit."""
+    if precision != "tf32":
+        yield
+        return
+    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    before = [s.allow_tf32 for s in settings]
+    try:
+        for s in settings:
+            s.allow_tf32 = True
+        yield
+    finally:
+        for s, allowed in zip(settings, before, strict=True):
+            s.allow_tf32 = allowed
+
+
+def latents_at(parts: Sequence[JointDensity], position: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """(z_1, …, z_L) of a whole batch at a position of its free layers; the parts hold consecutive rows of it."""
+    sizes = [part.topdown.batch_size for part in parts]
+    rows = zip(*(p.split(sizes) for p in position), strict=True) if position else [()] * len(parts)
+    latents = [part.topdown.descend(own, part.space).latents for part, own in zip(parts, rows, strict=True)]
+    return latents[0] if len(parts) == 1 else tuple(torch.cat(layer) for layer in zip(*latents, strict=True))
 
 
 class JointDensity:
@@ -62,27 +89,38 @@ class JointDensity:
         """Whether something below pulls on the free layers (an observation, or a held layer): such targets can be stiff."""
         return self.x is not None or bool(self.topdown.held_below)
 
-    def evaluate(self, position: Sequence[Tensor]) -> ChainState:
-        """Density and gradient at one position. The density is summed over the batch, so that chains stay independent."""
-        with torch.enable_grad():
-            leaves = tuple(p.detach().requires_grad_() for p in position)
-            descent = self.topdown.descend(leaves, self.space, to_observation=self.x is not None)
-            free = self.topdown.free
-            energy = torch.stack([self.energies[i - 1](descent.latents[i - 1]) for i in free], dim=1)
-            log_tilt = energy.sum(1)
-            counted = free if self.space == "latent" else ()
-            for layer in (*counted, *self.topdown.held_below):
-                log_tilt = log_tilt + descent.log_prior(layer)
-            if self.x is not None:
-                log_tilt = log_tilt + self.topdown.likelihood(descent).log_prob(self.x)
-            if log_tilt.requires_grad:
-                gradient = torch.autograd.grad(log_tilt.sum(), leaves, allow_unused=True, materialize_grads=True)
-            else:  # energies that are constant, and nothing else that pulls
-                gradient = tuple(torch.zeros_like(p) for p in leaves)
-        log_density = log_tilt.detach()
-        if self.space == "noise":
-            log_density = log_density - 0.5 * sum(sum_event(p.detach() ** 2) for p in leaves)
-        return ChainState(tuple(p.detach() for p in leaves), energy.detach(), log_density, gradient)
+    def evaluate(self, position: Sequence[Tensor], *, with_density: bool = True, precision: Precision = "full") -> ChainState:
+        """Density and gradient at one position. The density is summed over the batch, so that chains stay independent.
+
+        Args:
+            position: the free layers, ascending, in the density's coordinates.
+            with_density: also give the log density; the gradient alone is a little cheaper.
+            precision: "bf16" runs the networks under autocast; "tf32" is a setting of torch's (`matrix_products`).
+        """
+        if torch.compiler.is_compiling():  # the compiler traces torch.func, eager autograd has less overhead
+
+            def summed(leaves: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+                log_tilt, energy = self._log_tilt(leaves, precision)
+                return log_tilt.sum(), (log_tilt, energy)
+
+            leaves = tuple(position)
+            gradient, (log_tilt, energy) = torch.func.grad(summed, has_aux=True)(leaves)
+        else:
+            with torch.enable_grad():
+                leaves = tuple(p.detach().requires_grad_() for p in position)
+                log_tilt, energy = self._log_tilt(leaves, precision)
+                if log_tilt.requires_grad:
+                    gradient = torch.autograd.grad(log_tilt.sum(), leaves, allow_unused=True, materialize_grads=True)
+                else:  # energies that are constant, and nothing else that pulls
+                    gradient = tuple(torch.zeros_like(p) for p in leaves)
+            leaves = tuple(p.detach() for p in leaves)
+            log_tilt, energy = log_tilt.detach(), energy.detach()
+        log_density = None
+        if with_density:
+            log_density = log_tilt
+            if self.space == "noise":
+                log_density = log_density - 0.5 * sum(sum_event(p**2) for p in leaves)
+        return ChainState(leaves, energy, log_density, gradient)
 
     def negative_energy(self, position: Sequence[Tensor]) -> Tensor:
         """f_i of the free layers at one position, without its gradient, (batch, free layers)."""
@@ -95,3 +133,19 @@ class JointDensity:
         for p, g in zip(state.position, state.gradient, strict=True):
             total = total + sum_event((g - p if self.space == "noise" else g) ** 2)
         return total.sqrt()
+
+    def _log_tilt(self, position: tuple[Tensor, ...], precision: Precision) -> tuple[Tensor, Tensor]:
+        """log p̃ without the Gaussian of noise space, (batch,), and f_i of the free layers, (batch, free layers)."""
+        dtype = position[0].dtype
+        coarse = precision == "bf16"
+        with torch.autocast(position[0].device.type, torch.bfloat16) if coarse else contextlib.nullcontext():
+            descent = self.topdown.descend(position, self.space, to_observation=self.x is not None)
+            free = self.topdown.free
+            energy = torch.stack([self.energies[i - 1](descent.latents[i - 1]).to(dtype) for i in free], dim=1)
+        log_tilt = energy.sum(1)
+        counted = free if self.space == "latent" else ()
+        for layer in (*counted, *self.topdown.held_below):
+            log_tilt = log_tilt + descent.log_prior(layer)
+        if self.x is not None:
+            log_tilt = log_tilt + self.topdown.likelihood(descent).log_prob(self.x)
+        return log_tilt, energy

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
+import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from energy_prior._util import check_count, check_positive, check_settings
 from energy_prior.errors import ArgumentError
+from energy_prior.langevin.backends import STEPS, Backend, chosen_backend
 from energy_prior.langevin.chain import ChainResult, StepCallback, run_chain
-from energy_prior.langevin.density import JointDensity
+from energy_prior.langevin.density import JointDensity, Precision, latents_at
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
 from energy_prior.langevin.step import Scheme
 from energy_prior.topdown import Space
@@ -32,6 +34,9 @@ class ChainOptions(TypedDict, total=False):
     temperature: float
     scheme: Scheme | None
     taming: float | None
+    backend: Backend
+    precision: Precision
+    max_memory: float
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,14 @@ class ChainSettings:
         taming: each layer's drift is cut to this multiple of the noise's length, > 0 (`energy_prior.langevin.step.tame`): a
             steep spot cannot throw an unadjusted chain off, at the price of a bias where it acts. None: never. Training
             has its own, on by default.
+        backend: how steps are made. "eager": the reference, operation by operation. "compiled": the same step through
+            `torch.compile`, compiled once per process and kind of chain, which takes seconds to minutes; for training and
+            for repeated sampling. "auto": compiled where one call is so long that it pays for that, else eager.
+        precision: of the matrix products in the gradients; positions, densities and noise keep the latents' dtype. "full";
+            "tf32" (CUDA only, about three digits); "bf16" (two to three digits), for unadjusted chains alone: densities
+            of hundreds of nats are too coarse in it to accept or reject by. `docs/sampling.md` has its effect on samples.
+        max_memory: bytes that a gradient evaluation may keep, > 0; larger batches are run in parts, which changes a chain by
+            no more than rounding. Latents, their gradients and noise come on top, for the whole batch.
 
     Raises:
         ArgumentError: if a value is out of range.
@@ -64,10 +77,17 @@ class ChainSettings:
     temperature: float = 1.0
     scheme: Scheme | None = None
     taming: float | None = None
+    backend: Backend = "auto"
+    precision: Precision = "full"
+    max_memory: float = 2.0**30
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
         check_positive("temperature", self.temperature)
+        check_positive("max_memory", self.max_memory)
+        for name, kinds in (("backend", get_args(Backend)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in kinds:
+                raise ArgumentError(f"{name}: expected one of {kinds}, got {getattr(self, name)!r}.")
         if self.step_size is not None:
             check_positive("step_size", self.step_size)
         if self.taming is not None:
@@ -102,7 +122,7 @@ class ChainDraw(NamedTuple):
 
 
 def sample_density(
-    density: JointDensity,
+    density: JointDensity | Sequence[JointDensity],
     settings: ChainSettings,
     *,
     default_step_size: float,
@@ -114,7 +134,7 @@ def sample_density(
     """Runs a chain on `density` and returns all latents (z_1, …, z_L) at its end, the held ones included.
 
     Args:
-        density: the target.
+        density: the target; several: of consecutive parts of the batch, as `run_chain` has them.
         settings: the chain's settings.
         default_step_size: what to use where `settings.step_size` is None.
         start: (z_1, …, z_L) to start from (entries of held layers are not read); None: ancestral, ε ~ N(0, I).
@@ -122,32 +142,54 @@ def sample_density(
         measure: report the acceptance of an unadjusted chain too.
         on_step: called after every step.
     """
-    topdown, space = density.topdown, density.space
+    parts = [density] if isinstance(density, JointDensity) else list(density)
+    topdown, space = parts[0].topdown, parts[0].space
     if not topdown.free:
-        return ChainDraw(topdown.descend((), space).latents, None)
-    adjust = density.informed if settings.adjust is None else settings.adjust
-    source = RandomNoise(topdown.shapes, topdown.reference) if noise is None else noise
-    if not hasattr(source, "normal"):
-        raise ArgumentError(f"noise: expected an InjectedNoise or another NoiseSource, got {type(noise).__name__}.")
-    if isinstance(source, InjectedNoise):
-        source.check(topdown.shapes, topdown.reference, settings.steps, adjust)
-    position = _ancestral_start(density, source) if start is None else topdown.position(start, space)
-    adaptive = settings.step_size is None and density.informed
-    result = run_chain(
-        density,
-        position,
-        steps=settings.steps,
-        step_size=settings.step_size or default_step_size,
-        noise=source,
-        scheme=settings.scheme_in(space),
-        adjust=adjust,
-        temperature=settings.temperature,
-        adapt_steps=settings.steps // 2 if adaptive else 0,
-        taming=settings.taming,
-        measure=measure,
-        on_step=on_step,
-    )
-    return ChainDraw(topdown.descend(result.position, space).latents, result)
+        return ChainDraw(latents_at(parts, ()), None)
+    adjust = parts[0].informed if settings.adjust is None else settings.adjust
+    _check_precision(settings, parts[0], adjust)
+    with torch.autocast(topdown.reference.device.type, enabled=False):  # the chain's precision is its own setting
+        shapes = [(sum(part.topdown.batch_size for part in parts), *shape[1:]) for shape in topdown.shapes]
+        source = RandomNoise(shapes, topdown.reference) if noise is None else noise
+        if not hasattr(source, "normal"):
+            raise ArgumentError(f"noise: expected an InjectedNoise or another NoiseSource, got {type(noise).__name__}.")
+        if isinstance(source, InjectedNoise):
+            source.check(shapes, topdown.reference, settings.steps, adjust)
+        if start is None:
+            position = _ancestral_start(parts, source)
+        else:
+            rows = zip(*(z.split([part.topdown.batch_size for part in parts]) for z in start), strict=True)
+            positions = [part.topdown.position(own, space) for part, own in zip(parts, rows, strict=True)]
+            position = tuple(torch.cat(layer) for layer in zip(*positions, strict=True)) if len(parts) > 1 else positions[0]
+        adaptive = settings.step_size is None and parts[0].informed
+        result = run_chain(
+            parts,
+            position,
+            steps=settings.steps,
+            step_size=settings.step_size or default_step_size,
+            noise=source,
+            scheme=settings.scheme_in(space),
+            adjust=adjust,
+            temperature=settings.temperature,
+            adapt_steps=settings.steps // 2 if adaptive else 0,
+            taming=settings.taming,
+            precision=settings.precision,
+            measure=measure,
+            on_step=on_step,
+            step=STEPS[chosen_backend(settings.backend, parts, settings.steps)],
+        )
+        return ChainDraw(latents_at(parts, result.position), result)
+
+
+def _check_precision(settings: ChainSettings, density: JointDensity, adjust: bool) -> None:
+    device = density.topdown.reference.device.type
+    if settings.precision == "tf32" and device != "cuda":
+        raise ArgumentError(f'precision: "tf32" needs a CUDA device, and the generator is on {device}; use "full" or "bf16".')
+    if settings.precision == "bf16" and adjust:
+        raise ArgumentError(
+            'precision: "bf16" is for unadjusted chains, and this one accepts or rejects by its density; use "full", or pass '
+            "adjust=False and a step_size."
+        )
 
 
 def tune_step_size(
@@ -165,7 +207,7 @@ def tune_step_size(
     source = RandomNoise(density.topdown.shapes, density.topdown.reference)
     result = run_chain(
         density,
-        _ancestral_start(density, source),
+        _ancestral_start([density], source),
         steps=steps,
         step_size=start_step_size,
         noise=source,
@@ -177,9 +219,12 @@ def tune_step_size(
     return float(result.step_size.log().mean().exp().clamp(max=LARGEST_STEP))
 
 
-def _ancestral_start(density: JointDensity, source: NoiseSource) -> tuple[Tensor, ...]:
-    """ε ~ N(0, I) for the free layers, in the density's coordinates."""
+def _ancestral_start(parts: Sequence[JointDensity], source: NoiseSource) -> tuple[Tensor, ...]:
+    """ε ~ N(0, I) for the free layers, in the coordinates of the density."""
     noise = source.normal(0)
-    if density.space == "noise":
+    if parts[0].space == "noise":
         return noise
-    return density.topdown.position(density.topdown.descend(noise, "noise").latents, "latent")
+    rows = zip(*(layer.split([part.topdown.batch_size for part in parts]) for layer in noise), strict=True)
+    pairs = [(part.topdown, part.topdown.descend(own, "noise").latents) for part, own in zip(parts, rows, strict=True)]
+    positions = [topdown.position(latents, "latent") for topdown, latents in pairs]
+    return positions[0] if len(parts) == 1 else tuple(torch.cat(layer) for layer in zip(*positions, strict=True))

@@ -1,10 +1,24 @@
-"""The pure Langevin step, y' = c₀ y + c₁ g(y) + τ n with n ~ N(0, I), and its Metropolis–Hastings acceptance."""
+"""The pure Langevin step, y' = c₀ y + c₁ g(y) + τ n with n ~ N(0, I), and its Metropolis–Hastings acceptance.
+
+`advance` is the reference: every faster backend makes the same step from the same noise.
+"""
 
 from __future__ import annotations
 
-__all__ = ["Scheme", "StepCoefficients", "coefficients", "log_acceptance", "propose", "tame"]
+__all__ = [
+    "Carry",
+    "Rules",
+    "Scheme",
+    "StepCoefficients",
+    "advance",
+    "begin",
+    "coefficients",
+    "health",
+    "log_acceptance",
+    "propose",
+    "tame",
+]
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -13,7 +27,7 @@ import torch
 from torch import Tensor
 
 from energy_prior._util import sum_event
-from energy_prior.langevin.density import ChainState
+from energy_prior.langevin.density import ChainState, JointDensity, Precision
 from energy_prior.topdown import Space
 
 Scheme = Literal["crank_nicolson", "euler"]
@@ -26,6 +40,133 @@ class StepCoefficients(NamedTuple):
     keep: Tensor
     drift: Tensor
     noise: Tensor
+
+
+class Rules(NamedTuple):
+    """What does not change from step to step.
+
+    Attributes:
+        scheme: "crank_nicolson" or "euler".
+        temperature: T > 0; the chain targets p̃^{1/T}.
+        adjust: accept or reject (MALA).
+        adapt: each chain adapts its step size.
+        target_acceptance: what the adaptation aims at.
+        taming: longest drift as a multiple of the noise's length; None: the drift as it is.
+        measured: densities and acceptances are computed.
+        precision: of the matrix products in the gradients.
+    """
+
+    scheme: Scheme
+    temperature: float = 1.0
+    adjust: bool = False
+    adapt: bool = False
+    target_acceptance: float = 0.7
+    taming: float | None = None
+    measured: bool = False
+    precision: Precision = "full"
+
+
+class Carry(NamedTuple):
+    """What a chain takes from step to step.
+
+    Attributes:
+        state: where it is.
+        drift: ∇ as the next step uses it: that of `state`, or its tamed form.
+        was_cut: whether `drift` was cut in any layer, (batch,), bool; None without taming.
+        coefficients: of the step.
+        step_size: s, (batch,).
+        acceptance: probability of the last step, (batch,); None if not measured.
+        accepted: sum of the acceptance probabilities so far, (batch,); None if not measured.
+        cut: number of cut drifts that steps were made with so far, (batch,); None without taming.
+        health: `health` of the last proposal.
+    """
+
+    state: ChainState
+    drift: tuple[Tensor, ...]
+    was_cut: Tensor | None
+    coefficients: StepCoefficients
+    step_size: Tensor
+    acceptance: Tensor | None
+    accepted: Tensor | None
+    cut: Tensor | None
+    health: Tensor
+
+
+def begin(density: JointDensity, rules: Rules, position: Sequence[Tensor], step_size: Tensor) -> Carry:
+    """The chain before its first step."""
+    state = density.evaluate(position, with_density=rules.measured, precision=rules.precision)
+    c = coefficients(step_size, rules.scheme, density.space, rules.temperature)
+    drift, was_cut = (state.gradient, None) if rules.taming is None else tame(state.gradient, c, rules.taming)
+    zero = torch.zeros_like(step_size)
+    return Carry(
+        state=state,
+        drift=drift,
+        was_cut=was_cut,
+        coefficients=c,
+        step_size=step_size,
+        acceptance=torch.ones_like(zero) if rules.measured else None,
+        accepted=zero if rules.measured else None,
+        cut=None if rules.taming is None else zero,
+        health=health(state, density_of_zero_is_bad=True),
+    )
+
+
+def advance(
+    density: JointDensity, rules: Rules, carry: Carry, noise: Sequence[Tensor], uniform: Tensor | None, gain: Tensor | None
+) -> Carry:
+    """One step of every chain of the batch: propose, evaluate, accept or reject, adapt.
+
+    Args:
+        density: the target.
+        rules: how steps are made.
+        carry: the chain after the step before.
+        noise: standard normal, one tensor per free layer.
+        uniform: in [0, 1), (batch,), for `adjust`.
+        gain: of the step size's adaptation, a scalar, for `adapt`.
+    """
+    c, s = carry.coefficients, carry.step_size
+    proposal = propose(carry.state.position, carry.drift, c, noise)
+    new = density.evaluate(proposal, with_density=rules.measured, precision=rules.precision)
+    drift, was_cut = (new.gradient, None) if rules.taming is None else tame(new.gradient, c, rules.taming)
+    cut = None if carry.cut is None or carry.was_cut is None else carry.cut + carry.was_cut
+    sound = health(new, density_of_zero_is_bad=not rules.adjust)
+    if not rules.measured:
+        return Carry(new, drift, was_cut, c, s, None, None, cut, sound)
+    log_alpha = log_acceptance(carry.state, new, drift, c, noise, rules.temperature)
+    acceptance = log_alpha.exp().clamp(max=1.0)
+    if rules.adjust and uniform is not None:
+        accept = uniform.log() < log_alpha
+        new, old = _select(accept, new, carry.state), carry
+        drift = tuple(_pick(accept, a, b) for a, b in zip(drift, old.drift))
+        was_cut = None if was_cut is None or old.was_cut is None else _pick(accept, was_cut, old.was_cut)
+    if rules.adapt and gain is not None:
+        s = s * torch.exp(gain * (acceptance - rules.target_acceptance))
+        s = s.clamp(max=2 * math.sqrt(rules.temperature)) if rules.scheme == "crank_nicolson" else s
+        c = coefficients(s, rules.scheme, density.space, rules.temperature)
+        if rules.taming is not None:
+            drift, was_cut = tame(new.gradient, c, rules.taming)
+    accepted = None if carry.accepted is None else carry.accepted + acceptance
+    return Carry(new, drift, was_cut, c, s, acceptance, accepted, cut, sound)
+
+
+def health(state: ChainState, *, density_of_zero_is_bad: bool) -> Tensor:
+    """Finite where the state is: max |f_i| of each free layer, ∑ ∇_i of each, and the sum of the log density if it is there.
+
+    Args:
+        state: what to look at.
+        density_of_zero_is_bad: False: rows of density zero (log p̃ = −∞), which Metropolis–Hastings rejects, do not count.
+
+    Returns:
+        (2 · free layers [+ 1],), in the dtype of the positions.
+    """
+    energy, gradient, log_density = state.negative_energy, state.gradient, state.log_density
+    if log_density is not None and not density_of_zero_is_bad:
+        zero = torch.isneginf(log_density)
+        energy = energy.masked_fill(zero[:, None], 0.0)
+        gradient = tuple(g.masked_fill(_match(zero, g), 0.0) for g in gradient)
+        log_density = log_density.masked_fill(zero, 0.0)
+    parts = [energy.abs().amax(0), torch.stack([g.sum() for g in gradient])]
+    return torch.cat(parts if log_density is None else [*parts, log_density.sum()[None]])
 
 
 def coefficients(step_size: Tensor, scheme: Scheme, space: Space, temperature: float = 1.0) -> StepCoefficients:
@@ -53,51 +194,74 @@ def coefficients(step_size: Tensor, scheme: Scheme, space: Space, temperature: f
     return StepCoefficients(1 - 2 * a if space == "noise" else torch.ones_like(a), 2 * a, step_size)
 
 
-def tame(state: ChainState, c: StepCoefficients, taming: float) -> tuple[ChainState, Tensor]:
-    """The state with each layer's drift cut to `taming` times the length of the noise, ‖c₁ g_i‖ ≤ taming · τ √d_i.
+def tame(gradient: Sequence[Tensor], c: StepCoefficients, taming: float) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Each layer's drift cut to `taming` times the length of the noise, ‖c₁ g_i‖ ≤ taming · τ √d_i.
 
     A truncated drift (MALTA of Roberts and Tweedie, Bernoulli 1996): a chain cannot be thrown off by a steep spot, and as
     the cut depends on the position alone, Metropolis–Hastings with it at both ends stays exact.
 
     Args:
-        state: where the chain is.
+        gradient: g of each free layer, (batch, *shape).
         c: coefficients of the step.
         taming: > 0; at 1 a cut drift is as long as the noise that comes with it.
 
     Returns:
-        The state, and whether each chain's drift was cut in any layer, (batch,).
+        The gradients, and whether each chain's was cut in any layer, (batch,).
     """
-    gradients, cut = [], torch.zeros_like(state.log_density, dtype=torch.bool)
-    for g in state.gradient:
+    gradients, cut = [], torch.zeros_like(gradient[0].flatten(1)[:, 0], dtype=torch.bool)
+    for g in gradient:
         limit = taming * c.noise * math.sqrt(g[0].numel()) / c.drift
         length = sum_event(g**2).sqrt()
         over = length > limit  # False where the length is not finite: that is for the chain's watch to report
         gradients.append(g * _match(torch.where(over, limit / length, 1.0), g))
         cut = cut | over
-    return dataclasses.replace(state, gradient=tuple(gradients)), cut
+    return tuple(gradients), cut
 
 
-def propose(state: ChainState, c: StepCoefficients, noise: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """One unadjusted step from `state` with the injected standard normal `noise`, one tensor per free layer."""
+def propose(
+    position: Sequence[Tensor], gradient: Sequence[Tensor], c: StepCoefficients, noise: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """One unadjusted step from `position` with the injected standard normal `noise`; one tensor per free layer each."""
     return tuple(
         _match(c.keep, y) * y + _match(c.drift, y) * g + _match(c.noise, y) * n
-        for y, g, n in zip(state.position, state.gradient, noise, strict=True)
+        for y, g, n in zip(position, gradient, noise, strict=True)
     )
 
 
 def log_acceptance(
-    old: ChainState, new: ChainState, c: StepCoefficients, noise: Sequence[Tensor], temperature: float = 1.0
+    old: ChainState,
+    new: ChainState,
+    new_gradient: Sequence[Tensor],
+    c: StepCoefficients,
+    noise: Sequence[Tensor],
+    temperature: float = 1.0,
 ) -> Tensor:
     """log of the Metropolis–Hastings ratio of the step old -> new made with `noise`, (batch,).
 
-    log α = [log p̃(y') − log p̃(y)]/T + ½‖n‖² − ½‖n'‖², where n' = (y − c₀ y' − c₁ g(y'))/τ would lead back. A proposal
-    of density zero has log α = −∞.
+    log α = [log p̃(y') − log p̃(y)]/T + ½‖n‖² − ½‖n'‖², where n' = (y − c₀ y' − c₁ g(y'))/τ would lead back, with
+    `new_gradient` as g(y'). A proposal of density zero has log α = −∞.
     """
+    assert old.log_density is not None and new.log_density is not None  # noqa: S101, PT018
     ratio = (new.log_density - old.log_density) / temperature
-    for y, y_new, g_new, n in zip(old.position, new.position, new.gradient, noise, strict=True):
+    for y, y_new, g_new, n in zip(old.position, new.position, new_gradient, noise, strict=True):
         back = (y - _match(c.keep, y) * y_new - _match(c.drift, y) * g_new) / _match(c.noise, y)
         ratio = ratio + 0.5 * (sum_event(n**2) - sum_event(back**2))
     return torch.where(torch.isneginf(new.log_density), new.log_density, ratio)
+
+
+def _select(accept: Tensor, new: ChainState, old: ChainState) -> ChainState:
+    """Row by row the new state where accepted, the old one elsewhere."""
+    assert old.log_density is not None and new.log_density is not None  # noqa: S101, PT018
+    return ChainState(
+        position=tuple(_pick(accept, a, b) for a, b in zip(new.position, old.position)),
+        negative_energy=_pick(accept, new.negative_energy, old.negative_energy),
+        log_density=_pick(accept, new.log_density, old.log_density),
+        gradient=tuple(_pick(accept, a, b) for a, b in zip(new.gradient, old.gradient)),
+    )
+
+
+def _pick(accept: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(_match(accept, a), a, b)
 
 
 def _match(coefficient: Tensor, y: Tensor) -> Tensor:

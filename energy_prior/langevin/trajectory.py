@@ -4,12 +4,13 @@ from __future__ import annotations
 
 __all__ = ["Trajectory", "TrajectoryRecorder"]
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from energy_prior.langevin.density import ChainState, JointDensity
+from energy_prior.langevin.density import ChainState, JointDensity, latents_at
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class TrajectoryRecorder:
     """A step callback that keeps every m-th state; memory grows with the frames, not with the steps.
 
     Args:
-        density: the chain's target.
+        density: the chain's target, by parts of the batch.
         every: m, the steps between frames.
     """
 
-    def __init__(self, density: JointDensity, every: int) -> None:
+    def __init__(self, density: Sequence[JointDensity], every: int) -> None:
         self._density, self._every = density, every
         self._frames: list[tuple[int, tuple[Tensor, ...], Tensor, Tensor, Tensor]] = []
         self._accepted: Tensor | None = None
@@ -50,10 +51,10 @@ class TrajectoryRecorder:
         self._accepted = acceptance if self._accepted is None else self._accepted + acceptance
         if step % self._every:
             return
-        latents = self._density.topdown.descend(state.position, self._density.space).latents
-        energy = torch.stack([f(z) for f, z in zip(self._density.energies, latents, strict=True)], dim=1)
+        latents = latents_at(self._density, state.position)
+        energy = torch.stack([f(z) for f, z in zip(self._density[0].energies, latents, strict=True)], dim=1)
         mean = self._accepted / (self._every if step else 1)
-        self._frames.append((step, latents, energy, mean, self._density.drift_norm(state)))
+        self._frames.append((step, latents, energy, mean, self._density[0].drift_norm(state)))
         self._accepted = None
 
     def trajectory(self) -> Trajectory:

@@ -15,7 +15,8 @@ from torch import Tensor
 from energy_prior import validate
 from energy_prior._util import frozen, inferrer
 from energy_prior.errors import ArgumentError
-from energy_prior.langevin import ChainResult, ChainSettings, ChainState, JointDensity, sample_density, tune_step_size
+from energy_prior.langevin import ChainResult, ChainSettings, ChainState, sample_density, tune_step_size
+from energy_prior.langevin.backends import ChosenBackend, chosen_backend
 from energy_prior.langevin.settings import LARGEST_STEP
 from energy_prior.model import JointModel
 from energy_prior.topdown import TopDown, ancestral
@@ -45,6 +46,7 @@ class TrainingChains:
             self.device = TopDown(model.generator, 1).reference.device
         self.step_size = config.step_size or step_size
         self.posterior_step_size = step_size
+        self.backend: ChosenBackend | None = None
         self.bank: tuple[Tensor, ...] | None = None
         self.last: ChainResult | None = None
         self.last_posterior: ChainResult | None = None
@@ -55,7 +57,7 @@ class TrainingChains:
         """Starts both step sizes at the one with the target acceptance on the prior as it is."""
         model = self.model
         with self._full_precision(), torch.no_grad(), frozen(model.generator, *model.energies):
-            density = model.prior_density(_TUNING_BATCH)
+            density = model.density(_TUNING_BATCH)
             self.step_size = tune_step_size(
                 density, start_step_size=self.step_size, target_acceptance=self.config.target_acceptance
             )
@@ -95,8 +97,10 @@ class TrainingChains:
         model = self.model
         with self._full_precision(), torch.no_grad(), frozen(model.generator, *model.energies):
             start = validate.checked_infer(model.generator, x).latents if inferrer(model.generator) else None
-            density = JointDensity(TopDown(model.generator, len(x)), model.energies, model.space, x)
-            settings = ChainSettings(steps=self.config.posterior_steps, taming=self.config.taming)
+            settings = ChainSettings(
+                steps=self.config.posterior_steps, taming=self.config.taming, backend=self.chosen_backend(len(x))
+            )
+            density = model.parts(len(x), settings.max_memory, x=x)
             draw = sample_density(density, settings, default_step_size=self.posterior_step_size, start=start)
         self.last_posterior = draw.result
         if draw.result is not None:
@@ -113,12 +117,17 @@ class TrainingChains:
             self.energy_path.append(state.negative_energy.sum(1))
 
         with self._full_precision(), torch.no_grad(), frozen(model.generator, *model.energies):
-            settings = ChainSettings(steps=steps, step_size=self.step_size, taming=config.taming)
-            density = model.prior_density(len(start[0]))
+            settings = ChainSettings(
+                steps=steps,
+                step_size=self.step_size,
+                taming=config.taming,
+                backend=self.chosen_backend(min(len(start[0]), self.config.batch_size or len(start[0]))),
+            )
+            density = model.parts(len(start[0]), settings.max_memory)
             draw = sample_density(density, settings, default_step_size=self.step_size, start=start, on_step=follow)
             if draw.result is not None and draw.result.state is not None:
                 size = sum(y[0].numel() for y in draw.result.position)
-                self.drift_norm = density.drift_norm(draw.result.state).mean() / math.sqrt(size)
+                self.drift_norm = density[0].drift_norm(draw.result.state).mean() / math.sqrt(size)
         self.last = draw.result
         if config.step_size is None and draw.result is not None and draw.result.acceptance is not None:
             accepted = float(draw.result.acceptance.mean())
@@ -129,6 +138,13 @@ class TrainingChains:
     def _full_precision(self) -> AbstractContextManager[Any]:
         """No mixed precision in chains: densities of hundreds of nats and their differences do not fit in bf16."""
         return torch.autocast(self.device.type, enabled=False)
+
+    def chosen_backend(self, rows: int) -> ChosenBackend:
+        """How this run's chains make their steps; chosen once and kept in checkpoints: a resumed run does not switch."""
+        if self.backend is None:
+            config = self.config
+            self.backend = chosen_backend(config.backend, [self.model.density(rows)], config.iterations * config.steps)
+        return self.backend
 
     def figures(self) -> dict[str, Tensor]:
         """Of the last chains: acceptance, share of tamed steps, and drift norm per √dimension."""
@@ -144,10 +160,12 @@ class TrainingChains:
 
     def state(self) -> dict[str, Any]:
         """Step sizes and persistent chains."""
-        steps = {"step_size": self.step_size, "posterior_step_size": self.posterior_step_size}
+        steps: dict[str, Any] = {"step_size": self.step_size, "posterior_step_size": self.posterior_step_size}
+        steps["backend"] = self.backend
         return steps | ({"bank": list(self.bank)} if self.bank is not None else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from such a state."""
         self.step_size, self.posterior_step_size = state["step_size"], state["posterior_step_size"]
+        self.backend = state["backend"]
         self.bank = tuple(state["bank"]) if "bank" in state else None

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from energy_prior._util import check_count, check_positive
 from energy_prior.errors import ArgumentError
+from energy_prior.langevin.backends import Backend
 
 Method = Literal["nce", "multi_stage_nce", "two_stage", "variational", "joint"]
 """The learning rules; `JointEBMPrior.fit` says what each does."""
@@ -118,6 +119,8 @@ class FitConfig(RunConfig):
             are Metropolis-adjusted and each adapts its step size, from where the last ones ended.
         step_size: fixed Langevin step size of the prior chains, > 0; None: tuned while training.
         target_acceptance: MALA acceptance that the tuning of the step size aims at, in (0, 1).
+        backend: how the chains' steps are made, as in `energy_prior.langevin.ChainSettings`: "eager", "compiled", or "auto",
+            which compiles where the run is so long that it pays.
         taming: longest drift of a training chain's step, per layer, as a multiple of the noise's length, > 0.
         stages: ratio estimates of "multi_stage_nce", each against samples of the prior before it, ≥ 1.
         generator_learning_rate: of the generator's AdamW in the joint rules, > 0, with the same schedule.
@@ -137,6 +140,7 @@ class FitConfig(RunConfig):
     posterior_steps: int = 20
     step_size: float | None = None
     target_acceptance: float = 0.9
+    backend: Backend = "auto"
     taming: float = 1.0
     stages: int = 3
     generator_learning_rate: float = 1e-4
@@ -159,6 +163,8 @@ class FitConfig(RunConfig):
         for name in ("max_energy", "energy_bound", "gap_limit", "taming", "generator_learning_rate", "generator_gradient_clip"):
             check_positive(name, getattr(self, name))
         _check_at_least_zero(self, "energy_penalty")
+        if self.backend not in get_args(Backend):
+            raise ArgumentError(f"backend: expected one of {get_args(Backend)}, got {self.backend!r}.")
         if self.step_size is not None:
             check_positive("step_size", self.step_size)
         if not 0 <= self.ema_decay < 1:

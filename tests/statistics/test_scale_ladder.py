@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_posterior() -> None:
 class WithoutJacobian(JointDensity):
     """The noise-space density of public reference code: Σ f_i + log p_β(T_β(ε)), the Jacobian of T_β left out."""
 
-    def evaluate(self, position: Sequence[Tensor]) -> ChainState:
+    def evaluate(self, position: Sequence[Tensor], **_: Any) -> ChainState:
         with torch.enable_grad():
             leaves = tuple(p.detach().requires_grad_() for p in position)
             descent = self.topdown.descend(leaves, "noise")

@@ -67,7 +67,7 @@ def stationary_covariance(ladder: LinearLadder, space: str, scheme: Scheme, s: f
         density = JointDensity(TopDown(ladder, n + 1), ladder.energies, space)  # type: ignore[arg-type]
         y = torch.cat([torch.eye(n), torch.zeros(1, n)]).double()
         c = coefficients(torch.tensor(s, dtype=torch.float64), scheme, space)  # type: ignore[arg-type]
-        moved = torch.cat(propose(density.evaluate(split(y)), c, split(torch.zeros_like(y))), 1)
+        moved = torch.cat(propose(split(y), density.evaluate(split(y)).gradient, c, split(torch.zeros_like(y))), 1)
         k = (moved[:n] - moved[n]).T
         covariance = torch.zeros(n, n, dtype=torch.float64)
         power, term = k, float(c.noise) ** 2 * torch.eye(n).double()
@@ -107,4 +107,4 @@ def test_a_state_that_is_stationary_for_a_linear_tilt() -> None:
     state: ChainState = density.evaluate([at])
     for s in (0.1, 1.0, 1.9):
         c = coefficients(torch.tensor(s, dtype=torch.float64), "crank_nicolson", "noise")
-        torch.testing.assert_close(propose(state, c, [torch.zeros_like(at)])[0], at)
+        torch.testing.assert_close(propose(state.position, state.gradient, c, [torch.zeros_like(at)])[0], at)

@@ -1,0 +1,118 @@
+"""How a step is made, by the reference or by a faster form of the same step, and what decides between them."""
+
+from __future__ import annotations
+
+__all__ = ["STEPS", "Advance", "Backend", "ChosenBackend", "advance_compiled", "chosen_backend", "pays_to_compile"]
+
+import types
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from energy_prior.cost import Cost, evaluation_cost
+from energy_prior.errors import BackendWarning
+from energy_prior.langevin.density import JointDensity
+from energy_prior.langevin.step import Carry, Rules, advance
+
+Advance = Callable[[JointDensity, Rules, Carry, Sequence[Tensor], Tensor | None, Tensor | None], Carry]
+"""One step of every chain of the batch, as `energy_prior.langevin.step.advance` makes it."""
+
+ChosenBackend = Literal["eager", "compiled"]
+Backend = Literal["auto", "eager", "compiled"]
+"""How steps are made; `ChainSettings` says what each is."""
+
+_COMPILE_SECONDS, _COMPILE_SECONDS_PER_OPERATION = 20.0, 0.05
+_SAVED_SECONDS_PER_OPERATION = 4e-6
+_SAVED_SHARE, _FLOPS_PER_THREAD = 0.2, 5e10
+_WORTH_A_LOOK = 5000
+
+_KEPT = 64
+_compiled: OrderedDict[Hashable, _CompiledStep] = OrderedDict()
+
+
+def chosen_backend(backend: Backend, parts: Sequence[JointDensity], evaluations: int) -> ChosenBackend:
+    """What "auto" stands for: "compiled" where that takes less time than it saves, as far as counting can tell.
+
+    The choice depends on counts alone, never on a clock: a call that is repeated makes the same steps again.
+
+    Args:
+        backend: what was asked for; other than "auto" it is what comes back.
+        parts: of the batch.
+        evaluations: gradient evaluations of each part that are to come.
+    """
+    if backend != "auto":
+        return backend
+    rows = sum(part.topdown.batch_size for part in parts)
+    worth_a_look = evaluations * max(1, rows // 256) > _WORTH_A_LOOK
+    pays = worth_a_look and pays_to_compile(evaluation_cost(parts[0]), rows, len(parts), evaluations)
+    return "compiled" if pays else "eager"
+
+
+def pays_to_compile(cost: Cost, rows: int, parts: int, evaluations: int) -> bool:
+    """Whether compiling takes less time than it saves, by rough figures of small machines (`benchmarks/langevin.py`)."""
+    speed = _FLOPS_PER_THREAD * torch.get_num_threads()
+    saved = evaluations * (parts * cost.operations * _SAVED_SECONDS_PER_OPERATION + _SAVED_SHARE * rows * cost.flops / speed)
+    return saved > 1.5 * (_COMPILE_SECONDS + _COMPILE_SECONDS_PER_OPERATION * cost.operations)
+
+
+def advance_compiled(
+    density: JointDensity, rules: Rules, carry: Carry, noise: Sequence[Tensor], uniform: Tensor | None, gain: Tensor | None
+) -> Carry:
+    """`advance` through `torch.compile`, without graph breaks.
+
+    It is compiled when a step of its kind (the same modules, layers and shapes) is first made, and used again by every further
+    chain of that kind in this process. Where that is not possible (no C++ compiler, or code of the generator that
+    cannot be compiled), a `BackendWarning` says so once, and the reference is used.
+    """
+    topdown = density.topdown
+    like = topdown.reference
+    kind = (
+        id(topdown.generator),
+        tuple(map(id, density.energies)),
+        topdown.free,
+        tuple(topdown.held),
+        topdown.batch_size,
+        (density.space, density.x is not None, like.dtype, like.device),
+    )
+    step = _compiled.get(kind)
+    if step is None:
+        step = _compiled[kind] = _CompiledStep(f"{type(topdown.generator).__name__}, batch of {topdown.batch_size}")
+        if len(_compiled) > _KEPT:
+            _compiled.popitem(last=False)
+    _compiled.move_to_end(kind)
+    return step(density, rules, carry, noise, uniform, gain)
+
+
+class _CompiledStep:
+    """`advance`, compiled for one kind of chain; the reference from the first failure on."""
+
+    def __init__(self, name: str) -> None:
+        # torch.compile keeps what it compiled with the code object, a few variants each: a kind has its own code object
+        own = types.FunctionType(advance.__code__.replace(), advance.__globals__, "advance")
+        self._step: Any = torch.compile(own, fullgraph=True, dynamic=False)
+        self._name = name
+
+    def __call__(self, *arguments: Any) -> Carry:
+        if self._step is not None:
+            try:
+                return self._step(*arguments)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a compiler, or code of the user's under it, raises
+                self._step = None
+                reason = next((line for line in str(error).splitlines() if line.strip()), "")
+                warnings.warn(
+                    f"Langevin steps of {self._name}, cannot be compiled and run in eager mode: {type(error).__name__}: "
+                    f'{reason} (backend="eager" never tries)',
+                    BackendWarning,
+                    stacklevel=2,
+                )
+        return advance(*arguments)
+
+
+STEPS: Mapping[ChosenBackend, Advance] = {"eager": advance, "compiled": advance_compiled}
+"""The step by backend."""

@@ -1,0 +1,316 @@
+"""Every way to make a Langevin step against the reference, what decides between them, and what a chain does not do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch._dynamo.utils
+from ladders import LinearLadder, ScaleLadder
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from energy_prior import ArgumentError, JointEBMPrior, LadderVAE
+from energy_prior.cost import Cost, evaluation_cost
+from energy_prior.errors import BackendWarning
+from energy_prior.langevin import ChainSettings, InjectedNoise, chain
+from energy_prior.langevin.backends import pays_to_compile
+from energy_prior.topdown import TopDown
+
+STEPS, N = 8, 5
+
+
+@pytest.fixture(autouse=True)
+def _own_compiler() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+def lively(generator: Any, space: Any = "noise") -> JointEBMPrior:
+    """A prior in float64 whose energies are not 0."""
+    energies = getattr(generator, "energies", None)
+    prior = JointEBMPrior(generator, energies, space=space).double()
+    for f in prior.energies if energies is None else ():
+        nn.init.normal_(f.net[-1].weight, std=0.5)  # type: ignore[union-attr, operator]
+    return prior
+
+
+def mlp() -> LadderVAE:
+    return LadderVAE((6,), latent_dims=(4, 3), hidden=16)
+
+
+def conv() -> LadderVAE:
+    return LadderVAE((1, 8, 8), latent_dims=(2, 3), hidden=4, depth=1, nets="conv")
+
+
+def injected(prior: JointEBMPrior, free: tuple[int, ...]) -> InjectedNoise:
+    shapes = [prior.generator.latent_shapes[i - 1] for i in free]
+    return InjectedNoise([torch.randn(STEPS + 1, N, *s).double() for s in shapes], torch.rand(STEPS + 1, N).double())
+
+
+CHAINS: dict[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
+    "noise space": (mlp, "noise", {}),
+    "latent space": (mlp, "latent", {"step_size": 0.1}),
+    "convolutions, Euler, hot": (conv, "noise", {"scheme": "euler", "temperature": 1.3}),
+    "adjusted, tamed": (mlp, "noise", {"adjust": True, "taming": 0.05}),
+    "layer 1 held, adaptive": (mlp, "noise", {"given": 1, "step_size": None}),
+    "layer 2 held": (mlp, "noise", {"given": 2}),
+    "no nets": (ScaleLadder, "latent", {"adjust": True, "step_size": 0.4}),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_compiled_steps_are_the_reference_steps(name: str) -> None:
+    """Without graph breaks (a warning would be an error), and compiled once."""
+    make, space, options = CHAINS[name]
+    prior = lively(make(), space)
+    options = {"steps": STEPS, "step_size": 0.3} | options
+    held = options.pop("given", None)
+    given = {held: torch.randn(N, *prior.generator.latent_shapes[held - 1]).double()} if held else None
+    noise = injected(prior, tuple(i for i in (1, 2) if i != held))
+    reference = prior.sample_latents(N, given=given, noise=noise, backend="eager", **options)
+    compiled = prior.sample_latents(N, given=given, noise=noise, backend="compiled", **options)
+    for a, b in zip(compiled, reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    prior.sample_latents(N, given=given, backend="compiled", **options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_compiled_posterior_and_a_trajectory() -> None:
+    prior = lively(mlp())
+    x, start = torch.randn(N, 6).double(), prior.sample_latents(N)
+    noise = injected(prior, (1, 2))
+    ends = [prior.sample_posterior(x, start=start, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    runs = [prior.trajectory(N, every=4, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]
+    for field in ("negative_energy", "acceptance", "drift_norm"):
+        torch.testing.assert_close(getattr(runs[1], field), getattr(runs[0], field), rtol=1e-9, atol=1e-9)
+
+
+def test_new_weights_are_used_by_what_was_compiled() -> None:
+    prior = lively(mlp())
+    noise = injected(prior, (1, 2))
+    before = prior.sample_latents(N, noise=noise, steps=STEPS, backend="compiled")
+    with torch.no_grad():
+        for p in prior.parameters():
+            p.mul_(1.5)
+    after = prior.sample_latents(N, noise=noise, steps=STEPS, backend="compiled")
+    reference = prior.sample_latents(N, noise=noise, steps=STEPS, backend="eager")
+    torch.testing.assert_close(after[0], reference[0], rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(after[0], before[0])
+
+
+class Branches(LinearLadder):
+    """Its code asks for values on the way down, which no compiler can follow."""
+
+    def conditional(self, state: Any) -> Any:
+        if state.z is not None and float(state.z.detach().sum()) > 1e9:
+            raise RuntimeError
+        return super().conditional(state)
+
+
+def test_what_cannot_be_compiled_runs_in_eager_mode_with_one_warning() -> None:
+    prior = lively(Branches((3, 2), seed=1))
+    noise = injected(prior, (1, 2))
+    with pytest.warns(BackendWarning, match=r"Branches.*cannot be compiled and run in eager mode: .*data-dependent") as caught:
+        compiled = prior.sample_latents(N, noise=noise, steps=STEPS, backend="compiled")
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = prior.sample_latents(N, noise=noise, steps=STEPS, backend="compiled")
+    reference = prior.sample_latents(N, noise=noise, steps=STEPS, backend="eager")
+    assert torch.equal(compiled[0], reference[0])
+    assert torch.equal(again[0], reference[0])
+
+
+def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    prior = lively(mlp())
+    with pytest.warns(BackendWarning, match="run in eager mode"):
+        z = prior.sample_latents(N, steps=2, backend="compiled", rng=torch.Generator().manual_seed(0))
+    assert torch.equal(z[0], prior.sample_latents(N, steps=2, rng=torch.Generator().manual_seed(0))[0])
+
+
+def test_auto_compiles_where_it_pays_and_depends_on_counts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = Cost(1e4, 5e5, 60), Cost(1e6, 1e9, 80)
+    assert not pays_to_compile(small, 64, 1, 2500)
+    assert pays_to_compile(small, 64, 1, 1_000_000)
+    assert pays_to_compile(large, 256, 1, 2000)
+    asked: list[str] = []
+
+    def never(*arguments: Any) -> Any:
+        asked.append("compiled")
+        raise AssertionError
+
+    monkeypatch.setattr("energy_prior.langevin.backends._CompiledStep", never)
+    lively(mlp()).sample(64)
+    assert not asked, "short runs stay eager"
+    monkeypatch.setattr("energy_prior.langevin.backends.pays_to_compile", lambda *_: True)
+    with pytest.raises(AssertionError):
+        lively(mlp()).sample_latents(600_000, steps=60)
+
+
+def test_the_cost_of_an_evaluation_is_counted() -> None:
+    """Products: 2·(4·128 + 128·128 + 128) and 2·(3·128 + …) of the energies, 2·(3·16 + 16·16 + 16·8) of p(z_1 | z_2), twice."""
+    prior = lively(mlp())
+    with torch.no_grad():
+        cost = evaluation_cost(prior.model.density(2))
+    products = sum(d * 128 + 128 * 128 + 128 for d in (4, 3)) + 3 * 16 + 16 * 16 + 16 * 8
+    assert cost.flops == 2 * 2 * products
+    assert cost.memory > 8 * 4 * 128
+    assert cost.operations > 20
+
+
+def test_a_batch_in_parts_makes_the_same_draws() -> None:
+    prior = lively(mlp())
+    seeds = [torch.Generator().manual_seed(3) for _ in range(2)]
+    with torch.no_grad():
+        memory = 10 * evaluation_cost(prior.model.density(2)).memory
+    assert [d.topdown.batch_size for d in prior.model.parts(50, memory)] == [10] * 5
+    for options in ({}, {"given": {1: torch.randn(50, 4).double()}}, {"adjust": True, "taming": 0.1}):
+        whole = prior.sample_latents(50, steps=STEPS, rng=seeds[0], **options)  # type: ignore[arg-type]
+        parts = prior.sample_latents(50, steps=STEPS, rng=seeds[1], max_memory=memory, **options)  # type: ignore[arg-type]
+        for a, b in zip(parts, whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    x = torch.randn(50, 6).double()
+    scores = [prior.llr_score(x, 1, steps=STEPS, rng=torch.Generator().manual_seed(1), max_memory=m) for m in (1e9, memory)]
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-10, atol=1e-10)
+    latent = lively(mlp(), "latent")
+    ends = [
+        latent.sample_latents(50, steps=STEPS, step_size=0.05, rng=torch.Generator().manual_seed(2), max_memory=m)
+        for m in (1e9, memory)
+    ]
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-10, atol=1e-10)
+
+
+def test_a_trajectory_in_parts() -> None:
+    prior = lively(mlp())
+    runs = [prior.trajectory(40, steps=STEPS, every=4, rng=torch.Generator().manual_seed(3), max_memory=m) for m in (1e9, 1e4)]
+    assert len(prior.model.parts(40, 1e4)) > 1
+    for field in ("negative_energy", "acceptance", "drift_norm"):
+        torch.testing.assert_close(getattr(runs[0], field), getattr(runs[1], field), rtol=1e-10, atol=1e-10)
+
+
+def test_decoding_in_parts_gives_the_same_images() -> None:
+    prior = lively(conv())
+    a, b = (prior.sample(40, steps=3, rng=torch.Generator().manual_seed(3), max_memory=m) for m in (1e9, 1e4))
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_step_runs_only_the_layers_that_are_free() -> None:
+    """No image is decoded, held layers are passed through once, however many steps there are."""
+    calls: list[str] = []
+
+    class Counted(LadderVAE):
+        def conditional(self, state: Any) -> Any:
+            calls.append(f"conditional {state.layer}")
+            return super().conditional(state)
+
+        def descend(self, state: Any, z: Tensor) -> Any:
+            calls.append(f"descend {state.layer}")
+            return super().descend(state, z)
+
+        def likelihood(self, state: Any) -> Any:
+            calls.append("likelihood")
+            return super().likelihood(state)
+
+    prior = lively(Counted((6,), latent_dims=(2, 3, 2, 2), hidden=8))
+    given = {i: torch.randn(N, *prior.generator.latent_shapes[i - 1]).double() for i in (2, 3, 4)}
+
+    def of(steps: int, **options: Any) -> dict[str, int]:
+        calls.clear()
+        prior.sample_latents(N, steps=steps, **options)
+        return {name: calls.count(name) for name in sorted(set(calls))}
+
+    more, few = of(20, given=given), of(10, given=given)
+    assert {name for name in more if more[name] > few.get(name, 0)} <= {"conditional 1"}
+    assert "likelihood" not in of(10)
+    assert "descend 1" not in of(10), "the decoder below z_1"
+
+
+def test_the_host_never_waits_for_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where reading a value would wait for the device, none is read before the end."""
+    prior = lively(mlp())
+    reads: list[int] = []
+    made = [0]
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                reads.append(made[0])
+            return func(*args, **(kwargs or {}))
+
+    class OnDevice(chain._FiniteWatch):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self._early = False
+
+        def note(self, step: int, health: Any, step_size: Tensor) -> None:
+            made[0] = step
+            super().note(step, health, step_size)
+
+    monkeypatch.setattr(chain, "_FiniteWatch", OnDevice)
+    for options in ({}, {"adjust": True}, {"taming": 0.1}):
+        made[0] = 0
+        reads.clear()
+        with torch.no_grad(), Reads():
+            model = prior.model  # reads the step size
+            reads.clear()
+            settings = {"steps": 200, "step_size": 0.3, **options}
+            model.run(model.parts(N, 1e9), ChainSettings(**settings))  # type: ignore[arg-type]
+        assert not [step for step in reads if step < 199]
+
+
+def test_bf16_is_near_the_full_precision_and_refuses_to_accept_or_reject() -> None:
+    prior = JointEBMPrior(LadderVAE((6,), latent_dims=(4, 3), hidden=16))
+    for f in prior.energies:
+        nn.init.normal_(f.net[-1].weight, std=0.5)  # type: ignore[union-attr]
+    full, coarse = (
+        prior.sample_latents(200, steps=20, rng=torch.Generator().manual_seed(0), precision=p) for p in ("full", "bf16")
+    )
+    difference = float((full[0] - coarse[0]).abs().mean())
+    assert 0 < difference < 0.02
+    assert coarse[0].dtype == torch.float32
+    with pytest.raises(ArgumentError, match='precision: "bf16" is for unadjusted chains'):
+        prior.sample_latents(4, steps=2, adjust=True, precision="bf16")
+    with pytest.raises(ArgumentError, match='precision: "bf16" is for unadjusted chains'):
+        prior.sample_posterior(torch.randn(4, 6), steps=2, precision="bf16")
+    with pytest.raises(ArgumentError, match='precision: "tf32" needs a CUDA device'):
+        prior.sample_latents(4, steps=2, precision="tf32")
+
+
+def test_chains_are_as_exact_inside_the_users_own_autocast() -> None:
+    prior = lively(mlp()).float()
+    alone = prior.sample_latents(N, steps=4, rng=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = prior.sample_latents(N, steps=4, rng=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(alone, inside, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "value"), [("backend", "fast"), ("precision", "half"), ("max_memory", 0)])
+def test_bad_options(name: str, value: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"{name}: expected"):
+        lively(mlp()).sample_latents(2, **{name: value})
+
+
+def test_topdown_of_the_whole_batch_is_never_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    original = TopDown.__init__
+
+    def spy(self: TopDown, generator: Any, batch_size: int, *more: Any) -> None:
+        sizes.append(batch_size)
+        original(self, generator, batch_size, *more)
+
+    monkeypatch.setattr(TopDown, "__init__", spy)
+    prior = lively(mlp())
+    prior.sample(1000, steps=2, max_memory=1e5)
+    assert max(sizes) < 100
