@@ -73,7 +73,8 @@ def main() -> None:
     problems = ["digits", "ladder"] if options.quick else list(PROBLEMS)
     seeds, plain_seeds = (range(1), range(1)) if options.quick else (SEEDS, PLAIN_SEEDS)
     log = out / "stability.partial.jsonl"
-    files = (Path(__file__), Path(__file__).parent / "stability_problems.py", ROOT / "tests" / "ladders.py")
+    here = Path(__file__).parent
+    files = (Path(__file__), here / "stability_problems.py", ROOT / "tests" / "ladders.py", ROOT / "examples" / "cifar10.py")
     key = code_key(*files)
 
     def longest(problem: str) -> int:

@@ -54,10 +54,11 @@ def main() -> None:
 
 
 class TwoLayers(nn.Module):
-    """z_2 ~ N(0, I), z_1 | z_2 by an MLP, x | z_1 by transposed convolutions, σ = 0.3; q(z_1 | x) q(z_2 | z_1)."""
+    """z_2 ~ N(0, I), z_1 | z_2 by an MLP, x | z_1 by transposed convolutions with noise σ; q(z_1 | x) q(z_2 | z_1)."""
 
-    def __init__(self, width: int = 64, hidden: int = 200, dims: tuple[int, int] = (128, 100)) -> None:
+    def __init__(self, width: int = 64, hidden: int = 200, dims: tuple[int, int] = (128, 100), sigma: float = 0.3) -> None:
         super().__init__()
+        self.sigma = sigma
         d1, d2 = dims
         self.latent_shapes = (torch.Size((d1,)), torch.Size((d2,)))
         self.encoder = nn.Sequential(
@@ -88,8 +89,8 @@ class TwoLayers(nn.Module):
         return ("z_1", self.prior1(z)) if state[0] == "z_2" else ("x", z)
 
     def likelihood(self, state: tuple[str, Tensor]) -> Independent:
-        """N(g(z_1), 0.3²) for every pixel."""
-        return Independent(Normal(self.decoder(state[1]), 0.3, validate_args=False), 3, validate_args=False)
+        """N(g(z_1), σ²) for every pixel."""
+        return Independent(Normal(self.decoder(state[1]), self.sigma, validate_args=False), 3, validate_args=False)
 
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
         """A reparameterised draw, bottom-up."""
