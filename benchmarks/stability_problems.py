@@ -105,7 +105,7 @@ def image_problem(kind: str, seed: int, data: str, quick: bool, reference: str =
     def distance(prior: JointEBMPrior) -> float:
         return _mean_distance(features, test[:count], [prior.sample(count) for _ in range(repeats)])
 
-    return Problem(vae, lambda: None, train, 16 if quick else 64, distance, start, floor)
+    return Problem(vae, lambda: None, train, 16 if quick else 256 if kind == "cifar10" else 64, distance, start, floor)
 
 
 def _trained(kind: str, seed: int, data: str, quick: bool, reference: str) -> tuple[Any, ...]:
@@ -120,10 +120,10 @@ def _trained(kind: str, seed: int, data: str, quick: bool, reference: str) -> tu
     conv = kind == "cifar10"
     if conv:
         train, validation, test = (2 * images - 1 for images in (train, validation, test))
-        vae: nn.Module = TwoLayers(width=16, hidden=128, dims=(28, 14), sigma=0.2)
+        vae: nn.Module = TwoLayers(width=16, hidden=128, dims=(48, 16), sigma=0.2)
     else:
         vae = LadderVAE(tuple(train.shape[1:]), latent_dims=(16, 8), hidden=128)
-    iterations = 30 if quick else {"digits": 2000, "mnist": 4000, "cifar10": 5000}[kind]
+    iterations = 30 if quick else {"digits": 2000, "mnist": 4000, "cifar10": 4000}[kind]
     noise = 0.15 if kind == "digits" else 0.0
     fit_elbo(
         vae,

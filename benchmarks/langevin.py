@@ -1,0 +1,435 @@
+"""What a Langevin step costs: against the bare matrix products, a plain loop, torchebm, and what it need not do.
+
+    python benchmarks/langevin.py            # about ten minutes on two cores that do nothing else
+    python benchmarks/langevin.py --quick    # see that it runs
+
+Every figure is a ratio of medians of runs that alternate within this one process; compilation is not counted (`docs/sampling.md`
+says when it pays). Bare: the forward products and the input-gradient products of all nets of one step, and nothing else.
+Baseline: a plain eager loop with the reference step, the density summed over the batch, no parameter gradients and no
+decoding. torchebm is compared with if it is installed. Writes docs/results/langevin.json, .md and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from langevin_models import DeepConv, Published, StiffLadder, weights_of
+from matplotlib.figure import Figure
+from results import ROOT, Row, write_results
+from torch import Tensor, nn
+
+from energy_prior import ConvEnergy, JointEBMPrior
+from energy_prior._util import frozen
+from energy_prior.topdown import TopDown, ancestral
+from energy_prior.training.chains import TrainingChains
+
+STEP, STEPS = 0.1, 60
+GOALS: dict[tuple[str, str], float | None] = {
+    ("batch=100", "baseline_over_bare"): 2.6,
+    ("batch=1000", "baseline_over_bare"): 2.0,
+    ("batch=100", "over_bare"): 1.25,
+    ("batch=1000", "over_bare"): 1.25,
+    ("batch=100", "over_baseline"): 0.60,
+    ("batch=1000", "over_baseline"): 0.65,
+    ("batch=100", "over_torchebm"): 0.65,
+    ("batch=1000", "over_torchebm"): 0.65,
+    ("batch=100", "eager_over_baseline"): None,
+    ("batch=1000", "eager_over_baseline"): None,
+    ("batch=1000", "bf16_over_full"): None,
+    ("bf16", "energy_distance"): None,
+    ("bf16", "energy_distance_floor"): None,
+    ("deep_conv", "over_decoding_loop"): 0.60,
+    ("llr_k1_of_8", "over_k8"): 0.35,
+    ("two_stage_training", "over_baseline"): 0.71,
+    ("ladder_sigma_0.01_to_1", "over_latent_space"): 0.20,
+    ("gpu_batch=100", "triton_over_baseline"): 0.03,
+    ("gpu_batch=100", "graph_over_baseline"): 0.15,
+    ("gpu_batch=10000", "best_over_baseline"): 0.25,
+    ("memory_2500_over_25", "ratio"): 1.05,
+}
+
+
+def main() -> None:
+    """Measures, prints and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="see that it runs; writes nothing into docs/results")
+    parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory is not None:
+        print(json.dumps(peak_memory(options.memory)))
+        return
+    torch.manual_seed(0)
+    quick = options.quick
+    figures: dict[tuple[str, str], float] = {}
+    missing: dict[tuple[str, str], str] = {}
+
+    def note(case: str, found: Mapping[str, float]) -> None:
+        for metric, value in found.items():
+            figures[case, metric] = value
+            print(f"{case:<24}{metric:<24}{value:.4g}", flush=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a step that falls back to eager mode must not pass for a compiled one
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        for batch in (100, 1000):
+            note(f"batch={batch}", published(batch, quick))
+        note("bf16", coarse_samples(quick))
+        note("deep_conv", deep_conv(quick))
+        note("llr_k1_of_8", llr(quick))
+        note("two_stage_training", two_stage_training(quick))
+        note("ladder_sigma_0.01_to_1", stiff_ladder(quick))
+        note("memory_2500_over_25", memory(quick))
+    for case, metric in GOALS:
+        if (case, metric) not in figures:
+            missing[case, metric] = "not measured: " + (
+                "needs a CUDA device" if case.startswith("gpu") else "torchebm is not installed"
+            )
+    rows = [
+        Row(case=case, metric=metric, value=figures.get((case, metric)), sd=None, n=1, goal=goal, better="lower")
+        | ({"why": missing[case, metric]} if (case, metric) in missing else {})
+        for (case, metric), goal in GOALS.items()
+    ]
+    out = Path(tempfile.mkdtemp()) if quick else ROOT / "docs" / "results"
+    write_results(out / "langevin.json", cast("Sequence[Row]", rows))
+    (out / "langevin.md").write_text(_markdown(cast("Sequence[Row]", rows)))
+    _picture(out / "langevin.png", cast("Sequence[Row]", rows))
+    print((out / "langevin.md").read_text())
+
+
+# ------------------------------------------------------------------------------------------- the published two-layer setting
+
+
+def published(batch: int, quick: bool) -> dict[str, float]:
+    """Chains of 60 steps in latent space, through the public method, against the same steps by others."""
+    generator = Published()
+    prior = JointEBMPrior(generator, generator.energies(), space="latent")
+    nets = [*prior.energies, generator.prior]
+    matrices = weights_of(*nets)
+    inputs = {size: torch.randn(batch, size) for w in matrices for size in w.shape}
+    start = ancestral(generator, batch).latents
+    start = tuple(z.detach() for z in start)
+
+    def bare() -> None:
+        with torch.no_grad():
+            for _ in range(STEPS):
+                for w in matrices:
+                    torch.mm(inputs[w.shape[1]], w.t())
+                    torch.mm(inputs[w.shape[0]], w)
+
+    def ours(**options: Any) -> Callable[[], object]:
+        return lambda: prior.sample_latents(batch, start=start, steps=STEPS, step_size=STEP, **options)
+
+    runs: dict[str, Callable[[], object]] = {
+        "bare": bare,
+        "baseline": lambda: plain_chain(generator, list(prior.energies), start, STEPS),
+        "compiled": ours(backend="compiled"),
+        "eager": ours(backend="eager"),
+    }
+    if batch == 1000:
+        runs["bf16"] = ours(backend="compiled", precision="bf16")
+    with contextlib.suppress(ImportError):
+        runs["torchebm"] = torchebm_chain(generator, list(prior.energies), start)
+    ratio = alternate(runs, 2 if quick else 15 if batch == 100 else 7)
+    found = {
+        "baseline_over_bare": ratio("baseline", "bare"),
+        "over_bare": ratio("compiled", "bare"),
+        "over_baseline": ratio("compiled", "baseline"),
+        "eager_over_baseline": ratio("eager", "baseline"),
+    }
+    if "torchebm" in runs:
+        found["over_torchebm"] = ratio("compiled", "torchebm")
+    if "bf16" in runs:
+        found["bf16_over_full"] = ratio("bf16", "compiled")
+    return found
+
+
+def plain_chain(
+    generator: Any, energies: Sequence[nn.Module], start: Sequence[Tensor], steps: int, step_size: float = STEP
+) -> list[Tensor]:
+    """The loop that one writes by hand for two layers: z ← z + ½ s² ∇[Σ f_i(z_i) + log p_β(z)] + s n."""
+    z = list(start)
+    with frozen(generator, *energies):
+        for _ in range(steps):
+            leaves = [t.detach().requires_grad_() for t in z]
+            with torch.enable_grad():
+                state = generator.start(len(z[0]))
+                log_density = generator.conditional(state).log_prob(leaves[1]).sum(1)
+                state = generator.descend(state, leaves[1])
+                log_density = log_density + generator.conditional(state).log_prob(leaves[0]).sum(1)
+                for f, t in zip(energies, leaves, strict=True):
+                    log_density = log_density + f(t)
+                gradient = torch.autograd.grad(log_density.sum(), leaves)
+            z = [t.detach() + 0.5 * step_size**2 * g + step_size * torch.randn_like(t) for t, g in zip(leaves, gradient)]
+    return z
+
+
+def torchebm_chain(generator: Any, energies: Sequence[nn.Module], start: Sequence[Tensor]) -> Callable[[], object]:
+    """The same chain by torchebm's `LangevinDynamics`, on U(z) = −Σ f_i(z_i) − log p_β(z) of the concatenated latents."""
+    from torchebm.core import BaseModel  # type: ignore[import-not-found]
+    from torchebm.samplers import LangevinDynamics  # type: ignore[import-not-found]
+
+    class Density(BaseModel):
+        def forward(self, x: Tensor) -> Tensor:
+            z1, z2 = x[:, :128], x[:, 128:]
+            state = generator.start(len(x))
+            log_density = generator.conditional(state).log_prob(z2).sum(1) + energies[0](z1) + energies[1](z2)
+            return -log_density - generator.conditional(generator.descend(state, z2)).log_prob(z1).sum(1)
+
+    sampler = LangevinDynamics(Density(), step_size=0.5 * STEP**2)
+    x = torch.cat(list(start), 1)
+
+    def run() -> object:
+        with frozen(generator, *energies):
+            return sampler.sample(x=x, n_steps=STEPS)
+
+    return run
+
+
+def coarse_samples(quick: bool) -> dict[str, float]:
+    """Energy distance of bf16 samples to full-precision ones of other seeds, and that between two full-precision sets."""
+    generator = Published()
+    prior = JointEBMPrior(generator, generator.energies())
+    n = 200 if quick else 4000
+    sets = [
+        torch.cat(prior.sample_latents(n, step_size=0.3, precision=precision, rng=torch.Generator().manual_seed(seed)), 1)
+        for seed, precision in enumerate(("full", "full", "bf16"))
+    ]
+    return {
+        "energy_distance": energy_distance(sets[2], sets[0]),
+        "energy_distance_floor": energy_distance(sets[1], sets[0]),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- only what is needed
+
+
+def deep_prior() -> JointEBMPrior:
+    """Eight convolutional layers, with energies of a few nats."""
+    generator = DeepConv()
+    energies = [ConvEnergy(shape, channels=(16, 32, 32)) for shape in generator.latent_shapes]
+    for f in energies:
+        nn.init.normal_(f.net[-1].weight, std=0.1)  # type: ignore[arg-type]
+    return JointEBMPrior(generator, energies)
+
+
+def deep_conv(quick: bool) -> dict[str, float]:
+    """Compiled noise-space chains against an eager loop that decodes the image in every step."""
+    prior, batch, steps = deep_prior(), 16, 4 if quick else 20
+    generator: Any = prior.generator
+    start = [torch.randn(batch, *shape) for shape in generator.latent_shapes]
+
+    def decoding_loop() -> None:
+        noise = list(start)
+        with frozen(generator, prior):
+            for _ in range(steps):
+                leaves = [t.detach().requires_grad_() for t in noise]
+                with torch.enable_grad():
+                    state, tilt = generator.start(batch), torch.zeros(batch)
+                    for layer in range(8, 0, -1):
+                        p = generator.conditional(state)
+                        z = p.loc + p.scale * leaves[layer - 1]
+                        tilt = tilt + prior.energies[layer - 1](z)
+                        state = generator.descend(state, z)
+                    generator.likelihood(state).mean  # noqa: B018
+                    gradient = torch.autograd.grad(tilt.sum(), leaves)
+                a = STEP**2
+                noise = [t.detach() + 0.5 * a * (g - t.detach()) + STEP * torch.randn_like(t) for t, g in zip(leaves, gradient)]
+
+    runs: dict[str, Callable[[], object]] = {
+        "loop": decoding_loop,
+        "ours": lambda: prior.sample_latents(batch, steps=steps, step_size=STEP, backend="compiled"),
+    }
+    return {"over_decoding_loop": alternate(runs, 2 if quick else 9)("ours", "loop")}
+
+
+def llr(quick: bool) -> dict[str, float]:
+    """A chain of L^{>1}, layers 2 … 8 held, against one of L^{>8}, all free: time per step, once the layers above are done."""
+    prior, batch, steps = deep_prior(), 16, 4 if quick else 40
+    given = dict(enumerate(prior.sample_latents(batch, prior="generator"), start=1))
+    given.pop(1)
+
+    def chain(held: Mapping[int, Tensor] | None) -> Callable[[], object]:
+        return lambda: prior.sample_latents(batch, given=held, steps=steps, step_size=STEP, backend="compiled")
+
+    return {"over_k8": alternate({"k1": chain(given), "k8": chain(None)}, 2 if quick else 9)("k1", "k8")}
+
+
+def two_stage_training(quick: bool) -> dict[str, float]:
+    """An iteration of `fit(method="two_stage")`, batches of 100 with 60 steps, against the same with the baseline's chains."""
+    few, more = (2, 4) if quick else (5, 25)
+    x = torch.randn(1000, 32)
+
+    @contextlib.contextmanager
+    def baseline_chains() -> Iterator[None]:
+        original = TrainingChains.run
+
+        def run(self: TrainingChains, start: Sequence[Tensor], steps: int) -> tuple[Tensor, ...]:
+            z = plain_chain(self.model.generator, self.model.energies, start, steps, self.step_size)
+            return tuple(z)
+
+        TrainingChains.run = run
+        try:
+            yield
+        finally:
+            TrainingChains.run = original
+
+    generator = Published()
+    prior = JointEBMPrior(generator, generator.energies(), space="latent")
+    untrained = copy.deepcopy(prior.state_dict())
+
+    def seconds(iterations: int, baseline: bool) -> float:
+        torch.manual_seed(0)
+        prior.load_state_dict(untrained)
+        options: dict[str, Any] = {"batch_size": 100, "steps": STEPS, "persistent": 0, "progress": False, "step_size": STEP}
+        with baseline_chains() if baseline else contextlib.nullcontext():
+            begin = time.perf_counter()
+            prior.fit(x, "two_stage", iterations=iterations, backend="compiled", **options)
+            return time.perf_counter() - begin
+
+    seconds(1, False)  # compiles
+    ratios = []
+    for _ in range(1 if quick else 5):
+        per = [seconds(more, baseline) - seconds(few, baseline) for baseline in (False, True)]
+        ratios.append(per[0] / per[1])
+    return {"over_baseline": statistics.median(ratios)}
+
+
+# --------------------------------------------------------------------------------------------------------- fewer steps
+
+
+def stiff_ladder(quick: bool) -> dict[str, float]:
+    """Gradient evaluations until the energy distance to exact draws is below 0.02, from ε ~ N(0, 3²)."""
+    generator = StiffLadder()
+    n, most, tolerance = 1000, 200 if quick else 20_000, 0.02
+    rng = torch.Generator().manual_seed(0)
+    mean, covariance = generator.tilted()
+    exact = mean + torch.randn(4000, 12, generator=rng) @ torch.linalg.cholesky(covariance).T
+    dispersed = [3.0 * torch.randn(n, 4, generator=rng) for _ in range(3)]
+    with torch.no_grad():
+        start = TopDown(generator, n).descend(dispersed, "noise").latents
+
+    def evaluations(space: Any, step_size: float | None, every: int) -> int:
+        """Until the tolerance is met; `most` if it is not."""
+        prior = JointEBMPrior(generator, generator.energies, space=space)
+        options: dict[str, Any] = {"step_size": step_size, "adjust": False}
+        spent, z = 0, start
+        if step_size is None:
+            prior.tune_step_size(target_acceptance=0.7)
+            spent, options = 150, {"adjust": True}  # the tuning counts
+        while spent < most:
+            z = prior.sample_latents(n, start=z, steps=every, **options)
+            spent += every
+            with torch.no_grad():
+                noise = TopDown(generator, n).position(z, "noise")
+            if energy_distance(torch.cat(noise, 1), exact) < tolerance:
+                return spent
+        return most
+
+    noise = evaluations("noise", None, 5)
+    latent = min(evaluations("latent", s, 100) for s in (0.005, 0.008, 0.011, 0.014, 0.017))
+    print(f"noise space {noise}, latent space {latent}{' or more' if latent >= most else ''} evaluations", flush=True)
+    return {"over_latent_space": noise / latent}
+
+
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """2 E‖X − Y‖ − E‖X − X'‖ − E‖Y − Y'‖, unbiased: 0 on average for equal distributions (Székely and Rizzo, 2013)."""
+
+    def within(t: Tensor) -> Tensor:
+        return torch.pdist(t).mean()
+
+    return float(2 * torch.cdist(a, b).mean() - within(a) - within(b))
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def memory(quick: bool) -> dict[str, float]:
+    """Peak of the resident memory above its level before the call, 2,500 steps over 25, each in a process of its own."""
+    peaks = []
+    for steps in (25, 250 if quick else 2500):
+        runs = [
+            subprocess.run([sys.executable, __file__, "--memory", str(steps)], capture_output=True, text=True, check=True)  # noqa: S603
+            for _ in range(1 if quick else 3)
+        ]
+        peaks.append(statistics.median(json.loads(run.stdout) for run in runs))
+    return {"ratio": peaks[1] / peaks[0]}
+
+
+def peak_memory(steps: int) -> int:
+    """kB that a chain of 4,000 rows adds to this process's peak, once a chain has run before."""
+    torch.set_num_threads(1)
+    generator = Published()
+    prior = JointEBMPrior(generator, generator.energies(), space="latent")
+    prior.sample_latents(100, steps=2, step_size=STEP)
+    level = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    prior.sample_latents(4000, steps=steps, step_size=STEP)
+    return _status("VmHWM") - level
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
+
+
+# ------------------------------------------------------------------------------------------------------ timing and output
+
+
+def alternate(runs: Mapping[str, Callable[[], object]], repeats: int) -> Callable[[str, str], float]:
+    """Runs all in turn, `repeats` times after one that does not count; gives the median over the rounds of a ratio of two."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for name in list(runs) * 2:
+        runs[name]()
+    for _ in range(repeats):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+    return lambda a, b: statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    lines = [
+        "# Langevin",
+        "",
+        "`python benchmarks/langevin.py`: ratios of times within one run; its docstring says what is compared.",
+        "",
+        "| case | metric | value | at most |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        value = row.get("why", "") if row["value"] is None else f"{row['value']:.3g}"
+        lines.append(f"| {row['case']} | {row['metric']} | {value} | {'' if row['goal'] is None else row['goal']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _picture(path: Path, rows: Sequence[Row]) -> None:
+    """Every measured ratio that has a goal, as a share of it."""
+    shown = [(row, row["value"] / row["goal"]) for row in rows if row["value"] is not None and row["goal"]]
+    figure = Figure(figsize=(7, 0.32 * len(shown) + 0.9), layout="constrained")
+    axes = figure.subplots()
+    names = [f"{row['case']}  {row['metric']}" for row, _ in shown]
+    axes.barh(names, [share for _, share in shown], color=["tab:blue" if share <= 1 else "tab:red" for _, share in shown])
+    for position, (row, share) in enumerate(shown):
+        axes.text(share + 0.01, position, f"{row['value']:.3g}", va="center", fontsize=8)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel("share of the goal (1: just met)")
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
