@@ -3,7 +3,7 @@
     python benchmarks/langevin.py            # about ten minutes on two cores that do nothing else
     python benchmarks/langevin.py --quick    # see that it runs
 
-Every figure is a ratio of medians of runs that alternate within this one process; compilation is not counted (`docs/sampling.md`
+Every figure is a median of ratios of runs that alternate within this one process; compilation is not counted (docs/sampling.md
 says when it pays). Bare: the forward products and the input-gradient products of all nets of one step, and nothing else.
 Baseline: a plain eager loop with the reference step, the density summed over the batch, no parameter gradients and no
 decoding. torchebm is compared with if it is installed. Writes docs/results/langevin.json, .md and .png.
