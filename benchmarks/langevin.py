@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from results import ROOT, Row, write_results
 from torch import Tensor, nn
 
-from energy_prior import ConvEnergy, JointEBMPrior
+from energy_prior import ConvEnergy, DivergenceError, JointEBMPrior
 from energy_prior._util import frozen
 from energy_prior.topdown import TopDown, ancestral
 from energy_prior.training.chains import TrainingChains
@@ -330,7 +330,10 @@ def stiff_ladder(quick: bool) -> dict[str, float]:
             prior.tune_step_size(target_acceptance=0.7)
             spent, options = 150, {"adjust": True}  # the tuning counts
         while spent < most:
-            z = prior.sample_latents(n, start=z, steps=every, **options)
+            try:
+                z = prior.sample_latents(n, start=z, steps=every, **options)
+            except DivergenceError:  # too large a step for the layer with σ = 0.01
+                return most
             spent += every
             with torch.no_grad():
                 noise = TopDown(generator, n).position(z, "noise")

@@ -1,4 +1,4 @@
-"""The Python blocks of README and docs/training.md run as they are written, but for the number of training iterations."""
+"""The Python blocks of README and of the guides in docs run as they are written, but for the number of training iterations."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ BLOCKS = blocks("README.md")
 def test_there_are_blocks() -> None:
     assert len(BLOCKS) == 3
     assert len(blocks("docs/training.md")) == 2
+    assert len(blocks("docs/sampling.md")) == 1
 
 
 def test_training_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +41,13 @@ def test_training_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert names["samples"].shape == (30, 1, 8, 8)
     assert names["scores"].shape == (64,)
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"vae", "prior", "prior-2"}
+
+
+def test_sampling_guide() -> None:
+    names: dict[str, Any] = {"generator": LadderVAE((1, 4, 4), latent_dims=(4, 2), hidden=8)}
+    exec(compile(blocks("docs/sampling.md")[0].replace("100_000", "50"), "docs/sampling.md", "exec"), names)  # noqa: S102
+    assert names["z"][0].shape == (1000, 4)
+    assert names["run"].steps.tolist() == [0, 25, 50]
 
 
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
