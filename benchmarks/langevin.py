@@ -372,14 +372,14 @@ def memory(quick: bool) -> dict[str, float]:
 
 
 def peak_memory(steps: int) -> int:
-    """kB that a chain of 4,000 rows adds to this process's peak, once a chain has run before."""
+    """kB that a chain of 1,000 rows adds to this process's peak, once a chain has run before."""
     torch.set_num_threads(1)
     generator = Published()
     prior = JointEBMPrior(generator, generator.energies(), space="latent")
     prior.sample_latents(100, steps=2, step_size=STEP)
     level = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    prior.sample_latents(4000, steps=steps, step_size=STEP)
+    prior.sample_latents(1000, steps=steps, step_size=STEP)
     return _status("VmHWM") - level
 
 

@@ -326,3 +326,15 @@ def test_schedule_warms_up_and_decays_to_a_tenth() -> None:
     assert max(rates) == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
     assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+
+
+def test_the_backend_is_chosen_once_and_kept_in_checkpoints() -> None:
+    model = make().model
+    chosen = TrainingChains(model, FitConfig(backend="compiled"), 0.3)
+    assert chosen.chosen_backend(8) == "compiled"
+    resumed = TrainingChains(model, FitConfig(), 0.3)
+    resumed.load_state(chosen.state())
+    assert resumed.chosen_backend(8) == "compiled", "a resumed run does not switch"
+    assert TrainingChains(model, FitConfig(), 0.3).chosen_backend(8) == "eager", "a short run does not wait for a compiler"
+    with pytest.raises(ArgumentError, match="backend: expected one of"):
+        FitConfig(backend="fast")  # type: ignore[arg-type]
