@@ -151,7 +151,7 @@ def test_auto_compiles_where_it_pays_and_depends_on_counts_alone(monkeypatch: py
         asked.append("compiled")
         raise AssertionError
 
-    monkeypatch.setattr("energy_prior.langevin.backends._CompiledStep", never)
+    monkeypatch.setattr("energy_prior.langevin.backends._Compiled", never)
     lively(mlp()).sample(64)
     assert not asked, "short runs stay eager"
     monkeypatch.setattr("energy_prior.langevin.backends.pays_to_compile", lambda *_: True)
@@ -176,7 +176,12 @@ def test_a_batch_in_parts_makes_the_same_draws() -> None:
     with torch.no_grad():
         memory = 10 * evaluation_cost(prior.model.density(2)).memory
     assert [d.topdown.batch_size for d in prior.model.parts(50, memory)] == [10] * 5
-    for options in ({}, {"given": {1: torch.randn(50, 4).double()}}, {"adjust": True, "taming": 0.1}):
+    for options in (
+        {},
+        {"given": {1: torch.randn(50, 4).double()}},
+        {"adjust": True, "taming": 0.1},
+        {"backend": "compiled"},
+    ):
         whole = prior.sample_latents(50, steps=STEPS, rng=seeds[0], **options)  # type: ignore[arg-type]
         parts = prior.sample_latents(50, steps=STEPS, rng=seeds[1], max_memory=memory, **options)  # type: ignore[arg-type]
         for a, b in zip(parts, whole, strict=True):

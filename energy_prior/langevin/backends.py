@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["STEPS", "Advance", "Backend", "ChosenBackend", "advance_compiled", "chosen_backend", "pays_to_compile"]
+__all__ = [
+    "STEPPERS",
+    "UNROLLED",
+    "Advance",
+    "Backend",
+    "ChosenBackend",
+    "advance_compiled",
+    "chosen_backend",
+    "pays_to_compile",
+]
 
 import types
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +25,17 @@ from torch import Tensor
 from energy_prior.cost import Cost, evaluation_cost
 from energy_prior.errors import BackendWarning
 from energy_prior.langevin.density import JointDensity
-from energy_prior.langevin.step import Carry, Rules, advance
+from energy_prior.langevin.step import Carry, Rules, advance, advance_several
 
 Advance = Callable[[JointDensity, Rules, Carry, Sequence[Tensor], Tensor | None, Tensor | None], Carry]
 """One step of every chain of the batch, as `energy_prior.langevin.step.advance` makes it."""
 
 ChosenBackend = Literal["eager", "compiled"]
+AdvanceSeveral = Callable[[JointDensity, Rules, Carry, Sequence[Sequence[Tensor]]], tuple[Carry, Tensor]]
+"""Several unadjusted steps, as `energy_prior.langevin.step.advance_several` makes them."""
+
+UNROLLED = 4
+
 Backend = Literal["auto", "eager", "compiled"]
 """How steps are made; `ChainSettings` says what each is."""
 
@@ -31,7 +45,7 @@ _SAVED_SHARE, _FLOPS_PER_THREAD = 0.2, 5e10
 _WORTH_A_LOOK = 5000
 
 _KEPT = 64
-_compiled: OrderedDict[Hashable, _CompiledStep] = OrderedDict()
+_compiled: OrderedDict[Hashable, _Compiled] = OrderedDict()
 
 
 def chosen_backend(backend: Backend, parts: Sequence[JointDensity], evaluations: int) -> ChosenBackend:
@@ -68,6 +82,17 @@ def advance_compiled(
     chain of that kind in this process. Where that is not possible (no C++ compiler, or code of the generator that
     cannot be compiled), a `BackendWarning` says so once, and the reference is used.
     """
+    return _compiled_for(density).call(advance, density, rules, carry, noise, uniform, gain)
+
+
+def several_compiled(
+    density: JointDensity, rules: Rules, carry: Carry, noises: Sequence[Sequence[Tensor]]
+) -> tuple[Carry, Tensor]:
+    """`advance_several`, compiled as one piece: what a call costs beside the step is paid once for all of them."""
+    return _compiled_for(density).call(advance_several, density, rules, carry, noises)
+
+
+def _compiled_for(density: JointDensity) -> _Compiled:
     topdown = density.topdown
     like = topdown.reference
     kind = (
@@ -78,41 +103,56 @@ def advance_compiled(
         topdown.batch_size,
         (density.space, density.x is not None, like.dtype, like.device),
     )
-    step = _compiled.get(kind)
-    if step is None:
-        step = _compiled[kind] = _CompiledStep(f"{type(topdown.generator).__name__}, batch of {topdown.batch_size}")
+    compiled = _compiled.get(kind)
+    if compiled is None:
+        compiled = _compiled[kind] = _Compiled(f"{type(topdown.generator).__name__}, batch of {topdown.batch_size}")
         if len(_compiled) > _KEPT:
             _compiled.popitem(last=False)
     _compiled.move_to_end(kind)
-    return step(density, rules, carry, noise, uniform, gain)
+    return compiled
 
 
-class _CompiledStep:
-    """`advance`, compiled for one kind of chain; the reference from the first failure on."""
+class _Compiled:
+    """Functions of the reference, compiled for one kind of chain; as they are from the first failure on."""
 
     def __init__(self, name: str) -> None:
-        # torch.compile keeps what it compiled with the code object, a few variants each: a kind has its own code object
-        own = types.FunctionType(advance.__code__.replace(), advance.__globals__, "advance")
-        self._step: Any = torch.compile(own, fullgraph=True, dynamic=False)
         self._name = name
+        self._works = True
+        self._functions: dict[Any, Any] = {}
 
-    def __call__(self, *arguments: Any) -> Carry:
-        if self._step is not None:
-            try:
-                return self._step(*arguments)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever a compiler, or code of the user's under it, raises
-                self._step = None
-                reason = next((line for line in str(error).splitlines() if line.strip()), "")
-                warnings.warn(
-                    f"Langevin steps of {self._name}, cannot be compiled and run in eager mode: {type(error).__name__}: "
-                    f'{reason} (backend="eager" never tries)',
-                    BackendWarning,
-                    stacklevel=2,
-                )
-        return advance(*arguments)
+    def call(self, function: Any, *arguments: Any) -> Any:
+        """`function(*arguments)`, compiled if possible."""
+        if not self._works:
+            return function(*arguments)
+        if function not in self._functions:
+            # torch.compile keeps what it compiled with the code object, a few variants each: a kind has its own code object
+            own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+            self._functions[function] = torch.compile(own, fullgraph=True, dynamic=False)
+        try:
+            return self._functions[function](*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler, or code of the user's under it, raises
+            self._works = False
+            reason = next((line for line in str(error).splitlines() if line.strip()), "")
+            warnings.warn(
+                f"Langevin steps of {self._name}, cannot be compiled and run in eager mode: {type(error).__name__}: "
+                f'{reason} (backend="eager" never tries)',
+                BackendWarning,
+                stacklevel=2,
+            )
+        return function(*arguments)
 
 
-STEPS: Mapping[ChosenBackend, Advance] = {"eager": advance, "compiled": advance_compiled}
-"""The step by backend."""
+class Stepper(NamedTuple):
+    """How a backend makes steps: one of any kind, or `UNROLLED` unadjusted ones in one call, where that is faster."""
+
+    one: Advance
+    several: AdvanceSeveral | None
+
+
+STEPPERS: Mapping[ChosenBackend, Stepper] = {
+    "eager": Stepper(advance, None),
+    "compiled": Stepper(advance_compiled, several_compiled),
+}
+"""How steps are made, by backend."""

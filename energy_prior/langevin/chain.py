@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from energy_prior.errors import DivergenceError
-from energy_prior.langevin.backends import Advance
+from energy_prior.langevin.backends import STEPPERS, UNROLLED, Stepper
 from energy_prior.langevin.density import ChainState, JointDensity, Precision, matrix_products
 from energy_prior.langevin.noise import NoiseSource
-from energy_prior.langevin.step import Carry, Rules, Scheme, advance, begin, propose
+from energy_prior.langevin.step import Carry, Rules, Scheme, begin, propose
 
 StepCallback = Callable[[int, ChainState, Tensor], None]
 """Called with (step, state, acceptance probability of that step, (batch,)) after every step, and at step 0 with ones."""
@@ -58,7 +58,7 @@ def run_chain(
     precision: Precision = "full",
     measure: bool = False,
     on_step: StepCallback | None = None,
-    step: Advance = advance,
+    stepper: Stepper = STEPPERS["eager"],
 ) -> ChainResult:
     """Runs one Langevin chain per row of the batch.
 
@@ -85,7 +85,7 @@ def run_chain(
         precision: of the matrix products in the gradients.
         measure: report `state` and `acceptance` of an unadjusted chain too.
         on_step: called after every step.
-        step: how a step is made: the reference, or a faster form of it (`energy_prior.langevin.backends`).
+        stepper: how steps are made: by the reference, or by a faster form of it (`energy_prior.langevin.backends`).
 
     Raises:
         DivergenceError: if a density or gradient stops being finite; it names the layer and the step. Noted on the device in
@@ -115,7 +115,20 @@ def run_chain(
             on_step(0, _whole_state(carries), torch.ones_like(s))
         gains = [float(t) ** -0.6 for t in range(1, adapt_steps + 1)]
         gain = torch.tensor(gains, dtype=s.dtype).to(s.device)
-        for t in range(1, steps + 1):
+        t = 0
+        while t < steps:
+            if stepper.several is not None and not rules.measured and t + UNROLLED < steps:
+                blocks = [[list(layer.split(sizes)) for layer in noise.normal(t + i)] for i in range(1, UNROLLED + 1)]
+                ends = [
+                    stepper.several(d, rules, carry, [[layer[part] for layer in n] for n in blocks])
+                    for part, (d, carry) in enumerate(zip(parts, carries, strict=True))
+                ]
+                carries = [carry for carry, _ in ends]
+                for i in range(UNROLLED):
+                    watch.note(t + i + 1, [rows[i] for _, rows in ends], s)
+                t += UNROLLED
+                continue
+            t += 1
             n = noise.normal(t)
             if t == steps and not rules.measured:
                 pairs = zip(carries, *(layer.split(sizes) for layer in n), strict=True)
@@ -127,11 +140,11 @@ def run_chain(
                 rules = rules._replace(adapt=False)
             u = noise.uniform(t) if adjust else None
             if len(parts) == 1:
-                carries = [step(parts[0], rules, carries[0], n, u, gain[t - 1] if rules.adapt else None)]
+                carries = [stepper.one(parts[0], rules, carries[0], n, u, gain[t - 1] if rules.adapt else None)]
             else:
                 pairs = zip(parts, carries, _rows(u, sizes), *(layer.split(sizes) for layer in n), strict=True)
                 g = gain[t - 1] if rules.adapt else None
-                carries = [step(d, rules, carry, own, mine, g) for d, carry, mine, *own in pairs]
+                carries = [stepper.one(d, rules, carry, own, mine, g) for d, carry, mine, *own in pairs]
             if rules.adapt:
                 s = _joined([c.step_size for c in carries])
             watch.note(t, [c.health for c in carries], s)

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from energy_prior._util import check_count, check_positive, check_settings
 from energy_prior.errors import ArgumentError
-from energy_prior.langevin.backends import STEPS, Backend, chosen_backend
+from energy_prior.langevin.backends import STEPPERS, Backend, chosen_backend
 from energy_prior.langevin.chain import ChainResult, StepCallback, run_chain
 from energy_prior.langevin.density import JointDensity, Precision, latents_at
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
@@ -176,7 +176,7 @@ def sample_density(
             precision=settings.precision,
             measure=measure,
             on_step=on_step,
-            step=STEPS[chosen_backend(settings.backend, parts, settings.steps)],
+            stepper=STEPPERS[chosen_backend(settings.backend, parts, settings.steps)],
         )
         return ChainDraw(latents_at(parts, result.position), result)
 

@@ -11,6 +11,7 @@ __all__ = [
     "Scheme",
     "StepCoefficients",
     "advance",
+    "advance_several",
     "begin",
     "coefficients",
     "health",
@@ -147,6 +148,17 @@ def advance(
             drift, was_cut = tame(new.gradient, c, rules.taming)
     accepted = None if carry.accepted is None else carry.accepted + acceptance
     return Carry(new, drift, was_cut, c, s, acceptance, accepted, cut, sound)
+
+
+def advance_several(
+    density: JointDensity, rules: Rules, carry: Carry, noises: Sequence[Sequence[Tensor]]
+) -> tuple[Carry, Tensor]:
+    """Unadjusted steps one after the other, one for each entry of `noises`; and their `health`, a row each."""
+    rows = []
+    for noise in noises:
+        carry = advance(density, rules, carry, noise, None, None)
+        rows.append(carry.health)
+    return carry, torch.stack(rows)
 
 
 def health(state: ChainState, *, density_of_zero_is_bad: bool) -> Tensor:
