@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "ArgumentError",
+    "BackendWarning",
     "CheckpointError",
     "ConvEnergy",
     "DistributedError",
@@ -30,6 +31,7 @@ from energy_prior.check import check_generator
 from energy_prior.energies import ConvEnergy, Energy, MLPEnergy, default_energies
 from energy_prior.errors import (
     ArgumentError,
+    BackendWarning,
     CheckpointError,
     DistributedError,
     DivergenceError,

@@ -36,12 +36,10 @@ class Cost(NamedTuple):
 
 def evaluation_cost(density: JointDensity) -> Cost:
     """Counts one evaluation of `density`, once for densities of its kind; fastest on one of few rows."""
-    topdown = density.topdown
-    kind = (id(topdown.generator), topdown.free, tuple(topdown.held), density.space, density.x is not None)
     known = _costs.setdefault(density.energies[0], {})
-    if kind not in known:
-        known[kind] = _counted(density)
-    return known[kind]
+    if density.kind not in known:
+        known[density.kind] = _counted(density)
+    return known[density.kind]
 
 
 def _counted(density: JointDensity) -> Cost:

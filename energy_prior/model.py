@@ -71,7 +71,7 @@ class JointModel:
 
     def run(
         self,
-        density: Sequence[JointDensity],
+        parts: Sequence[JointDensity],
         settings: ChainSettings,
         *,
         start: Sequence[Tensor] | None = None,
@@ -79,7 +79,7 @@ class JointModel:
         on_step: StepCallback | None = None,
     ) -> tuple[Tensor, ...]:
         """A chain on the parts of a density; all latents at its end."""
-        chain = sample_density(density, settings, default_step_size=self.step_size, start=start, noise=noise, on_step=on_step)
+        chain = sample_density(parts, settings, default_step_size=self.step_size, start=start, noise=noise, on_step=on_step)
         return chain.latents
 
     def sample_posterior(

@@ -47,9 +47,10 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
     Layers are numbered as in the paper: z_1 is nearest the data, z_L is the top; `latents[0]` is z_1. A higher f_i means
     more probable. All densities, energies and scores are in nats per observation.
 
-    Methods that run a chain take its options as keywords: `steps`, `step_size`, `adjust`, `temperature`, `scheme` (see
-    `energy_prior.langevin.ChainSettings`). Methods that draw random numbers take `rng`: the same seed gives the same
-    result (for the same batch size), None uses torch's global stream, and an explicit `rng` leaves that stream untouched.
+    Methods that run a chain take its options as keywords: `steps`, `step_size`, `adjust`, `temperature`, `scheme`, `taming`,
+    `backend`, `precision`, `max_memory` (see `energy_prior.langevin.ChainSettings`). Methods that draw random numbers take
+    `rng`: the same seed gives the same result (for the same batch size), None uses torch's global stream, and an
+    explicit `rng` leaves that stream untouched.
 
     The generator is not a submodule. `parameters()` are the energies'; `state_dict()` holds them (`energies.<i − 1>.…`),
     the tuned `step_size` and the `calibration` of a score; after joint training both hold the generator (`generator.…`)
@@ -129,7 +130,7 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
         check_decode(decode)
         with self._quiet(rng):
             latents = self.sample_latents(n, given=given, prior=prior, **chain)
-            return decode_latents(self.generator, latents, decode, chain.get("max_memory", ChainSettings.max_memory))
+            return decode_latents(self.generator, latents, decode, ChainSettings.of(chain).max_memory)
 
     def sample_latents(
         self,
@@ -199,11 +200,11 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
             raise ArgumentError(f"every: expected at most steps = {settings.steps}, got {every}.")
         self._check_chain(n, given, start)
         with self._quiet(rng) as model:
-            density = model.parts(n, settings.max_memory, given)
-            if not density[0].topdown.free:
+            parts = model.parts(n, settings.max_memory, given)
+            if not parts[0].topdown.free:
                 raise ArgumentError("given: every layer is held, so there is nothing to follow; leave one free.")
-            recorder = TrajectoryRecorder(density, every)
-            model.run(density, settings, start=start, noise=noise, on_step=recorder)
+            recorder = TrajectoryRecorder(parts, every)
+            model.run(parts, settings, start=start, noise=noise, on_step=recorder)
             return recorder.trajectory()
 
     def sample_posterior(

@@ -20,6 +20,8 @@ from energy_prior.generator import HierarchicalGenerator
 Space = Literal["noise", "latent"]
 """Coordinates of a chain: ε with z = T_β(ε), "noise", or z itself, "latent"."""
 
+_NEVER_SPLIT = 16
+
 Decode = Literal["mean", "sample"]
 """What stands for x: the mean of p_β0(x | z), or a draw of it."""
 
@@ -155,7 +157,7 @@ def decode_latents(
         generator: the hierarchical generator.
         latents: z_i of shape (batch, *latent_shapes[i - 1]).
         decode: the "mean" of p_β0(x | z) or a "sample" of it; None: the mean where there is one.
-        max_memory: bytes that the decoder may need, > 0; larger batches are decoded in parts.
+        max_memory: bytes that the decoder may need, > 0; batches of more than 16 that need more are decoded in parts.
     """
     check_decode(decode)
 
@@ -163,8 +165,10 @@ def decode_latents(
         topdown = TopDown(generator, rows.stop - rows.start)
         return topdown.likelihood(topdown.descend(tuple(z[rows] for z in latents), "latent", to_observation=True))
 
-    n, few = len(latents[0]), min(len(latents[0]), 2)
-    parts = equal_parts(n, forward_memory(lambda: likelihood(slice(0, few)), few), max_memory)
+    n = len(latents[0])
+    parts = [slice(0, n)]
+    if n > _NEVER_SPLIT:
+        parts = equal_parts(n, forward_memory(lambda: likelihood(slice(0, 2)), 2), max_memory)
     decoded = [_decoded(likelihood(rows), decode) for rows in parts]
     return decoded[0] if len(parts) == 1 else torch.cat(decoded)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch._dynamo.utils
+import torch._inductor.config
 from ladders import LinearLadder, ScaleLadder
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from energy_prior import ArgumentError, JointEBMPrior, LadderVAE
 from energy_prior.cost import Cost, evaluation_cost
 from energy_prior.errors import BackendWarning
-from energy_prior.langevin import ChainSettings, InjectedNoise, chain
+from energy_prior.langevin import ChainSettings, InjectedNoise, backends, chain
 from energy_prior.langevin.backends import pays_to_compile
 from energy_prior.topdown import TopDown
 
@@ -83,8 +84,16 @@ def test_compiled_steps_are_the_reference_steps(name: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
-def test_a_compiled_posterior_and_a_trajectory() -> None:
+def test_a_compiled_posterior_and_a_trajectory(monkeypatch: pytest.MonkeyPatch) -> None:
     prior = lively(mlp())
+    made: list[str] = []
+    original = backends._Compiled.__call__
+
+    def spy(self: Any, *arguments: Any) -> Any:
+        made.append("compiled")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(backends._Compiled, "__call__", spy)
     x, start = torch.randn(N, 6).double(), prior.sample_latents(N)
     noise = injected(prior, (1, 2))
     ends = [prior.sample_posterior(x, start=start, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]
@@ -93,6 +102,7 @@ def test_a_compiled_posterior_and_a_trajectory() -> None:
     runs = [prior.trajectory(N, every=4, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]
     for field in ("negative_energy", "acceptance", "drift_norm"):
         torch.testing.assert_close(getattr(runs[1], field), getattr(runs[0], field), rtol=1e-9, atol=1e-9)
+    assert len(made) == 2 * STEPS, "each of the two made every step of it compiled"
 
 
 def test_new_weights_are_used_by_what_was_compiled() -> None:
@@ -132,19 +142,19 @@ def test_what_cannot_be_compiled_runs_in_eager_mode_with_one_warning() -> None:
 
 
 def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     prior = lively(mlp())
-    with pytest.warns(BackendWarning, match="run in eager mode"):
+    missing = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with missing, pytest.warns(BackendWarning, match="run in eager mode"):
         z = prior.sample_latents(N, steps=2, backend="compiled", rng=torch.Generator().manual_seed(0))
     assert torch.equal(z[0], prior.sample_latents(N, steps=2, rng=torch.Generator().manual_seed(0))[0])
 
 
 def test_auto_compiles_where_it_pays_and_depends_on_counts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = Cost(1e4, 5e5, 60), Cost(1e6, 1e9, 80)
-    assert not pays_to_compile(small, 64, 1, 2500)
-    assert pays_to_compile(small, 64, 1, 1_000_000)
-    assert pays_to_compile(large, 256, 1, 2000)
+    assert not pays_to_compile(small, 64, 2500)
+    assert pays_to_compile(small, 64, 1_000_000)
+    assert pays_to_compile(large, 256, 2000)
     asked: list[str] = []
 
     def never(*arguments: Any) -> Any:
@@ -156,7 +166,7 @@ def test_auto_compiles_where_it_pays_and_depends_on_counts_alone(monkeypatch: py
     assert not asked, "short runs stay eager"
     monkeypatch.setattr("energy_prior.langevin.backends.pays_to_compile", lambda *_: True)
     with pytest.raises(AssertionError):
-        lively(mlp()).sample_latents(600_000, steps=60)
+        lively(mlp()).sample_latents(2, steps=60)
 
 
 def test_the_cost_of_an_evaluation_is_counted() -> None:
@@ -205,10 +215,22 @@ def test_a_trajectory_in_parts() -> None:
         torch.testing.assert_close(getattr(runs[0], field), getattr(runs[1], field), rtol=1e-10, atol=1e-10)
 
 
-def test_decoding_in_parts_gives_the_same_images() -> None:
+def test_decoding_in_parts_gives_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
     prior = lively(conv())
-    a, b = (prior.sample(40, steps=3, rng=torch.Generator().manual_seed(3), max_memory=m) for m in (1e9, 1e4))
-    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    sizes: list[int] = []
+    original = LadderVAE.likelihood
+
+    def spy(self: LadderVAE, state: Any) -> Any:
+        sizes.append(len(state.z))
+        return original(self, state)
+
+    monkeypatch.setattr(LadderVAE, "likelihood", spy)
+    images = []
+    for memory in (1e9, 2e4):
+        sizes.clear()
+        images.append(prior.sample(40, steps=3, rng=torch.Generator().manual_seed(3), max_memory=memory))
+    torch.testing.assert_close(*images, rtol=1e-10, atol=1e-10)
+    assert max(sizes) < 40, "the last call decoded in parts"
 
 
 def test_a_step_runs_only_the_layers_that_are_free() -> None:
@@ -255,13 +277,13 @@ def test_the_host_never_waits_for_a_chain(monkeypatch: pytest.MonkeyPatch) -> No
             return func(*args, **(kwargs or {}))
 
     class OnDevice(chain._FiniteWatch):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, density: Any) -> None:
+            super().__init__(density)
             self._early = False
 
-        def note(self, step: int, health: Any, step_size: Tensor) -> None:
-            made[0] = step
-            super().note(step, health, step_size)
+        def note(self, health: Any) -> None:
+            made[0] += 1
+            super().note(health)
 
     monkeypatch.setattr(chain, "_FiniteWatch", OnDevice)
     for options in ({}, {"adjust": True}, {"taming": 0.1}):
@@ -307,7 +329,8 @@ def test_bad_options(name: str, value: Any) -> None:
         lively(mlp()).sample_latents(2, **{name: value})
 
 
-def test_topdown_of_the_whole_batch_is_never_built(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["sample", "trajectory", "sample_posterior", "held layers"])
+def test_topdown_of_the_whole_batch_is_never_built(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     original = TopDown.__init__
 
@@ -315,7 +338,16 @@ def test_topdown_of_the_whole_batch_is_never_built(monkeypatch: pytest.MonkeyPat
         sizes.append(batch_size)
         original(self, generator, batch_size, *more)
 
+    prior, n = lively(mlp()), 1000
+    chain: dict[str, Any] = {"steps": 2, "max_memory": 1e5}
     monkeypatch.setattr(TopDown, "__init__", spy)
-    prior = lively(mlp())
-    prior.sample(1000, steps=2, max_memory=1e5)
+    if method == "sample":
+        prior.sample(n, **chain)
+    elif method == "trajectory":
+        prior.trajectory(n, every=1, **chain)
+    elif method == "sample_posterior":
+        prior.sample_posterior(torch.randn(n, 6).double(), **chain)
+    else:
+        prior.sample_latents(n, given={1: torch.randn(n, 4).double()}, **chain)
+    assert sizes
     assert max(sizes) < 100

@@ -330,11 +330,15 @@ def test_schedule_warms_up_and_decays_to_a_tenth() -> None:
 
 def test_the_backend_is_chosen_once_and_kept_in_checkpoints() -> None:
     model = make().model
-    chosen = TrainingChains(model, FitConfig(backend="compiled"), 0.3)
-    assert chosen.chosen_backend(8) == "compiled"
+    long = TrainingChains(model, FitConfig(iterations=10_000_000), 0.3)
+    long._choose_backend(8, 20)
+    assert long.backend == "compiled"
     resumed = TrainingChains(model, FitConfig(), 0.3)
-    resumed.load_state(chosen.state())
-    assert resumed.chosen_backend(8) == "compiled", "a resumed run does not switch"
-    assert TrainingChains(model, FitConfig(), 0.3).chosen_backend(8) == "eager", "a short run does not wait for a compiler"
+    resumed.load_state(long.state())
+    resumed._choose_backend(8, 20)
+    assert resumed.backend == "compiled", "a resumed run does not switch"
+    short = TrainingChains(model, FitConfig(), 0.3)
+    short.prior(8, 2)
+    assert short.backend == "eager", "a short run does not wait for a compiler"
     with pytest.raises(ArgumentError, match="backend: expected one of"):
         FitConfig(backend="fast")  # type: ignore[arg-type]

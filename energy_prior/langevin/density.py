@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["ChainState", "JointDensity", "Precision", "latents_at", "matrix_products"]
+__all__ = ["ChainState", "JointDensity", "Precision", "by_parts", "latents_at", "matrix_products", "whole"]
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -51,12 +51,21 @@ def matrix_products(precision: Precision) -> Iterator[None]:
             s.allow_tf32 = allowed
 
 
-def latents_at(parts: Sequence[JointDensity], position: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """(z_1, …, z_L) of a whole batch at a position of its free layers; the parts hold consecutive rows of it."""
+def by_parts(parts: Sequence[JointDensity], batch: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """The rows of each part, of tensors of the whole batch; the parts hold consecutive rows of it."""
     sizes = [part.topdown.batch_size for part in parts]
-    rows = zip(*(p.split(sizes) for p in position), strict=True) if position else [()] * len(parts)
-    latents = [part.topdown.descend(own, part.space).latents for part, own in zip(parts, rows, strict=True)]
-    return latents[0] if len(parts) == 1 else tuple(torch.cat(layer) for layer in zip(*latents, strict=True))
+    return list(zip(*(t.split(sizes) for t in batch), strict=True)) if batch else [()] * len(parts)
+
+
+def whole(parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """What `by_parts` took apart."""
+    return tuple(parts[0]) if len(parts) == 1 else tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
+
+
+def latents_at(parts: Sequence[JointDensity], position: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """(z_1, …, z_L) of a whole batch at a position of its free layers."""
+    pairs = zip(parts, by_parts(parts, position), strict=True)
+    return whole([part.topdown.descend(own, part.space).latents for part, own in pairs])
 
 
 class JointDensity:
@@ -88,6 +97,13 @@ class JointDensity:
     def informed(self) -> bool:
         """Whether something below pulls on the free layers (an observation, or a held layer): such targets can be stiff."""
         return self.x is not None or bool(self.topdown.held_below)
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for densities whose evaluations differ in nothing but values and the number of rows."""
+        topdown, like = self.topdown, self.topdown.reference
+        modules = id(topdown.generator), *map(id, self.energies)
+        return modules, topdown.free, tuple(topdown.held), self.space, self.x is not None, like.dtype, like.device
 
     def evaluate(self, position: Sequence[Tensor], *, with_density: bool = True, precision: Precision = "full") -> ChainState:
         """Density and gradient at one position. The density is summed over the batch, so that chains stay independent.

@@ -16,7 +16,7 @@ from energy_prior._util import check_count, check_positive, check_settings
 from energy_prior.errors import ArgumentError
 from energy_prior.langevin.backends import STEPPERS, Backend, chosen_backend
 from energy_prior.langevin.chain import ChainResult, StepCallback, run_chain
-from energy_prior.langevin.density import JointDensity, Precision, latents_at
+from energy_prior.langevin.density import JointDensity, Precision, by_parts, latents_at, whole
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
 from energy_prior.langevin.step import Scheme
 from energy_prior.topdown import Space
@@ -149,7 +149,8 @@ def sample_density(
     adjust = parts[0].informed if settings.adjust is None else settings.adjust
     _check_precision(settings, parts[0], adjust)
     with torch.autocast(topdown.reference.device.type, enabled=False):  # the chain's precision is its own setting
-        shapes = [(sum(part.topdown.batch_size for part in parts), *shape[1:]) for shape in topdown.shapes]
+        batch = sum(part.topdown.batch_size for part in parts)
+        shapes = [(batch, *shape[1:]) for shape in topdown.shapes]
         source = RandomNoise(shapes, topdown.reference) if noise is None else noise
         if not hasattr(source, "normal"):
             raise ArgumentError(f"noise: expected an InjectedNoise or another NoiseSource, got {type(noise).__name__}.")
@@ -158,9 +159,8 @@ def sample_density(
         if start is None:
             position = _ancestral_start(parts, source)
         else:
-            rows = zip(*(z.split([part.topdown.batch_size for part in parts]) for z in start), strict=True)
-            positions = [part.topdown.position(own, space) for part, own in zip(parts, rows, strict=True)]
-            position = tuple(torch.cat(layer) for layer in zip(*positions, strict=True)) if len(parts) > 1 else positions[0]
+            pairs = zip(parts, by_parts(parts, start), strict=True)
+            position = whole([part.topdown.position(own, space) for part, own in pairs])
         adaptive = settings.step_size is None and parts[0].informed
         result = run_chain(
             parts,
@@ -176,7 +176,7 @@ def sample_density(
             precision=settings.precision,
             measure=measure,
             on_step=on_step,
-            stepper=STEPPERS[chosen_backend(settings.backend, parts, settings.steps)],
+            stepper=STEPPERS[chosen_backend(settings.backend, parts[0], batch, settings.steps)],
         )
         return ChainDraw(latents_at(parts, result.position), result)
 
@@ -224,7 +224,5 @@ def _ancestral_start(parts: Sequence[JointDensity], source: NoiseSource) -> tupl
     noise = source.normal(0)
     if parts[0].space == "noise":
         return noise
-    rows = zip(*(layer.split([part.topdown.batch_size for part in parts]) for layer in noise), strict=True)
-    pairs = [(part.topdown, part.topdown.descend(own, "noise").latents) for part, own in zip(parts, rows, strict=True)]
-    positions = [topdown.position(latents, "latent") for topdown, latents in pairs]
-    return positions[0] if len(parts) == 1 else tuple(torch.cat(layer) for layer in zip(*positions, strict=True))
+    latents = [part.topdown.descend(own, "noise").latents for part, own in zip(parts, by_parts(parts, noise), strict=True)]
+    return whole([part.topdown.position(own, "latent") for part, own in zip(parts, latents, strict=True)])

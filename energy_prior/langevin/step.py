@@ -7,11 +7,11 @@ from __future__ import annotations
 
 __all__ = [
     "Carry",
+    "Draw",
     "Rules",
     "Scheme",
     "StepCoefficients",
     "advance",
-    "advance_several",
     "begin",
     "coefficients",
     "health",
@@ -79,7 +79,6 @@ class Carry(NamedTuple):
         acceptance: probability of the last step, (batch,); None if not measured.
         accepted: sum of the acceptance probabilities so far, (batch,); None if not measured.
         cut: number of cut drifts that steps were made with so far, (batch,); None without taming.
-        health: `health` of the last proposal.
     """
 
     state: ChainState
@@ -90,75 +89,73 @@ class Carry(NamedTuple):
     acceptance: Tensor | None
     accepted: Tensor | None
     cut: Tensor | None
-    health: Tensor
 
 
-def begin(density: JointDensity, rules: Rules, position: Sequence[Tensor], step_size: Tensor) -> Carry:
-    """The chain before its first step."""
+class Draw(NamedTuple):
+    """What is new in a step.
+
+    Attributes:
+        noise: standard normal, one tensor per free layer.
+        uniform: in [0, 1), (batch,); None without `adjust`.
+        gain: of the step size's adaptation, a scalar; None without `adapt`.
+    """
+
+    noise: Sequence[Tensor]
+    uniform: Tensor | None = None
+    gain: Tensor | None = None
+
+
+def begin(density: JointDensity, rules: Rules, position: Sequence[Tensor], step_size: Tensor) -> tuple[Carry, Tensor]:
+    """The chain before its first step, and its `health`."""
     state = density.evaluate(position, with_density=rules.measured, precision=rules.precision)
     c = coefficients(step_size, rules.scheme, density.space, rules.temperature)
-    drift, was_cut = (state.gradient, None) if rules.taming is None else tame(state.gradient, c, rules.taming)
-    zero = torch.zeros_like(step_size)
-    return Carry(
-        state=state,
-        drift=drift,
-        was_cut=was_cut,
-        coefficients=c,
-        step_size=step_size,
-        acceptance=torch.ones_like(zero) if rules.measured else None,
-        accepted=zero if rules.measured else None,
-        cut=None if rules.taming is None else zero,
-        health=health(state, density_of_zero_is_bad=True),
-    )
+    drift, was_cut = _drift(state, c, rules)
+    zero, one = torch.zeros_like(step_size), torch.ones_like(step_size)
+    measured = (one, zero) if rules.measured else (None, None)
+    carry = Carry(state, drift, was_cut, c, step_size, *measured, None if rules.taming is None else zero)
+    return carry, health(state, density_of_zero_is_bad=True)
 
 
-def advance(
-    density: JointDensity, rules: Rules, carry: Carry, noise: Sequence[Tensor], uniform: Tensor | None, gain: Tensor | None
-) -> Carry:
-    """One step of every chain of the batch: propose, evaluate, accept or reject, adapt.
+def advance(density: JointDensity, rules: Rules, carry: Carry, draws: Sequence[Draw]) -> tuple[Carry, Tensor]:
+    """Steps of every chain of the batch, one for each of `draws`: propose, evaluate, accept or reject, adapt.
 
-    Args:
-        density: the target.
-        rules: how steps are made.
-        carry: the chain after the step before.
-        noise: standard normal, one tensor per free layer.
-        uniform: in [0, 1), (batch,), for `adjust`.
-        gain: of the step size's adaptation, a scalar, for `adapt`.
+    Returns:
+        The chain after the last of them, and the `health` of every proposal, (steps, …).
     """
-    c, s = carry.coefficients, carry.step_size
-    proposal = propose(carry.state.position, carry.drift, c, noise)
+    rows = []
+    for draw in draws:
+        carry, sound = _step(density, rules, carry, draw)
+        rows.append(sound)
+    return carry, torch.stack(rows)
+
+
+def _step(density: JointDensity, rules: Rules, carry: Carry, draw: Draw) -> tuple[Carry, Tensor]:
+    c, s, old = carry.coefficients, carry.step_size, carry.state
+    proposal = propose(old.position, carry.drift, c, draw.noise)
     new = density.evaluate(proposal, with_density=rules.measured, precision=rules.precision)
-    drift, was_cut = (new.gradient, None) if rules.taming is None else tame(new.gradient, c, rules.taming)
-    cut = None if carry.cut is None or carry.was_cut is None else carry.cut + carry.was_cut
+    drift, was_cut = _drift(new, c, rules)
+    cut = None if rules.taming is None else _there(carry.cut) + _there(carry.was_cut)
     sound = health(new, density_of_zero_is_bad=not rules.adjust)
     if not rules.measured:
-        return Carry(new, drift, was_cut, c, s, None, None, cut, sound)
-    log_alpha = log_acceptance(carry.state, new, drift, c, noise, rules.temperature)
+        return Carry(new, drift, was_cut, c, s, None, None, cut), sound
+    log_alpha = log_acceptance(old, new, drift, c, draw.noise, rules.temperature)
     acceptance = log_alpha.exp().clamp(max=1.0)
-    if rules.adjust and uniform is not None:
-        accept = uniform.log() < log_alpha
-        new, old = _select(accept, new, carry.state), carry
-        drift = tuple(_pick(accept, a, b) for a, b in zip(drift, old.drift))
-        was_cut = None if was_cut is None or old.was_cut is None else _pick(accept, was_cut, old.was_cut)
-    if rules.adapt and gain is not None:
-        s = s * torch.exp(gain * (acceptance - rules.target_acceptance))
+    if rules.adjust:
+        accept = _there(draw.uniform).log() < log_alpha
+        new = _select(accept, new, old)
+        drift = tuple(_pick(accept, a, b) for a, b in zip(drift, carry.drift))
+        was_cut = None if was_cut is None else _pick(accept, was_cut, _there(carry.was_cut))
+    if rules.adapt:
+        s = s * torch.exp(_there(draw.gain) * (acceptance - rules.target_acceptance))
         s = s.clamp(max=2 * math.sqrt(rules.temperature)) if rules.scheme == "crank_nicolson" else s
         c = coefficients(s, rules.scheme, density.space, rules.temperature)
-        if rules.taming is not None:
-            drift, was_cut = tame(new.gradient, c, rules.taming)
-    accepted = None if carry.accepted is None else carry.accepted + acceptance
-    return Carry(new, drift, was_cut, c, s, acceptance, accepted, cut, sound)
+        drift, was_cut = _drift(new, c, rules)
+    return Carry(new, drift, was_cut, c, s, acceptance, _there(carry.accepted) + acceptance, cut), sound
 
 
-def advance_several(
-    density: JointDensity, rules: Rules, carry: Carry, noises: Sequence[Sequence[Tensor]]
-) -> tuple[Carry, Tensor]:
-    """Unadjusted steps one after the other, one for each entry of `noises`; and their `health`, a row each."""
-    rows = []
-    for noise in noises:
-        carry = advance(density, rules, carry, noise, None, None)
-        rows.append(carry.health)
-    return carry, torch.stack(rows)
+def _drift(state: ChainState, c: StepCoefficients, rules: Rules) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """∇ as the next step uses it, and whether each chain's was cut."""
+    return (state.gradient, None) if rules.taming is None else tame(state.gradient, c, rules.taming)
 
 
 def health(state: ChainState, *, density_of_zero_is_bad: bool) -> Tensor:
@@ -253,23 +250,27 @@ def log_acceptance(
     log α = [log p̃(y') − log p̃(y)]/T + ½‖n‖² − ½‖n'‖², where n' = (y − c₀ y' − c₁ g(y'))/τ would lead back, with
     `new_gradient` as g(y'). A proposal of density zero has log α = −∞.
     """
-    assert old.log_density is not None and new.log_density is not None  # noqa: S101, PT018
-    ratio = (new.log_density - old.log_density) / temperature
+    ratio = (_there(new.log_density) - _there(old.log_density)) / temperature
     for y, y_new, g_new, n in zip(old.position, new.position, new_gradient, noise, strict=True):
         back = (y - _match(c.keep, y) * y_new - _match(c.drift, y) * g_new) / _match(c.noise, y)
         ratio = ratio + 0.5 * (sum_event(n**2) - sum_event(back**2))
-    return torch.where(torch.isneginf(new.log_density), new.log_density, ratio)
+    return torch.where(torch.isneginf(_there(new.log_density)), _there(new.log_density), ratio)
 
 
 def _select(accept: Tensor, new: ChainState, old: ChainState) -> ChainState:
     """Row by row the new state where accepted, the old one elsewhere."""
-    assert old.log_density is not None and new.log_density is not None  # noqa: S101, PT018
     return ChainState(
         position=tuple(_pick(accept, a, b) for a, b in zip(new.position, old.position)),
         negative_energy=_pick(accept, new.negative_energy, old.negative_energy),
-        log_density=_pick(accept, new.log_density, old.log_density),
+        log_density=_pick(accept, _there(new.log_density), _there(old.log_density)),
         gradient=tuple(_pick(accept, a, b) for a, b in zip(new.gradient, old.gradient)),
     )
+
+
+def _there(value: Tensor | None) -> Tensor:
+    """What the rules of the chain say is there."""
+    assert value is not None  # noqa: S101
+    return value
 
 
 def _pick(accept: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -37,12 +37,12 @@ class TrajectoryRecorder:
     """A step callback that keeps every m-th state; memory grows with the frames, not with the steps.
 
     Args:
-        density: the chain's target, by parts of the batch.
+        parts: the chain's target, by parts of the batch.
         every: m, the steps between frames.
     """
 
-    def __init__(self, density: Sequence[JointDensity], every: int) -> None:
-        self._density, self._every = density, every
+    def __init__(self, parts: Sequence[JointDensity], every: int) -> None:
+        self._parts, self._every = parts, every
         self._frames: list[tuple[int, tuple[Tensor, ...], Tensor, Tensor, Tensor]] = []
         self._accepted: Tensor | None = None
 
@@ -51,10 +51,10 @@ class TrajectoryRecorder:
         self._accepted = acceptance if self._accepted is None else self._accepted + acceptance
         if step % self._every:
             return
-        latents = latents_at(self._density, state.position)
-        energy = torch.stack([f(z) for f, z in zip(self._density[0].energies, latents, strict=True)], dim=1)
+        latents = latents_at(self._parts, state.position)
+        energy = torch.stack([f(z) for f, z in zip(self._parts[0].energies, latents, strict=True)], dim=1)
         mean = self._accepted / (self._every if step else 1)
-        self._frames.append((step, latents, energy, mean, self._density[0].drift_norm(state)))
+        self._frames.append((step, latents, energy, mean, self._parts[0].drift_norm(state)))
         self._accepted = None
 
     def trajectory(self) -> Trajectory:

@@ -70,6 +70,7 @@ class TrainingChains:
 
     def prior(self, n: int, steps: int) -> tuple[Tensor, ...]:
         """Draws of the joint prior after `steps` Langevin steps: of persistent chains, or from an ancestral start."""
+        self._choose_backend(n, steps)
         persistent = _BANK * n if self.config.persistent is None else self.config.persistent
         if not persistent:
             return self.run(self.ancestral(n), steps)
@@ -95,10 +96,11 @@ class TrainingChains:
     def posterior(self, x: Tensor) -> tuple[Tensor, ...]:
         """Langevin draws of p(z | x), from a draw of q_ω where there is one, else ancestral."""
         model = self.model
+        self._choose_backend(len(x), self.config.posterior_steps)
         with self._full_precision(), torch.no_grad(), frozen(model.generator, *model.energies):
             start = validate.checked_infer(model.generator, x).latents if inferrer(model.generator) else None
             settings = ChainSettings(
-                steps=self.config.posterior_steps, taming=self.config.taming, backend=self.chosen_backend(len(x))
+                steps=self.config.posterior_steps, taming=self.config.taming, backend=self.backend or "eager"
             )
             density = model.parts(len(x), settings.max_memory, x=x)
             draw = sample_density(density, settings, default_step_size=self.posterior_step_size, start=start)
@@ -121,7 +123,7 @@ class TrainingChains:
                 steps=steps,
                 step_size=self.step_size,
                 taming=config.taming,
-                backend=self.chosen_backend(min(len(start[0]), self.config.batch_size or len(start[0]))),
+                backend=self.backend or "eager",
             )
             density = model.parts(len(start[0]), settings.max_memory)
             draw = sample_density(density, settings, default_step_size=self.step_size, start=start, on_step=follow)
@@ -139,12 +141,12 @@ class TrainingChains:
         """No mixed precision in chains: densities of hundreds of nats and their differences do not fit in bf16."""
         return torch.autocast(self.device.type, enabled=False)
 
-    def chosen_backend(self, rows: int) -> ChosenBackend:
-        """How this run's chains make their steps; chosen once and kept in checkpoints: a resumed run does not switch."""
+    def _choose_backend(self, rows: int, steps: int) -> None:
+        """How this run's chains make their steps, by the first of them; kept in checkpoints: a resumed run does not switch."""
         if self.backend is None:
-            config = self.config
-            self.backend = chosen_backend(config.backend, [self.model.density(rows)], config.iterations * config.steps)
-        return self.backend
+            with self._full_precision(), torch.no_grad(), frozen(self.model.generator, *self.model.energies):
+                density = self.model.density(min(rows, 2))
+                self.backend = chosen_backend(self.config.backend, density, rows, self.config.iterations * steps)
 
     def figures(self) -> dict[str, Tensor]:
         """Of the last chains: acceptance, share of tamed steps, and drift norm per √dimension."""
