@@ -89,7 +89,7 @@ def image_problem(kind: str, seed: int, data: str, quick: bool, reference: str =
     """A VAE trained by its ELBO on small images, and the Fréchet distance to held-out ones.
 
     On CIFAR-10 the nets are convolutional, and the features see images averaged down to 8x8: what so small a decoder blurs
-    no prior can bring back, and at full resolution its reconstructions are as far from the images as its samples are.
+    no prior can bring back, and at full resolution that would be most of the distance.
     """
     cache = (
         Path(tempfile.gettempdir()) / f"energy-prior-{kind}-{seed}-{quick}-{reference}-{code_key(Path(__file__), also=data)}.pt"

@@ -18,8 +18,8 @@ from energy_prior.training.chains import TrainingChains
 from energy_prior.training.config import JOINT_METHODS, LANGEVIN_METHODS
 from energy_prior.training.data import Batches
 from energy_prior.training.engine import Engine
-from energy_prior.training.fit import _FitTask
 from energy_prior.training.objectives import energy_wall
+from energy_prior.training.rules import FitTask
 from energy_prior.training.schedule import warmup_cosine
 
 
@@ -122,7 +122,7 @@ def test_energy_wall_acts_beyond_the_bound_layer_by_layer() -> None:
 def test_the_penalty_follows_the_gap() -> None:
     """It rises while prior draws lag behind f, up to 0.1, falls back after, and stays out of NCE."""
     prior, config = make(), FitConfig(energy_penalty=1e-3, gap_limit=1.0)
-    task = _FitTask(prior, batches_of(digits_like()), "two_stage", config, Engine())
+    task = FitTask(prior, batches_of(digits_like()), "two_stage", config, Engine())
     for _ in range(10):
         task._hold_back(torch.tensor(0.5))
     assert float(task.penalty) == pytest.approx(1e-3)
@@ -135,7 +135,7 @@ def test_the_penalty_follows_the_gap() -> None:
     for _ in range(300):
         task._hold_back(torch.tensor(0.0))
     assert float(task.penalty) == pytest.approx(1e-3)
-    other = _FitTask(prior, batches_of(digits_like()), "nce", config, Engine())
+    other = FitTask(prior, batches_of(digits_like()), "nce", config, Engine())
     other._hold_back(torch.tensor(50.0))
     assert float(other.penalty) == pytest.approx(1e-3)
 
