@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from energy_prior import ArgumentError, JointEBMPrior, LadderVAE
 from energy_prior.cost import Cost, evaluation_cost
 from energy_prior.errors import BackendWarning
-from energy_prior.langevin import ChainSettings, InjectedNoise, backends, chain
+from energy_prior.langevin import ChainSettings, InjectedNoise, RandomNoise, backends, chain
 from energy_prior.langevin.backends import pays_to_compile
 from energy_prior.topdown import TopDown
 
@@ -316,11 +317,27 @@ def test_bf16_is_near_the_full_precision_and_refuses_to_accept_or_reject() -> No
 
 
 def test_chains_are_as_exact_inside_the_users_own_autocast() -> None:
-    prior = lively(mlp()).float()
-    alone = prior.sample_latents(N, steps=4, rng=torch.Generator().manual_seed(0))
+    prior = lively(mlp())
+    noise = injected(prior, (1, 2))
+    exact = prior.sample_latents(N, steps=4, noise=noise)
+    prior.float()
+    rounded = InjectedNoise([n.float() for n in noise._normals])
     with torch.autocast("cpu", torch.bfloat16):
-        inside = prior.sample_latents(N, steps=4, rng=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(alone, inside, rtol=1e-5, atol=1e-5)
+        inside = prior.sample_latents(N, steps=4, noise=rounded)
+    for a, b in zip(inside, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_adaptation_of_the_step_size_dies_away() -> None:
+    """With f = 0 Crank–Nicolson is always accepted: log s grows by t^(−0.6) (1 − 0.7) in each of the first steps, then rests."""
+    density = JointEBMPrior(mlp().double()).model.density(N)
+    noise = RandomNoise(density.topdown.shapes, density.topdown.reference)
+    start = noise.normal(0)
+    options: dict[str, Any] = {"step_size": 0.1, "noise": noise, "scheme": "crank_nicolson"}
+    with torch.no_grad():
+        result = chain.run_chain(density, start, steps=9, adapt_steps=5, **options)
+    expected = 0.1 * math.exp(0.3 * sum(t**-0.6 for t in range(1, 6)))
+    torch.testing.assert_close(result.step_size, torch.full((N,), expected).double())
 
 
 @pytest.mark.parametrize(("name", "value"), [("backend", "fast"), ("precision", "half"), ("max_memory", 0)])
