@@ -131,7 +131,7 @@ class Branches(LinearLadder):
 def test_what_cannot_be_compiled_runs_in_eager_mode_with_one_warning() -> None:
     prior = lively(Branches((3, 2), seed=1))
     noise = injected(prior, (1, 2))
-    with pytest.warns(BackendWarning, match=r"Branches.*cannot be compiled and run in eager mode: .*data-dependent") as caught:
+    with pytest.warns(BackendWarning, match=r"Branches.*cannot be compiled and run in eager mode: .*(data-dependent|Tensor\.item)") as caught:
         compiled = prior.sample_latents(N, noise=noise, steps=STEPS, backend="compiled")
     assert len(caught) == 1
     with warnings.catch_warnings():
@@ -329,7 +329,7 @@ def test_chains_are_as_exact_inside_the_users_own_autocast() -> None:
 
 
 def test_the_adaptation_of_the_step_size_dies_away() -> None:
-    """With f = 0 Crank–Nicolson is always accepted: log s grows by t^(−0.6) (1 − 0.7) in each of the first steps, then rests."""
+    """With f = 0 Crank–Nicolson is always accepted: log s grows by 0.3 t^(−0.6) in each of the first steps, then rests."""
     density = JointEBMPrior(mlp().double()).model.density(N)
     noise = RandomNoise(density.topdown.shapes, density.topdown.reference)
     start = noise.normal(0)
