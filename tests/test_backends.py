@@ -131,7 +131,8 @@ class Branches(LinearLadder):
 def test_what_cannot_be_compiled_runs_in_eager_mode_with_one_warning() -> None:
     prior = lively(Branches((3, 2), seed=1))
     noise = injected(prior, (1, 2))
-    with pytest.warns(BackendWarning, match=r"Branches.*cannot be compiled and run in eager mode: .*(data-dependent|Tensor\.item)") as caught:
+    words = r"Branches.*cannot be compiled and run in eager mode: .*(data-dependent|Tensor\.item)"
+    with pytest.warns(BackendWarning, match=words) as caught:
         compiled = prior.sample_latents(N, noise=noise, steps=STEPS, backend="compiled")
     assert len(caught) == 1
     with warnings.catch_warnings():
