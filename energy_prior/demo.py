@@ -27,8 +27,9 @@ SCORES = ("calibrated", "log_joint", "negative_energy", "reconstruction")
 """The anomaly scores that the demo reports, the default one first."""
 
 
-NCE: dict[str, Any] = {"batch_size": 1024, "weight_decay": 0.1, "energy_penalty": 5e-3, "gradient_clip": 1.0}
-ML: dict[str, Any] = {"persistent": 2048, "restart": 0.05, "ema_decay": 0.98, "gradient_clip": 1.0}
+FIT: dict[str, Any] = {"learning_rate": 1e-3, "gradient_clip": 1.0, "target_acceptance": 0.9}
+NCE: dict[str, Any] = FIT | {"batch_size": 1024, "weight_decay": 0.1, "energy_penalty": 5e-3}
+ML: dict[str, Any] = FIT | {"persistent": 2048, "restart": 0.05, "ema_decay": 0.98}
 """What differs from `FitConfig`: few images, so a strong weight decay; a short finish by maximum likelihood."""
 
 

@@ -21,7 +21,8 @@ from energy_prior import ArgumentError, JointEBMPrior, LadderVAE
 from energy_prior.cost import Cost, evaluation_cost
 from energy_prior.errors import BackendWarning
 from energy_prior.langevin import ChainSettings, InjectedNoise, RandomNoise, backends, chain
-from energy_prior.langevin.backends import pays_to_compile
+from energy_prior.langevin.backends import STEPPERS, pays_to_compile
+from energy_prior.langevin.noise import CounterNoise, threefry
 from energy_prior.topdown import TopDown
 
 STEPS, N = 8, 5
@@ -88,13 +89,13 @@ def test_compiled_steps_are_the_reference_steps(name: str) -> None:
 def test_a_compiled_posterior_and_a_trajectory(monkeypatch: pytest.MonkeyPatch) -> None:
     prior = lively(mlp())
     made: list[str] = []
-    original = backends._Compiled.__call__
+    original = backends._Kind.call
 
-    def spy(self: Any, *arguments: Any) -> Any:
-        made.append("compiled")
-        return original(self, *arguments)
+    def spy(self: Any, function: Any, *arguments: Any) -> Any:
+        made.append(function.__name__)
+        return original(self, function, *arguments)
 
-    monkeypatch.setattr(backends._Compiled, "__call__", spy)
+    monkeypatch.setattr(backends._Kind, "call", spy)
     x, start = torch.randn(N, 6).double(), prior.sample_latents(N)
     noise = injected(prior, (1, 2))
     ends = [prior.sample_posterior(x, start=start, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]
@@ -103,7 +104,8 @@ def test_a_compiled_posterior_and_a_trajectory(monkeypatch: pytest.MonkeyPatch) 
     runs = [prior.trajectory(N, every=4, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]
     for field in ("negative_energy", "acceptance", "drift_norm"):
         torch.testing.assert_close(getattr(runs[1], field), getattr(runs[0], field), rtol=1e-9, atol=1e-9)
-    assert len(made) == 2 * STEPS, "each of the two made every step of it compiled"
+    assert made.count("advance") == 2 * STEPS, "each of the two made every step of it compiled"
+    assert made.count("begin") == made.count("finish") == 2
 
 
 def test_new_weights_are_used_by_what_was_compiled() -> None:
@@ -117,6 +119,57 @@ def test_new_weights_are_used_by_what_was_compiled() -> None:
     reference = prior.sample_latents(N, noise=noise, steps=STEPS, backend="eager")
     torch.testing.assert_close(after[0], reference[0], rtol=1e-9, atol=1e-9)
     assert not torch.allclose(after[0], before[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"adjust": True, "step_size": 0.9}, {"given": 1}], ids=str)
+def test_counted_noise_is_made_inside_compiled_steps(options: dict[str, Any]) -> None:
+    """In float32 they draw by counting; one key is one chain, also step by step in eager mode and with the batch in parts."""
+    prior = lively(mlp()).float()
+    given = {1: torch.randn(N, 4)} if options.pop("given", None) else None
+    parts = prior.model.parts(N, 1.0, given)
+    assert len(parts) == N
+    ends = []
+    for stepper, density in ((STEPPERS["compiled"], (prior.model.density(N, given),)), (STEPPERS["eager"], parts)):
+        shapes = [(N, *shape[1:]) for shape in density[0].topdown.shapes]
+        torch.manual_seed(3)
+        noise = STEPPERS["compiled"].noise(shapes, torch.empty(()))
+        assert isinstance(noise, CounterNoise)
+        with torch.no_grad():
+            chain_options: dict[str, Any] = {"step_size": 0.3, "adjust": False, "scheme": "crank_nicolson"} | options
+            result = chain.run_chain(density, noise.normal(0), steps=STEPS, noise=noise, stepper=stepper, **chain_options)
+        ends.append(result.latents)
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_threefry_is_the_published_one() -> None:
+    """Known answers of the Random123 distribution (Salmon et al., SC 2011), for 2×32 bits and 20 rounds."""
+
+    def words(*values: int) -> list[Tensor]:
+        return [torch.tensor(value - 2**32 if value >= 2**31 else value, dtype=torch.int32) for value in values]
+
+    for key, counter, answer in (
+        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+        ((2**32 - 1, 2**32 - 1), (2**32 - 1, 2**32 - 1), (0x1CB996FC, 0xBB002BE7)),
+        ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
+    ):
+        assert threefry(torch.stack(words(*key)), *words(*counter)) == tuple(words(*answer))
+
+
+def test_counted_noise_is_standard_normal_and_never_repeats() -> None:
+    torch.manual_seed(0)
+    noise = CounterNoise([(4000, 3), (4000, 2, 2)], torch.empty(()))
+    flat = torch.cat([torch.cat([n.flatten(1) for n in noise.normal(step)], 1) for step in range(1, 6)], 1)
+    quantiles = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.01, 0.99, 99))
+    torch.testing.assert_close(flat.flatten().quantile(torch.linspace(0.01, 0.99, 99)), quantiles, rtol=0, atol=0.03)
+    assert float((flat.T.corrcoef() - torch.eye(35)).abs().max()) < 0.08, "between layers and steps"
+    assert float((flat.abs().T.corrcoef() - torch.eye(35)).abs().max()) < 0.08
+    assert len(flat.flatten().unique()) > 0.99 * flat.numel()
+    uniform = torch.stack([noise.uniform(step) for step in range(1, 6)])
+    assert 0 <= float(uniform.min()) < 0.001
+    assert 0.999 < float(uniform.max()) < 1
+    assert float((torch.cat([uniform, flat.T]).corrcoef() - torch.eye(40)).abs().max()) < 0.08
+    assert not torch.equal(noise.normal(1)[0], CounterNoise([(4000, 3)], torch.empty(())).normal(1)[0]), "another key"
 
 
 class Branches(LinearLadder):
@@ -163,7 +216,7 @@ def test_auto_compiles_where_it_pays_and_depends_on_counts_alone(monkeypatch: py
         asked.append("compiled")
         raise AssertionError
 
-    monkeypatch.setattr("energy_prior.langevin.backends._Compiled", never)
+    monkeypatch.setattr("energy_prior.langevin.backends._Kind", never)
     lively(mlp()).sample(64)
     assert not asked, "short runs stay eager"
     monkeypatch.setattr("energy_prior.langevin.backends.pays_to_compile", lambda *_: True)

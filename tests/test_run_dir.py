@@ -160,7 +160,7 @@ def test_a_failed_run_forgets_the_calibration_of_other_energies() -> None:
 
 
 CHANGES: list[tuple[str, Callable[[], JointEBMPrior], dict[str, Any], Tensor, str]] = [
-    ("setting", make, {"learning_rate": 0.5}, X, "learning_rate was 0.001, now 0.5"),
+    ("setting", make, {"learning_rate": 0.5}, X, "learning_rate was 0.003, now 0.5"),
     ("method", make, {"method": "two_stage"}, X, "task was"),
     ("data", make, {}, X + 0.1, "data was"),
     ("generator", lambda: make(3), {}, X, "generator was"),

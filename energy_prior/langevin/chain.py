@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["ChainResult", "StepCallback", "run_chain"]
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from torch import Tensor
 from energy_prior.errors import DivergenceError
 from energy_prior.langevin.backends import STEPPERS, Stepper
 from energy_prior.langevin.density import ChainState, JointDensity, Precision, by_parts, matrix_products, whole
-from energy_prior.langevin.noise import NoiseSource
-from energy_prior.langevin.step import Carry, Draw, Rules, Scheme, begin, propose
+from energy_prior.langevin.noise import Counter, CounterNoise, NoiseSource
+from energy_prior.langevin.step import Carry, Draw, End, Rules, Scheme
 
 StepCallback = Callable[[int, ChainState, Tensor], None]
 """Called with (step, state, acceptance probability of that step, (batch,)) after every step, and at step 0 with ones."""
@@ -30,6 +31,7 @@ class ChainResult:
 
     Attributes:
         position: the free layers at the end, ascending, in the density's coordinates.
+        latents: (z_1, …, z_L) at the end, the held layers included.
         step_size: the step size at the end, one per chain, (batch,).
         state: density and gradient at the end; None if nothing asked for the acceptance, which needs them.
         acceptance: mean over the steps of the acceptance probability, (batch,); None as for `state`.
@@ -37,6 +39,7 @@ class ChainResult:
     """
 
     position: tuple[Tensor, ...]
+    latents: tuple[Tensor, ...]
     step_size: Tensor
     state: ChainState | None = None
     acceptance: Tensor | None = None
@@ -110,10 +113,11 @@ def run_chain(
         steps if rules.measured else max(steps - 1, 0)
     )  # what the last step of all arrives at is evaluated only to be measured
     with matrix_products(precision):
-        begun = [begin(d, rules, own[:-1], own[-1]) for d, own in zip(parts, by_parts(parts, (*start, s)), strict=True)]
+        own = zip(parts, by_parts(parts, (*start, s)), _counters(parts, noise), strict=True)
+        begun = [stepper.begin(d, rules, rows[:-1], rows[-1], counter) for d, rows, counter in own]
         carries = [carry for carry, _ in begun]
         watch = _FiniteWatch(parts[0])
-        watch.note([health[None] for _, health in begun])
+        watch.note([health for _, health in begun])
         watch.fold(s)
         if on_step is not None:
             on_step(0, _whole_state(carries), torch.ones_like(s))
@@ -121,11 +125,8 @@ def run_chain(
         while t < last:
             rules = rules._replace(adapt=t < adapt_steps)
             span = 1 if rules.measured or t + stepper.span > last else stepper.span
-            draws = [_draws(parts, rules, noise, step, gains) for step in range(t + 1, t + span + 1)]
-            made = [
-                stepper.advance(d, rules, carry, own)
-                for d, carry, own in zip(parts, carries, zip(*draws, strict=True), strict=True)
-            ]
+            draws = zip(*[_draws(parts, rules, noise, step, gains) for step in range(t + 1, t + span + 1)], strict=True)
+            made = [stepper.advance(d, rules, c, new) for d, c, new in zip(parts, carries, draws, strict=True)]
             t += span
             carries = [carry for carry, _ in made]
             watch.note([health for _, health in made])
@@ -133,28 +134,35 @@ def run_chain(
                 watch.fold(_step_size(carries))
             if on_step is not None:
                 on_step(t, _whole_state(carries), whole([(_there(c.acceptance),) for c in carries])[0])
-        positions = [c.state.position for c in carries]
-        cut = [c.cut for c in carries]
-        if last < steps:
-            pairs = zip(carries, by_parts(parts, noise.normal(steps)), strict=True)
-            positions = [propose(c.state.position, c.drift, c.coefficients, n) for c, n in pairs]
-            cut = [None if c.cut is None else c.cut + _there(c.was_cut) for c in carries]
-        watch.finish(steps, parts, positions, _step_size(carries))
+        final = _draws(parts, rules, noise, steps, gains) if last < steps else [None] * len(parts)
+        ends = [stepper.finish(d, rules, c, new) for d, c, new in zip(parts, carries, final, strict=True)]
+        watch.finish(steps, ends, _step_size(carries))
     share = max(steps, 1)
     return ChainResult(
-        position=whole(positions),
+        position=whole([end.position for end in ends]),
+        latents=whole([end.latents for end in ends]),
         step_size=_step_size(carries),
         state=_whole_state(carries) if rules.measured else None,
         acceptance=whole([(_there(c.accepted) / share,) for c in carries])[0] if rules.measured else None,
-        tamed=None if taming is None else whole([(_there(count) / share,) for count in cut])[0],
+        tamed=None if taming is None else whole([(_there(end.cut) / share,) for end in ends])[0],
     )
+
+
+def _counters(parts: Sequence[JointDensity], noise: NoiseSource) -> list[Counter | None]:
+    """Where each part's random numbers begin, if they are counted."""
+    if not isinstance(noise, CounterNoise):
+        return [None] * len(parts)
+    first = [0, *itertools.accumulate(part.topdown.batch_size for part in parts[:-1])]
+    return [noise.counter(1, row) for row in first]
 
 
 def _draws(parts: Sequence[JointDensity], rules: Rules, noise: NoiseSource, step: int, gains: Tensor) -> list[Draw]:
     """What is new in a step, for each part: one draw of noise for the whole batch, taken apart."""
+    gain = gains[step - 1] if rules.adapt else None
+    if isinstance(noise, CounterNoise):
+        return [Draw(gain=gain)] * len(parts)
     normals = by_parts(parts, noise.normal(step))
     uniforms = by_parts(parts, (noise.uniform(step),)) if rules.adjust else [(None,)] * len(parts)
-    gain = gains[step - 1] if rules.adapt else None
     return [Draw(n, u, gain) for n, (u,) in zip(normals, uniforms, strict=True)]
 
 
@@ -209,17 +217,11 @@ class _FiniteWatch:
         if self._early:
             self._read(step_size)
 
-    def finish(
-        self, steps: int, parts: Sequence[JointDensity], positions: Sequence[Sequence[Tensor]], step_size: Tensor
-    ) -> None:
+    def finish(self, steps: int, ends: Sequence[End], step_size: Tensor) -> None:
         """Reads what is left, and looks at the last position of all, whose density may not have been needed."""
-        ends = []
-        for part, position in zip(parts, positions, strict=True):
-            energy = part.negative_energy(position).abs().amax(0)
-            ends.append(torch.cat([energy.to(position[0].dtype), torch.stack([p.sum() for p in position])]))
         self._fold()
         self._read(step_size)
-        bad = [not math.isfinite(value) for value in torch.stack(ends).abs().amax(0).tolist()]
+        bad = [not math.isfinite(value) for value in torch.stack([end.health for end in ends]).abs().amax(0).tolist()]
         if any(bad):
             latest = _there(self._record)[1:].reshape(3, -1)[2].tolist()
             layers = len(self._free)

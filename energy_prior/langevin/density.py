@@ -138,9 +138,8 @@ class JointDensity:
                 log_density = log_density - 0.5 * sum(sum_event(p**2) for p in leaves)
         return ChainState(leaves, energy, log_density, gradient)
 
-    def negative_energy(self, position: Sequence[Tensor]) -> Tensor:
-        """f_i of the free layers at one position, without its gradient, (batch, free layers)."""
-        latents = self.topdown.descend(position, self.space).latents
+    def negative_energy(self, latents: Sequence[Tensor]) -> Tensor:
+        """f_i of the free layers, of (z_1, …, z_L), (batch, free layers), nats."""
         return torch.stack([self.energies[i - 1](latents[i - 1]) for i in self.topdown.free], dim=1)
 
     def drift_norm(self, state: ChainState) -> Tensor:

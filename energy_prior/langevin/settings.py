@@ -151,7 +151,8 @@ def sample_density(
     with torch.autocast(topdown.reference.device.type, enabled=False):  # the chain's precision is its own setting
         batch = sum(part.topdown.batch_size for part in parts)
         shapes = [(batch, *shape[1:]) for shape in topdown.shapes]
-        source = RandomNoise(shapes, topdown.reference) if noise is None else noise
+        stepper = STEPPERS[chosen_backend(settings.backend, parts[0], batch, settings.steps)]
+        source = stepper.noise(shapes, topdown.reference) if noise is None else noise
         if not hasattr(source, "normal"):
             raise ArgumentError(f"noise: expected an InjectedNoise or another NoiseSource, got {type(noise).__name__}.")
         if isinstance(source, InjectedNoise):
@@ -176,9 +177,9 @@ def sample_density(
             precision=settings.precision,
             measure=measure,
             on_step=on_step,
-            stepper=STEPPERS[chosen_backend(settings.backend, parts[0], batch, settings.steps)],
+            stepper=stepper,
         )
-        return ChainDraw(latents_at(parts, result.position), result)
+        return ChainDraw(result.latents, result)
 
 
 def _check_precision(settings: ChainSettings, density: JointDensity, adjust: bool) -> None:
@@ -196,7 +197,7 @@ def tune_step_size(
     density: JointDensity,
     *,
     start_step_size: float,
-    target_acceptance: float = 0.9,
+    target_acceptance: float = 0.95,
     steps: int = 150,
 ) -> float:
     """The step size at which MALA on `density` accepts the share `target_acceptance`, at most 1.

@@ -1,6 +1,6 @@
 """The pure Langevin step, y' = c₀ y + c₁ g(y) + τ n with n ~ N(0, I), and its Metropolis–Hastings acceptance.
 
-`advance` is the reference: every faster backend makes the same step from the same noise.
+`begin`, `advance` and `finish` are the reference: every faster backend does the same with the same noise.
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ from __future__ import annotations
 __all__ = [
     "Carry",
     "Draw",
+    "End",
     "Rules",
     "Scheme",
     "StepCoefficients",
     "advance",
     "begin",
     "coefficients",
+    "finish",
     "health",
     "log_acceptance",
     "propose",
@@ -22,13 +24,14 @@ __all__ = [
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from energy_prior._util import sum_event
 from energy_prior.langevin.density import ChainState, JointDensity, Precision
+from energy_prior.langevin.noise import Counter, counted
 from energy_prior.topdown import Space
 
 Scheme = Literal["crank_nicolson", "euler"]
@@ -79,6 +82,7 @@ class Carry(NamedTuple):
         acceptance: probability of the last step, (batch,); None if not measured.
         accepted: sum of the acceptance probabilities so far, (batch,); None if not measured.
         cut: number of cut drifts that steps were made with so far, (batch,); None without taming.
+        counter: of the next step's random numbers; None: they are given, as `Draw`s.
     """
 
     state: ChainState
@@ -89,31 +93,50 @@ class Carry(NamedTuple):
     acceptance: Tensor | None
     accepted: Tensor | None
     cut: Tensor | None
+    counter: Counter | None
 
 
 class Draw(NamedTuple):
     """What is new in a step.
 
     Attributes:
-        noise: standard normal, one tensor per free layer.
-        uniform: in [0, 1), (batch,); None without `adjust`.
+        noise: standard normal, one tensor per free layer; None where the chain has a counter.
+        uniform: in [0, 1), (batch,); None where the chain has a counter, and without `adjust`.
         gain: of the step size's adaptation, a scalar; None without `adapt`.
     """
 
-    noise: Sequence[Tensor]
+    noise: Sequence[Tensor] | None = None
     uniform: Tensor | None = None
     gain: Tensor | None = None
 
 
-def begin(density: JointDensity, rules: Rules, position: Sequence[Tensor], step_size: Tensor) -> tuple[Carry, Tensor]:
-    """The chain before its first step, and its `health`."""
+class End(NamedTuple):
+    """Where a chain has arrived.
+
+    Attributes:
+        position: the free layers, ascending, in the density's coordinates.
+        latents: (z_1, …, z_L), the held layers included.
+        cut: as in `Carry`.
+        health: finite where the position and its energies are: max |f_i| of each free layer, then ∑ of each.
+    """
+
+    position: tuple[Tensor, ...]
+    latents: tuple[Tensor, ...]
+    cut: Tensor | None
+    health: Tensor
+
+
+def begin(
+    density: JointDensity, rules: Rules, position: Sequence[Tensor], step_size: Tensor, counter: Counter | None = None
+) -> tuple[Carry, Tensor]:
+    """The chain before its first step, and its `health`, (1, …)."""
     state = density.evaluate(position, with_density=rules.measured, precision=rules.precision)
     c = coefficients(step_size, rules.scheme, density.space, rules.temperature)
     drift, was_cut = _drift(state, c, rules)
     zero, one = torch.zeros_like(step_size), torch.ones_like(step_size)
     measured = (one, zero) if rules.measured else (None, None)
-    carry = Carry(state, drift, was_cut, c, step_size, *measured, None if rules.taming is None else zero)
-    return carry, health(state, density_of_zero_is_bad=True)
+    carry = Carry(state, drift, was_cut, c, step_size, *measured, None if rules.taming is None else zero, counter)
+    return carry, health(state, density_of_zero_is_bad=True)[None]
 
 
 def advance(density: JointDensity, rules: Rules, carry: Carry, draws: Sequence[Draw]) -> tuple[Carry, Tensor]:
@@ -129,19 +152,45 @@ def advance(density: JointDensity, rules: Rules, carry: Carry, draws: Sequence[D
     return carry, torch.stack(rows)
 
 
+def finish(density: JointDensity, rules: Rules, carry: Carry, last: Draw | None) -> End:
+    """The end of a chain, after one more step if `last` is given: without the evaluation that only a further step needs."""
+    position, energy, cut = carry.state.position, carry.state.negative_energy, carry.cut
+    if last is not None:
+        noise = _random(density, rules, carry, last)[0]
+        position = propose(position, carry.drift, carry.coefficients, noise)
+        cut = None if cut is None else cut + _there(carry.was_cut)
+    latents = density.topdown.descend(position, density.space).latents
+    if last is not None:
+        energy = density.negative_energy(latents)
+    sums = torch.stack([p.sum() for p in position])
+    return End(position, latents, cut, torch.cat([energy.abs().amax(0).to(sums.dtype), sums]))
+
+
+def _random(
+    density: JointDensity, rules: Rules, carry: Carry, draw: Draw
+) -> tuple[Sequence[Tensor], Tensor | None, Counter | None]:
+    """Noise and uniform numbers of a step, and the counter of the next."""
+    counter = carry.counter
+    if counter is None:
+        return _there(draw.noise), draw.uniform, None
+    noise, uniform = counted(counter, density.topdown.shapes, uniform=rules.adjust)
+    return noise, uniform, counter._replace(step=counter.step + 1)
+
+
 def _step(density: JointDensity, rules: Rules, carry: Carry, draw: Draw) -> tuple[Carry, Tensor]:
     c, s, old = carry.coefficients, carry.step_size, carry.state
-    proposal = propose(old.position, carry.drift, c, draw.noise)
+    noise, uniform, counter = _random(density, rules, carry, draw)
+    proposal = propose(old.position, carry.drift, c, noise)
     new = density.evaluate(proposal, with_density=rules.measured, precision=rules.precision)
     drift, was_cut = _drift(new, c, rules)
     cut = None if rules.taming is None else _there(carry.cut) + _there(carry.was_cut)
     sound = health(new, density_of_zero_is_bad=not rules.adjust)
     if not rules.measured:
-        return Carry(new, drift, was_cut, c, s, None, None, cut), sound
-    log_alpha = log_acceptance(old, new, drift, c, draw.noise, rules.temperature)
+        return Carry(new, drift, was_cut, c, s, None, None, cut, counter), sound
+    log_alpha = log_acceptance(old, new, drift, c, noise, rules.temperature)
     acceptance = log_alpha.exp().clamp(max=1.0)
     if rules.adjust:
-        accept = _there(draw.uniform).log() < log_alpha
+        accept = _there(uniform).log() < log_alpha
         new = _select(accept, new, old)
         drift = tuple(_pick(accept, a, b) for a, b in zip(drift, carry.drift))
         was_cut = None if was_cut is None else _pick(accept, was_cut, _there(carry.was_cut))
@@ -150,7 +199,7 @@ def _step(density: JointDensity, rules: Rules, carry: Carry, draw: Draw) -> tupl
         s = s.clamp(max=2 * math.sqrt(rules.temperature)) if rules.scheme == "crank_nicolson" else s
         c = coefficients(s, rules.scheme, density.space, rules.temperature)
         drift, was_cut = _drift(new, c, rules)
-    return Carry(new, drift, was_cut, c, s, acceptance, _there(carry.accepted) + acceptance, cut), sound
+    return Carry(new, drift, was_cut, c, s, acceptance, _there(carry.accepted) + acceptance, cut, counter), sound
 
 
 def _drift(state: ChainState, c: StepCoefficients, rules: Rules) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -267,7 +316,10 @@ def _select(accept: Tensor, new: ChainState, old: ChainState) -> ChainState:
     )
 
 
-def _there(value: Tensor | None) -> Tensor:
+_T = TypeVar("_T")
+
+
+def _there(value: _T | None) -> _T:
     """What the rules of the chain say is there."""
     assert value is not None  # noqa: S101
     return value

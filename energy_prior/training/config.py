@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["JOINT_METHODS", "LANGEVIN_METHODS", "METHODS", "FitConfig", "Method", "RunConfig", "check_method"]
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -29,7 +30,7 @@ class RunConfig:
     Attributes:
         iterations: updates, ≥ 1.
         batch_size: observations per update, process and accumulation step, ≥ 1; None: 256, or all of them if there are fewer.
-        learning_rate: of AdamW, > 0, after a linear warm-up and with cosine decay to a tenth of it.
+        learning_rate: of AdamW, > 0, after a linear warm-up and with cosine decay to a tenth of it; None: the task's own.
         weight_decay: of AdamW, ≥ 0.
         warmup: iterations of the linear warm-up, ≥ 0; None: 100, or a tenth of the iterations if that is less.
         gradient_clip: largest norm of an update's gradient, > 0.
@@ -43,7 +44,7 @@ class RunConfig:
 
     iterations: int = 2000
     batch_size: int | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     weight_decay: float = 0.0
     warmup: int | None = None
     gradient_clip: float = 10.0
@@ -60,8 +61,9 @@ class RunConfig:
             check_count("batch_size", self.batch_size)
         if self.warmup is not None:
             check_count("warmup", self.warmup, least=0)
-        for name in ("learning_rate", "gradient_clip"):
-            check_positive(name, getattr(self, name))
+        if self.learning_rate is not None:
+            check_positive("learning_rate", self.learning_rate)
+        check_positive("gradient_clip", self.gradient_clip)
         _check_at_least_zero(self, "weight_decay")
         for name in ("tensorboard", "progress"):
             if not isinstance(getattr(self, name), bool):
@@ -88,7 +90,8 @@ class FitConfig(RunConfig):
         iterations: updates, ≥ 1.
         batch_size: posterior draws, and as many prior draws, per update, process and accumulation step, ≥ 1; None: 256, or
             all observations if there are fewer.
-        learning_rate: of the energies' AdamW, > 0, after a linear warm-up and with cosine decay to a tenth of it.
+        learning_rate: of the energies' AdamW, > 0, after a linear warm-up and with cosine decay to a tenth of it; None: 1e-3,
+            and 1e-3 · √(2000/iterations), up to 3e-3, where there are fewer than 2000 iterations to get anywhere in.
         weight_decay: of the energies' AdamW, ≥ 0.
         warmup: iterations of the linear warm-up, ≥ 0; None: 100, or a tenth of the iterations if that is less.
         gradient_clip: largest norm of an update's gradient of the energies, > 0.
@@ -139,7 +142,7 @@ class FitConfig(RunConfig):
     restart: float | None = None
     posterior_steps: int = 20
     step_size: float | None = None
-    target_acceptance: float = 0.9
+    target_acceptance: float = 0.95
     backend: Backend = "auto"
     taming: float = 1.0
     stages: int = 3
@@ -173,9 +176,14 @@ class FitConfig(RunConfig):
             raise ArgumentError(f"target_acceptance: expected a number between 0 and 1, got {self.target_acceptance!r}.")
 
     def for_method(self, method: Method) -> FitConfig:
-        """With the method's own restart share where none was given."""
-        usual = 0.05 if method == "multi_stage_nce" else 0.3
-        return dataclasses.replace(self, restart=usual if self.restart is None else self.restart)
+        """With the method's own restart share, and the learning rate of so long a run, where none was given."""
+        restart = 0.05 if method == "multi_stage_nce" else 0.3
+        rate = 1e-3 * min(max(math.sqrt(2000 / self.iterations), 1.0), 3.0)
+        return dataclasses.replace(
+            self,
+            restart=restart if self.restart is None else self.restart,
+            learning_rate=rate if self.learning_rate is None else self.learning_rate,
+        )
 
 
 def check_method(method: str) -> Method:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from energy_prior import validate
-from energy_prior._util import check_count, check_settings, evaluating, reproducible, training_mode, unvalidated
+from energy_prior._util import check_count, check_positive, check_settings, evaluating, reproducible, training_mode, unvalidated
 from energy_prior.errors import ArgumentError, DivergenceError, GeneratorError
 from energy_prior.generator import HierarchicalGenerator
 from energy_prior.topdown import TopDown
@@ -66,6 +66,7 @@ class ElboConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_positive("learning_rate", self.learning_rate)
         check_count("validation_draws", self.validation_draws)
         if self.kl_warmup is not None and check_count("kl_warmup", self.kl_warmup, least=0) >= self.iterations:
             raise ArgumentError(

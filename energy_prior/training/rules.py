@@ -58,6 +58,7 @@ class FitTask:
         energies = [p for p in prior.energies.parameters() if p.requires_grad]
         if not energies:
             raise ArgumentError("energies: none of their parameters requires a gradient, so there is nothing to fit.")
+        assert config.learning_rate is not None  # noqa: S101 (for_method has set it)
         self.groups: Sequence[Group] = [
             Group("energies", energies, config.learning_rate, config.weight_decay, config.gradient_clip)
         ]
