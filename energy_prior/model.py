@@ -77,9 +77,13 @@ class JointModel:
         start: Sequence[Tensor] | None = None,
         noise: NoiseSource | None = None,
         on_step: StepCallback | None = None,
+        every: int = 1,
     ) -> tuple[Tensor, ...]:
         """A chain on the parts of a density; all latents at its end."""
-        chain = sample_density(parts, settings, default_step_size=self.step_size, start=start, noise=noise, on_step=on_step)
+        step_size = self.step_size
+        chain = sample_density(
+            parts, settings, default_step_size=step_size, start=start, noise=noise, on_step=on_step, every=every
+        )
         return chain.latents
 
     def sample_posterior(

@@ -203,8 +203,8 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
             parts = model.parts(n, settings.max_memory, given)
             if not parts[0].topdown.free:
                 raise ArgumentError("given: every layer is held, so there is nothing to follow; leave one free.")
-            recorder = TrajectoryRecorder(parts, every)
-            model.run(parts, settings, start=start, noise=noise, on_step=recorder)
+            recorder = TrajectoryRecorder(parts)
+            model.run(parts, settings, start=start, noise=noise, on_step=recorder, every=every)
             return recorder.trajectory()
 
     def sample_posterior(

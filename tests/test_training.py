@@ -121,7 +121,7 @@ def test_energy_wall_acts_beyond_the_bound_layer_by_layer() -> None:
 
 def test_the_penalty_follows_the_gap() -> None:
     """It rises while prior draws lag behind f, up to 0.1, falls back after, and stays out of NCE."""
-    prior, config = make(), FitConfig(energy_penalty=1e-3, gap_limit=1.0)
+    prior, config = make(), FitConfig(energy_penalty=1e-3, gap_limit=1.0).for_method("two_stage")
     task = FitTask(prior, batches_of(digits_like()), "two_stage", config, Engine())
     for _ in range(10):
         task._hold_back(torch.tensor(0.5))

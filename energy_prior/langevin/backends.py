@@ -17,8 +17,8 @@ from typing_extensions import ParamSpec
 from energy_prior.cost import Cost, evaluation_cost
 from energy_prior.errors import BackendWarning
 from energy_prior.langevin.density import JointDensity
-from energy_prior.langevin.noise import Counter, CounterNoise, NoiseSource, RandomNoise
-from energy_prior.langevin.step import Carry, Draw, End, Rules, advance, begin, finish
+from energy_prior.langevin.noise import CounterNoise, NoiseSource, RandomNoise, counted
+from energy_prior.langevin.step import Carry, Draw, End, Rules, Trace, advance, begin, finish
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -33,6 +33,7 @@ _SAVED_SHARE, _FLOPS_PER_THREAD = 0.2, 5e10
 
 _KEPT = 64
 _kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
+_numbers: OrderedDict[Hashable, Callable[[Tensor, Tensor, int], Tensor]] = OrderedDict()
 
 
 def chosen_backend(backend: Backend, density: JointDensity, rows: int, evaluations: int) -> ChosenBackend:
@@ -58,6 +59,22 @@ def pays_to_compile(cost: Cost, rows: int, evaluations: int) -> bool:
     return saved > 1.5 * (_COMPILE_SECONDS + _COMPILE_SECONDS_PER_OPERATION * cost.operations)
 
 
+def _compile(function: Callable[..., _R]) -> Callable[..., _R]:
+    # torch.compile keeps what it compiled with the code object, a few variants each: this gets a code object of its own
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(own, fullgraph=True, dynamic=False)
+
+
+def _kept(store: OrderedDict[Hashable, _R], key: Hashable, make: Callable[[], _R]) -> _R:
+    """What `store` has under `key`, made if it is new; the longest unused one is dropped where there are many."""
+    if key not in store:
+        store[key] = make()
+        if len(store) > _KEPT:
+            store.popitem(last=False)
+    store.move_to_end(key)
+    return store[key]
+
+
 class _Kind:
     """What is compiled for one kind of chain: `begin`, `advance` and `finish`, each when it is first needed.
 
@@ -73,10 +90,7 @@ class _Kind:
 
     def call(self, function: Callable[..., _R], *arguments: Any) -> _R:
         if function not in self._compiled:
-            # torch.compile keeps what it compiled with the code object, a few variants each: a kind has its own code object
-            code = function.__code__.replace()
-            own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
-            self._compiled[function] = torch.compile(own, fullgraph=True, dynamic=False)
+            self._compiled[function] = _compile(function)
         if not self._failed:
             try:
                 return self._compiled[function](*arguments)
@@ -99,15 +113,25 @@ def _compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     def call(*arguments: _P.args, **keywords: _P.kwargs) -> _R:
         density: Any = arguments[0]
-        kind = density.kind, density.topdown.batch_size
-        if kind not in _kinds:
-            _kinds[kind] = _Kind(f"{type(density.topdown.generator).__name__}, batch of {density.topdown.batch_size}")
-            if len(_kinds) > _KEPT:
-                _kinds.popitem(last=False)
-        _kinds.move_to_end(kind)
-        return _kinds[kind].call(function, *arguments, **keywords)
+        name = f"{type(density.topdown.generator).__name__}, batch of {density.topdown.batch_size}"
+        kind = _kept(_kinds, (density.kind, density.topdown.batch_size), lambda: _Kind(name))
+        return kind.call(function, *arguments, **keywords)
 
     return call
+
+
+def _counted_compiled(key: Tensor, step: Tensor, pairs: int) -> Tensor:
+    """`counted` through `torch.compile`; where that fails, torch's own numbers: the steps will fail too, and say so."""
+    try:
+        return _kept(_numbers, pairs, lambda: _compile(counted))(key, step, pairs)
+    except Exception:
+        return torch.randn(1, 2 * pairs)
+
+
+def _fast_noise(shapes: Sequence[tuple[int, ...]], reference: Tensor) -> NoiseSource:
+    if (reference.dtype, reference.device.type) == (torch.float32, "cpu"):
+        return CounterNoise(shapes, reference, _counted_compiled)
+    return RandomNoise(shapes, reference)
 
 
 class Stepper(NamedTuple):
@@ -117,25 +141,20 @@ class Stepper(NamedTuple):
         begin: evaluates the start.
         advance: the steps.
         finish: where they have arrived.
-        span: how many steps are made in one call where nothing has to be looked at in between: what a call costs beside its
-            steps is paid once for all of them.
-        counts: it is fastest with `CounterNoise`, which it makes itself.
+        noise: fresh random numbers for a chain, from the shapes (batch, *shape) of its free layers and a tensor of their kind.
+        span: how many unadjusted steps are made in one call where nothing has to be looked at in between: what a call costs
+            beside its steps is paid once for all of them.
     """
 
-    begin: Callable[[JointDensity, Rules, Sequence[Tensor], Tensor, Counter | None], tuple[Carry, Tensor]]
-    advance: Callable[[JointDensity, Rules, Carry, Sequence[Draw]], tuple[Carry, Tensor]]
+    begin: Callable[[JointDensity, Rules, Sequence[Tensor], Tensor], tuple[Carry, Trace]]
+    advance: Callable[[JointDensity, Rules, Carry, Sequence[Draw]], tuple[Carry, Trace]]
     finish: Callable[[JointDensity, Rules, Carry, Draw | None], End]
+    noise: Callable[[Sequence[tuple[int, ...]], Tensor], NoiseSource]
     span: int
-    counts: bool
-
-    def noise(self, shapes: Sequence[tuple[int, ...]], reference: Tensor) -> NoiseSource:
-        """Fresh random numbers for a chain; from a counter where that is made for these numbers."""
-        counted = self.counts and reference.dtype == torch.float32
-        return CounterNoise(shapes, reference) if counted else RandomNoise(shapes, reference)
 
 
 STEPPERS: Mapping[ChosenBackend, Stepper] = {
-    "eager": Stepper(begin, advance, finish, span=1, counts=False),
-    "compiled": Stepper(_compiled(begin), _compiled(advance), _compiled(finish), span=4, counts=True),
+    "eager": Stepper(begin, advance, finish, RandomNoise, span=1),
+    "compiled": Stepper(_compiled(begin), _compiled(advance), _compiled(finish), _fast_noise, span=4),
 }
 """How chains are made, by backend."""

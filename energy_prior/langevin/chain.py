@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["ChainResult", "StepCallback", "run_chain"]
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from torch import Tensor
 from energy_prior.errors import DivergenceError
 from energy_prior.langevin.backends import STEPPERS, Stepper
 from energy_prior.langevin.density import ChainState, JointDensity, Precision, by_parts, matrix_products, whole
-from energy_prior.langevin.noise import Counter, CounterNoise, NoiseSource
-from energy_prior.langevin.step import Carry, Draw, End, Rules, Scheme
+from energy_prior.langevin.noise import NoiseSource
+from energy_prior.langevin.step import Carry, Draw, End, Rules, Scheme, Trace
 
 StepCallback = Callable[[int, ChainState, Tensor], None]
-"""Called with (step, state, acceptance probability of that step, (batch,)) after every step, and at step 0 with ones."""
+"""Called with (step, state, mean acceptance probability since the call before, (batch,)), and at step 0 with ones."""
 
 _BLOCK = 64
 
@@ -36,6 +35,7 @@ class ChainResult:
         state: density and gradient at the end; None if nothing asked for the acceptance, which needs them.
         acceptance: mean over the steps of the acceptance probability, (batch,); None as for `state`.
         tamed: share of the steps whose drift was cut, (batch,); None without `taming`.
+        energy: Σ_i f_i of the free layers at the start and after every step, (steps + 1, batch), nats; None if not traced.
     """
 
     position: tuple[Tensor, ...]
@@ -44,6 +44,7 @@ class ChainResult:
     state: ChainState | None = None
     acceptance: Tensor | None = None
     tamed: Tensor | None = None
+    energy: Tensor | None = None
 
 
 def run_chain(
@@ -61,7 +62,9 @@ def run_chain(
     taming: float | None = None,
     precision: Precision = "full",
     measure: bool = False,
+    trace: bool = False,
     on_step: StepCallback | None = None,
+    every: int = 1,
     stepper: Stepper = STEPPERS["eager"],
 ) -> ChainResult:
     """Runs one Langevin chain per row of the batch.
@@ -88,7 +91,9 @@ def run_chain(
         taming: longest drift, as a multiple of the noise's length, > 0 (`tame`); None: the drift as it is.
         precision: of the matrix products in the gradients.
         measure: report `state` and `acceptance` of an unadjusted chain too.
-        on_step: called after every step.
+        trace: report `energy`, and all that `measure` does; its memory grows with the steps.
+        on_step: called at the start, and after every `every` steps.
+        every: ≥ 1.
         stepper: how steps are made: by the reference, or by a faster form of it (`energy_prior.langevin.backends`).
 
     Raises:
@@ -105,7 +110,8 @@ def run_chain(
         adapt=adapt_steps > 0,
         target_acceptance=target_acceptance,
         taming=taming,
-        measured=measure or adjust or adapt_steps > 0 or on_step is not None,
+        measured=measure or trace or adjust or adapt_steps > 0 or on_step is not None,
+        traced=trace,
         precision=precision,
     )
     gains = torch.tensor([float(t) ** -0.6 for t in range(1, adapt_steps + 1)], dtype=s.dtype).to(s.device)
@@ -113,27 +119,33 @@ def run_chain(
         steps if rules.measured else max(steps - 1, 0)
     )  # what the last step of all arrives at is evaluated only to be measured
     with matrix_products(precision):
-        own = zip(parts, by_parts(parts, (*start, s)), _counters(parts, noise), strict=True)
-        begun = [stepper.begin(d, rules, rows[:-1], rows[-1], counter) for d, rows, counter in own]
-        carries = [carry for carry, _ in begun]
+        begun = [stepper.begin(d, rules, r[:-1], r[-1]) for d, r in zip(parts, by_parts(parts, (*start, s)), strict=True)]
+        carries, traces = [list(parts_of) for parts_of in zip(*begun, strict=True)]
         watch = _FiniteWatch(parts[0])
-        watch.note([health for _, health in begun])
+        watch.note(traces)
         watch.fold(s)
+        paths = [_energy(traces)] if trace else []
+        before = torch.zeros_like(s)
         if on_step is not None:
             on_step(0, _whole_state(carries), torch.ones_like(s))
         t = 0
         while t < last:
             rules = rules._replace(adapt=t < adapt_steps)
-            span = 1 if rules.measured or t + stepper.span > last else stepper.span
+            ahead = [last - t, *([adapt_steps - t] if rules.adapt else []), *([every - t % every] if on_step else [])]
+            span = stepper.span if stepper.span <= min(ahead) and not adjust else 1
             draws = zip(*[_draws(parts, rules, noise, step, gains) for step in range(t + 1, t + span + 1)], strict=True)
             made = [stepper.advance(d, rules, c, new) for d, c, new in zip(parts, carries, draws, strict=True)]
             t += span
-            carries = [carry for carry, _ in made]
-            watch.note([health for _, health in made])
+            carries, traces = [list(parts_of) for parts_of in zip(*made, strict=True)]
+            watch.note(traces)
+            if trace:
+                paths.append(_energy(traces))
             if watch.full:
                 watch.fold(_step_size(carries))
-            if on_step is not None:
-                on_step(t, _whole_state(carries), whole([(_there(c.acceptance),) for c in carries])[0])
+            if on_step is not None and t % every == 0:
+                accepted = whole([(_there(c.accepted),) for c in carries])[0]
+                on_step(t, _whole_state(carries), (accepted - before) / every)
+                before = accepted
         final = _draws(parts, rules, noise, steps, gains) if last < steps else [None] * len(parts)
         ends = [stepper.finish(d, rules, c, new) for d, c, new in zip(parts, carries, final, strict=True)]
         watch.finish(steps, ends, _step_size(carries))
@@ -145,24 +157,15 @@ def run_chain(
         state=_whole_state(carries) if rules.measured else None,
         acceptance=whole([(_there(c.accepted) / share,) for c in carries])[0] if rules.measured else None,
         tamed=None if taming is None else whole([(_there(end.cut) / share,) for end in ends])[0],
+        energy=torch.cat(paths) if trace else None,
     )
-
-
-def _counters(parts: Sequence[JointDensity], noise: NoiseSource) -> list[Counter | None]:
-    """Where each part's random numbers begin, if they are counted."""
-    if not isinstance(noise, CounterNoise):
-        return [None] * len(parts)
-    first = [0, *itertools.accumulate(part.topdown.batch_size for part in parts[:-1])]
-    return [noise.counter(1, row) for row in first]
 
 
 def _draws(parts: Sequence[JointDensity], rules: Rules, noise: NoiseSource, step: int, gains: Tensor) -> list[Draw]:
     """What is new in a step, for each part: one draw of noise for the whole batch, taken apart."""
-    gain = gains[step - 1] if rules.adapt else None
-    if isinstance(noise, CounterNoise):
-        return [Draw(gain=gain)] * len(parts)
     normals = by_parts(parts, noise.normal(step))
     uniforms = by_parts(parts, (noise.uniform(step),)) if rules.adjust else [(None,)] * len(parts)
+    gain = gains[step - 1] if rules.adapt else None
     return [Draw(n, u, gain) for n, (u,) in zip(normals, uniforms, strict=True)]
 
 
@@ -177,6 +180,11 @@ def _there(value: _T | None) -> _T:
 def _step_size(carries: Sequence[Carry]) -> Tensor:
     """Of the whole batch, (batch,)."""
     return whole([(c.step_size,) for c in carries])[0]
+
+
+def _energy(traces: Sequence[Trace]) -> Tensor:
+    """Of the whole batch, (steps, batch)."""
+    return torch.cat([_there(trace.energy) for trace in traces], 1)
 
 
 def _whole_state(carries: Sequence[Carry]) -> ChainState:
@@ -207,8 +215,9 @@ class _FiniteWatch:
         """Whether it is time to `fold`."""
         return sum(map(len, self._rows)) >= _BLOCK
 
-    def note(self, health: Sequence[Tensor]) -> None:
-        """Takes the health of consecutive steps in, (steps, …), part by part."""
+    def note(self, traces: Sequence[Trace]) -> None:
+        """Takes the health of consecutive steps in, part by part."""
+        health = [trace.health for trace in traces]
         self._rows.append(health[0] if len(health) == 1 else torch.stack(list(health)).abs().amax(0))  # NaN and infinity win
 
     def fold(self, step_size: Tensor) -> None:

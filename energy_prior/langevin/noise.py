@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["Counter", "CounterNoise", "InjectedNoise", "NoiseSource", "RandomNoise", "counted", "threefry"]
+__all__ = ["CounterNoise", "InjectedNoise", "NoiseSource", "RandomNoise", "counted", "threefry"]
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,70 +45,63 @@ class RandomNoise:
         return torch.rand(self._shapes[0][0], dtype=self._reference.dtype, device=self._reference.device)
 
 
-class Counter(NamedTuple):
-    """Where in its random numbers a chain is: they are a function of this, not of a stream that has a state.
-
-    Attributes:
-        key: of the chain, two int32.
-        step: of the next step, int32, below 2³⁰.
-        first_row: of the whole batch, that this part begins with, int32.
-    """
-
-    key: Tensor
-    step: Tensor
-    first_row: Tensor
-
-
 class CounterNoise:
-    """Random numbers that are computed where they are used, from a key, the number of the step and the row.
+    """Random numbers that are computed from a key and the number of the step, for a few steps at a time.
 
-    What compiled steps draw from: the numbers are made inside the compiled code, on all threads, and in nothing but int32
-    and float32 arithmetic, so that one key gives one chain on every backend (to rounding) and however a batch is split. The key
-    comes from torch's global stream, and the ancestral start (step 0) too.
+    What compiled chains on a CPU draw from: torch's own generator makes one number after the other on one thread; these are
+    a function of their place (`counted`) that can be compiled. The key comes from torch's global stream, and so do the
+    ancestral start (step 0) and the uniform numbers.
 
     Args:
         shapes: shape (batch, *shape) of each free layer, ascending.
         reference: a tensor with the dtype, float32, and device that the noise is to have.
+        make: `counted`, or a compiled form of it.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], reference: Tensor) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        reference: Tensor,
+        make: Callable[[Tensor, Tensor, int], Tensor] | None = None,
+    ) -> None:
         self._shapes, self._reference = shapes, reference
-        self.key = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=reference.device)
+        self._sizes = [math.prod(shape) for shape in shapes]
+        self._make = make or counted
+        self._key = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=reference.device)
+        self._block, self._first = reference.new_empty(0), 0
 
     def normal(self, step: int) -> tuple[Tensor, ...]:
         if step == 0:
             return tuple(normal_like(shape, self._reference) for shape in self._shapes)
-        return counted(self.counter(step), self._shapes, uniform=False)[0]
+        if not self._first <= step < self._first + len(self._block):
+            total = sum(self._sizes)
+            self._block, self._first = self._make(self._key, self._key.new_full((), step), (total + 1) // 2), step
+        layers = self._block[step - self._first, : sum(self._sizes)].split(self._sizes)
+        return tuple(layer.view(shape) for layer, shape in zip(layers, self._shapes, strict=True))
 
     def uniform(self, step: int) -> Tensor:
-        return _there(counted(self.counter(step), self._shapes, uniform=True)[1])
-
-    def counter(self, step: int, first_row: int = 0) -> Counter:
-        """The counter of a step, for the rows of the batch from `first_row` on."""
-        return Counter(self.key, self.key.new_full((), step), self.key.new_full((), first_row))
+        return torch.rand(self._shapes[0][0], dtype=self._reference.dtype, device=self._reference.device)
 
 
-def counted(counter: Counter, shapes: Sequence[tuple[int, ...]], *, uniform: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """Standard normal noise of these shapes (batch, *shape), and (batch,) uniform numbers in [0, 1) if asked for.
-
-    Two uniform numbers of 24 bits become two normal ones (Box and Muller, Annals of Mathematical Statistics 1958), below 5.9 in
-    absolute value, as those of torch's CPU generator are.
-    """
-    sizes = [math.prod(shape[1:]) for shape in shapes]
-    pairs = -(-sum(sizes) // 2)
-    rows = torch.arange(shapes[0][0], dtype=torch.int32, device=counter.key.device) + counter.first_row
-    place = rows[:, None] * pairs + torch.arange(pairs, dtype=torch.int32, device=counter.key.device)
-    first, second = threefry(counter.key, place, counter.step)
-    radius = (-2 * (_unit(first) + 2.0**-25).log()).sqrt()
-    angle = 2 * math.pi * _unit(second)
-    normal = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)
-    layers = normal[:, : sum(sizes)].split(sizes, 1)
-    noise = tuple(layer.reshape(shape) for layer, shape in zip(layers, shapes, strict=True))
-    return noise, _unit(threefry(counter.key, rows, counter.step + _OF_UNIFORMS)[0]) if uniform else None
-
-
-_OF_UNIFORMS = 2**30
+_STEPS = 4
 _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
+
+
+def counted(key: Tensor, step: Tensor, pairs: int) -> Tensor:
+    """Standard normal numbers of four steps, (4, 2 · pairs), float32: a function of (key, number of the step, place) alone.
+
+    Two uniform numbers of 24 bits become two normal ones (Box and Muller, Annals of Mathematical Statistics 1958), below 5.9
+    in absolute value, as those of torch's CPU generator are.
+
+    Args:
+        key: two int32.
+        step: the first step, int32.
+        pairs: half as many as a step needs, below 2²⁹.
+    """
+    first, second = threefry(key, torch.arange(_STEPS * pairs, dtype=torch.int32, device=key.device), step)
+    radius = _stored((-2 * (_unit(first) + 2.0**-25).log()).sqrt())
+    angle = _stored(2 * math.pi * _unit(second))
+    return torch.cat([radius * angle.cos(), radius * angle.sin()]).view(_STEPS, -1)
 
 
 def threefry(key: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +114,7 @@ def threefry(key: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor
     """
     k0, k1 = key[0], key[1]
     schedule = (k0, k1, k0 ^ k1 ^ 0x1BD11BDA)
-    a, b = first + k0, second + k1
+    a, b = torch.broadcast_tensors(first + k0, second + k1)
     for turn in range(20):
         r = _ROTATIONS[turn % 8]
         a = a + b
@@ -129,17 +122,19 @@ def threefry(key: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor
         if turn % 4 == 3:
             n = turn // 4 + 1
             a, b = a + schedule[n % 3], b + (schedule[(n + 1) % 3] + n)
+        if turn % 2:
+            a, b = _stored(a), _stored(b)
     return a, b
+
+
+def _stored(values: Tensor) -> Tensor:
+    """The same values. A compiler computes them once: it would else do so for every use, twice as often from round to round."""
+    return values.as_strided(values.shape, values.stride())
 
 
 def _unit(bits: Tensor) -> Tensor:
     """The upper 24 of 32 random bits, as a number in [0, 1)."""
     return ((bits >> 8) & 0xFFFFFF).float() * 2.0**-24
-
-
-def _there(value: Tensor | None) -> Tensor:
-    assert value is not None  # noqa: S101
-    return value
 
 
 class InjectedNoise:

@@ -129,7 +129,9 @@ def sample_density(
     start: Sequence[Tensor] | None = None,
     noise: NoiseSource | None = None,
     measure: bool = False,
+    trace: bool = False,
     on_step: StepCallback | None = None,
+    every: int = 1,
 ) -> ChainDraw:
     """Runs a chain on `density` and returns all latents (z_1, …, z_L) at its end, the held ones included.
 
@@ -140,7 +142,9 @@ def sample_density(
         start: (z_1, …, z_L) to start from (entries of held layers are not read); None: ancestral, ε ~ N(0, I).
         noise: the chain's random numbers; None: torch's global stream.
         measure: report the acceptance of an unadjusted chain too.
-        on_step: called after every step.
+        trace: report f after every step too.
+        on_step: called at the start, and after every `every` steps.
+        every: ≥ 1.
     """
     parts = [density] if isinstance(density, JointDensity) else list(density)
     topdown, space = parts[0].topdown, parts[0].space
@@ -176,7 +180,9 @@ def sample_density(
             taming=settings.taming,
             precision=settings.precision,
             measure=measure,
+            trace=trace,
             on_step=on_step,
+            every=every,
             stepper=stepper,
         )
         return ChainDraw(result.latents, result)

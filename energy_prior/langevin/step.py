@@ -12,6 +12,7 @@ __all__ = [
     "Rules",
     "Scheme",
     "StepCoefficients",
+    "Trace",
     "advance",
     "begin",
     "coefficients",
@@ -31,7 +32,6 @@ from torch import Tensor
 
 from energy_prior._util import sum_event
 from energy_prior.langevin.density import ChainState, JointDensity, Precision
-from energy_prior.langevin.noise import Counter, counted
 from energy_prior.topdown import Space
 
 Scheme = Literal["crank_nicolson", "euler"]
@@ -57,6 +57,7 @@ class Rules(NamedTuple):
         target_acceptance: what the adaptation aims at.
         taming: longest drift as a multiple of the noise's length; None: the drift as it is.
         measured: densities and acceptances are computed.
+        traced: f after every step is kept.
         precision: of the matrix products in the gradients.
     """
 
@@ -67,6 +68,7 @@ class Rules(NamedTuple):
     target_acceptance: float = 0.7
     taming: float | None = None
     measured: bool = False
+    traced: bool = False
     precision: Precision = "full"
 
 
@@ -82,7 +84,6 @@ class Carry(NamedTuple):
         acceptance: probability of the last step, (batch,); None if not measured.
         accepted: sum of the acceptance probabilities so far, (batch,); None if not measured.
         cut: number of cut drifts that steps were made with so far, (batch,); None without taming.
-        counter: of the next step's random numbers; None: they are given, as `Draw`s.
     """
 
     state: ChainState
@@ -93,21 +94,32 @@ class Carry(NamedTuple):
     acceptance: Tensor | None
     accepted: Tensor | None
     cut: Tensor | None
-    counter: Counter | None
 
 
 class Draw(NamedTuple):
     """What is new in a step.
 
     Attributes:
-        noise: standard normal, one tensor per free layer; None where the chain has a counter.
-        uniform: in [0, 1), (batch,); None where the chain has a counter, and without `adjust`.
+        noise: standard normal, one tensor per free layer.
+        uniform: in [0, 1), (batch,); None without `adjust`.
         gain: of the step size's adaptation, a scalar; None without `adapt`.
     """
 
-    noise: Sequence[Tensor] | None = None
+    noise: Sequence[Tensor]
     uniform: Tensor | None = None
     gain: Tensor | None = None
+
+
+class Trace(NamedTuple):
+    """What steps leave behind.
+
+    Attributes:
+        health: of every state that was proposed, (steps, …).
+        energy: Σ_i f_i over the free layers after every step, (steps, batch), nats; None if not traced.
+    """
+
+    health: Tensor
+    energy: Tensor | None
 
 
 class End(NamedTuple):
@@ -126,38 +138,37 @@ class End(NamedTuple):
     health: Tensor
 
 
-def begin(
-    density: JointDensity, rules: Rules, position: Sequence[Tensor], step_size: Tensor, counter: Counter | None = None
-) -> tuple[Carry, Tensor]:
-    """The chain before its first step, and its `health`, (1, …)."""
+def begin(density: JointDensity, rules: Rules, position: Sequence[Tensor], step_size: Tensor) -> tuple[Carry, Trace]:
+    """The chain before its first step, and its start as the trace of one step."""
     state = density.evaluate(position, with_density=rules.measured, precision=rules.precision)
     c = coefficients(step_size, rules.scheme, density.space, rules.temperature)
     drift, was_cut = _drift(state, c, rules)
     zero, one = torch.zeros_like(step_size), torch.ones_like(step_size)
     measured = (one, zero) if rules.measured else (None, None)
-    carry = Carry(state, drift, was_cut, c, step_size, *measured, None if rules.taming is None else zero, counter)
-    return carry, health(state, density_of_zero_is_bad=True)[None]
+    carry = Carry(state, drift, was_cut, c, step_size, *measured, None if rules.taming is None else zero)
+    return carry, _trace(rules, [health(state, density_of_zero_is_bad=True)], [state])
 
 
-def advance(density: JointDensity, rules: Rules, carry: Carry, draws: Sequence[Draw]) -> tuple[Carry, Tensor]:
-    """Steps of every chain of the batch, one for each of `draws`: propose, evaluate, accept or reject, adapt.
-
-    Returns:
-        The chain after the last of them, and the `health` of every proposal, (steps, …).
-    """
-    rows = []
+def advance(density: JointDensity, rules: Rules, carry: Carry, draws: Sequence[Draw]) -> tuple[Carry, Trace]:
+    """Steps of every chain of the batch, one for each of `draws`: propose, evaluate, accept or reject, adapt."""
+    rows, states = [], []
     for draw in draws:
         carry, sound = _step(density, rules, carry, draw)
         rows.append(sound)
-    return carry, torch.stack(rows)
+        states.append(carry.state)
+    return carry, _trace(rules, rows, states)
+
+
+def _trace(rules: Rules, rows: Sequence[Tensor], states: Sequence[ChainState]) -> Trace:
+    energy = torch.stack([state.negative_energy.sum(1) for state in states]) if rules.traced else None
+    return Trace(torch.stack(list(rows)), energy)
 
 
 def finish(density: JointDensity, rules: Rules, carry: Carry, last: Draw | None) -> End:
     """The end of a chain, after one more step if `last` is given: without the evaluation that only a further step needs."""
     position, energy, cut = carry.state.position, carry.state.negative_energy, carry.cut
     if last is not None:
-        noise = _random(density, rules, carry, last)[0]
-        position = propose(position, carry.drift, carry.coefficients, noise)
+        position = propose(position, carry.drift, carry.coefficients, last.noise)
         cut = None if cut is None else cut + _there(carry.was_cut)
     latents = density.topdown.descend(position, density.space).latents
     if last is not None:
@@ -166,31 +177,19 @@ def finish(density: JointDensity, rules: Rules, carry: Carry, last: Draw | None)
     return End(position, latents, cut, torch.cat([energy.abs().amax(0).to(sums.dtype), sums]))
 
 
-def _random(
-    density: JointDensity, rules: Rules, carry: Carry, draw: Draw
-) -> tuple[Sequence[Tensor], Tensor | None, Counter | None]:
-    """Noise and uniform numbers of a step, and the counter of the next."""
-    counter = carry.counter
-    if counter is None:
-        return _there(draw.noise), draw.uniform, None
-    noise, uniform = counted(counter, density.topdown.shapes, uniform=rules.adjust)
-    return noise, uniform, counter._replace(step=counter.step + 1)
-
-
 def _step(density: JointDensity, rules: Rules, carry: Carry, draw: Draw) -> tuple[Carry, Tensor]:
     c, s, old = carry.coefficients, carry.step_size, carry.state
-    noise, uniform, counter = _random(density, rules, carry, draw)
-    proposal = propose(old.position, carry.drift, c, noise)
+    proposal = propose(old.position, carry.drift, c, draw.noise)
     new = density.evaluate(proposal, with_density=rules.measured, precision=rules.precision)
     drift, was_cut = _drift(new, c, rules)
     cut = None if rules.taming is None else _there(carry.cut) + _there(carry.was_cut)
     sound = health(new, density_of_zero_is_bad=not rules.adjust)
     if not rules.measured:
-        return Carry(new, drift, was_cut, c, s, None, None, cut, counter), sound
-    log_alpha = log_acceptance(old, new, drift, c, noise, rules.temperature)
+        return Carry(new, drift, was_cut, c, s, None, None, cut), sound
+    log_alpha = log_acceptance(old, new, drift, c, draw.noise, rules.temperature)
     acceptance = log_alpha.exp().clamp(max=1.0)
     if rules.adjust:
-        accept = _there(uniform).log() < log_alpha
+        accept = _there(draw.uniform).log() < log_alpha
         new = _select(accept, new, old)
         drift = tuple(_pick(accept, a, b) for a, b in zip(drift, carry.drift))
         was_cut = None if was_cut is None else _pick(accept, was_cut, _there(carry.was_cut))
@@ -199,7 +198,7 @@ def _step(density: JointDensity, rules: Rules, carry: Carry, draw: Draw) -> tupl
         s = s.clamp(max=2 * math.sqrt(rules.temperature)) if rules.scheme == "crank_nicolson" else s
         c = coefficients(s, rules.scheme, density.space, rules.temperature)
         drift, was_cut = _drift(new, c, rules)
-    return Carry(new, drift, was_cut, c, s, acceptance, _there(carry.accepted) + acceptance, cut, counter), sound
+    return Carry(new, drift, was_cut, c, s, acceptance, _there(carry.accepted) + acceptance, cut), sound
 
 
 def _drift(state: ChainState, c: StepCoefficients, rules: Rules) -> tuple[tuple[Tensor, ...], Tensor | None]:

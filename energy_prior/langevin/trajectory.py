@@ -34,28 +34,21 @@ class Trajectory:
 
 
 class TrajectoryRecorder:
-    """A step callback that keeps every m-th state; memory grows with the frames, not with the steps.
+    """A step callback that keeps every state that it is called with.
 
     Args:
         parts: the chain's target, by parts of the batch.
-        every: m, the steps between frames.
     """
 
-    def __init__(self, parts: Sequence[JointDensity], every: int) -> None:
-        self._parts, self._every = parts, every
+    def __init__(self, parts: Sequence[JointDensity]) -> None:
+        self._parts = parts
         self._frames: list[tuple[int, tuple[Tensor, ...], Tensor, Tensor, Tensor]] = []
-        self._accepted: Tensor | None = None
 
     def __call__(self, step: int, state: ChainState, acceptance: Tensor) -> None:
-        """Takes one step in."""
-        self._accepted = acceptance if self._accepted is None else self._accepted + acceptance
-        if step % self._every:
-            return
+        """Takes one frame in."""
         latents = latents_at(self._parts, state.position)
         energy = torch.stack([f(z) for f, z in zip(self._parts[0].energies, latents, strict=True)], dim=1)
-        mean = self._accepted / (self._every if step else 1)
-        self._frames.append((step, latents, energy, mean, self._parts[0].drift_norm(state)))
-        self._accepted = None
+        self._frames.append((step, latents, energy, acceptance, self._parts[0].drift_norm(state)))
 
     def trajectory(self) -> Trajectory:
         """The frames so far."""

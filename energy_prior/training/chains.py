@@ -15,7 +15,7 @@ from torch import Tensor
 from energy_prior import validate
 from energy_prior._util import frozen, inferrer
 from energy_prior.errors import ArgumentError
-from energy_prior.langevin import ChainResult, ChainSettings, ChainState, sample_density, tune_step_size
+from energy_prior.langevin import ChainResult, ChainSettings, sample_density, tune_step_size
 from energy_prior.langevin.backends import ChosenBackend, chosen_backend
 from energy_prior.langevin.settings import LARGEST_STEP
 from energy_prior.model import JointModel
@@ -51,7 +51,6 @@ class TrainingChains:
         self.last: ChainResult | None = None
         self.last_posterior: ChainResult | None = None
         self.drift_norm = torch.zeros(())
-        self.energy_path: list[Tensor] = []
 
     def tune(self) -> None:
         """Starts both step sizes at the one with the target acceptance on the prior as it is."""
@@ -113,11 +112,6 @@ class TrainingChains:
     def run(self, start: Sequence[Tensor], steps: int) -> tuple[Tensor, ...]:
         """A short prior chain from `start`; nudges the step size towards the target acceptance."""
         model, config = self.model, self.config
-        self.energy_path = []
-
-        def follow(step: int, state: ChainState, acceptance: Tensor) -> None:
-            self.energy_path.append(state.negative_energy.sum(1))
-
         with self._full_precision(), torch.no_grad(), frozen(model.generator, *model.energies):
             settings = ChainSettings(
                 steps=steps,
@@ -126,7 +120,7 @@ class TrainingChains:
                 backend=self.backend or "eager",
             )
             density = model.parts(len(start[0]), settings.max_memory)
-            draw = sample_density(density, settings, default_step_size=self.step_size, start=start, on_step=follow)
+            draw = sample_density(density, settings, default_step_size=self.step_size, start=start, trace=True)
             if draw.result is not None and draw.result.state is not None:
                 size = sum(y[0].numel() for y in draw.result.position)
                 self.drift_norm = density[0].drift_norm(draw.result.state).mean() / math.sqrt(size)

@@ -39,9 +39,9 @@ def entry(figures: dict[str, Tensor], chains: TrainingChains) -> dict[str, float
             last[name] = float(figures[name].mean())
     if "acceptance" in figures:
         last["step_size"] = chains.step_size
-        if len(chains.energy_path) > 4:
-            path = torch.stack(chains.energy_path[1:])
-            last["chain_ess"] = float(effective_sample_size(path[..., None]).mean())
+        path = chains.last.energy if chains.last else None
+        if path is not None and len(path) > 4:
+            last["chain_ess"] = float(effective_sample_size(path[1:, :, None]).mean())
     if "posterior_acceptance" in figures:
         last["posterior_step_size"] = chains.posterior_step_size
     return last
