@@ -90,6 +90,11 @@ class TopDown:
         return tuple((self.batch_size, *self.generator.latent_shapes[i - 1]) for i in self.free)
 
     @property
+    def top(self) -> Normal:
+        """p_β(z_i | z_{>i}) of the highest free layer."""
+        return self._above[self.free[-1]]
+
+    @property
     def held_below(self) -> tuple[int, ...]:
         """Held layers with a free layer above them: their log p_βj(c_j | z_{>j}) depends on the free ones."""
         return tuple(j for j in self.held if self.free and j < self.free[-1])

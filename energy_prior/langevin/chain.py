@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ChainResult", "StepCallback", "run_chain"]
+__all__ = ["ChainResult", "StepCallback", "run_chain", "run_fused"]
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,8 +15,9 @@ from torch import Tensor
 from energy_prior.errors import DivergenceError
 from energy_prior.langevin.backends import STEPPERS, Stepper
 from energy_prior.langevin.density import ChainState, JointDensity, Precision, by_parts, matrix_products, whole
-from energy_prior.langevin.noise import NoiseSource
-from energy_prior.langevin.step import Carry, Draw, End, Rules, Scheme, Trace
+from energy_prior.langevin.fused import fused_position
+from energy_prior.langevin.noise import InjectedNoise, NoiseSource
+from energy_prior.langevin.step import Carry, Draw, End, Rules, Scheme, Trace, coefficients, end_at
 
 StepCallback = Callable[[int, ChainState, Tensor], None]
 """Called with (step, state, mean acceptance probability since the call before, (batch,)), and at step 0 with ones."""
@@ -161,6 +162,36 @@ def run_chain(
     )
 
 
+def run_fused(
+    parts: Sequence[JointDensity],
+    start: Sequence[Tensor],
+    *,
+    steps: int,
+    step_size: float,
+    noise: InjectedNoise | None,
+    scheme: Scheme,
+    temperature: float = 1.0,
+    precision: Precision = "full",
+) -> ChainResult:
+    """`run_chain` for plain chains, each part in one launch of the kernel of `energy_prior.langevin.fused`.
+
+    Raises:
+        DivergenceError: if the end of the chain is not finite; at which step it began is not known.
+    """
+    s = torch.full_like(start[0].flatten(1)[:, 0], step_size)
+    c = coefficients(torch.tensor(step_size, dtype=torch.float64), scheme, parts[0].space, temperature)
+    first, ends = 0, []
+    watch = _FiniteWatch(parts[0])
+    for part, own in zip(parts, by_parts(parts, start), strict=True):
+        rows = slice(first, first + part.topdown.batch_size)
+        injected = None if noise is None else noise.rows(rows)
+        position = fused_position(part, own, steps=steps, coefficients=c, noise=injected, precision=precision)
+        ends.append(end_at(part, position, None))
+        first = rows.stop
+    watch.finish(steps, ends, s)
+    return ChainResult(whole([end.position for end in ends]), whole([end.latents for end in ends]), s)
+
+
 def _draws(parts: Sequence[JointDensity], rules: Rules, noise: NoiseSource, step: int, gains: Tensor) -> list[Draw]:
     """What is new in a step, for each part: one draw of noise for the whole batch, taken apart."""
     normals = by_parts(parts, noise.normal(step))
@@ -228,12 +259,13 @@ class _FiniteWatch:
 
     def finish(self, steps: int, ends: Sequence[End], step_size: Tensor) -> None:
         """Reads what is left, and looks at the last position of all, whose density may not have been needed."""
-        self._fold()
-        self._read(step_size)
+        if self._rows or self._record is not None:
+            self._fold()
+            self._read(step_size)
         bad = [not math.isfinite(value) for value in torch.stack([end.health for end in ends]).abs().amax(0).tolist()]
         if any(bad):
-            latest = _there(self._record)[1:].reshape(3, -1)[2].tolist()
             layers = len(self._free)
+            latest = [0.0] * layers if self._record is None else self._record[1:].reshape(3, -1)[2].tolist()
             layer = self._worst([bad[i] or bad[layers + i] for i in range(layers)], latest)
             self._fail(steps, layer, f"z_{layer} or its energy f_{layer} at the end of layer {layer} is not finite", step_size)
 

@@ -164,6 +164,10 @@ class InjectedNoise:
             raise ArgumentError("noise: Metropolis adjustment needs `uniforms` as well; give InjectedNoise both.")
         return self._uniforms[step]
 
+    def rows(self, rows: slice) -> InjectedNoise:
+        """The random numbers of some chains of the batch."""
+        return InjectedNoise([n[:, rows] for n in self._normals], None if self._uniforms is None else self._uniforms[:, rows])
+
     def check(self, shapes: Sequence[tuple[int, ...]], reference: Tensor, steps: int, adjust: bool) -> None:
         """Raises `ShapeError` or `ArgumentError` if it does not fit a chain of free layers with these shapes."""
         got = [tuple(n.shape[1:]) for n in self._normals]

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from energy_prior._util import check_count, check_positive, check_settings
 from energy_prior.errors import ArgumentError
 from energy_prior.langevin.backends import STEPPERS, Backend, chosen_backend
-from energy_prior.langevin.chain import ChainResult, StepCallback, run_chain
+from energy_prior.langevin.chain import ChainResult, StepCallback, run_chain, run_fused
 from energy_prior.langevin.density import JointDensity, Precision, by_parts, latents_at, whole
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
 from energy_prior.langevin.step import Scheme
@@ -60,7 +60,9 @@ class ChainSettings:
             has its own, on by default.
         backend: how steps are made. "eager": the reference, operation by operation. "compiled": the same step through
             `torch.compile`, compiled once per process and kind of chain, which takes seconds to minutes; for training and
-            for repeated sampling. "auto": compiled where one call is so long that it pays for that, else eager.
+            for repeated sampling. "triton": on a GPU, the whole chain in one kernel, for unadjusted chains of the prior
+            in noise space on a `LadderVAE` of fully connected nets with `MLPEnergy`; "compiled" takes other chains, with
+            a warning. "auto": compiled, or triton, where one call is so long that it pays for that, else eager.
         precision: of the matrix products in the gradients; positions, densities and noise keep the latents' dtype. "full";
             "tf32" (CUDA only, about three digits); "bf16" (two to three digits), for unadjusted chains alone: densities
             of hundreds of nats are too coarse in it to accept or reject by. `docs/sampling.md` has its effect on samples.
@@ -155,7 +157,11 @@ def sample_density(
     with torch.autocast(topdown.reference.device.type, enabled=False):  # the chain's precision is its own setting
         batch = sum(part.topdown.batch_size for part in parts)
         shapes = [(batch, *shape[1:]) for shape in topdown.shapes]
-        stepper = STEPPERS[chosen_backend(settings.backend, parts[0], batch, settings.steps)]
+        adaptive = settings.step_size is None and parts[0].informed
+        plain = not (adjust or adaptive or measure or trace or on_step) and settings.taming is None
+        plain = plain and settings.precision != "bf16" and (noise is None or isinstance(noise, InjectedNoise))
+        backend = chosen_backend(settings.backend, parts[0], batch, settings.steps, plain=plain)
+        stepper = STEPPERS["eager" if backend == "triton" else backend]
         source = stepper.noise(shapes, topdown.reference) if noise is None else noise
         if not hasattr(source, "normal"):
             raise ArgumentError(f"noise: expected an InjectedNoise or another NoiseSource, got {type(noise).__name__}.")
@@ -166,14 +172,27 @@ def sample_density(
         else:
             pairs = zip(parts, by_parts(parts, start), strict=True)
             position = whole([part.topdown.position(own, space) for part, own in pairs])
-        adaptive = settings.step_size is None and parts[0].informed
+        step_size = settings.step_size or default_step_size
+        scheme = settings.scheme_in(space)
+        if backend == "triton":
+            result = run_fused(
+                parts,
+                position,
+                steps=settings.steps,
+                step_size=step_size,
+                noise=noise if isinstance(noise, InjectedNoise) else None,
+                scheme=scheme,
+                temperature=settings.temperature,
+                precision=settings.precision,
+            )
+            return ChainDraw(result.latents, result)
         result = run_chain(
             parts,
             position,
             steps=settings.steps,
-            step_size=settings.step_size or default_step_size,
+            step_size=step_size,
             noise=source,
-            scheme=settings.scheme_in(space),
+            scheme=scheme,
             adjust=adjust,
             temperature=settings.temperature,
             adapt_steps=settings.steps // 2 if adaptive else 0,

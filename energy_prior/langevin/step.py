@@ -16,6 +16,7 @@ __all__ = [
     "advance",
     "begin",
     "coefficients",
+    "end_at",
     "finish",
     "health",
     "log_acceptance",
@@ -170,11 +171,16 @@ def finish(density: JointDensity, rules: Rules, carry: Carry, last: Draw | None)
     if last is not None:
         position = propose(position, carry.drift, carry.coefficients, last.noise)
         cut = None if cut is None else cut + _there(carry.was_cut)
+    end = end_at(density, position, None if last is not None else energy)
+    return end._replace(cut=cut)
+
+
+def end_at(density: JointDensity, position: tuple[Tensor, ...], energy: Tensor | None) -> End:
+    """The end of a chain at this position, with f_i of the free layers there, (batch, free layers), if they are known."""
     latents = density.topdown.descend(position, density.space).latents
-    if last is not None:
-        energy = density.negative_energy(latents)
+    energy = density.negative_energy(latents) if energy is None else energy
     sums = torch.stack([p.sum() for p in position])
-    return End(position, latents, cut, torch.cat([energy.abs().amax(0).to(sums.dtype), sums]))
+    return End(position, latents, None, torch.cat([energy.abs().amax(0).to(sums.dtype), sums]))
 
 
 def _step(density: JointDensity, rules: Rules, carry: Carry, draw: Draw) -> tuple[Carry, Tensor]:
