@@ -22,7 +22,7 @@ from energy_prior.cost import Cost, evaluation_cost
 from energy_prior.errors import BackendWarning
 from energy_prior.langevin import ChainSettings, InjectedNoise, RandomNoise, backends, chain
 from energy_prior.langevin.backends import STEPPERS, pays_to_compile
-from energy_prior.langevin.noise import CounterNoise, threefry
+from energy_prior.langevin.noise import CounterNoise, counted, threefry
 from energy_prior.topdown import TopDown
 
 STEPS, N = 8, 5
@@ -160,7 +160,11 @@ def test_counted_noise_is_standard_normal_and_never_repeats() -> None:
     assert float((flat.T.corrcoef() - torch.eye(35)).abs().max()) < 0.08, "between layers and steps"
     assert float((flat.abs().T.corrcoef() - torch.eye(35)).abs().max()) < 0.08
     assert len(flat.flatten().unique()) > 0.99 * flat.numel()
-    torch.testing.assert_close(noise.normal(3), noise.normal(3))
+    fresh = [CounterNoise([(4000, 3), (4000, 2, 2)], torch.empty(())) for _ in range(2)]
+    for source in fresh:
+        source._key.copy_(noise._key)
+    assert torch.equal(fresh[0].normal(3)[1], noise.normal(3)[1]), "whatever was asked for before"
+    assert torch.equal(fresh[1].normal(5)[0], noise.normal(5)[0])
     assert not torch.equal(noise.normal(1)[0], CounterNoise([(4000, 3)], torch.empty(())).normal(1)[0]), "another key"
 
 
@@ -195,6 +199,10 @@ def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with missing, pytest.warns(BackendWarning, match="run in eager mode"):
         z = prior.sample_latents(N, steps=2, backend="compiled", rng=torch.Generator().manual_seed(0))
     assert torch.equal(z[0], prior.sample_latents(N, steps=2, rng=torch.Generator().manual_seed(0))[0])
+    single = lively(mlp()).float()
+    with missing, pytest.warns(BackendWarning, match="run in eager mode"):
+        assert single.sample_latents(N, steps=6, backend="compiled")[0].dtype == torch.float32
+    assert backends._numbers[(7 * N + 1) // 2] is counted, "it is not tried again"
 
 
 def test_auto_compiles_where_it_pays_and_depends_on_counts_alone(monkeypatch: pytest.MonkeyPatch) -> None:

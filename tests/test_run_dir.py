@@ -284,7 +284,7 @@ def test_divergence_keeps_the_last_good_prior_in_the_folder(tmp_path: Path) -> N
         recorded() as said,
         pytest.raises(DivergenceError, match=r"f_\d, the energy of layer \d.*saved as .*last_good") as caught,
     ):
-        prior.fit(X, "two_stage", **WILD, steps=4, learning_rate=0.01, max_energy=100.0, run_dir=tmp_path)
+        prior.fit(X, "two_stage", **WILD, steps=4, learning_rate=0.03, max_energy=100.0, run_dir=tmp_path)
     assert any("an energy has reached" in message for message in said)
     assert caught.value.layer in (1, 2)
     assert caught.value.step is not None

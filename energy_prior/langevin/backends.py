@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["STEPPERS", "Backend", "ChosenBackend", "Stepper", "chosen_backend", "pays_to_compile"]
+__all__ = ["STEPPERS", "Backend", "ChosenBackend", "StepBackend", "Stepper", "chosen_backend", "pays_to_compile"]
 
 import types
 import warnings
@@ -12,69 +12,49 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from typing_extensions import ParamSpec
 
 from energy_prior.cost import Cost, evaluation_cost
 from energy_prior.errors import BackendWarning
 from energy_prior.langevin.density import JointDensity
-from energy_prior.langevin.fused import why_not_fused
 from energy_prior.langevin.noise import CounterNoise, NoiseSource, RandomNoise, counted
 from energy_prior.langevin.step import Carry, Draw, End, Rules, Trace, advance, begin, finish
 
-_P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-ChosenBackend = Literal["eager", "compiled", "triton"]
+ChosenBackend = Literal["eager", "compiled"]
+StepBackend = Literal["auto", "eager", "compiled"]
 Backend = Literal["auto", "eager", "compiled", "triton"]
 """How steps are made; `ChainSettings` says what each is."""
 
 _COMPILE_SECONDS, _COMPILE_SECONDS_PER_OPERATION = 20.0, 0.05
 _SAVED_SECONDS_PER_OPERATION = 4e-6
-_SAVED_SHARE, _FLOPS_PER_THREAD = 0.2, 5e10
-_TRITON_SECONDS, _LAUNCH_SECONDS = 20.0, 4e-6
+_SAVED_SHARE, _FLOPS = 0.2, 1e11
 
 _KEPT = 64
 _kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
 _numbers: OrderedDict[Hashable, Callable[[Tensor, Tensor, int], Tensor]] = OrderedDict()
 
 
-def chosen_backend(
-    backend: Backend, density: JointDensity, rows: int, evaluations: int, *, plain: bool = False
-) -> ChosenBackend:
-    """What "auto" stands for, and what "triton" does where that does not fit (with a `BackendWarning`).
+def chosen_backend(backend: StepBackend, density: JointDensity, rows: int, evaluations: int) -> ChosenBackend:
+    """What "auto" stands for: "compiled" where that takes less time than it saves, as far as counting can tell.
 
-    "compiled" where that takes less time than it saves, as far as counting can tell; on a GPU "triton" where it fits and does.
-    The choice depends on counts alone, never on a clock: a call that is repeated makes the same steps again.
+    The choice depends on counts alone, never on a clock or on the machine: a call that is repeated makes the same steps again.
 
     Args:
-        backend: what was asked for.
+        backend: what was asked for; other than "auto" it is what comes back.
         density: of the kind that is to be evaluated, with any number of rows.
         rows: of the batch.
         evaluations: gradient evaluations of the batch that are to come.
-        plain: whether the chains are unadjusted, untamed, with one fixed step size, and nothing watches them on the way.
     """
-    if backend not in ("auto", "triton"):
+    if backend != "auto":
         return backend
-    cost = evaluation_cost(density)
-    if backend == "triton" or density.topdown.reference.device.type == "cuda":
-        against = why_not_fused(density) if plain else "it is for unadjusted chains that nothing tames or watches on the way"
-        if against is None and (backend == "triton" or _pays(cost, evaluations, _TRITON_SECONDS, _LAUNCH_SECONDS)):
-            return "triton"
-        if backend == "triton":
-            warnings.warn(f'backend="triton" cannot run this chain, and "compiled" takes it: {against}.', BackendWarning, 2)
-            return "compiled"
-    return "compiled" if pays_to_compile(cost, rows, evaluations) else "eager"
+    return "compiled" if pays_to_compile(evaluation_cost(density), rows, evaluations) else "eager"
 
 
 def pays_to_compile(cost: Cost, rows: int, evaluations: int) -> bool:
     """Whether compiling takes less time than it saves, by rough figures that lean towards waiting for no compiler."""
-    speed = _FLOPS_PER_THREAD * torch.get_num_threads()
-    seconds = _COMPILE_SECONDS + _COMPILE_SECONDS_PER_OPERATION * cost.operations
-    return _pays(cost, evaluations, seconds, _SAVED_SECONDS_PER_OPERATION, _SAVED_SHARE * rows * cost.flops / speed)
-
-
-def _pays(cost: Cost, evaluations: int, seconds: float, saved_per_operation: float, saved_besides: float = 0.0) -> bool:
-    return evaluations * (cost.operations * saved_per_operation + saved_besides) > 1.5 * seconds
+    saved = evaluations * (cost.operations * _SAVED_SECONDS_PER_OPERATION + _SAVED_SHARE * rows * cost.flops / _FLOPS)
+    return saved > 1.5 * (_COMPILE_SECONDS + _COMPILE_SECONDS_PER_OPERATION * cost.operations)
 
 
 def _compile(function: Callable[..., _R]) -> Callable[..., _R]:
@@ -126,24 +106,27 @@ class _Kind:
         return function(*arguments)
 
 
-def _compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def _compiled(function: Callable[..., _R]) -> Callable[..., _R]:
     """`function` of the reference through `torch.compile`; its first argument is the density."""
 
-    def call(*arguments: _P.args, **keywords: _P.kwargs) -> _R:
-        density: Any = arguments[0]
+    def call(*arguments: Any) -> _R:
+        density: JointDensity = arguments[0]
         name = f"{type(density.topdown.generator).__name__}, batch of {density.topdown.batch_size}"
         kind = _kept(_kinds, (density.kind, density.topdown.batch_size), lambda: _Kind(name))
-        return kind.call(function, *arguments, **keywords)
+        return kind.call(function, *arguments)
 
     return call
 
 
 def _counted_compiled(key: Tensor, step: Tensor, pairs: int) -> Tensor:
-    """`counted` through `torch.compile`; where that fails, torch's own numbers: the steps will fail too, and say so."""
+    """`counted` through `torch.compile`; where that fails, `counted` itself: the steps will fail too, and say so."""
     try:
         return _kept(_numbers, pairs, lambda: _compile(counted))(key, step, pairs)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:
-        return torch.randn(1, 2 * pairs)
+        _numbers[pairs] = counted
+        return counted(key, step, pairs)
 
 
 def _fast_noise(shapes: Sequence[tuple[int, ...]], reference: Tensor) -> NoiseSource:
@@ -171,7 +154,7 @@ class Stepper(NamedTuple):
     span: int
 
 
-STEPPERS: Mapping[Literal["eager", "compiled"], Stepper] = {
+STEPPERS: Mapping[ChosenBackend, Stepper] = {
     "eager": Stepper(begin, advance, finish, RandomNoise, span=1),
     "compiled": Stepper(_compiled(begin), _compiled(advance), _compiled(finish), _fast_noise, span=4),
 }

@@ -126,7 +126,7 @@ def run_chain(
         watch.note(traces)
         watch.fold(s)
         paths = [_energy(traces)] if trace else []
-        before = torch.zeros_like(s)
+        accepted, block = torch.zeros_like(s), torch.zeros_like(s)  # sums of sums of few steps: long ones would lose digits
         if on_step is not None:
             on_step(0, _whole_state(carries), torch.ones_like(s))
         t = 0
@@ -141,22 +141,25 @@ def run_chain(
             watch.note(traces)
             if trace:
                 paths.append(_energy(traces))
+            report = on_step is not None and t % every == 0
+            if rules.measured and (report or watch.full):
+                block += _accepted(carries)
+                carries = [c._replace(accepted=torch.zeros_like(_there(c.accepted))) for c in carries]
             if watch.full:
                 watch.fold(_step_size(carries))
-            if on_step is not None and t % every == 0:
-                accepted = whole([(_there(c.accepted),) for c in carries])[0]
-                on_step(t, _whole_state(carries), (accepted - before) / every)
-                before = accepted
-        final = _draws(parts, rules, noise, steps, gains) if last < steps else [None] * len(parts)
-        ends = [stepper.finish(d, rules, c, new) for d, c, new in zip(parts, carries, final, strict=True)]
-        watch.finish(steps, ends, _step_size(carries))
+            if on_step is not None and report:
+                on_step(t, _whole_state(carries), block / every)
+                accepted, block = accepted + block, torch.zeros_like(s)
+    final = _draws(parts, rules, noise, steps, gains) if last < steps else [None] * len(parts)
+    ends = [stepper.finish(d, rules, c, new) for d, c, new in zip(parts, carries, final, strict=True)]
+    watch.finish(steps, ends, _step_size(carries))
     share = max(steps, 1)
     return ChainResult(
         position=whole([end.position for end in ends]),
         latents=whole([end.latents for end in ends]),
         step_size=_step_size(carries),
         state=_whole_state(carries) if rules.measured else None,
-        acceptance=whole([(_there(c.accepted) / share,) for c in carries])[0] if rules.measured else None,
+        acceptance=(accepted + block + _accepted(carries)) / share if rules.measured else None,
         tamed=None if taming is None else whole([(_there(end.cut) / share,) for end in ends])[0],
         energy=torch.cat(paths) if trace else None,
     )
@@ -172,23 +175,32 @@ def run_fused(
     scheme: Scheme,
     temperature: float = 1.0,
     precision: Precision = "full",
+    max_memory: float = 2.0**30,
 ) -> ChainResult:
-    """`run_chain` for plain chains, each part in one launch of the kernel of `energy_prior.langevin.fused`.
+    """`run_chain` for plain chains, each part in one launch of the kernel of `energy_prior.langevin.fused`, or in a few.
 
     Raises:
-        DivergenceError: if the end of the chain is not finite; at which step it began is not known.
+        DivergenceError: if the end of the chain is not finite; the step is that of the end.
     """
     s = torch.full_like(start[0].flatten(1)[:, 0], step_size)
     c = coefficients(torch.tensor(step_size, dtype=torch.float64), scheme, parts[0].space, temperature)
+    seed = int(torch.randint(2**62, ())) if noise is None else 0
     first, ends = 0, []
-    watch = _FiniteWatch(parts[0])
     for part, own in zip(parts, by_parts(parts, start), strict=True):
-        rows = slice(first, first + part.topdown.batch_size)
-        injected = None if noise is None else noise.rows(rows)
-        position = fused_position(part, own, steps=steps, coefficients=c, noise=injected, precision=precision)
+        n = part.topdown.batch_size
+        position = fused_position(
+            part,
+            own,
+            steps=steps,
+            coefficients=c,
+            noise=seed if noise is None else noise.rows(slice(first, first + n)),
+            precision=precision,
+            first_row=first,
+            max_memory=max_memory,
+        )
         ends.append(end_at(part, position, None))
-        first = rows.stop
-    watch.finish(steps, ends, s)
+        first += n
+    _FiniteWatch(parts[0]).finish(steps, ends, s)
     return ChainResult(whole([end.position for end in ends]), whole([end.latents for end in ends]), s)
 
 
@@ -211,6 +223,11 @@ def _there(value: _T | None) -> _T:
 def _step_size(carries: Sequence[Carry]) -> Tensor:
     """Of the whole batch, (batch,)."""
     return whole([(c.step_size,) for c in carries])[0]
+
+
+def _accepted(carries: Sequence[Carry]) -> Tensor:
+    """Sum of the acceptance probabilities that the carries hold, (batch,)."""
+    return whole([(_there(c.accepted),) for c in carries])[0]
 
 
 def _energy(traces: Sequence[Trace]) -> Tensor:

@@ -9,9 +9,12 @@ __all__ = ["COLUMNS", "INTERPRETED", "ROWS", "launch", "run_chains"]
 import os
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from energy_prior.langevin import fused
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton interprets kernels, on any device, instead of compiling them for a GPU; read when this module is imported."""
@@ -19,7 +22,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROWS = 16
 """Chains per program: the least that a matrix product takes."""
 COLUMNS = 12
-"""Numbers of an instruction: kind, source, target, two more sources, inputs, outputs, weights, two strides, bias, flags."""
+"""Numbers of an instruction: kind, source, target, third, fourth, inputs, outputs, weight, its two strides, bias, flags."""
+
+_MATMUL = tl.constexpr(fused.MATMUL)
+_SAMPLE = tl.constexpr(fused.SAMPLE)
+_SAMPLE_TOP = tl.constexpr(fused.SAMPLE_TOP)
+_UNIT = tl.constexpr(fused.UNIT)
+_HEAD = tl.constexpr(fused.HEAD)
+_ADD = tl.constexpr(fused.ADD)
+_CONDITIONAL = tl.constexpr(fused.CONDITIONAL)
+_ACCUMULATE = tl.constexpr(fused.ACCUMULATE)
+_ACTIVATE = tl.constexpr(fused.ACTIVATE)
 
 
 def launch(
@@ -28,49 +41,54 @@ def launch(
     weights: Tensor,
     noise: Tensor | None,
     seed: int,
-    units: int,
+    first_row: int,
     batch: int,
     steps: int,
     coefficients: Sequence[Tensor],
     *,
-    exact: bool,
+    products: str,
 ) -> None:
     """Runs `steps` steps of all chains.
 
     Args:
         memory: (rows, width) float32, what each chain works in, with its start; rows is a multiple of `ROWS`.
-        program: (instructions, COLUMNS) int64.
+        program: (instructions, COLUMNS) int64, as `energy_prior.langevin.fused` has them.
         weights: float32, all parameters, one after the other.
         noise: (steps, batch, units) float32 to be used; None: drawn in the kernel.
-        seed: of that; step t draws from the stream of seed + t.
-        units: noise numbers per chain and step.
+        seed: of that, below 2⁶³; a number is a function of it, the step, the row and the unit.
+        first_row: what the first row is called in that.
         batch: number of chains, at most rows.
         steps: ≥ 1.
         coefficients: c₀, c₁ and τ of a step.
-        exact: matrix products in float32 instead of TF32.
+        products: "ieee" or "tf32".
     """
-    run_chains[(len(memory) // ROWS,)](
-        memory,
-        memory.shape[1],
-        program,
-        len(program),
-        weights,
-        weights if noise is None else noise,
-        seed,
-        units,
-        batch,
-        steps,
-        *(float(c) for c in coefficients),
-        injected=noise is not None,
-        precision="ieee" if exact else "tf32",
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        INPUTS=32,
-        OUTPUTS=64,
-    )
+    with torch.cuda.device_of(memory):
+        run_chains[(len(memory) // ROWS,)](
+            memory,
+            memory.shape[1],
+            program,
+            len(program),
+            weights,
+            weights if noise is None else noise,
+            seed,
+            0 if noise is None else noise.shape[2],
+            first_row,
+            batch,
+            steps,
+            *(float(c) for c in coefficients),
+            injected=noise is not None,
+            precision=products,
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+            INPUTS=32,
+            OUTPUTS=64,
+        )
 
 
-@triton.jit
+_NUMBERS = ["width", "instructions", "seed", "units", "first_row", "batch", "steps"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def run_chains(
     memory,
     width,
@@ -80,6 +98,7 @@ def run_chains(
     noise,
     seed,
     units,
+    first_row,
     batch,
     steps,
     keep,
@@ -95,7 +114,6 @@ def run_chains(
     """Steps y' = keep·y + drift·g + scale·n of the chains of this block of rows; arguments as `launch` has them."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = memory + row.to(tl.int64)[:, None] * width
-    given = noise
     for step in range(steps):
         for at in range(instructions):
             line = program + at * COLUMNS
@@ -114,7 +132,7 @@ def run_chains(
             for first in range(0, outputs, OUTPUTS):
                 column = first + tl.arange(0, OUTPUTS)
                 there = (column < outputs)[None, :]
-                if kind == 0:  # target = source · W + bias, then an activation, or times a derivative
+                if kind == _MATMUL:
                     total = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
                     for start in range(0, inputs, INPUTS):
                         unit = start + tl.arange(0, INPUTS)
@@ -128,15 +146,15 @@ def run_chains(
                         total = tl.dot(a, w, total, input_precision=precision)
                     if bias >= 0:
                         total += tl.load(weights + bias + column[None, :], mask=there, other=0.0)
-                    if flags >= 8:  # an activation
-                        value, slope = _activated(total, flags - 8)
+                    if flags >= _ACTIVATE:  # an activation
+                        value, slope = _activated(total, flags - _ACTIVATE)
                         tl.store(here + target + column[None, :], value, mask=there)
                         tl.store(here + third + column[None, :], slope, mask=there)
                     else:
                         if third >= 0:
                             total *= tl.load(here + third + column[None, :], mask=there, other=0.0)
                         tl.store(here + target + column[None, :], total, mask=there)
-                elif kind == 1:  # z = loc + σ ε, with (loc, log σ before its clamp) in source; σ and d log σ are kept
+                elif kind == _SAMPLE:
                     loc = tl.load(here + source + column[None, :], mask=there, other=0.0)
                     raw = tl.load(here + source + outputs + column[None, :], mask=there, other=0.0)
                     clamped = 2 * tl.sigmoid(raw * 0.4) - 1  # tanh(raw / 5)
@@ -145,46 +163,49 @@ def run_chains(
                     tl.store(here + target + column[None, :], loc + sigma * y, mask=there)
                     tl.store(here + fourth + column[None, :], sigma, mask=there)
                     tl.store(here + bias + column[None, :], 1 - clamped * clamped, mask=there)
-                elif kind == 2:  # z = loc + σ ε, with loc in source and σ in fourth
+                elif kind == _SAMPLE_TOP:
                     loc = tl.load(here + source + column[None, :], mask=there, other=0.0)
                     sigma = tl.load(here + fourth + column[None, :], mask=there, other=0.0)
                     y = tl.load(here + third + column[None, :], mask=there, other=0.0)
                     tl.store(here + target + column[None, :], loc + sigma * y, mask=there)
-                elif kind == 3:  # target = (source − shift)/scale
+                elif kind == _UNIT:
                     z = tl.load(here + source + column[None, :], mask=there, other=0.0)
                     shift = tl.load(weights + weight + column[None, :], mask=there, other=0.0)
                     spread = tl.load(weights + bias + column[None, :], mask=there, other=1.0)
                     tl.store(here + target + column[None, :], (z - shift) / spread, mask=there)
-                elif kind == 4:  # target = W · third: the gradient of a head with respect to what it reads
+                elif kind == _HEAD:
                     head = tl.load(weights + weight + column[None, :], mask=there, other=0.0)
                     slope = tl.load(here + third + column[None, :], mask=there, other=0.0)
                     tl.store(here + target + column[None, :], head * slope, mask=there)
-                elif kind == 5:  # target (+)= source/scale
+                elif kind == _ADD:
                     value = tl.load(here + source + column[None, :], mask=there, other=0.0)
                     value /= tl.load(weights + bias + column[None, :], mask=there, other=1.0)
-                    if flags == 1:
+                    if flags == _ACCUMULATE:
                         value += tl.load(here + target + column[None, :], mask=there, other=0.0)
                     tl.store(here + target + column[None, :], value, mask=there)
-                elif kind == 6:  # the gradient with respect to (loc, log σ before its clamp) from that with respect to z
+                elif kind == _CONDITIONAL:
                     g = tl.load(here + source + column[None, :], mask=there, other=0.0)
                     y = tl.load(here + third + column[None, :], mask=there, other=0.0)
                     sigma = tl.load(here + fourth + column[None, :], mask=there, other=0.0)
                     slope = tl.load(here + bias + column[None, :], mask=there, other=0.0)
                     tl.store(here + target + column[None, :], g, mask=there)
                     tl.store(here + target + outputs + column[None, :], g * y * sigma * slope, mask=there)
-                else:  # the step itself: y in target, the gradient with respect to z in source, σ in fourth
+                else:
                     g = tl.load(here + source + column[None, :], mask=there, other=0.0)
                     g *= tl.load(here + fourth + column[None, :], mask=there, other=0.0)
                     y = tl.load(here + target + column[None, :], mask=there, other=0.0)
-                    place = row[:, None] * units + weight + column[None, :]
                     if injected:
+                        place = row.to(tl.int64)[:, None] * units + weight + column[None, :]
                         real = there & (row < batch)[:, None]
-                        n = tl.load(given + place, mask=real, other=0.0)
+                        n = tl.load(noise + place, mask=real, other=0.0)
                     else:
-                        n = tl.randn(seed + step, place)
+                        unit = tl.zeros((ROWS, OUTPUTS), dtype=tl.int32) + (weight + column[None, :]).to(tl.int32)
+                        chain = tl.zeros((ROWS, OUTPUTS), dtype=tl.int32) + (first_row + row)[:, None]
+                        a, b, _, _ = tl.philox(seed, unit, chain, chain * 0 + step, chain * 0)
+                        n, _ = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(a), tl.uint_to_uniform_float(b))
                     tl.store(here + target + column[None, :], keep * y + drift * g + scale * n, mask=there)
             tl.debug_barrier()  # the next instruction reads what other threads of this program have written
-        given += batch * units
+        noise += batch * units
 
 
 @triton.jit

@@ -49,7 +49,7 @@ class CounterNoise:
     """Random numbers that are computed from a key and the number of the step, for a few steps at a time.
 
     What compiled chains on a CPU draw from: torch's own generator makes one number after the other on one thread; these are
-    a function of their place (`counted`) that can be compiled. The key comes from torch's global stream, and so do the
+    a function of key, step and place (`counted`) that can be compiled. The key comes from torch's global stream, and so do the
     ancestral start (step 0) and the uniform numbers.
 
     Args:
@@ -74,8 +74,9 @@ class CounterNoise:
         if step == 0:
             return tuple(normal_like(shape, self._reference) for shape in self._shapes)
         if not self._first <= step < self._first + len(self._block):
-            total = sum(self._sizes)
-            self._block, self._first = self._make(self._key, self._key.new_full((), step), (total + 1) // 2), step
+            self._first = (step - 1) // _STEPS * _STEPS + 1
+            pairs = (sum(self._sizes) + 1) // 2
+            self._block = self._make(self._key, self._key.new_full((), self._first), pairs)
         layers = self._block[step - self._first, : sum(self._sizes)].split(self._sizes)
         return tuple(layer.view(shape) for layer, shape in zip(layers, self._shapes, strict=True))
 
@@ -88,7 +89,7 @@ _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 
 
 def counted(key: Tensor, step: Tensor, pairs: int) -> Tensor:
-    """Standard normal numbers of four steps, (4, 2 · pairs), float32: a function of (key, number of the step, place) alone.
+    """Standard normal numbers of four steps, (4, 2 · pairs), float32: a function of (key, first step, place) alone.
 
     Two uniform numbers of 24 bits become two normal ones (Box and Muller, Annals of Mathematical Statistics 1958), below 5.9
     in absolute value, as those of torch's CPU generator are.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["LARGEST_STEP", "ChainDraw", "ChainOptions", "ChainSettings", "sample_density", "tune_step_size"]
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
@@ -13,10 +14,11 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from energy_prior._util import check_count, check_positive, check_settings
-from energy_prior.errors import ArgumentError
+from energy_prior.errors import ArgumentError, BackendWarning
 from energy_prior.langevin.backends import STEPPERS, Backend, chosen_backend
 from energy_prior.langevin.chain import ChainResult, StepCallback, run_chain, run_fused
 from energy_prior.langevin.density import JointDensity, Precision, by_parts, latents_at, whole
+from energy_prior.langevin.fused import why_not_fused
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
 from energy_prior.langevin.step import Scheme
 from energy_prior.topdown import Space
@@ -62,7 +64,7 @@ class ChainSettings:
             `torch.compile`, compiled once per process and kind of chain, which takes seconds to minutes; for training and
             for repeated sampling. "triton": on a GPU, the whole chain in one kernel, for unadjusted chains of the prior
             in noise space on a `LadderVAE` of fully connected nets with `MLPEnergy`; "compiled" takes other chains, with
-            a warning. "auto": compiled, or triton, where one call is so long that it pays for that, else eager.
+            a warning. "auto": compiled where one call is so long that it pays for that, else eager.
         precision: of the matrix products in the gradients; positions, densities and noise keep the latents' dtype. "full";
             "tf32" (CUDA only, about three digits); "bf16" (two to three digits), for unadjusted chains alone: densities
             of hundreds of nats are too coarse in it to accept or reject by. `docs/sampling.md` has its effect on samples.
@@ -158,10 +160,15 @@ def sample_density(
         batch = sum(part.topdown.batch_size for part in parts)
         shapes = [(batch, *shape[1:]) for shape in topdown.shapes]
         adaptive = settings.step_size is None and parts[0].informed
-        plain = not (adjust or adaptive or measure or trace or on_step) and settings.taming is None
-        plain = plain and settings.precision != "bf16" and (noise is None or isinstance(noise, InjectedNoise))
-        backend = chosen_backend(settings.backend, parts[0], batch, settings.steps, plain=plain)
-        stepper = STEPPERS["eager" if backend == "triton" else backend]
+        backend = settings.backend
+        fused = backend == "triton"
+        if backend == "triton":
+            watched = measure or trace or on_step is not None
+            against = _why_not_plain(settings, adjust or adaptive, watched, noise) or why_not_fused(parts[0])
+            if against is not None:
+                warnings.warn(f'backend="triton" cannot run this chain, and "compiled" takes it: {against}.', BackendWarning, 2)
+            backend, fused = ("compiled", False) if against else ("eager", True)
+        stepper = STEPPERS[chosen_backend(backend, parts[0], batch, settings.steps)]
         source = stepper.noise(shapes, topdown.reference) if noise is None else noise
         if not hasattr(source, "normal"):
             raise ArgumentError(f"noise: expected an InjectedNoise or another NoiseSource, got {type(noise).__name__}.")
@@ -174,7 +181,7 @@ def sample_density(
             position = whole([part.topdown.position(own, space) for part, own in pairs])
         step_size = settings.step_size or default_step_size
         scheme = settings.scheme_in(space)
-        if backend == "triton":
+        if fused:
             result = run_fused(
                 parts,
                 position,
@@ -184,6 +191,7 @@ def sample_density(
                 scheme=scheme,
                 temperature=settings.temperature,
                 precision=settings.precision,
+                max_memory=settings.max_memory,
             )
             return ChainDraw(result.latents, result)
         result = run_chain(
@@ -205,6 +213,21 @@ def sample_density(
             stepper=stepper,
         )
         return ChainDraw(result.latents, result)
+
+
+def _why_not_plain(settings: ChainSettings, adjusted: bool, watched: bool, noise: NoiseSource | None) -> str | None:
+    """In words, why a chain is not one that runs from start to end with nothing to look at in between; None if it is."""
+    if adjusted:
+        return "it is for unadjusted chains of a fixed step size"
+    if watched:
+        return "it shows nothing of a chain but its end"
+    if settings.taming is not None:
+        return "it has no taming"
+    if settings.precision == "bf16":
+        return "it has no bf16"
+    if noise is not None and not isinstance(noise, InjectedNoise):
+        return "it takes no NoiseSource but InjectedNoise"
+    return None
 
 
 def _check_precision(settings: ChainSettings, density: JointDensity, adjust: bool) -> None:

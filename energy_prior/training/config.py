@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from energy_prior._util import check_count, check_positive
 from energy_prior.errors import ArgumentError
-from energy_prior.langevin.backends import Backend
+from energy_prior.langevin.backends import StepBackend
 
 Method = Literal["nce", "multi_stage_nce", "two_stage", "variational", "joint"]
 """The learning rules; `JointEBMPrior.fit` says what each does."""
@@ -143,7 +143,7 @@ class FitConfig(RunConfig):
     posterior_steps: int = 20
     step_size: float | None = None
     target_acceptance: float = 0.95
-    backend: Backend = "auto"
+    backend: StepBackend = "auto"
     taming: float = 1.0
     stages: int = 3
     generator_learning_rate: float = 1e-4
@@ -166,8 +166,8 @@ class FitConfig(RunConfig):
         for name in ("max_energy", "energy_bound", "gap_limit", "taming", "generator_learning_rate", "generator_gradient_clip"):
             check_positive(name, getattr(self, name))
         _check_at_least_zero(self, "energy_penalty")
-        if self.backend not in get_args(Backend):
-            raise ArgumentError(f"backend: expected one of {get_args(Backend)}, got {self.backend!r}.")
+        if self.backend not in get_args(StepBackend):
+            raise ArgumentError(f"backend: expected one of {get_args(StepBackend)}, got {self.backend!r}.")
         if self.step_size is not None:
             check_positive("step_size", self.step_size)
         if not 0 <= self.ema_decay < 1:
