@@ -15,6 +15,7 @@ __all__ = [
     "reproducible",
     "require_extra",
     "sum_event",
+    "there",
     "training_mode",
     "unvalidated",
 ]
@@ -26,13 +27,21 @@ import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from energy_prior.errors import ArgumentError, MissingExtraError
+
+_T = TypeVar("_T")
+
+
+def there(value: _T | None) -> _T:
+    """A value that is there by what the code around it has made sure of."""
+    assert value is not None  # noqa: S101
+    return value
 
 
 def sum_event(values: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ __all__ = ["ChainResult", "StepCallback", "run_chain", "run_fused"]
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from energy_prior._util import there
 from energy_prior.errors import DivergenceError
 from energy_prior.langevin.backends import STEPPERS, Stepper
 from energy_prior.langevin.density import ChainState, JointDensity, Precision, by_parts, matrix_products, whole
@@ -144,7 +144,7 @@ def run_chain(
             report = on_step is not None and t % every == 0
             if rules.measured and (report or watch.full):
                 block += _accepted(carries)
-                carries = [c._replace(accepted=torch.zeros_like(_there(c.accepted))) for c in carries]
+                carries = [c._replace(accepted=torch.zeros_like(there(c.accepted))) for c in carries]
             if watch.full:
                 watch.fold(_step_size(carries))
             if on_step is not None and report:
@@ -160,7 +160,7 @@ def run_chain(
         step_size=_step_size(carries),
         state=_whole_state(carries) if rules.measured else None,
         acceptance=(accepted + block + _accepted(carries)) / share if rules.measured else None,
-        tamed=None if taming is None else whole([(_there(end.cut) / share,) for end in ends])[0],
+        tamed=None if taming is None else whole([(there(end.cut) / share,) for end in ends])[0],
         energy=torch.cat(paths) if trace else None,
     )
 
@@ -212,14 +212,6 @@ def _draws(parts: Sequence[JointDensity], rules: Rules, noise: NoiseSource, step
     return [Draw(n, u, gain) for n, (u,) in zip(normals, uniforms, strict=True)]
 
 
-_T = TypeVar("_T")
-
-
-def _there(value: _T | None) -> _T:
-    assert value is not None  # noqa: S101
-    return value
-
-
 def _step_size(carries: Sequence[Carry]) -> Tensor:
     """Of the whole batch, (batch,)."""
     return whole([(c.step_size,) for c in carries])[0]
@@ -227,12 +219,12 @@ def _step_size(carries: Sequence[Carry]) -> Tensor:
 
 def _accepted(carries: Sequence[Carry]) -> Tensor:
     """Sum of the acceptance probabilities that the carries hold, (batch,)."""
-    return whole([(_there(c.accepted),) for c in carries])[0]
+    return whole([(there(c.accepted),) for c in carries])[0]
 
 
 def _energy(traces: Sequence[Trace]) -> Tensor:
     """Of the whole batch, (steps, batch)."""
-    return torch.cat([_there(trace.energy) for trace in traces], 1)
+    return torch.cat([there(trace.energy) for trace in traces], 1)
 
 
 def _whole_state(carries: Sequence[Carry]) -> ChainState:
@@ -243,7 +235,7 @@ def _whole_state(carries: Sequence[Carry]) -> ChainState:
     return ChainState(
         position=whole([s.position for s in states]),
         negative_energy=torch.cat([s.negative_energy for s in states]),
-        log_density=torch.cat([_there(s.log_density) for s in states]),
+        log_density=torch.cat([there(s.log_density) for s in states]),
         gradient=whole([s.gradient for s in states]),
     )
 
@@ -300,7 +292,7 @@ class _FiniteWatch:
         self._rows, self._folded = [], self._folded + len(rows)
 
     def _read(self, step_size: Tensor) -> None:
-        step, *values = _there(self._record).tolist()
+        step, *values = there(self._record).tolist()
         if step < 0:
             return
         width, layers = len(values) // 3, len(self._free)
