@@ -240,7 +240,7 @@ def _picture(path: Path, results: Sequence[dict[str, Any]]) -> None:
         axes.scatter([METHODS.index(r["method"]) for r in own], [r["ratio"] for r in own], s=18, alpha=0.7)
         axes.axhline(LEARNED[problem], color="tab:red", linewidth=1, label="goal")
         axes.set_xticks(range(len(METHODS)), [m.replace("_", "\n") for m in METHODS], fontsize=7)
-        axes.set_ylim(0, None)
+        axes.set_ylim(min(0.0, *(r["ratio"] for r in own)) - 0.02 * LEARNED[problem], None)
         axes.set_title(problem)
         axes.legend(frameon=False, fontsize=8)
     figure.supylabel("ratio to the start", fontsize=9)
