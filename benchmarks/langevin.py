@@ -197,14 +197,14 @@ def torchebm_chain(generator: Any, energies: Sequence[nn.Module], start: Sequenc
     return run
 
 
-def on_gpu(batch: int, quick: bool, device: str = "cuda") -> dict[str, float]:
+def on_gpu(batch: int, quick: bool) -> dict[str, float]:
     """Chains in noise space on a `LadderVAE` of the published sizes: one launch, and compiled, against a plain loop."""
     generator = LadderVAE((32,), latent_dims=(128, 100), hidden=200, depth=4)
     energies = [MLPEnergy((128,), hidden=(200, 200, 200)), MLPEnergy((100,), hidden=(100, 100))]
     for f in energies:
         nn.init.normal_(f.net[-1].weight, std=1.0)  # type: ignore[arg-type]
-    prior = JointEBMPrior(generator, energies).to(device)
-    start = tuple(torch.randn(batch, d, device=device) for d in (128, 100))
+    prior = JointEBMPrior(generator, energies).to("cuda")
+    start = tuple(torch.randn(batch, d, device="cuda") for d in (128, 100))
     a = STEP**2 / 4
 
     def baseline() -> None:
@@ -219,8 +219,7 @@ def on_gpu(batch: int, quick: bool, device: str = "cuda") -> dict[str, float]:
                 noise = tuple(
                     ((1 - a) * t.detach() + 2 * a * g + STEP * torch.randn_like(t)) / (1 + a) for t, g in zip(leaves, gradient)
                 )
-        if device == "cuda":
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
 
     def ours(backend: Any) -> Callable[[], object]:
         return lambda: prior.sample_latents(batch, steps=STEPS, step_size=STEP, backend=backend)

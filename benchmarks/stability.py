@@ -184,6 +184,7 @@ def _rows(results: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]]) ->
         rows.append(mean_row(case, "iterations", [r["iterations"] for r in own], None, "higher"))
         rows.append(mean_row(case, "ratio", [r["ratio"] for r in own], LEARNED[problem], "lower"))
         rows.append(mean_row(case, "worst_ratio", [max(r["ratio"] for r in own)], LEARNED[problem], "lower"))
+        rows.append(mean_row(case, "worst_max_energy", [max(r["max_energy"] for r in own)], LARGEST_ENERGY, "lower"))
         for metric in ("max_energy", "acceptance", "clipped", "clipped_generator", "tamed", "warnings", "start", "floor"):
             values = [r[metric] for r in own if r.get(metric) is not None]
             if values:
@@ -214,7 +215,7 @@ def _markdown(rows: Sequence[Row], grid: Sequence[tuple[str, Method]]) -> str:
         "small classifier; on the ladder, the KL divergence to the known optimum over that at the start. Clipped, "
         "tamed: share of the updates whose gradient was clipped, and of the chains' steps whose drift was cut.",
         "",
-        "| problem | rule | runs | diverged | iterations | ratio, mean | worst | goal | max abs f | acceptance | clipped | "
+        "| problem | rule | runs | diverged | iterations | ratio, mean | worst | goal | largest abs f | acceptance | clipped | "
         "tamed | plain loop: failed, at iteration |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -225,7 +226,7 @@ def _markdown(rows: Sequence[Row], grid: Sequence[tuple[str, Method]]) -> str:
         lines.append(
             f"| {problem} | {method} | {table[case, 'diverged']['n']} | {cell(case, 'diverged', '.0f')} | "
             f"{cell(case, 'iterations', '.0f')} | {cell(case, 'ratio')} | {cell(case, 'worst_ratio')} | {LEARNED[problem]} | "
-            f"{cell(case, 'max_energy', '.3g')} | {cell(case, 'acceptance')} | {cell(case, 'clipped')} | "
+            f"{cell(case, 'worst_max_energy', '.3g')} | {cell(case, 'acceptance')} | {cell(case, 'clipped')} | "
             f"{cell(case, 'tamed')} | {plain.removesuffix(', ')} |"
         )
     return "\n".join(lines) + "\n"

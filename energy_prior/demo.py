@@ -30,7 +30,7 @@ SCORES = ("calibrated", "log_joint", "negative_energy", "reconstruction")
 FIT: dict[str, Any] = {"learning_rate": 1e-3, "gradient_clip": 1.0, "target_acceptance": 0.9}
 NCE: dict[str, Any] = FIT | {"batch_size": 1024, "weight_decay": 0.1, "energy_penalty": 5e-3}
 ML: dict[str, Any] = FIT | {"persistent": 2048, "restart": 0.05, "ema_decay": 0.98}
-"""What differs from `FitConfig`: few images, so a strong weight decay; a short finish by maximum likelihood."""
+"""What differs from `FitConfig`: few images, so a strong weight decay; a short finish by maximum likelihood; larger steps."""
 
 
 @dataclasses.dataclass(frozen=True)

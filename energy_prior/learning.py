@@ -16,6 +16,7 @@ from energy_prior._util import check_count, reproducible
 from energy_prior.errors import ArgumentError
 from energy_prior.generator import HierarchicalGenerator
 from energy_prior.langevin import tune_step_size
+from energy_prior.langevin.settings import USUAL_ACCEPTANCE
 from energy_prior.model import JointModel
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class LearnMethods(nn.Module):
             return fit_energies(prior, data, method, config, settings, run_dir, accelerator, seeded=rng is not None)
 
     def tune_step_size(
-        self, *, target_acceptance: float = 0.95, batch_size: int = 64, rng: torch.Generator | None = None
+        self, *, target_acceptance: float = USUAL_ACCEPTANCE, batch_size: int = 64, rng: torch.Generator | None = None
     ) -> float:
         """Sets `step_size` to the one at which MALA on this prior accepts the share `target_acceptance`, and returns it."""
         if not 0 < target_acceptance < 1:

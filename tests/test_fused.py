@@ -25,6 +25,9 @@ STEPS, N = 6, 18
 def lively(activation: str = "silu", dims: tuple[int, ...] = (5, 3), hidden: tuple[int, ...] = (40, 70)) -> JointEBMPrior:
     torch.manual_seed(0)
     generator = LadderVAE((4,), latent_dims=dims, hidden=33)
+    with torch.no_grad():
+        for net in generator.prior:
+            net[-2].weight.mul_(3)  # type: ignore[index, union-attr, operator]
     energies = [MLPEnergy((d,), hidden=hidden, activation=activation) for d in dims]
     for f in energies:
         f.standardize(1 + 2 * torch.randn(50, *f.latent_shape))
@@ -123,7 +126,7 @@ def with_net(change: Any) -> Any:
 def test_what_it_cannot_run_is_told_and_run_compiled(
     change: Any, options: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("energy_prior.langevin.backends._Kind.call", lambda self, function, *rest: function(*rest))
+    monkeypatch.setattr("energy_prior.langevin.backends._Kind.call", lambda self, function, variant, *rest: function(*rest))
     prior = change(lively())
     with pytest.warns(BackendWarning, match=f'"triton" cannot run this chain, and "compiled" takes it: .*{why}'):
         z = prior.sample_latents(4, steps=2, backend="triton", step_size=0.1, **options)

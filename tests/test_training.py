@@ -140,6 +140,13 @@ def test_the_penalty_follows_the_gap() -> None:
     assert float(other.penalty) == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize(("iterations", "rate"), [(10_000, 1e-3), (2000, 1e-3), (500, 2e-3), (20, 3e-3)])
+def test_the_learning_rate_follows_the_length_of_the_run(iterations: int, rate: float) -> None:
+    """1e-3 · √(2000/iterations) between 1e-3 and 3e-3, where none is given."""
+    assert FitConfig(iterations=iterations).for_method("nce").learning_rate == pytest.approx(min(rate, 3e-3))
+    assert FitConfig(iterations=iterations, learning_rate=5e-4).for_method("nce").learning_rate == 5e-4
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_mixed_precision_leaves_the_chains_alone(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 in the networks of the learning step, float32 in chains, latents and densities."""

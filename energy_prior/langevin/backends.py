@@ -23,8 +23,9 @@ _R = TypeVar("_R")
 
 ChosenBackend = Literal["eager", "compiled"]
 StepBackend = Literal["auto", "eager", "compiled"]
+"""How chains that something watches on the way are made, as in training."""
 Backend = Literal["auto", "eager", "compiled", "triton"]
-"""How steps are made; `ChainSettings` says what each is."""
+"""How chains are made; `ChainSettings` says what each is."""
 
 _COMPILE_SECONDS, _COMPILE_SECONDS_PER_OPERATION = 20.0, 0.05
 _SAVED_SECONDS_PER_OPERATION = 4e-6
@@ -32,7 +33,6 @@ _SAVED_SHARE, _FLOPS = 0.2, 1e11
 
 _KEPT = 64
 _kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
-_numbers: OrderedDict[Hashable, Callable[[Tensor, Tensor, int], Tensor]] = OrderedDict()
 
 
 def chosen_backend(backend: StepBackend, density: JointDensity, rows: int, evaluations: int) -> ChosenBackend:
@@ -57,41 +57,28 @@ def pays_to_compile(cost: Cost, rows: int, evaluations: int) -> bool:
     return saved > 1.5 * (_COMPILE_SECONDS + _COMPILE_SECONDS_PER_OPERATION * cost.operations)
 
 
-def _compile(function: Callable[..., _R]) -> Callable[..., _R]:
-    # torch.compile keeps what it compiled with the code object, a few variants each: this gets a code object of its own
-    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return torch.compile(own, fullgraph=True, dynamic=False)
-
-
-def _kept(store: OrderedDict[Hashable, _R], key: Hashable, make: Callable[[], _R]) -> _R:
-    """What `store` has under `key`, made if it is new; the longest unused one is dropped where there are many."""
-    if key not in store:
-        store[key] = make()
-        if len(store) > _KEPT:
-            store.popitem(last=False)
-    store.move_to_end(key)
-    return store[key]
-
-
 class _Kind:
-    """What is compiled for one kind of chain: `begin`, `advance` and `finish`, each when it is first needed.
+    """What is compiled for one kind of chain (the same modules, layers and shapes), each when it is first needed.
 
-    Compiled without graph breaks when steps of their kind (the same modules, layers, shapes and rules) are first made, and used
-    again by every further chain of that kind in this process. Where that is not possible (no C++ compiler, or code of the
-    generator that cannot be compiled), a `BackendWarning` says so once, and the reference is used from then on.
+    It is compiled without graph breaks, and used again by every further chain of that kind in this process. Where that is not
+    possible (no C++ compiler, or code of the generator that cannot be compiled), a `BackendWarning` says so once, and
+    from then on the reference is used.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._failed = False
-        self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+        self._compiled: dict[Hashable, Callable[..., Any]] = {}
 
-    def call(self, function: Callable[..., _R], *arguments: Any) -> _R:
-        if function not in self._compiled:
-            self._compiled[function] = _compile(function)
+    def call(self, function: Callable[..., _R], variant: Hashable, *arguments: Any) -> _R:
+        """`function` of these arguments; `variant`: what in them it is compiled for anew, beside their shapes."""
+        if (function, variant) not in self._compiled:
+            # torch.compile keeps what it compiled with the code object, a few variants each: this gets a code object of its own
+            own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+            self._compiled[function, variant] = torch.compile(own, fullgraph=True, dynamic=False)
         if not self._failed:
             try:
-                return self._compiled[function](*arguments)
+                return self._compiled[function, variant](*arguments)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever a compiler, or code of the user's under it, raises
@@ -106,33 +93,41 @@ class _Kind:
         return function(*arguments)
 
 
-def _compiled(function: Callable[..., _R]) -> Callable[..., _R]:
-    """`function` of the reference through `torch.compile`; its first argument is the density."""
+def _kind(density: JointDensity) -> _Kind:
+    """What is compiled for densities like this one; the longest unused kind is dropped where there are many."""
+    topdown = density.topdown
+    key = density.kind, topdown.batch_size
+    if key not in _kinds:
+        _kinds[key] = _Kind(f"{type(topdown.generator).__name__}, batch of {topdown.batch_size}")
+        if len(_kinds) > _KEPT:
+            _kinds.popitem(last=False)
+    _kinds.move_to_end(key)
+    return _kinds[key]
 
-    def call(*arguments: Any) -> _R:
-        density: JointDensity = arguments[0]
-        name = f"{type(density.topdown.generator).__name__}, batch of {density.topdown.batch_size}"
-        kind = _kept(_kinds, (density.kind, density.topdown.batch_size), lambda: _Kind(name))
-        return kind.call(function, *arguments)
+
+def _compiled(function: Callable[..., _R]) -> Callable[..., _R]:
+    """`begin`, `advance` or `finish` through `torch.compile`."""
+
+    def call(density: JointDensity, rules: Rules, *arguments: Any) -> _R:
+        return _kind(density).call(function, rules, density, rules, *arguments)
 
     return call
 
 
-def _counted_compiled(key: Tensor, step: Tensor, pairs: int) -> Tensor:
-    """`counted` through `torch.compile`; where that fails, `counted` itself: the steps will fail too, and say so."""
-    try:
-        return _kept(_numbers, pairs, lambda: _compile(counted))(key, step, pairs)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
-        _numbers[pairs] = counted
-        return counted(key, step, pairs)
+def _random_noise(density: JointDensity, shapes: Sequence[tuple[int, ...]]) -> NoiseSource:
+    return RandomNoise(shapes, density.topdown.reference)
 
 
-def _fast_noise(shapes: Sequence[tuple[int, ...]], reference: Tensor) -> NoiseSource:
-    if (reference.dtype, reference.device.type) == (torch.float32, "cpu"):
-        return CounterNoise(shapes, reference, _counted_compiled)
-    return RandomNoise(shapes, reference)
+def _counted_noise(density: JointDensity, shapes: Sequence[tuple[int, ...]]) -> NoiseSource:
+    """`CounterNoise`, compiled with the rest of the kind, where torch's own generator is slow and the dtype is float32."""
+    like = density.topdown.reference
+    if (like.dtype, like.device.type) != (torch.float32, "cpu"):
+        return RandomNoise(shapes, like)
+
+    def make(key: Tensor, step: Tensor, pairs: int) -> Tensor:
+        return _kind(density).call(counted, pairs, key, step, pairs)
+
+    return CounterNoise(shapes, like, make)
 
 
 class Stepper(NamedTuple):
@@ -142,7 +137,7 @@ class Stepper(NamedTuple):
         begin: evaluates the start.
         advance: the steps.
         finish: where they have arrived.
-        noise: fresh random numbers for a chain, from the shapes (batch, *shape) of its free layers and a tensor of their kind.
+        noise: fresh random numbers for a chain of such a density, from the shapes (batch, *shape) of its free layers.
         span: how many unadjusted steps are made in one call where nothing has to be looked at in between: what a call costs
             beside its steps is paid once for all of them.
     """
@@ -150,12 +145,12 @@ class Stepper(NamedTuple):
     begin: Callable[[JointDensity, Rules, Sequence[Tensor], Tensor], tuple[Carry, Trace]]
     advance: Callable[[JointDensity, Rules, Carry, Sequence[Draw]], tuple[Carry, Trace]]
     finish: Callable[[JointDensity, Rules, Carry, Draw | None], End]
-    noise: Callable[[Sequence[tuple[int, ...]], Tensor], NoiseSource]
+    noise: Callable[[JointDensity, Sequence[tuple[int, ...]]], NoiseSource]
     span: int
 
 
 STEPPERS: Mapping[ChosenBackend, Stepper] = {
-    "eager": Stepper(begin, advance, finish, RandomNoise, span=1),
-    "compiled": Stepper(_compiled(begin), _compiled(advance), _compiled(finish), _fast_noise, span=4),
+    "eager": Stepper(begin, advance, finish, _random_noise, span=1),
+    "compiled": Stepper(_compiled(begin), _compiled(advance), _compiled(finish), _counted_noise, span=4),
 }
 """How chains are made step by step, by backend; "triton" runs a whole chain at once (`energy_prior.langevin.fused`)."""

@@ -116,9 +116,8 @@ def run_chain(
         precision=precision,
     )
     gains = torch.tensor([float(t) ** -0.6 for t in range(1, adapt_steps + 1)], dtype=s.dtype).to(s.device)
-    last = (
-        steps if rules.measured else max(steps - 1, 0)
-    )  # what the last step of all arrives at is evaluated only to be measured
+    # what the last step of all arrives at is evaluated only to be measured
+    last = steps if rules.measured else max(steps - 1, 0)
     with matrix_products(precision):
         begun = [stepper.begin(d, rules, r[:-1], r[-1]) for d, r in zip(parts, by_parts(parts, (*start, s)), strict=True)]
         carries, traces = [list(parts_of) for parts_of in zip(*begun, strict=True)]
@@ -126,7 +125,7 @@ def run_chain(
         watch.note(traces)
         watch.fold(s)
         paths = [_energy(traces)] if trace else []
-        accepted, block = torch.zeros_like(s), torch.zeros_like(s)  # sums of sums of few steps: long ones would lose digits
+        accepted = torch.zeros_like(s)
         if on_step is not None:
             on_step(0, _whole_state(carries), torch.ones_like(s))
         t = 0
@@ -141,15 +140,13 @@ def run_chain(
             watch.note(traces)
             if trace:
                 paths.append(_energy(traces))
-            report = on_step is not None and t % every == 0
-            if rules.measured and (report or watch.full):
-                block += _accepted(carries)
-                carries = [c._replace(accepted=torch.zeros_like(there(c.accepted))) for c in carries]
             if watch.full:
                 watch.fold(_step_size(carries))
-            if on_step is not None and report:
-                on_step(t, _whole_state(carries), block / every)
-                accepted, block = accepted + block, torch.zeros_like(s)
+            if on_step is not None and t % every == 0:
+                since = _accepted(carries)
+                on_step(t, _whole_state(carries), since / every)
+                accepted = accepted + since
+                carries = [c._replace(accepted=torch.zeros_like(there(c.accepted))) for c in carries]
     final = _draws(parts, rules, noise, steps, gains) if last < steps else [None] * len(parts)
     ends = [stepper.finish(d, rules, c, new) for d, c, new in zip(parts, carries, final, strict=True)]
     watch.finish(steps, ends, _step_size(carries))
@@ -159,7 +156,7 @@ def run_chain(
         latents=whole([end.latents for end in ends]),
         step_size=_step_size(carries),
         state=_whole_state(carries) if rules.measured else None,
-        acceptance=(accepted + block + _accepted(carries)) / share if rules.measured else None,
+        acceptance=(accepted + _accepted(carries)) / share if rules.measured else None,
         tamed=None if taming is None else whole([(there(end.cut) / share,) for end in ends])[0],
         energy=torch.cat(paths) if trace else None,
     )
@@ -268,9 +265,8 @@ class _FiniteWatch:
 
     def finish(self, steps: int, ends: Sequence[End], step_size: Tensor) -> None:
         """Reads what is left, and looks at the last position of all, whose density may not have been needed."""
-        if self._rows or self._record is not None:
-            self._fold()
-            self._read(step_size)
+        self._fold()
+        self._read(step_size)
         bad = [not math.isfinite(value) for value in torch.stack([end.health for end in ends]).abs().amax(0).tolist()]
         if any(bad):
             layers = len(self._free)
@@ -292,7 +288,9 @@ class _FiniteWatch:
         self._rows, self._folded = [], self._folded + len(rows)
 
     def _read(self, step_size: Tensor) -> None:
-        step, *values = there(self._record).tolist()
+        if self._record is None:
+            return
+        step, *values = self._record.tolist()
         if step < 0:
             return
         width, layers = len(values) // 3, len(self._free)

@@ -25,7 +25,6 @@ __all__ = [
     "why_not_fused",
 ]
 
-import functools
 import importlib.util
 from collections.abc import Sequence
 
@@ -87,7 +86,6 @@ def _hidden_layers(energy: nn.Module) -> int:
     return len(net) - 1 if net else 0
 
 
-@functools.cache
 def _interpreted() -> bool:
     from energy_prior.langevin.kernels import INTERPRETED
 

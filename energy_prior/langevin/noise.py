@@ -45,45 +45,6 @@ class RandomNoise:
         return torch.rand(self._shapes[0][0], dtype=self._reference.dtype, device=self._reference.device)
 
 
-class CounterNoise:
-    """Random numbers that are computed from a key and the number of the step, for a few steps at a time.
-
-    What compiled chains on a CPU draw from: torch's own generator makes one number after the other on one thread; these are
-    a function of key, step and place (`counted`) that can be compiled. The key comes from torch's global stream, and so do the
-    ancestral start (step 0) and the uniform numbers.
-
-    Args:
-        shapes: shape (batch, *shape) of each free layer, ascending.
-        reference: a tensor with the dtype, float32, and device that the noise is to have.
-        make: `counted`, or a compiled form of it.
-    """
-
-    def __init__(
-        self,
-        shapes: Sequence[tuple[int, ...]],
-        reference: Tensor,
-        make: Callable[[Tensor, Tensor, int], Tensor] | None = None,
-    ) -> None:
-        self._shapes, self._reference = shapes, reference
-        self._sizes = [math.prod(shape) for shape in shapes]
-        self._make = make or counted
-        self._key = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=reference.device)
-        self._block, self._first = reference.new_empty(0), 0
-
-    def normal(self, step: int) -> tuple[Tensor, ...]:
-        if step == 0:
-            return tuple(normal_like(shape, self._reference) for shape in self._shapes)
-        if not self._first <= step < self._first + len(self._block):
-            self._first = (step - 1) // _STEPS * _STEPS + 1
-            pairs = (sum(self._sizes) + 1) // 2
-            self._block = self._make(self._key, self._key.new_full((), self._first), pairs)
-        layers = self._block[step - self._first, : sum(self._sizes)].split(self._sizes)
-        return tuple(layer.view(shape) for layer, shape in zip(layers, self._shapes, strict=True))
-
-    def uniform(self, step: int) -> Tensor:
-        return torch.rand(self._shapes[0][0], dtype=self._reference.dtype, device=self._reference.device)
-
-
 _STEPS = 4
 _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 
@@ -136,6 +97,45 @@ def _stored(values: Tensor) -> Tensor:
 def _unit(bits: Tensor) -> Tensor:
     """The upper 24 of 32 random bits, as a number in [0, 1)."""
     return ((bits >> 8) & 0xFFFFFF).float() * 2.0**-24
+
+
+class CounterNoise:
+    """Random numbers that are computed from a key and the number of the step, for a few steps at a time.
+
+    What compiled chains on a CPU draw from: torch's own generator makes one number after the other on one thread; these are
+    a function of key, step and place (`counted`) that can be compiled. The key comes from torch's global stream, and so do the
+    ancestral start (step 0) and the uniform numbers.
+
+    Args:
+        shapes: shape (batch, *shape) of each free layer, ascending.
+        reference: a tensor with the dtype, float32, and device that the noise is to have.
+        make: `counted`, or a compiled form of it.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        reference: Tensor,
+        make: Callable[[Tensor, Tensor, int], Tensor] = counted,
+    ) -> None:
+        self._shapes, self._reference = shapes, reference
+        self._sizes = [math.prod(shape) for shape in shapes]
+        self._make = make
+        self._key = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=reference.device)
+        self._block, self._first = reference.new_empty(0), 0
+
+    def normal(self, step: int) -> tuple[Tensor, ...]:
+        if step == 0:
+            return tuple(normal_like(shape, self._reference) for shape in self._shapes)
+        if not self._first <= step < self._first + len(self._block):
+            self._first = (step - 1) // _STEPS * _STEPS + 1
+            pairs = (sum(self._sizes) + 1) // 2
+            self._block = self._make(self._key, self._key.new_full((), self._first), pairs)
+        layers = self._block[step - self._first, : sum(self._sizes)].split(self._sizes)
+        return tuple(layer.view(shape) for layer, shape in zip(layers, self._shapes, strict=True))
+
+    def uniform(self, step: int) -> Tensor:
+        return torch.rand(self._shapes[0][0], dtype=self._reference.dtype, device=self._reference.device)
 
 
 class InjectedNoise:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LARGEST_STEP", "ChainDraw", "ChainOptions", "ChainSettings", "sample_density", "tune_step_size"]
+__all__ = ["LARGEST_STEP", "USUAL_ACCEPTANCE", "ChainDraw", "ChainOptions", "ChainSettings", "sample_density", "tune_step_size"]
 
 import warnings
 from collections.abc import Sequence
@@ -23,6 +23,8 @@ from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
 from energy_prior.langevin.step import Scheme
 from energy_prior.topdown import Space
 
+USUAL_ACCEPTANCE = 0.95
+"""What step sizes of unadjusted chains are tuned to: at larger steps their bias shows in what is learned from them."""
 LARGEST_STEP = 1.0
 """Where tuning stops: with nothing to sample but N(0, I), every step size is accepted."""
 
@@ -160,16 +162,15 @@ def sample_density(
         batch = sum(part.topdown.batch_size for part in parts)
         shapes = [(batch, *shape[1:]) for shape in topdown.shapes]
         adaptive = settings.step_size is None and parts[0].informed
-        backend = settings.backend
-        fused = backend == "triton"
+        backend, fused = settings.backend, False
         if backend == "triton":
             watched = measure or trace or on_step is not None
             against = _why_not_plain(settings, adjust or adaptive, watched, noise) or why_not_fused(parts[0])
+            backend, fused = "compiled", against is None
             if against is not None:
                 warnings.warn(f'backend="triton" cannot run this chain, and "compiled" takes it: {against}.', BackendWarning, 2)
-            backend, fused = ("compiled", False) if against else ("eager", True)
-        stepper = STEPPERS[chosen_backend(backend, parts[0], batch, settings.steps)]
-        source = stepper.noise(shapes, topdown.reference) if noise is None else noise
+        stepper = STEPPERS["eager" if fused else chosen_backend(backend, parts[0], batch, settings.steps)]
+        source = stepper.noise(parts[0], shapes) if noise is None else noise
         if not hasattr(source, "normal"):
             raise ArgumentError(f"noise: expected an InjectedNoise or another NoiseSource, got {type(noise).__name__}.")
         if isinstance(source, InjectedNoise):
@@ -245,7 +246,7 @@ def tune_step_size(
     density: JointDensity,
     *,
     start_step_size: float,
-    target_acceptance: float = 0.95,
+    target_acceptance: float = USUAL_ACCEPTANCE,
     steps: int = 150,
 ) -> float:
     """The step size at which MALA on `density` accepts the share `target_acceptance`, at most 1.

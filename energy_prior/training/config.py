@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 from energy_prior._util import check_count, check_positive
 from energy_prior.errors import ArgumentError
 from energy_prior.langevin.backends import StepBackend
+from energy_prior.langevin.settings import USUAL_ACCEPTANCE
 
 Method = Literal["nce", "multi_stage_nce", "two_stage", "variational", "joint"]
 """The learning rules; `JointEBMPrior.fit` says what each does."""
@@ -142,7 +143,7 @@ class FitConfig(RunConfig):
     restart: float | None = None
     posterior_steps: int = 20
     step_size: float | None = None
-    target_acceptance: float = 0.95
+    target_acceptance: float = USUAL_ACCEPTANCE
     backend: StepBackend = "auto"
     taming: float = 1.0
     stages: int = 3
