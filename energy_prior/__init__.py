@@ -7,6 +7,7 @@ __all__ = [
     "BackendWarning",
     "CheckpointError",
     "ConvEnergy",
+    "DataWarning",
     "DistributedError",
     "DivergenceError",
     "Energy",
@@ -18,6 +19,7 @@ __all__ = [
     "LadderVAE",
     "MLPEnergy",
     "MissingExtraError",
+    "ResidualVAE",
     "ShapeError",
     "TrainingWarning",
     "Trajectory",
@@ -33,6 +35,7 @@ from energy_prior.errors import (
     ArgumentError,
     BackendWarning,
     CheckpointError,
+    DataWarning,
     DistributedError,
     DivergenceError,
     EnergyPriorError,
@@ -42,7 +45,7 @@ from energy_prior.errors import (
     TrainingWarning,
 )
 from energy_prior.generator import HierarchicalGenerator, Inferred
-from energy_prior.generators import LadderVAE
+from energy_prior.generators import LadderVAE, ResidualVAE
 from energy_prior.langevin import Trajectory
 from energy_prior.prior import JointEBMPrior
 from energy_prior.training import fit_elbo

@@ -157,6 +157,9 @@ def _likelihood(generator: HierarchicalGenerator, x: Tensor) -> str | None:
     descent = _pass(generator, ancestral(generator, len(x)).latents)
     likelihood = generator.likelihood(descent.state)
     validate.check_observations("x", x, x.shape[1:], descent.latents[0])
+    outside = validate.range_fault(x, generator)
+    if outside is not None:
+        return f"x: {outside}"
     if likelihood.event_shape != x.shape[1:]:
         return f"likelihood: event_shape is {tuple(likelihood.event_shape)}, but an observation has {tuple(x.shape[1:])}."
     log_prob = _log_likelihood(generator, descent, x)
@@ -240,6 +243,39 @@ def _infer(generator: HierarchicalGenerator, x: Tensor) -> str | None:
             "infer: the latents of an observation change with the rest of its batch. Is there batch norm in train mode? Call "
             "generator.eval()."
         )
+    if first.conditionals is not None:
+        fault = _same_pass(generator, first, x)
+        if fault is not None:
+            return fault
+    if callable(getattr(generator, "posterior_log_prob", None)):
+        return _same_log_q(generator, (first, other), x)
+    return None
+
+
+def _same_pass(generator: HierarchicalGenerator, inferred: Inferred, x: Tensor) -> str | None:
+    """What `infer` met on its way down is what the generator gives for its latents."""
+    descent = _pass(generator, inferred.latents)
+    for layer, (a, b) in enumerate(zip(inferred.conditionals or (), descent.conditionals, strict=True), start=1):
+        if not (_close(a.loc, b.loc) and _close(a.scale, b.scale)):
+            return f"infer: conditionals[{layer - 1}] is not that of z_{layer} at its latents; they go from z_1 to z_L."
+    if not _close(_log_likelihood_at(generator, inferred.state, x), _log_likelihood(generator, descent, x)):
+        return "infer: its state does not give the likelihood of its latents; it must be the state below z_1."
+    return None
+
+
+def _same_log_q(generator: Any, draws: Sequence[Inferred], x: Tensor) -> str | None:
+    """log q of `infer` is that of `posterior_log_prob` at the same latents, layer by layer."""
+    for drawn in draws:
+        log_q = generator.posterior_log_prob(x, drawn.latents)
+        if log_q.shape != drawn.log_q.shape:
+            return f"posterior_log_prob: expected shape (batch, L) = {tuple(drawn.log_q.shape)}, got {tuple(log_q.shape)}."
+        for layer in range(1, log_q.shape[1] + 1):
+            ours, theirs = log_q[:, layer - 1], drawn.log_q[:, layer - 1]
+            if not _close(ours, theirs):
+                return (
+                    f"log q of layer {layer}: infer says {float(theirs[0]):.6g} for the first observation, posterior_log_prob "
+                    f"{float(ours[0]):.6g} at the same latents. Is the log-determinant of a flow left out, or its sign wrong?"
+                )
     return None
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from energy_prior.langevin.density import JointDensity
 
 _costs: WeakKeyDictionary[nn.Module, dict[Hashable, Cost]] = WeakKeyDictionary()
+_forward_memory: WeakKeyDictionary[nn.Module, dict[torch.dtype | None, float]] = WeakKeyDictionary()
 
 
 class Cost(NamedTuple):
@@ -59,17 +60,22 @@ def _counted(density: JointDensity) -> Cost:
     return Cost(sum(kept.values()) / topdown.batch_size, counted.flops / topdown.batch_size, counted.operations)
 
 
-def forward_memory(run: Callable[[], object], rows: int) -> float:
+def forward_memory(run: Callable[[], object], rows: int, generator: object) -> float:
     """Bytes per row that a pass without gradients needs: three times its largest tensor, for input, output and workspace.
 
     Args:
-        run: the pass, on a batch of `rows`; run once.
+        run: the pass, on a batch of `rows`; run once for a generator.
         rows: its number of rows.
+        generator: whose pass it is.
     """
-    counted = _Operations()
-    with torch.no_grad(), counted:
-        run()
-    return 3.0 * counted.largest / rows
+    known = _forward_memory.setdefault(generator, {}) if isinstance(generator, nn.Module) else {}
+    dtype = next((p.dtype for p in generator.parameters()), None) if isinstance(generator, nn.Module) else None
+    if dtype not in known:
+        counted = _Operations()
+        with torch.no_grad(), counted:
+            run()
+        known[dtype] = 3.0 * counted.largest / rows
+    return known[dtype]
 
 
 def equal_parts(rows: int, memory_per_row: float, memory: float) -> list[slice]:

@@ -1,10 +1,11 @@
-"""The discretised logistic likelihood: P(x) = F((x + δ/2 − μ)/s) − F((x − δ/2 − μ)/s) on a grid of pixel levels."""
+"""Likelihoods of images: the discretised logistic, P(x) = F((x + δ/2 − μ)/s) − F((x − δ/2 − μ)/s), and its mixtures."""
 
 from __future__ import annotations
 
-__all__ = ["DiscretizedLogistic"]
+__all__ = ["DiscretizedLogistic", "DiscretizedLogisticMixture", "Observed"]
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ class DiscretizedLogistic(Distribution):
         levels: number of grid values, at least 2 (256 for 8-bit images).
         low: the lowest grid value.
         high: the highest grid value.
+        floor: added to every probability, as some public models do (the sum is then above 1).
     """
 
     def __init__(
@@ -33,10 +35,11 @@ class DiscretizedLogistic(Distribution):
         levels: int = 256,
         low: float = 0.0,
         high: float = 1.0,
+        floor: float = 0.0,
         validate_args: bool | None = None,
     ) -> None:
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
-        self.levels, self.low, self.high = levels, low, high
+        self.levels, self.low, self.high, self.floor = levels, low, high, floor
         self.step = (high - low) / (levels - 1)
         super().__init__(self.loc.shape, validate_args=validate_args)
 
@@ -59,20 +62,163 @@ class DiscretizedLogistic(Distribution):
         """log P(value), nats; log-space throughout, so that it stays finite however far `value` is from μ."""
         if self._validate_args:
             self._validate_sample(value)
-        upper = (value + self.step / 2 - self.loc) / self.scale
-        lower = (value - self.step / 2 - self.loc) / self.scale
-        # F(u) − F(l) = F(u) F(−l) (1 − e^{l − u}) for every l < u
-        log_width = torch.log(-torch.expm1(-self.step / self.scale))
-        inside = F.logsigmoid(upper) + F.logsigmoid(-lower) + log_width
         edge = self.step / 2
-        at_low, at_high = value < self.low + edge, value > self.high - edge
-        return torch.where(at_low, F.logsigmoid(upper), torch.where(at_high, F.logsigmoid(-lower), inside))
+        log_p = _log_bin(value, self.loc, self.scale, self.step, self.low + edge, self.high - edge)
+        return torch.logaddexp(log_p, torch.full_like(log_p, math.log(self.floor))) if self.floor else log_p
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """A draw, on the grid."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        tiny = torch.finfo(self.loc.dtype).tiny
-        u = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device).clamp(tiny, 1 - torch.finfo(self.loc.dtype).eps)
-        continuous = self.loc + self.scale * (u.log() - torch.log1p(-u))
-        return ((continuous - self.low) / self.step).round().clamp(0, self.levels - 1) * self.step + self.low
+        return _draw(self.loc.expand(shape), self.scale, self.step, self.low, self.levels)
+
+
+class DiscretizedLogisticMixture(Distribution):
+    """A mixture of discretised logistics per pixel, with the later colours conditioned on the earlier ones.
+
+    P(x) = Σ_m π_m ∏_c P_m(x_c | x_{<c}), each factor a discretised logistic (as `DiscretizedLogistic`) with locations
+
+        μ_1,   μ_2 + c_1 x_1,   μ_3 + c_2 x_1 + c_3 x_2
+
+    (Salimans, Karpathy, Chen and Kingma, "PixelCNN++", ICLR 2017, eq. 2 and 3). The bins are evaluated in log space, so that
+    log P stays finite however far x is from every component.
+
+    Args:
+        logits: unnormalised log π_m, (batch, M, height, width).
+        loc: μ, in the data's units, (batch, M, C, height, width), C = 1 or 3 channels.
+        log_scale: log s, of the same shape.
+        coefficients: c_1, c_2, c_3, of the same shape; None: channels do not depend on each other.
+        levels: number of grid values, at least 2 (256 for 8-bit images).
+        low: the lowest grid value.
+        high: the highest grid value.
+        top: value above which x counts as the highest level, and takes the whole upper tail; None: half a bin below `high`.
+            Public models differ here.
+    """
+
+    arg_constraints = {}  # noqa: RUF012 (torch's name for it)
+
+    def __init__(
+        self,
+        logits: Tensor,
+        loc: Tensor,
+        log_scale: Tensor,
+        coefficients: Tensor | None = None,
+        *,
+        levels: int = 256,
+        low: float = -1.0,
+        high: float = 1.0,
+        top: float | None = None,
+    ) -> None:
+        self.logits, self.loc, self.log_scale, self.coefficients = logits, loc, log_scale, coefficients
+        self.levels, self.low, self.high = levels, low, high
+        self.step = (high - low) / (levels - 1)
+        self.top = high - self.step / 2 if top is None else top
+        super().__init__(loc.shape[:1], torch.Size((loc.shape[2], *loc.shape[3:])), validate_args=False)
+
+    @classmethod
+    def from_channels(
+        cls, parameters: Tensor, *, colours: int = 3, levels: int = 256, top: float | None = None
+    ) -> DiscretizedLogisticMixture:
+        """From the channels of a network: M logits, then per colour M of μ, log s and, for RGB, c, as public models have it.
+
+        log s is kept above −7, c is the tanh of its channels, and x is in [−1, 1].
+
+        Args:
+            parameters: (batch, 10·M, height, width), or (batch, 3·M, height, width) for one colour.
+            colours: 3 or 1.
+            levels: as above.
+            top: as above.
+        """
+        kinds = 3 if colours == 3 else 2
+        mixtures = parameters.shape[1] // (1 + colours * kinds)
+        logits, rest = parameters[:, :mixtures], parameters[:, mixtures:]
+        loc, log_scale, *raw = rest.unflatten(1, (colours, kinds * mixtures)).transpose(1, 2).split(mixtures, dim=1)
+        return cls(logits, loc, log_scale.clamp(min=-7.0), raw[0].tanh() if raw else None, levels=levels, top=top)
+
+    @property
+    def mean(self) -> Tensor:
+        """Σ_m π_m μ_m, the locations of each component in turn clamped to the range: not the mean of the clipped tails."""
+        components = self._chained(lambda loc, scale: loc.clamp(self.low, self.high))
+        return (self.logits.softmax(1).unsqueeze(2) * components).sum(1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log P(x), (batch,), nats, for x of shape (batch, C, height, width)."""
+        x = value.unsqueeze(1)
+        loc = self.loc
+        if self.coefficients is not None:
+            c1, c2, c3 = self.coefficients.unbind(2)
+            red, green = x[:, :, 0], x[:, :, 1]
+            loc = loc + torch.stack([torch.zeros_like(c1), c1 * red, c2 * red + c3 * green], 2)
+        bins = _log_bin(x, loc, self.log_scale.exp(), self.step, self.low + self.step / 2, self.top)
+        return torch.logsumexp(bins.sum(2) + self.logits.log_softmax(1), 1).flatten(1).sum(1)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """A draw, on the grid, (batch, C, height, width)."""
+        if sample_shape:
+            return torch.stack([self.sample(sample_shape[1:]) for _ in range(sample_shape[0])])
+        gumbel = -torch.empty_like(self.logits).exponential_().log()
+        chosen = (self.logits + gumbel).argmax(1, keepdim=True).unsqueeze(2)
+        components = self._chained(lambda loc, scale: _draw(loc, scale, self.step, self.low, self.levels))
+        return components.gather(1, chosen.expand(-1, -1, components.shape[2], -1, -1)).squeeze(1)
+
+    def _chained(self, colour: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Channel after channel of every component, (batch, M, C, height, width): each from its location and scale."""
+        channels: list[Tensor] = []
+        for i, (loc, scale) in enumerate(zip(self.loc.unbind(2), self.log_scale.exp().unbind(2), strict=True)):
+            if self.coefficients is not None and i:
+                first = i * (i - 1) // 2  # c_1 for green, c_2 and c_3 for blue
+                loc = loc + sum(self.coefficients[:, :, first + j] * channels[j] for j in range(i))
+            channels.append(colour(loc, scale))
+        return torch.stack(channels, 2)
+
+
+class Observed(Distribution):
+    """A model's own distribution of `into(x)`, seen from observations x: log_prob(x) = base.log_prob(into(x)).
+
+    For a density there is no Jacobian in it, so that a figure is in the model's own units, as the model counts it.
+
+    Args:
+        base: distribution with batch_shape (batch,).
+        into: from observations to the model's units.
+        out: back again, for means and samples.
+    """
+
+    arg_constraints = {}  # noqa: RUF012 (torch's name for it)
+
+    def __init__(self, base: Distribution, into: Callable[[Tensor], Tensor], out: Callable[[Tensor], Tensor]) -> None:
+        self.base, self.into, self.out = base, into, out
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """The base's mean, as an observation."""
+        return self.out(self.base.mean)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p of observations, (batch,), nats."""
+        return self.base.log_prob(self.into(value))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """A draw of the base, as an observation."""
+        return self.out(self.base.sample(torch.Size(sample_shape)))
+
+
+def _log_bin(value: Tensor, loc: Tensor, scale: Tensor, step: float, bottom: float, top: float) -> Tensor:
+    """log of the logistic's mass in the bin of width `step` around `value`; below `bottom` and above `top` with the whole tail.
+
+    In log space throughout: F(u) − F(l) = F(u) F(−l) (1 − e^{l − u}) for every l < u.
+    """
+    upper = (value + step / 2 - loc) / scale
+    lower = (value - step / 2 - loc) / scale
+    inside = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-step / scale))
+    return torch.where(value < bottom, F.logsigmoid(upper), torch.where(value > top, F.logsigmoid(-lower), inside))
+
+
+def _draw(loc: Tensor, scale: Tensor, step: float, low: float, levels: int) -> Tensor:
+    """A draw of the logistic, rounded to the grid."""
+    limits = torch.finfo(loc.dtype)
+    u = torch.rand_like(loc).clamp(limits.tiny, 1 - limits.eps)
+    continuous = loc + scale * (u.log() - torch.log1p(-u))
+    return ((continuous - low) / step).round().clamp(0, levels - 1) * step + low

@@ -6,6 +6,7 @@ __all__ = [
     "ArgumentError",
     "BackendWarning",
     "CheckpointError",
+    "DataWarning",
     "DistributedError",
     "DivergenceError",
     "EnergyPriorError",
@@ -42,6 +43,10 @@ class DistributedError(EnergyPriorError, RuntimeError):
 
 class TrainingWarning(UserWarning):
     """Something in a run of training is about to go wrong; the message says what and what to change."""
+
+
+class DataWarning(UserWarning):
+    """Observations are not in the range that the generator says it was made for; the message says what was seen."""
 
 
 class BackendWarning(UserWarning):

@@ -25,11 +25,16 @@ class Inferred:
         log_q: log q_ω of each layer in the model's own factorisation, (batch, L), nats.
         factorization: "top_down" if `log_q[:, i - 1]` is log q(z_i | z_{>i}, x), "bottom_up" if it is log q(z_i | z_{<i}, x).
             Only the first gives log q(z_{>k} | x) as a sum over layers.
+        conditionals: for an inference model that goes down through the generator: p_β(z_i | z_{>i}) of z_1, …, z_L as it met
+            them, so that training need not go down again. None: it does.
+        state: with `conditionals`, the state below z_1.
     """
 
     latents: tuple[Tensor, ...]
     log_q: Tensor
     factorization: Factorization
+    conditionals: tuple[Normal, ...] | None = None
+    state: Any = None
 
 
 @runtime_checkable
@@ -48,8 +53,12 @@ class HierarchicalGenerator(Protocol):
     as in Cui, Wu and Han (CVPR 2023): z_1 is nearest the data, z_L is the top. `energy_prior.check_generator` tests an
     implementation and names what is wrong in words.
 
-    An optional method `infer(x, *, rng=None) -> Inferred` draws z ~ q_ω(z | x). Without it, the library samples the
-    posterior by Langevin.
+    Optional, beside these:
+
+    - `infer(x, *, rng=None) -> Inferred` draws z ~ q_ω(z | x). Without it, the library samples the posterior by Langevin.
+    - `x_range`, the lowest and highest value of an observation: data outside it give a `DataWarning`.
+    - `posterior_log_prob(x, latents) -> Tensor`, log q_ω of given latents per layer, (batch, L): `check_generator` holds the
+      log q of `infer` to it, which tests the log-determinants of a flow.
     """
 
     @property

@@ -36,7 +36,7 @@ from energy_prior.langevin import (
 from energy_prior.learning import LearnMethods
 from energy_prior.model import JointModel
 from energy_prior.scoring import ScoreMethods
-from energy_prior.topdown import Decode, Space, ancestral, check_decode, decode_latents
+from energy_prior.topdown import Decode, Space, TopDown, ancestral, ancestral_noise, check_decode, decode_latents
 
 
 class JointEBMPrior(ScoreMethods, LearnMethods):
@@ -128,9 +128,14 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
             (n, *x_shape).
         """
         check_decode(decode)
+        settings = self._check_prior(prior, given, chain)
+        self._check_chain(n, given)
         with self._quiet(rng):
-            latents = self.sample_latents(n, given=given, prior=prior, **chain)
-            return decode_latents(self.generator, latents, decode, ChainSettings.of(chain).max_memory)
+            if given or (prior == "joint" and settings.steps):
+                latents = self.sample_latents(n, given=given, prior=prior, **chain)
+                return decode_latents(self.generator, latents, decode, settings.max_memory)
+            noise = ancestral_noise(TopDown(self.generator, n))  # one pass for latents and observations
+            return decode_latents(self.generator, noise, decode, settings.max_memory, space="noise")
 
     def sample_latents(
         self,
@@ -162,11 +167,7 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
             DivergenceError: if the chain diverges; it names the layer and the step.
         """
         self._check_chain(n, given, start)
-        settings = ChainSettings.of(chain)
-        if prior not in ("joint", "generator"):
-            raise ArgumentError(f'prior: expected "joint" or "generator", got {prior!r}.')
-        if prior == "generator" and (given or start or noise or chain):
-            raise ArgumentError('prior="generator" is ancestral: it takes neither `given` nor options of a chain.')
+        settings = self._check_prior(prior, given or start or noise, chain)
         with self._quiet(rng) as model:
             if prior == "generator":
                 return ancestral(self.generator, n).latents
@@ -231,7 +232,7 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
         Returns:
             (z_1, …, z_L), z_i of shape (batch, *latent_shapes[i - 1]).
         """
-        validate.check_observations("x", x, self.x_shape, self.reference)
+        validate.check_observations("x", x, self.x_shape, self.reference, self.generator)
         self._check_chain(len(x), start=start)
         settings = ChainSettings.of(chain)
         if method not in ("langevin", "infer"):
@@ -337,6 +338,16 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
         quiet = frozen(self.generator, self)
         with torch.inference_mode(False), torch.no_grad(), quiet, reproducible(rng, here.device):
             yield self.model
+
+    @staticmethod
+    def _check_prior(prior: str, more: object, chain: ChainOptions) -> ChainSettings:
+        """The chain's settings, if `prior` is known, and takes them and what `more` there is."""
+        settings = ChainSettings.of(chain)
+        if prior not in ("joint", "generator"):
+            raise ArgumentError(f'prior: expected "joint" or "generator", got {prior!r}.')
+        if prior == "generator" and (more or chain):
+            raise ArgumentError('prior="generator" is ancestral: it takes neither `given` nor options of a chain.')
+        return settings
 
     def _check_latents(self, name: str, latents: Sequence[Tensor], batch: int | None = None) -> None:
         validate.check_latents(name, latents, self.generator.latent_shapes, self.reference, batch)

@@ -139,7 +139,7 @@ class ScoreMethods:
             rng: random number generator.
             **chain: chain options, for generators without `infer`.
         """
-        validate.check_observations("x", x, self.x_shape, self.reference)
+        validate.check_observations("x", x, self.x_shape, self.reference, self.generator)
         if len(x) < 2:
             raise ShapeError("x: expected two or more observations to calibrate on, got one.")
         parts = self._expectation(x, num_samples, rng, chain, lambda redraw: redraw(0).parts())
@@ -160,7 +160,7 @@ class ScoreMethods:
         score: Callable[[Callable[[int], ScoreTerms]], Tensor],
     ) -> Tensor:
         """Mean over posterior draws of score(redraw), where redraw(k) gives the terms of L^{>k} at the same draw."""
-        validate.check_observations("x", x, self.x_shape, self.reference)
+        validate.check_observations("x", x, self.x_shape, self.reference, self.generator)
         check_count("num_samples", num_samples)
         settings = ChainSettings.of(chain)
 

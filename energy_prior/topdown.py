@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["Decode", "Descent", "Space", "TopDown", "ancestral", "check_decode", "decode_latents"]
+__all__ = [
+    "Decode",
+    "Descent",
+    "Space",
+    "TopDown",
+    "ancestral",
+    "ancestral_noise",
+    "check_decode",
+    "decode_latents",
+    "inferred_descent",
+]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +25,7 @@ from torch.distributions import Distribution, Normal
 from energy_prior._util import normal_like, sum_event
 from energy_prior.cost import equal_parts, forward_memory
 from energy_prior.errors import ArgumentError
-from energy_prior.generator import HierarchicalGenerator
+from energy_prior.generator import HierarchicalGenerator, Inferred
 
 Space = Literal["noise", "latent"]
 """Coordinates of a chain: ε with z = T_β(ε), "noise", or z itself, "latent"."""
@@ -141,7 +151,20 @@ class TopDown:
 def ancestral(generator: HierarchicalGenerator, batch_size: int) -> Descent:
     """A draw of the generator's own prior, z = T_β(ε) with ε ~ N(0, I)."""
     topdown = TopDown(generator, batch_size)
-    return topdown.descend([normal_like(shape, topdown.reference) for shape in topdown.shapes], "noise")
+    return topdown.descend(ancestral_noise(topdown), "noise")
+
+
+def ancestral_noise(topdown: TopDown) -> list[Tensor]:
+    """ε ~ N(0, I) of the free layers, ascending."""
+    return [normal_like(shape, topdown.reference) for shape in topdown.shapes]
+
+
+def inferred_descent(generator: HierarchicalGenerator, inferred: Inferred) -> Descent:
+    """The pass through the latents of an inference model down to the observation: its own, where it hands that over."""
+    if inferred.conditionals is not None:
+        return Descent(inferred.latents, inferred.conditionals, inferred.state)
+    topdown = TopDown(generator, len(inferred.latents[0]))
+    return topdown.descend(inferred.latents, "latent", to_observation=True)
 
 
 def check_decode(decode: Any) -> None:
@@ -155,25 +178,28 @@ def decode_latents(
     latents: Sequence[Tensor],
     decode: Decode | None = None,
     max_memory: float = 2.0**30,
+    *,
+    space: Space = "latent",
 ) -> Tensor:
-    """Observations of given latents (z_1, …, z_L), (batch, *x_shape).
+    """Observations of given latents (z_1, …, z_L), (batch, *x_shape), by one top-down pass.
 
     Args:
         generator: the hierarchical generator.
-        latents: z_i of shape (batch, *latent_shapes[i - 1]).
+        latents: z_i of shape (batch, *latent_shapes[i - 1]), or ε_i for space="noise".
         decode: the "mean" of p_β0(x | z) or a "sample" of it; None: the mean where there is one.
         max_memory: bytes that the decoder may need, > 0; batches of more than 16 that need more are decoded in parts.
+        space: the coordinates of `latents`.
     """
     check_decode(decode)
 
     def likelihood(rows: slice) -> Distribution:
         topdown = TopDown(generator, rows.stop - rows.start)
-        return topdown.likelihood(topdown.descend(tuple(z[rows] for z in latents), "latent", to_observation=True))
+        return topdown.likelihood(topdown.descend(tuple(z[rows] for z in latents), space, to_observation=True))
 
     n = len(latents[0])
     parts = [slice(0, n)]
     if n > _NEVER_SPLIT:
-        parts = equal_parts(n, forward_memory(lambda: likelihood(slice(0, 2)), 2), max_memory)
+        parts = equal_parts(n, forward_memory(lambda: likelihood(slice(0, 2)), 2, generator), max_memory)
     decoded = [_decoded(likelihood(rows), decode) for rows in parts]
     return decoded[0] if len(parts) == 1 else torch.cat(decoded)
 

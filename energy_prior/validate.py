@@ -14,8 +14,10 @@ __all__ = [
     "checked_infer",
     "energy_modules",
     "probe_generator",
+    "range_fault",
 ]
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +27,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
 from energy_prior._util import is_whole
-from energy_prior.errors import ArgumentError, DivergenceError, EnergyPriorError, GeneratorError, ShapeError
+from energy_prior.errors import ArgumentError, DataWarning, DivergenceError, EnergyPriorError, GeneratorError, ShapeError
 from energy_prior.generator import HierarchicalGenerator, Inferred
 
 _PROBE_BATCH = 2
+_RANGE_SLACK = 0.05
 
 
 @dataclass(frozen=True)
@@ -216,9 +219,29 @@ def check_given(given: Mapping[int, Tensor], shapes: Sequence[torch.Size], refer
         check_tensor(f"given[{layer}]", z, shapes[layer - 1], reference, batch)
 
 
-def check_observations(name: str, x: Any, x_shape: Sequence[int], reference: Tensor) -> None:
-    """A batch of finite observations, (batch, *x_shape)."""
+def check_observations(name: str, x: Any, x_shape: Sequence[int], reference: Tensor, generator: Any = None) -> None:
+    """A batch of finite observations, (batch, *x_shape); warns if they are not in the range that `generator` says."""
     check_tensor(name, x, x_shape, reference, None)
+    what = range_fault(x, generator)
+    if what is not None:
+        warnings.warn(f"{name}: {what}", DataWarning, stacklevel=3)
+
+
+def range_fault(x: Tensor, generator: Any) -> str | None:
+    """What is wrong with the range of observations, if the generator has an `x_range`."""
+    if getattr(generator, "x_range", None) is None:
+        return None
+    low, high = generator.x_range
+    least, most = float(x.min()), float(x.max())
+    slack = _RANGE_SLACK * (high - low)
+    if least < low - slack or most > high + slack:
+        return f"values from {least:.3g} to {most:.3g}, but the generator was made for {low:g} to {high:g}. Rescale them."
+    if low < 0 <= least and low == -high and len(x) > 1:
+        return (
+            f"no value is below 0 (they go from {least:.3g} to {most:.3g}), but the generator was made for {low:g} to "
+            f"{high:g}. If they are in [0, {high:g}], rescale them."
+        )
+    return None
 
 
 def check_k(k: Any, layers: int) -> int:

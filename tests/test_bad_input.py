@@ -75,7 +75,7 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
     (lambda p: p.sample(4, given={2: torch.zeros(4, 3)}), ShapeError, r"given\[2\]: expected shape \(4, 2\), got \(4, 3\)"),
     (lambda p: p.sample(4, given={2: torch.zeros(3, 2)}), ShapeError, r"given\[2\]: expected shape \(4, 2\), got \(3, 2\)"),
     # chain options
-    (lambda p: p.sample(4, steps=0), ArgumentError, "steps: expected a whole number of at least 1, got 0"),
+    (lambda p: p.sample(4, steps=-1), ArgumentError, "steps: expected a whole number of at least 0, got -1"),
     (lambda p: p.sample(4, steps=-3), ArgumentError, "steps: .* got -3"),
     (lambda p: p.sample(4, steps=2.5), ArgumentError, "steps: .* got 2.5"),  # type: ignore[arg-type]
     (lambda p: p.sample(4, step_size=0.0), ArgumentError, "step_size: expected a finite number above 0, got 0.0"),

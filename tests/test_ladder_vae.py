@@ -41,9 +41,9 @@ def test_every_shape_follows_the_protocol(x_shape: Any, latent_dims: Any, nets: 
 def test_sigma_fixed_or_learned(likelihood: Any) -> None:
     learned = LadderVAE((4,), (2,), likelihood=likelihood)
     fixed = LadderVAE((4,), (2,), likelihood=likelihood, sigma=0.3)
-    assert learned.log_sigma.requires_grad
-    assert not fixed.log_sigma.requires_grad
-    assert float(fixed.log_sigma.exp()) == pytest.approx(0.3)
+    assert learned.pixels.log_sigma.requires_grad
+    assert not fixed.pixels.log_sigma.requires_grad
+    assert float(fixed.pixels.log_sigma.exp()) == pytest.approx(0.3)
 
 
 def test_x_range_bounds_the_mean() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from energy_prior import DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy
 from energy_prior.langevin import ChainSettings, InjectedNoise
-from energy_prior.topdown import TopDown
+from energy_prior.topdown import TopDown, decode_latents
 
 
 def trained_looking(dtype: torch.dtype = torch.float32, space: str = "noise", nets: str = "mlp") -> JointEBMPrior:
@@ -463,3 +463,30 @@ def test_the_last_step_of_an_unadjusted_chain_is_looked_at_too() -> None:
     assert caught.layer == 2, "the layer that exploded, not the one that it dragged along"
     assert caught.step is not None
     assert caught.step <= steps
+
+
+@pytest.mark.parametrize("space", ["noise", "latent"])
+def test_no_steps_are_the_start(space: Any) -> None:
+    """steps=0: the generator's own prior, by the same draws and in one pass; with a start, that start."""
+    vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8)
+    prior = JointEBMPrior(vae, space=space)
+
+    def seed() -> torch.Generator:
+        return torch.Generator().manual_seed(3)
+
+    own = prior.sample_latents(5, prior="generator", rng=seed())
+    here = prior.sample_latents(5, steps=0, rng=seed())
+    for a, b in zip(own, here, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(prior.sample(5, steps=0, rng=seed()), prior.sample(5, prior="generator", rng=seed()))
+    torch.testing.assert_close(prior.sample(5, steps=0, rng=seed()), decode_latents(vae, here).detach())
+    for a, b in zip(prior.sample_latents(5, steps=0, start=own), own, strict=True):
+        torch.testing.assert_close(a, b)
+    kept = prior.sample_latents(5, steps=0, given={1: own[0]})
+    assert torch.equal(kept[0], own[0])
+    passes = []
+    original = LadderVAE.start
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LadderVAE, "start", lambda self, n: (passes.append(n) if n == 5 else None, original(self, n))[1])
+        prior.sample(5, steps=0)
+    assert len(passes) == 2  # where the draws' shapes are read, and the pass itself

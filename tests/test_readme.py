@@ -26,6 +26,7 @@ def test_there_are_blocks() -> None:
     assert len(BLOCKS) == 3
     assert len(blocks("docs/training.md")) == 2
     assert len(blocks("docs/sampling.md")) == 1
+    assert len(blocks("docs/adapters.md")) == 6
 
 
 def test_training_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +49,23 @@ def test_sampling_guide() -> None:
     exec(compile(blocks("docs/sampling.md")[0].replace("100_000", "50"), "docs/sampling.md", "exec"), names)  # noqa: S102
     assert names["z"][0].shape == (1000, 4)
     assert names["run"].steps.tolist() == [0, 25, 50]
+
+
+def test_adapter_guide(capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that the reader has never seen, from nothing to samples: the blocks one after the other."""
+    data = load_demo_data(9, 0)
+    names: dict[str, Any] = {"images": data.train[:64]}
+    for block in blocks("docs/adapters.md"):
+        short = block.replace("prior.fit(images)", "prior.fit(images, iterations=3, progress=False)")
+        short = short.replace("iterations=2000)", "iterations=3, progress=False)")
+        exec(compile(short, "docs/adapters.md", "exec"), names)  # noqa: S102
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "shapes, types and layer order agree with latent_shapes"
+    estimate, own = map(float, out[8].split())
+    assert abs(estimate - own) < 0.1 * abs(own)
+    assert names["x"].shape == (16, 1, 8, 8)
+    assert names["scores"].shape == (8,)
+    assert out[-1] == "torch.Size([4, 1, 8, 8])"
 
 
 @pytest.mark.parametrize("index", range(len(BLOCKS)))

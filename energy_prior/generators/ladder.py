@@ -11,15 +11,14 @@ from typing import Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Distribution, Independent, Normal
+from torch.distributions import Distribution, Normal
 
-from energy_prior._util import check_count, check_positive, normal_like, reproducible, sum_event
-from energy_prior.distributions import DiscretizedLogistic
+from energy_prior._util import check_count, normal_like, reproducible, sum_event
 from energy_prior.errors import ArgumentError, ShapeError
 from energy_prior.generator import Inferred
+from energy_prior.generators.pixels import Likelihood, PixelLikelihood
 
 Nets = Literal["mlp", "conv"]
-Likelihood = Literal["gaussian", "bernoulli", "discretized_logistic"]
 
 _LOG_SCALE_LIMIT = 5.0
 
@@ -47,11 +46,11 @@ class LadderVAE(nn.Module):
         hidden: width of the hidden layers (units, or channels).
         depth: hidden layers per net.
         nets: "mlp" or "conv".
-        likelihood: "gaussian", "bernoulli" (x in [0, 1]) or "discretized_logistic".
+        likelihood: "gaussian", "bernoulli" (x in [0, 1]), "discretized_logistic" or "mixture" (of discretised logistics).
         sigma: scale of the likelihood in the data's units, > 0, for "gaussian" and "discretized_logistic"; None: one
             number, learned.
         x_range: lowest and highest value of x; the decoder's mean stays inside it.
-        levels: grid values between them for "discretized_logistic" (256 for 8-bit images).
+        levels: grid values between them for the discretised likelihoods (256 for 8-bit images).
 
     Raises:
         ArgumentError, ShapeError: if a value is impossible; the message says which.
@@ -76,12 +75,11 @@ class LadderVAE(nn.Module):
         levels: int = 256,
     ) -> None:
         super().__init__()
-        self.x_shape = torch.Size(x_shape)
-        self.likelihood_name, self.x_range, self.levels = likelihood, x_range, levels
-        _check_arguments(self.x_shape, latent_dims, nets, likelihood, x_range)
+        self.x_shape, self.x_range = torch.Size(x_shape), x_range
+        pixels = PixelLikelihood(x_shape, likelihood, sigma=sigma, x_range=x_range, levels=levels)
+        _check_arguments(self.x_shape, latent_dims, nets)
         check_count("hidden", hidden)
         check_count("depth", depth)
-        check_count("levels", levels, least=2)
         make = _conv_net if nets == "conv" else _mlp_net
         if nets == "conv":
             sizes = [(-(-self.x_shape[1] // 2**i), -(-self.x_shape[2] // 2**i)) for i in range(1, len(latent_dims) + 1)]
@@ -91,13 +89,12 @@ class LadderVAE(nn.Module):
         shapes = (self.x_shape, *self.latent_shapes)
         self.inference = nn.ModuleList(make(shapes[i], _double(shapes[i + 1]), hidden, depth) for i in range(len(latent_dims)))
         self.prior = nn.ModuleList(make(shapes[i + 1], _double(shapes[i]), hidden, depth) for i in range(1, len(latent_dims)))
-        self.decoder = make(shapes[1], self.x_shape, hidden, depth)
-        fixed = 0.1 * (x_range[1] - x_range[0]) if sigma is None else check_positive("sigma", sigma)
-        self.log_sigma = nn.Parameter(torch.tensor(math.log(fixed)), requires_grad=sigma is None and likelihood != "bernoulli")
+        self.decoder = make(shapes[1], torch.Size((pixels.channels, *self.x_shape[1:])), hidden, depth)
+        self.pixels = pixels
 
     def start(self, batch_size: int) -> _State:
         """The state above z_L: p(z_L) = N(0, I)."""
-        zero = self.log_sigma.new_zeros(batch_size, *self.latent_shapes[-1])
+        zero = self.pixels.log_sigma.new_zeros(batch_size, *self.latent_shapes[-1])
         return _State(len(self.latent_shapes), Normal(zero, torch.ones_like(zero), validate_args=False), None)
 
     def conditional(self, state: _State) -> Normal:
@@ -116,17 +113,7 @@ class LadderVAE(nn.Module):
         """p_β0(x | z_1); the decoder runs here, so a pass that needs no image never pays for it."""
         if state.z is None:
             raise ArgumentError("state: the likelihood needs the state below z_1; descend through every layer first.")
-        logits = self.decoder(state.z).to(state.z.dtype)  # autocast may have made it bf16
-        if self.likelihood_name == "bernoulli":
-            return Independent(Bernoulli(logits=logits, validate_args=False), len(self.x_shape), validate_args=False)
-        low, high = self.x_range
-        mean = low + (high - low) * torch.sigmoid(logits)
-        sigma = self.log_sigma.exp().expand_as(mean)
-        if self.likelihood_name == "gaussian":
-            pixel: Distribution = Normal(mean, sigma, validate_args=False)
-        else:
-            pixel = DiscretizedLogistic(mean, sigma, self.levels, low, high, validate_args=False)
-        return Independent(pixel, len(self.x_shape), validate_args=False)
+        return self.pixels(self.decoder(state.z).to(state.z.dtype))  # autocast may have made it bf16
 
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
         """A reparameterised draw z ~ q_ω(z | x), bottom-up: log_q[:, i − 1] = log q(z_i | z_{i−1}), with z_0 = x.
@@ -149,25 +136,15 @@ class LadderVAE(nn.Module):
         return Inferred(tuple(latents), torch.stack(log_q, dim=1), "bottom_up")
 
 
-def _check_arguments(
-    x_shape: torch.Size, latent_dims: Sequence[int], nets: str, likelihood: str, x_range: tuple[float, float]
-) -> None:
+def _check_arguments(x_shape: torch.Size, latent_dims: Sequence[int], nets: str) -> None:
     if nets not in get_args(Nets):
         raise ArgumentError(f"nets: expected one of {get_args(Nets)}, got {nets!r}.")
-    if likelihood not in get_args(Likelihood):
-        raise ArgumentError(f"likelihood: expected one of {get_args(Likelihood)}, got {likelihood!r}.")
     if nets == "conv" and len(x_shape) != 3:
         raise ShapeError(f'x_shape: nets="conv" needs (channels, height, width), got {tuple(x_shape)}.')
-    if len(x_shape) == 0 or min(x_shape) < 1:
-        raise ShapeError(f"x_shape: expected one or more positive sizes, got {tuple(x_shape)}.")
     if len(latent_dims) == 0:
         raise ArgumentError("latent_dims: expected the size of at least one layer, got none.")
     for dim in latent_dims:
         check_count("latent_dims", dim)
-    if not x_range[0] < x_range[1]:
-        raise ArgumentError(f"x_range: expected (lowest, highest), got {x_range}.")
-    if likelihood == "bernoulli" and x_range != (0.0, 1.0):
-        raise ArgumentError(f'x_range: likelihood="bernoulli" needs (0, 1), got {x_range}.')
 
 
 def _double(shape: torch.Size) -> torch.Size:

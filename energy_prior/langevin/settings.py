@@ -48,7 +48,7 @@ class ChainSettings:
     """Settings of a Langevin chain.
 
     Attributes:
-        steps: number of steps, ≥ 1.
+        steps: number of steps, ≥ 0; 0 gives the start, which is a draw of the generator's own prior unless one is passed.
         step_size: s > 0 of ε ← ε + ½ s² ∇log p̃ + s n. Public code with drift ½η and noise √η has s = √η, with drift η and
             noise √(2η) it has s = √(2η). None: the prior's own step size, which `fit` tunes; a chain that something
             below pulls on (an observation, a held layer with free ones above it) adapts its own over the first half
@@ -88,7 +88,7 @@ class ChainSettings:
     max_memory: float = 2.0**30
 
     def __post_init__(self) -> None:
-        check_count("steps", self.steps)
+        check_count("steps", self.steps, least=0)
         check_positive("temperature", self.temperature)
         check_positive("max_memory", self.max_memory)
         for name, kinds in (("backend", get_args(Backend)), ("precision", get_args(Precision))):
@@ -180,6 +180,8 @@ def sample_density(
         else:
             pairs = zip(parts, by_parts(parts, start), strict=True)
             position = whole([part.topdown.position(own, space) for part, own in pairs])
+        if settings.steps == 0 and not (measure or trace or on_step):
+            return ChainDraw(latents_at(parts, position), None)
         step_size = settings.step_size or default_step_size
         scheme = settings.scheme_in(space)
         if fused:

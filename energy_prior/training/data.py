@@ -30,6 +30,7 @@ class Batches:
     Args:
         data: observations, (n, *x_shape), or an iterable of batches.
         config: its `batch_size` is the rows per batch of a tensor.
+        generator: the generator, for the range of its observations.
         x_shape: shape of an observation.
         reference: a tensor with the dtype and device that the model needs.
         rank: number of this process.
@@ -44,6 +45,7 @@ class Batches:
         self,
         data: Tensor | Iterable[Any],
         config: RunConfig,
+        generator: Any,
         x_shape: Sequence[int],
         reference: Tensor,
         *,
@@ -51,10 +53,10 @@ class Batches:
         world: int = 1,
         seed: int = 0,
     ) -> None:
-        self._data, self._x_shape, self._reference = data, x_shape, reference
+        self._data, self._generator, self._x_shape, self._reference = data, generator, x_shape, reference
         self._size, self._rank, self._world = config.batch_size or config.usual_batch, rank, world
         if isinstance(data, Tensor):
-            validate.check_observations("data", data, x_shape, reference.to(data.device))
+            validate.check_observations("data", data, x_shape, reference.to(data.device), generator)
             if config.batch_size is None:
                 self._size = max(1, min(self._size, len(data) // world))
             if self._size * world > len(data):
@@ -123,7 +125,7 @@ class Batches:
             batch = item[0] if isinstance(item, tuple | list) else item
             if isinstance(batch, Tensor):
                 batch = batch.to(self._reference.device)
-            validate.check_observations("data (a batch of it)", batch, self._x_shape, self._reference)
+            validate.check_observations("data (a batch of it)", batch, self._x_shape, self._reference, self._generator)
             yield batch
 
 

@@ -17,7 +17,7 @@ from energy_prior import validate
 from energy_prior._util import check_count, check_positive, check_settings, evaluating, reproducible, training_mode, unvalidated
 from energy_prior.errors import ArgumentError, DivergenceError, GeneratorError
 from energy_prior.generator import HierarchicalGenerator
-from energy_prior.topdown import TopDown
+from energy_prior.topdown import inferred_descent
 from energy_prior.training.config import RunConfig
 from energy_prior.training.data import Batches
 from energy_prior.training.engine import Engine
@@ -106,10 +106,9 @@ def elbo(generator: HierarchicalGenerator, x: Tensor, kl_weight: float = 1.0, in
             Still a lower bound of log p(x), for z ~ q_ω(z | x + noise) (Im et al., AAAI 2017); the ELBO proper has 0.
     """
     inferred = validate.checked_infer(generator, x + input_noise * torch.randn_like(x) if input_noise else x)
-    topdown = TopDown(generator, len(x))
-    descent = topdown.descend(inferred.latents, "latent", to_observation=True)
+    descent = inferred_descent(generator, inferred)
     kl = (inferred.log_q - descent.log_priors()).sum(1)
-    return topdown.likelihood(descent).log_prob(x) - kl_weight * kl
+    return generator.likelihood(descent.state).log_prob(x) - kl_weight * kl
 
 
 def fit_elbo(
@@ -148,12 +147,12 @@ def fit_elbo(
         probe = validate.probe_generator(generator)
     reference = probe.latents[0]
     if validation is not None:
-        validate.check_observations("validation", validation, probe.x_shape, reference)
+        validate.check_observations("validation", validation, probe.x_shape, reference, generator)
     engine = Engine(accelerator)
     engine.agree("generator", [float(p.detach().double().sum()) for p in generator.parameters()])
     with reproducible(rng, reference.device), training_mode(generator), unvalidated():
         seed = engine.objects(int(torch.randint(2**62, ())))[0]
-        batches = Batches(data, config, probe.x_shape, reference, rank=engine.rank, world=engine.world, seed=seed)
+        batches = Batches(data, config, generator, probe.x_shape, reference, rank=engine.rank, world=engine.world, seed=seed)
         task = _ElboTask(generator, validation, config, engine)
         identity: dict[str, Any] = {"generator": [[name, list(p.shape)] for name, p in generator.named_parameters()]}
         identity |= {"seed": seed} if rng is not None else {}

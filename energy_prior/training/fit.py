@@ -76,7 +76,9 @@ def fit_energies(
     config = dataclasses.replace(config or FitConfig(), **settings).for_method(rule)
     engine = Engine(accelerator)
     seed = engine.objects(int(torch.randint(2**62, ())))[0]
-    batches = Batches(data, config, prior.x_shape, prior.reference, rank=engine.rank, world=engine.world, seed=seed)
+    batches = Batches(
+        data, config, prior.generator, prior.x_shape, prior.reference, rank=engine.rank, world=engine.world, seed=seed
+    )
     if rule in JOINT_METHODS:
         _check_trainable(prior.generator, rule)
         prior.train_jointly()

@@ -1,0 +1,10 @@
+"""Adapters: hierarchical VAEs of public repositories as generators. They wrap your model object and hold none of its code."""
+
+from __future__ import annotations
+
+__all__ = ["DeepVAEAdapter", "NVAEAdapter", "VDVAEAdapter", "load_checkpoint", "load_weights"]
+
+from energy_prior.adapters.checkpoints import load_checkpoint, load_weights
+from energy_prior.adapters.deep_vae import DeepVAEAdapter
+from energy_prior.adapters.nvae import NVAEAdapter
+from energy_prior.adapters.vdvae import VDVAEAdapter

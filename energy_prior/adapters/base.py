@@ -1,0 +1,85 @@
+"""What the adapters share: the wrapped model, looked at once, and draws of Gaussian posteriors."""
+
+from __future__ import annotations
+
+__all__ = ["Adapter", "draw", "normal"]
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+from energy_prior._util import normal_like, sum_event
+from energy_prior.errors import ArgumentError, GeneratorError
+
+
+class Adapter(nn.Module):
+    """A user's model behind the generator protocol.
+
+    Args:
+        model: the model object.
+        parts: attributes that it must have.
+        source: where such models come from, for errors.
+
+    Attributes:
+        model: the user's model, unchanged.
+        latent_shapes: shapes of z_1 (nearest the data), …, z_L.
+        x_shape: shape of an observation.
+        x_range: lowest and highest value of an observation.
+
+    Raises:
+        GeneratorError: if a part is missing, the model is in training mode, or its weights have several dtypes or devices.
+    """
+
+    latent_shapes: tuple[torch.Size, ...]
+    x_shape: torch.Size
+    x_range: tuple[float, float] = (0.0, 1.0)
+
+    def __init__(self, model: nn.Module, parts: Sequence[str], source: str) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise GeneratorError(f"model: expected {source}, an nn.Module, got {type(model).__name__}.")
+        missing = [part for part in parts if not hasattr(model, part)]
+        if missing:
+            raise GeneratorError(
+                f"model: expected {source}, but {type(model).__name__} lacks {', '.join(missing)}. For a model of another kind "
+                "write the four methods of energy_prior.HierarchicalGenerator."
+            )
+        if model.training:
+            raise GeneratorError(
+                "model: it is in training mode, where batch norm couples the observations of a batch. Call model.eval() first."
+            )
+        kinds = {(p.dtype, p.device) for p in model.parameters() if p.is_floating_point()}
+        if len(kinds) > 1:
+            raise GeneratorError(
+                f"model: expected weights of one dtype on one device, got {', '.join(sorted(f'{t} on {d}' for t, d in kinds))}."
+                " Convert it with model.float() and model.to(device)."
+            )
+        self.model = model
+
+    def train(self, mode: bool = True) -> Adapter:
+        """As for any module."""
+        super().train(mode)
+        return self
+
+
+def normal(loc: Tensor, scale: Tensor) -> Normal:
+    """N(loc, scale²), without checks that would wait for a GPU."""
+    return Normal(loc, scale, validate_args=False)
+
+
+def draw(q: Normal) -> tuple[Tensor, Tensor]:
+    """z ~ q, reparameterised, and log q(z), (batch,), nats."""
+    z = q.loc + q.scale * normal_like(q.loc.shape, q.loc)
+    return z, sum_event(q.log_prob(z))
+
+
+def check_temperature(value: float | Sequence[float], layers: int) -> tuple[float, ...]:
+    """One factor above 0 for every layer's σ, or one per layer."""
+    values = tuple(float(v) for v in value) if isinstance(value, Sequence) else (float(value),) * layers
+    if len(values) != layers or not all(0 < v < float("inf") for v in values):
+        raise ArgumentError(
+            f"prior_temperature: expected a number above 0, or {layers} of them (the top layer first), got {value!r}."
+        )
+    return values

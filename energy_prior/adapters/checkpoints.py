@@ -1,0 +1,82 @@
+"""Checkpoints of public models, read without running code from them."""
+
+from __future__ import annotations
+
+__all__ = ["load_checkpoint", "load_weights"]
+
+import argparse
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from energy_prior.errors import CheckpointError
+
+_PLAIN = [argparse.Namespace]
+_KEYS = ("state_dict", "model_state_dict", "model")
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """What `torch.save` wrote to a file, on the CPU: tensors, numbers, text, lists, dicts, `argparse.Namespace`, nothing else.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is truncated, or asks for any other type (which could run code).
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No checkpoint at {os.fspath(path)!r}.")
+    try:
+        with torch.serialization.safe_globals(_PLAIN):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} holds more than tensors and plain values, so that reading it could run code, or is damaged: "
+            f"{str(error).splitlines()[0]} Save the model's state_dict() alone, where you trust the file, and load that."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise CheckpointError(f"{os.fspath(path)!r} is not a whole checkpoint ({error}). Use another copy.") from error
+
+
+def load_weights(model: _Model, checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> _Model:
+    """Puts the weights of a checkpoint into a model of the same architecture.
+
+    Args:
+        model: the model to fill.
+        checkpoint: a file, as for `load_checkpoint`, or what that returned: a state dict, or a dict with one under
+            "state_dict", "model_state_dict" or "model". The prefix "module." of DistributedDataParallel is taken off, and
+            NVAE's `weight_normalized`, which its code computes anew, is left out.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        CheckpointError: if names or shapes do not agree; the message says which.
+    """
+    loaded = checkpoint if isinstance(checkpoint, Mapping) else load_checkpoint(checkpoint)
+    name = "the checkpoint" if isinstance(checkpoint, Mapping) else repr(os.fspath(checkpoint))
+    if isinstance(loaded, Mapping):
+        loaded = next((loaded[key] for key in _KEYS if isinstance(loaded.get(key), Mapping)), loaded)
+    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise CheckpointError(f"{name} holds no state dict, as expected at its top or under one of {', '.join(_KEYS)}.")
+    weights = {key.removeprefix("module."): value for key, value in loaded.items() if not key.endswith("weight_normalized")}
+    expected = {key: v for key, v in model.state_dict().items() if not key.endswith("weight_normalized")}
+    faults = [f"{key} is missing" for key in expected if key not in weights]
+    faults += [f"{key} is not expected" for key in weights if key not in expected]
+    faults += [
+        f"{key} has shape {tuple(weights[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
+    if faults:
+        more = f" (and {len(faults) - 4} more)" if len(faults) > 4 else ""
+        raise CheckpointError(
+            f"{name} is of another architecture than this {type(model).__name__}: {'; '.join(faults[:4])}{more}. Build the "
+            "model with the settings that it was trained with."
+        )
+    model.load_state_dict(weights, strict=False)
+    return model

@@ -1,0 +1,135 @@
+"""The deep VAEs of Havtorn et al. (ICML 2021), as in the repository JakobHavtorn/hvae-oodd, as generators."""
+
+from __future__ import annotations
+
+__all__ = ["DeepVAEAdapter"]
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
+
+from energy_prior._util import reproducible
+from energy_prior.adapters.base import Adapter, draw, normal
+from energy_prior.distributions import DiscretizedLogistic, DiscretizedLogisticMixture, Observed
+from energy_prior.errors import GeneratorError
+from energy_prior.generator import Inferred
+
+_PARTS = ("stages", "likelihood", "input_shape", "pad", "lambda_init", "skip_stochastic")
+
+
+class _State(NamedTuple):
+    """Above stage `stage` (0 is nearest the data): the stage's input, None at the top, its skip connections, and p."""
+
+    stage: int
+    features: Tensor | None
+    skips: tuple[Tensor, ...] | None
+    conditional: Normal | None
+
+
+class DeepVAEAdapter(Adapter):
+    """A `VAE` or `LVAE` of JakobHavtorn/hvae-oodd, with deterministic skip connections or without.
+
+        VAE:   q(z | x) = q(z_1 | x) ∏_i q(z_i | z_{<i}, x)      "bottom_up"
+        LVAE:  q(z | x) = q(z_L | x) ∏_i q(z_i | z_{>i}, x)      "top_down"
+
+    Observations are in [0, 1]. A BIVA, which the repository itself calls not correctly implemented for L^{>k}, is refused.
+
+    Args:
+        model: the model, in evaluation mode, with its weights.
+
+    Raises:
+        GeneratorError: if this is not such a model, or is not in evaluation mode.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, _PARTS, "a VAE or LVAE of JakobHavtorn/hvae-oodd")
+        for stage in self.model.stages:
+            if not hasattr(stage, "stochastic"):
+                raise GeneratorError(f"model: a {type(stage).__name__} has two latents per stage; expected a VAE or LVAE.")
+        self.latent_shapes = tuple(torch.Size(int(n) for n in stage.stochastic.out_shape) for stage in self.model.stages)
+        self.x_shape = torch.Size(self.model.input_shape)
+
+    def start(self, batch_size: int) -> _State:
+        """The state above the top stage, whose prior may be learned."""
+        top = self.model.stages[-1].stochastic
+        logits = top.prior_logits.expand(batch_size, *top.prior_logits.shape)
+        return _State(len(self.model.stages) - 1, None, None, _bounded(top, *top.logits_to_mu_and_sigma(logits)))
+
+    def conditional(self, state: _State) -> Normal:
+        """p(z_i | z_{>i}) of the next stage."""
+        if state.conditional is None:
+            raise GeneratorError("state: there is no stage below z_1; call likelihood(state).")
+        return state.conditional
+
+    def descend(self, state: _State, z: Tensor) -> _State:
+        """Through the stage's deterministic blocks. They empty the list of skip connections that they are given: a copy."""
+        stage = self.model.stages[state.stage]
+        skips = None if state.skips is None else list(state.skips)
+        features, skips = stage.p_deterministic(stage.p_projection(z), skips)
+        below = tuple(skips) if self.model.skip_stochastic else None
+        if state.stage == 0:
+            return _State(-1, features, below, None)
+        lower = self.model.stages[state.stage - 1].stochastic
+        return _State(state.stage - 1, features, below, _bounded(lower, *lower.compute_params(features, inference=False)))
+
+    def likelihood(self, state: _State) -> Distribution:
+        """p(x | z) by the model's likelihood module."""
+        features = state.features if self.model.pad is None else F.pad(state.features, self.model.unpad)
+        module = self.model.likelihood
+        if module.distribution is not None:  # the discretised ones leave their activation out
+            features = module.activation(features)
+        parameters = module.get_distribution_kwargs(features)
+        base = _pixels(module, parameters, len(self.x_shape))
+        start = self.model.lambda_init
+        return base if start is None else Observed(base, start, lambda y: y)
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        """z ~ q(z | x) in the model's own order."""
+        x = x if self.model.lambda_init is None else self.model.lambda_init(x)
+        data = self.model.stages[0].IO(x=x if self.model.pad is None else F.pad(x, self.model.pad))
+        top_down = hasattr(self.model.stages[0], "merge")
+        latents: list[Tensor] = []
+        log_q: list[Tensor] = []
+        with reproducible(rng, x.device):
+            hidden = []
+            for stage in self.model.stages:
+                data, found = stage.infer(data)
+                if top_down:
+                    hidden.append(found.h)
+                else:
+                    latents.append(found.z)
+                    log_q.append(found.dist.log_prob(found.z).flatten(1).sum(1))
+            state = self.start(len(x))
+            for stage, h in zip(reversed(self.model.stages), reversed(hidden), strict=False):
+                merged = stage.merge(h, aux=state.features)
+                q = _bounded(stage.stochastic, *stage.stochastic.compute_params(merged, inference=True))
+                z, log_density = draw(q)
+                latents.insert(0, z)
+                log_q.insert(0, log_density)
+                state = self.descend(state, z)
+        return Inferred(tuple(latents), torch.stack(log_q, dim=1), "top_down" if top_down else "bottom_up")
+
+
+def _bounded(module: Any, loc: Tensor, scale: Tensor) -> Normal:
+    return normal(loc, scale.clamp(module.min_scale, module.max_scale))
+
+
+def _pixels(module: Any, parameters: dict[str, Tensor], dimensions: int) -> Distribution:
+    """The distribution behind a likelihood module of the repository."""
+    if module.distribution is not None:
+        return Independent(module.distribution(**parameters, validate_args=False), dimensions, validate_args=False)
+    if "all_params" in parameters:
+        mixture = DiscretizedLogisticMixture.from_channels(parameters["all_params"], top=0.999)
+        return Observed(mixture, lambda x: 2 * x - 1, lambda y: (y + 1) / 2)
+    if {"mean", "logscale"} <= parameters.keys() and hasattr(module, "n_bins"):
+        n = module.n_bins  # n bins on [0, 1]; x = level / (n - 1) is seen at the bin's middle
+        loc = (parameters["mean"] - 0.5 / n) * n / (n - 1)
+        scale = parameters["logscale"].exp() * n / (n - 1)
+        pixel = DiscretizedLogistic(loc, scale, n, floor=1e-14 if module.double_precision else 1e-7, validate_args=False)
+        return Independent(pixel, dimensions, validate_args=False)
+    raise GeneratorError(
+        f"model: its likelihood module, {type(module).__name__}, is not known. Override `likelihood` of DeepVAEAdapter for it."
+    )

@@ -1,0 +1,149 @@
+"""VDVAE (Child, ICLR 2021), as in the repository openai/vdvae, as a generator."""
+
+from __future__ import annotations
+
+__all__ = ["VDVAEAdapter"]
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Distribution, Normal
+
+from energy_prior._util import reproducible
+from energy_prior.adapters.base import Adapter, check_temperature, draw, normal
+from energy_prior.distributions import DiscretizedLogisticMixture, Observed
+from energy_prior.errors import ArgumentError, GeneratorError
+from energy_prior.generator import Inferred
+
+# Mean and standard deviation of a set's pixels, 0 … 255, with which its encoder was trained.
+_PIXELS = {
+    "cifar10": (120.63838, 64.16736),
+    "imagenet32": (116.2373, 69.37404),
+    "imagenet64": (115.92961967, 69.37404),
+    "ffhq_256": (112.8666757481, 69.84780273),
+    "ffhq_1024": (0.4387 * 255, 0.2743 * 255),
+}
+
+
+class _State(NamedTuple):
+    """Above block `block` (0 is the top): features by resolution, and those of the block, before and after its prior."""
+
+    block: int
+    by_resolution: Mapping[int, Tensor]
+    before: Tensor | None
+    after: Tensor | None
+    conditional: Normal | None
+
+
+class VDVAEAdapter(Adapter):
+    """A `VAE` of openai/vdvae.
+
+        p(z_i | z_{>i}) = N(μ, (t_i σ)²),   q(z_i | z_{>i}, x) Gaussian
+
+    Observations are in [0, 1], (batch, 3, height, width): the adapter normalises them for the encoder and moves channels last.
+    For "ffhq_256" the likelihood is that of the highest 5 bits, as in the repository.
+
+    Args:
+        model: the model, in evaluation mode, with its weights (`energy_prior.adapters.load_weights`).
+        prior_temperature: t > 0, factor on every σ of the prior, or one per block from the top: `forward_uncond_samples(n, t)`.
+        pixels: mean and standard deviation of pixels, 0 … 255, that the encoder was trained with; None: those that the
+            repository has for `model.H.dataset`.
+
+    Raises:
+        GeneratorError: if this is not such a model, or is not in evaluation mode.
+        ArgumentError: if `pixels` is needed, or a temperature is impossible.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        prior_temperature: float | Sequence[float] = 1.0,
+        pixels: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__(model, ("encoder", "decoder", "H"), "a VAE of openai/vdvae")
+        dataset = self.model.H.dataset
+        if pixels is None and dataset not in _PIXELS:
+            raise ArgumentError(f"pixels: expected (mean, standard deviation), as model.H.dataset, {dataset!r}, is not known.")
+        self.pixels = pixels or _PIXELS[dataset]
+        self._low_bit = dataset == "ffhq_256"
+        blocks = self.model.decoder.dec_blocks
+        self.prior_temperature = check_temperature(prior_temperature, len(blocks))
+        self.latent_shapes = tuple(torch.Size((b.zdim, b.base, b.base)) for b in reversed(blocks))
+        size = self.model.H.image_size
+        self.x_shape = torch.Size((self.model.H.image_channels, size, size))
+
+    def start(self, batch_size: int) -> _State:
+        """The learned features of every resolution above the top block."""
+        return self._at(0, {b.shape[2]: b.expand(batch_size, -1, -1, -1) for b in self.model.decoder.bias_xs})
+
+    def conditional(self, state: _State) -> Normal:
+        """p(z_i | z_{>i}) of the next block."""
+        if state.conditional is None:
+            raise GeneratorError("state: there is no block below z_1; call likelihood(state).")
+        return state.conditional
+
+    def descend(self, state: _State, z: Tensor) -> _State:
+        """Through the block, into a new dictionary of features: the repository's own code writes into the one it is given."""
+        block = self.model.decoder.dec_blocks[state.block]
+        features = block.resnet(state.after + block.z_proj(z))
+        return self._at(state.block + 1, {**state.by_resolution, block.base: features})
+
+    def likelihood(self, state: _State) -> Distribution:
+        """p(x | z): a mixture of discretised logistics."""
+        decoder = self.model.decoder
+        features = decoder.final_fn(state.by_resolution[self.model.H.image_size])
+        parameters = decoder.out_net(features).permute(0, 3, 1, 2)
+        base = DiscretizedLogisticMixture.from_channels(parameters, levels=32 if self._low_bit else 256, top=0.999)
+        return Observed(base, self._target, lambda y: ((y + 1) / 2).clamp(0, 1))
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        """z ~ q(z_i | z_{>i}, x), top-down."""
+        mean, deviation = self.pixels
+        activations = self.model.encoder(((255 * x - mean) / deviation).permute(0, 2, 3, 1))
+        state = self.start(len(x))
+        latents: list[Tensor] = []
+        log_q: list[Tensor] = []
+        priors: list[Normal] = []
+        with reproducible(rng, x.device):
+            for block in self.model.decoder.dec_blocks:
+                z, log_density = draw(self.posterior(state, activations[block.base]))
+                latents.insert(0, z)
+                log_q.insert(0, log_density)
+                priors.insert(0, self.conditional(state))
+                state = self.descend(state, z)
+        return Inferred(tuple(latents), torch.stack(log_q, dim=1), "top_down", tuple(priors), state)
+
+    def posterior(self, state: _State, activations: Tensor) -> Normal:
+        """q(z_i | z_{>i}, x) from the encoder's activations at the block's resolution."""
+        block = self.model.decoder.dec_blocks[state.block]
+        loc, log_scale = block.enc(torch.cat([state.before, activations], dim=1)).chunk(2, dim=1)
+        return normal(loc, log_scale.exp())
+
+    def _at(self, index: int, by_resolution: Mapping[int, Tensor]) -> _State:
+        """The state above block `index`, with what the block makes of the features before it sees z."""
+        blocks = self.model.decoder.dec_blocks
+        if index == len(blocks):
+            return _State(index, by_resolution, None, None, None)
+        block = blocks[index]
+        any_of = next(iter(by_resolution.values()))
+        before = by_resolution.get(block.base)
+        if before is None:
+            before = any_of.new_zeros(len(any_of), block.widths[block.base], block.base, block.base)
+        if block.mixin is not None:
+            above = by_resolution[block.mixin][:, : before.shape[1]]
+            before = before + F.interpolate(above, scale_factor=block.base // block.mixin)
+        loc, log_scale, residual = block.prior(before).split([block.zdim, block.zdim, before.shape[1]], dim=1)
+        scale = (log_scale + math.log(self.prior_temperature[index])).exp()
+        return _State(index, by_resolution, before, before + residual, normal(loc, scale))
+
+    def _target(self, x: Tensor) -> Tensor:
+        """Pixels in [−1, 1] as the likelihood sees them."""
+        level = 255 * x
+        if self._low_bit:
+            level = torch.floor(level.round() / 8) * 8
+        return level / 127.5 - 1

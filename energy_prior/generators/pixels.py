@@ -1,0 +1,87 @@
+"""`PixelLikelihood`: p_β0(x | z) of an image from the channels that a decoder puts out."""
+
+from __future__ import annotations
+
+__all__ = ["Likelihood", "PixelLikelihood"]
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Distribution, Independent, Normal
+
+from energy_prior._util import check_count, check_positive
+from energy_prior.distributions import DiscretizedLogistic, DiscretizedLogisticMixture, Observed
+from energy_prior.errors import ArgumentError, ShapeError
+
+Likelihood = Literal["gaussian", "bernoulli", "discretized_logistic", "mixture"]
+
+
+class PixelLikelihood(nn.Module):
+    """p_β0(x | z) from a decoder's output, (batch, `channels`, …).
+
+    "gaussian" and "discretized_logistic" have a mean inside `x_range` and one scale for all pixels, "bernoulli" has logits,
+    "mixture" is a `DiscretizedLogisticMixture` of images with 1 or 3 channels.
+
+    Args:
+        x_shape: shape of an observation, without the batch.
+        name: one of these four.
+        sigma: scale in the data's units, > 0, for "gaussian" and "discretized_logistic"; None: one number, learned.
+        x_range: lowest and highest value of x.
+        levels: grid values between them for the discretised ones (256 for 8-bit images).
+        mixtures: components of "mixture".
+
+    Attributes:
+        channels: what the decoder has to put out in place of x's first dimension.
+
+    Raises:
+        ArgumentError, ShapeError: if a value is impossible; the message says which.
+    """
+
+    def __init__(
+        self,
+        x_shape: Sequence[int],
+        name: Likelihood,
+        *,
+        sigma: float | None = None,
+        x_range: tuple[float, float] = (0.0, 1.0),
+        levels: int = 256,
+        mixtures: int = 5,
+    ) -> None:
+        super().__init__()
+        if len(x_shape) == 0 or min(x_shape) < 1:
+            raise ShapeError(f"x_shape: expected one or more positive sizes, got {tuple(x_shape)}.")
+        if name not in get_args(Likelihood):
+            raise ArgumentError(f"likelihood: expected one of {get_args(Likelihood)}, got {name!r}.")
+        if not x_range[0] < x_range[1]:
+            raise ArgumentError(f"x_range: expected (lowest, highest), got {x_range}.")
+        if name == "bernoulli" and x_range != (0.0, 1.0):
+            raise ArgumentError(f'x_range: likelihood="bernoulli" needs (0, 1), got {x_range}.')
+        if name == "mixture" and (len(x_shape) != 3 or x_shape[0] not in (1, 3)):
+            raise ShapeError(f'x_shape: likelihood="mixture" needs (1 or 3, height, width), got {tuple(x_shape)}.')
+        self.x_shape, self.name, self.x_range = torch.Size(x_shape), name, x_range
+        self.levels, self.mixtures = check_count("levels", levels, least=2), check_count("mixtures", mixtures)
+        self.channels = (10 if x_shape[0] == 3 else 3) * mixtures if name == "mixture" else x_shape[0]
+        fixed = 0.1 * (x_range[1] - x_range[0]) if sigma is None else check_positive("sigma", sigma)
+        learned = sigma is None and name in ("gaussian", "discretized_logistic")
+        self.log_sigma = nn.Parameter(torch.tensor(math.log(fixed)), requires_grad=learned)
+
+    def forward(self, parameters: Tensor) -> Distribution:
+        """The distribution, batch_shape (batch,), event_shape `x_shape`."""
+        low, high = self.x_range
+        if self.name == "mixture":
+            base = DiscretizedLogisticMixture.from_channels(parameters, colours=self.x_shape[0], levels=self.levels)
+            half = (high - low) / 2
+            return Observed(base, lambda x: (x - low) / half - 1, lambda y: low + half * (y + 1))
+        dimensions = len(self.x_shape)
+        if self.name == "bernoulli":
+            return Independent(Bernoulli(logits=parameters, validate_args=False), dimensions, validate_args=False)
+        mean = low + (high - low) * torch.sigmoid(parameters)
+        sigma = self.log_sigma.exp().expand_as(mean)
+        if self.name == "gaussian":
+            pixel: Distribution = Normal(mean, sigma, validate_args=False)
+        else:
+            pixel = DiscretizedLogistic(mean, sigma, self.levels, low, high, validate_args=False)
+        return Independent(pixel, dimensions, validate_args=False)

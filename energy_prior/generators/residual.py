@@ -1,0 +1,264 @@
+"""`ResidualVAE`: many groups of latents at several scales, with residual cells and posteriors relative to the prior."""
+
+from __future__ import annotations
+
+__all__ = ["ResidualVAE"]
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Distribution, Normal
+from torch.utils.checkpoint import checkpoint
+
+from energy_prior._util import check_count, check_positive, normal_like, reproducible, sum_event
+from energy_prior.errors import ArgumentError, ShapeError
+from energy_prior.generator import Inferred
+from energy_prior.generators.pixels import Likelihood, PixelLikelihood
+
+_LOG_SCALE_LIMIT = 5.0
+_NORM_GROUPS = 8
+
+
+class _State(NamedTuple):
+    """Above group `group` (0 is the top): the decoder's features, and p of the group; None below the last one."""
+
+    group: int
+    features: Tensor
+    conditional: Normal | None
+
+
+class ResidualVAE(nn.Module):
+    """A deep hierarchical VAE in the manner of NVAE (Vahdat and Kautz, NeurIPS 2020), for images.
+
+        p(z_i | z_{>i}) = N(μ_i, (t σ_i)²),   p(z_L) = N(0, t²)
+        q(z_i | z_{>i}, x) = N(μ_i + σ_i Δμ_i, (σ_i e^{Δ_i})²)   (top-down)
+
+    Layers come in groups at several scales. One residual decoder runs from a learned tensor at the coarsest scale to the
+    image; each group reads its prior from it and adds its z to it. Posteriors are relative to the prior in units of its σ, so
+    that their KL depends on Δμ and Δ alone. Cells are residual, with group norm: no observation sees the rest of its batch.
+
+    It follows `HierarchicalGenerator`; `energy_prior.fit_elbo` trains it.
+
+    Args:
+        x_shape: (channels, height, width); both sides must be multiples of 2^(downsample + scales − 1).
+        groups: groups of latents at each scale, finest first; their number is that of the scales.
+        latent_channels: channels of every z_i.
+        channels: of the features at the finest scale of latents; doubled from scale to scale, up to 4 times.
+        cells: residual cells per group, and per resolution of the image tower.
+        downsample: halvings between the image and the finest scale of latents.
+        likelihood: "mixture" (of discretised logistics), "gaussian", "bernoulli" or "discretized_logistic".
+        sigma: as for `LadderVAE`.
+        x_range: lowest and highest value of x.
+        levels: grid values between them for the discretised likelihoods (256 for 8-bit images).
+        mixtures: components of "mixture".
+        prior_temperature: t > 0, factor on every σ of the prior. Train with 1.
+        checkpointing: keep only the cells' inputs for the backward pass, and compute the rest anew: less memory, more time.
+
+    Raises:
+        ArgumentError, ShapeError: if a value is impossible; the message says which.
+
+    Example:
+        >>> vae = ResidualVAE((3, 32, 32), groups=(4, 2), channels=16)
+        >>> vae.latent_shapes[0], vae.latent_shapes[-1], len(vae.latent_shapes)
+        (torch.Size([8, 16, 16]), torch.Size([8, 8, 8]), 6)
+    """
+
+    def __init__(
+        self,
+        x_shape: Sequence[int],
+        *,
+        groups: Sequence[int] = (4, 4),
+        latent_channels: int = 8,
+        channels: int = 64,
+        cells: int = 1,
+        downsample: int = 1,
+        likelihood: Likelihood = "mixture",
+        sigma: float | None = None,
+        x_range: tuple[float, float] = (0.0, 1.0),
+        levels: int = 256,
+        mixtures: int = 5,
+        prior_temperature: float = 1.0,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.x_shape, self.x_range, self.checkpointing = torch.Size(x_shape), x_range, checkpointing
+        self.prior_temperature = check_positive("prior_temperature", prior_temperature)
+        _check_arguments(self.x_shape, groups, downsample)
+        for name, value in {"latent_channels": latent_channels, "channels": channels, "cells": cells}.items():
+            check_count(name, value)
+        self.pixels = PixelLikelihood(x_shape, likelihood, sigma=sigma, x_range=x_range, levels=levels, mixtures=mixtures)
+        scales = len(groups)
+        sizes = [tuple(n // 2 ** (downsample + s) for n in self.x_shape[1:]) for s in range(scales)]
+        widths = [channels * min(2**s, 4) for s in range(scales)]
+        shapes = [torch.Size((latent_channels, *sizes[s])) for s in range(scales) for _ in range(groups[s])]
+        self.latent_shapes = tuple(shapes)
+        depth = cells * (sum(groups) + downsample + 1)  # cells that one image goes through
+
+        def tower(width: int, count: int = cells) -> nn.Sequential:
+            return nn.Sequential(*(_Cell(width, depth) for _ in range(count)))
+
+        self.stem = nn.Sequential(nn.Conv2d(self.x_shape[0], channels, 3, padding=1), tower(channels))
+        self.shrink = nn.ModuleList(nn.Sequential(_Half(channels, channels), tower(channels)) for _ in range(downsample))
+        up = list(range(scales))[::-1]
+        order = [s for s in up for _ in range(groups[s])]  # scale of every group from the top
+        first = [i == 0 or order[i - 1] != s for i, s in enumerate(order)]
+        self.side = nn.ModuleList(tower(widths[s]) for s in order)
+        self.down = nn.ModuleList(_Half(widths[s], widths[s + 1]) for s in range(scales - 1))
+        self.top = nn.Parameter(torch.zeros(1, widths[-1], *sizes[-1]))
+        self.prior = nn.ModuleList(_head(widths[s], 2 * latent_channels, 1) for s in order[1:])
+        self.posterior = nn.ModuleList(_head(2 * widths[s], 2 * latent_channels, 3) for s in order)
+        self.enter = nn.ModuleList(nn.Conv2d(latent_channels, widths[s], 1) for s in order)
+        self.cells = nn.ModuleList(
+            nn.Sequential(tower(widths[s]), _Twice(widths[s], widths[order[i + 1]]))
+            if i + 1 < len(order) and first[i + 1]
+            else tower(widths[s])
+            for i, s in enumerate(order)
+        )
+        self._last_of_scale = tuple(i + 1 == len(order) or first[i + 1] for i in range(len(order)))
+        self.grow = nn.ModuleList(nn.Sequential(_Twice(channels, channels), tower(channels)) for _ in range(downsample))
+        self.head = _head(channels, self.pixels.channels, 3)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def start(self, batch_size: int) -> _State:
+        """The learned features above the top group, whose prior is N(0, t²)."""
+        features = self.top.expand(batch_size, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        zero = features.new_zeros(batch_size, *self.latent_shapes[-1])
+        return _State(0, features, _normal(zero, torch.full_like(zero, self.prior_temperature)))
+
+    def conditional(self, state: _State) -> Normal:
+        """p_β(z_i | z_{>i}) of the next group."""
+        if state.conditional is None:
+            raise ArgumentError("state: there is no group below z_1; call likelihood(state).")
+        return state.conditional
+
+    def descend(self, state: _State, z: Tensor) -> _State:
+        """Adds z_i to the features, and goes through the cells on to the next group."""
+        features = self._through(self.cells[state.group], state.features + self.enter[state.group](z))
+        group = state.group + 1
+        if group == len(self.latent_shapes):
+            return _State(group, features, None)
+        loc, raw = self.prior[group - 1](features).to(z.dtype).chunk(2, dim=1)
+        return _State(group, features, _normal(loc, self.prior_temperature * _scale(raw)))
+
+    def likelihood(self, state: _State) -> Distribution:
+        """p_β0(x | z); the image tower runs here, so a pass that needs no image never pays for it."""
+        features = state.features
+        for part in self.grow:
+            features = self._through(part, features)
+        return self.pixels(self.head(features).to(self.top.dtype))  # autocast may have made it bf16
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        """A reparameterised draw z ~ q_ω(z | x), top-down.
+
+        Args:
+            x: observations, (batch, *x_shape).
+            rng: random number generator; None: torch's global stream.
+        """
+        if x.shape[1:] != self.x_shape:
+            raise ShapeError(f"x: expected shape (batch, {', '.join(map(str, self.x_shape))}), got {tuple(x.shape)}.")
+        sides = self._sides(x)
+        state = self.start(len(x))
+        latents: list[Tensor] = []
+        log_q: list[Tensor] = []
+        priors: list[Normal] = []
+        with reproducible(rng, x.device):
+            for group, side in enumerate(sides):
+                p = self.conditional(state)
+                shift, raw = self.posterior[group](torch.cat([side, state.features], 1)).to(x.dtype).chunk(2, dim=1)
+                sigma = p.scale / self.prior_temperature
+                q = _normal(p.loc + sigma * shift, sigma * _scale(raw))
+                z = q.loc + q.scale * normal_like(q.loc.shape, q.loc)
+                latents.insert(0, z)
+                log_q.insert(0, sum_event(q.log_prob(z)))
+                priors.insert(0, p)
+                state = self.descend(state, z)
+        return Inferred(tuple(latents), torch.stack(log_q, dim=1), "top_down", tuple(priors), state)
+
+    def _sides(self, x: Tensor) -> list[Tensor]:
+        """The encoder's features for every group, from the top."""
+        low, high = self.x_range
+        features = self.stem((2 * (x - low) / (high - low) - 1).contiguous(memory_format=torch.channels_last))
+        for part in self.shrink:
+            features = self._through(part, features)
+        sides: list[Tensor] = []
+        scale = 0
+        for group in reversed(range(len(self.latent_shapes))):
+            if sides and self._last_of_scale[group]:
+                features = self.down[scale](features)
+                scale += 1
+            features = self._through(self.side[group], features)
+            sides.insert(0, features)
+        return sides
+
+    def _through(self, part: nn.Module, features: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(part, features, use_reentrant=False)  # type: ignore[no-any-return]
+        return part(features)
+
+
+class _Cell(nn.Module):
+    """h + g(h), g of two 3 × 3 convolutions; the second starts small, so that a deep stack starts near the identity."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        norms = (nn.GroupNorm(math.gcd(width, _NORM_GROUPS), width) for _ in range(2))
+        first, second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        with torch.no_grad():
+            second.weight.mul_(1 / math.sqrt(depth))
+        self.net = nn.Sequential(next(norms), nn.SiLU(), first, next(norms), nn.SiLU(), second)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features + self.net(features)
+
+
+class _Half(nn.Conv2d):
+    """Half the resolution."""
+
+    def __init__(self, source: int, target: int) -> None:
+        super().__init__(source, target, 3, stride=2, padding=1)
+
+
+class _Twice(nn.Conv2d):
+    """Twice the resolution: nearest neighbours and a convolution."""
+
+    def __init__(self, source: int, target: int) -> None:
+        super().__init__(source, target, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(F.interpolate(features, scale_factor=2, mode="nearest"))
+
+
+def _head(source: int, target: int, kernel: int) -> nn.Sequential:
+    """What reads parameters of a distribution from features, small at first."""
+    out = nn.Conv2d(source, target, kernel, padding=kernel // 2)
+    with torch.no_grad():
+        out.weight.mul_(0.1)
+    return nn.Sequential(nn.SiLU(), out)
+
+
+def _scale(raw: Tensor) -> Tensor:
+    """e^raw with |raw| softly kept below 5."""
+    return torch.exp(_LOG_SCALE_LIMIT * torch.tanh(raw / _LOG_SCALE_LIMIT))
+
+
+def _normal(loc: Tensor, scale: Tensor) -> Normal:
+    return Normal(loc, scale, validate_args=False)
+
+
+def _check_arguments(x_shape: torch.Size, groups: Sequence[int], downsample: int) -> None:
+    if len(x_shape) != 3:
+        raise ShapeError(f"x_shape: expected (channels, height, width), got {tuple(x_shape)}.")
+    if len(groups) == 0:
+        raise ArgumentError("groups: expected the groups of at least one scale, got none.")
+    for count in groups:
+        check_count("groups", count)
+    factor = 2 ** (check_count("downsample", downsample, least=0) + len(groups) - 1)
+    if any(n % factor for n in x_shape[1:]):
+        raise ShapeError(
+            f"x_shape: expected sides that are multiples of {factor} for {len(groups)} scales and downsample={downsample}, got "
+            f"{tuple(x_shape)}. Pad the images, or take fewer scales."
+        )
