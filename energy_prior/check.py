@@ -266,15 +266,17 @@ def _same_pass(generator: HierarchicalGenerator, inferred: Inferred, x: Tensor) 
 def _same_log_q(generator: Any, draws: Sequence[Inferred], x: Tensor) -> str | None:
     """log q of `infer` is that of `posterior_log_prob` at the same latents, layer by layer."""
     for drawn in draws:
-        log_q = generator.posterior_log_prob(x, drawn.latents)
+        with torch.no_grad():
+            log_q = generator.posterior_log_prob(x, drawn.latents)
         if log_q.shape != drawn.log_q.shape:
             return f"posterior_log_prob: expected shape (batch, L) = {tuple(drawn.log_q.shape)}, got {tuple(log_q.shape)}."
         for layer in range(1, log_q.shape[1] + 1):
             ours, theirs = log_q[:, layer - 1], drawn.log_q[:, layer - 1]
             if not _close(ours, theirs):
+                one, two = float(theirs[0].detach()), float(ours[0])
                 return (
-                    f"log q of layer {layer}: infer says {float(theirs[0]):.6g} for the first observation, posterior_log_prob "
-                    f"{float(ours[0]):.6g} at the same latents. Is the log-determinant of a flow left out, or its sign wrong?"
+                    f"log q of layer {layer}: infer says {one:.6g} for the first observation, posterior_log_prob {two:.6g} at the "
+                    "same latents. Is the log-determinant of a flow left out, or its sign wrong?"
                 )
     return None
 

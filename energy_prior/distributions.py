@@ -95,8 +95,6 @@ class DiscretizedLogisticMixture(Distribution):
             Public models differ here.
     """
 
-    arg_constraints = {}  # noqa: RUF012 (torch's name for it)
-
     def __init__(
         self,
         logits: Tensor,
@@ -114,6 +112,11 @@ class DiscretizedLogisticMixture(Distribution):
         self.step = (high - low) / (levels - 1)
         self.top = high - self.step / 2 if top is None else top
         super().__init__(loc.shape[:1], torch.Size((loc.shape[2], *loc.shape[3:])), validate_args=False)
+
+    @property
+    def arg_constraints(self) -> dict[str, constraints.Constraint]:
+        """None are checked."""
+        return {}
 
     @classmethod
     def from_channels(
@@ -184,11 +187,14 @@ class Observed(Distribution):
         out: back again, for means and samples.
     """
 
-    arg_constraints = {}  # noqa: RUF012 (torch's name for it)
-
     def __init__(self, base: Distribution, into: Callable[[Tensor], Tensor], out: Callable[[Tensor], Tensor]) -> None:
         self.base, self.into, self.out = base, into, out
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    @property
+    def arg_constraints(self) -> dict[str, constraints.Constraint]:
+        """None are checked."""
+        return {}
 
     @property
     def mean(self) -> Tensor:

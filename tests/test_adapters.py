@@ -142,10 +142,8 @@ def test_nvae_border_and_bits() -> None:
     """Images of MNIST come without the border that NVAE pads; those of 5 bits are rounded down to its grid."""
     adapter = NVAEAdapter(perturbed(NVAE("bernoulli")))
     assert adapter.x_shape == (1, 12, 12)
-    model = perturbed(NVAE("normal"))
-    model.num_bits = 5
-    adapter = NVAEAdapter(model)
-    likelihood = adapter.likelihood(adapter.descend(adapter.start(1), torch.zeros(1, 2, 4, 4))) if model.vanilla_vae else None
+    adapter = NVAEAdapter(perturbed(NVAE("normal")))
+    adapter.model.num_bits = 5
     with torch.no_grad():
         state = TopDown(adapter, 1).descend(ones(adapter, 1), "noise", to_observation=True).state
         likelihood = adapter.likelihood(state)
@@ -220,9 +218,9 @@ def test_deep_vae_likelihood_units() -> None:
     upper = torch.where(left < 255 / 256, torch.sigmoid((left + 1 / 256 - p["mean"]) / s), torch.ones(()))
     lower = torch.where(left > 0, torch.sigmoid((left - p["mean"]) / s), torch.zeros(()))
     torch.testing.assert_close(found, torch.log(upper - lower + 1e-7).sum(1), rtol=1e-4, atol=1e-4)
-    model.lambda_init = lambda x: 1 - x
+    adapter.model.lambda_init = lambda x: 1 - x
     with torch.no_grad():
-        torch.testing.assert_close(DeepVAEAdapter(model).likelihood(state).log_prob(1 - x), found, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(adapter.likelihood(state).log_prob(1 - x), found, rtol=1e-4, atol=1e-4)
 
 
 def test_two_descents_from_one_state() -> None:

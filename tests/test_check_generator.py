@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from ladders import LinearLadder
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from energy_prior import GeneratorError, Inferred, LadderVAE, check_generator
+from energy_prior import DataWarning, GeneratorError, Inferred, JointEBMPrior, LadderVAE, ResidualVAE, check_generator
 
 
 def vae(**keywords: Any) -> LadderVAE:
@@ -296,3 +298,86 @@ def test_leaves_the_global_stream_alone() -> None:
     before = torch.get_rng_state()
     check_generator(generator, X)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (torch.rand(4, 1, 4, 4) * 255, "values from .* to .*, but the generator was made for 0 to 1"),
+        (torch.rand(4, 1, 4, 4) - 0.5, "values from -.* but the generator was made for 0 to 1"),
+    ],
+)
+def test_observations_outside_the_range(x: Tensor, words: str) -> None:
+    with pytest.raises(GeneratorError, match=words):
+        check_generator(vae(), x)
+    prior = JointEBMPrior(vae())
+    with pytest.warns(DataWarning, match=f"x: {words}"):
+        prior.anomaly_score(x, num_samples=1)
+    with pytest.warns(DataWarning, match=f"data: {words}"):
+        prior.fit(x, iterations=2, progress=False)
+    with pytest.warns(DataWarning, match=f"data \\(a batch of it\\): {words}"):
+        prior.fit([x], iterations=2, progress=False)
+
+
+def test_images_from_zero_for_a_symmetric_model() -> None:
+    generator = vae()
+    generator.x_range = (-1.0, 1.0)
+    with pytest.raises(GeneratorError, match="no value is below 0 .* made for -1 to 1. If they are in \\[0, 1\\], rescale"):
+        check_generator(generator, torch.rand(4, 1, 4, 4))
+    assert check_generator(generator, 2 * torch.rand(4, 1, 4, 4) - 1)
+
+
+class Flow(LadderVAE):
+    """Posterior draws of z_1 doubled by a flow, whose log-determinant `infer` counts `share` of."""
+
+    share = 1.0
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        drawn = super().infer(x, rng=rng)
+        log_det = drawn.latents[0][0].numel() * math.log(2)
+        log_q = drawn.log_q - self.share * torch.tensor([log_det, 0.0])
+        return Inferred((2 * drawn.latents[0], drawn.latents[1]), log_q, "bottom_up")
+
+    def posterior_log_prob(self, x: Tensor, latents: tuple[Tensor, ...]) -> Tensor:
+        below, terms = x, []
+        for layer, (net, z) in enumerate(zip(self.inference, latents, strict=True)):
+            base = z / 2 if layer == 0 else z
+            loc, raw = net(below).chunk(2, dim=1)
+            terms.append(Normal(loc, (5 * torch.tanh(raw / 5)).exp()).log_prob(base).sum(1))
+            below = base
+        return torch.stack(terms, 1) - torch.tensor([latents[0].shape[1] * math.log(2), 0.0])
+
+
+@pytest.mark.parametrize("share", [1.0, 0.0, -1.0])
+def test_log_determinants(share: float) -> None:
+    generator = Flow((1, 4, 4), latent_dims=(3, 2), hidden=8).eval()
+    generator.share = share
+    if share == 1.0:
+        check_generator(generator, torch.rand(4, 1, 4, 4))
+        return
+    with pytest.raises(GeneratorError, match="log q of layer 1: infer says .*log-determinant of a flow left out"):
+        check_generator(generator, torch.rand(4, 1, 4, 4))
+
+
+class TopDownInference(ResidualVAE):
+    """Hands over a pass with something wrong in it."""
+
+    wrong = ""
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        found = super().infer(x, rng=rng)
+        assert found.conditionals is not None
+        if self.wrong == "order":
+            return replace(found, conditionals=found.conditionals[::-1])
+        return replace(found, state=found.state._replace(features=found.state.features + 1)) if self.wrong == "state" else found
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"), [("order", "conditionals\\[0\\] is not that of z_1"), ("state", "its state does not give")]
+)
+def test_a_pass_that_is_handed_over(wrong: str, words: str) -> None:
+    generator = TopDownInference((1, 4, 4), groups=(2,), channels=4, downsample=0).eval()
+    assert check_generator(generator, torch.rand(4, 1, 4, 4))
+    generator.wrong = wrong
+    with pytest.raises(GeneratorError, match=words):
+        check_generator(generator, torch.rand(4, 1, 4, 4))

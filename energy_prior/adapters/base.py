@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Adapter", "draw", "normal"]
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class Adapter(nn.Module):
         GeneratorError: if a part is missing, the model is in training mode, or its weights have several dtypes or devices.
     """
 
+    model: Any
     latent_shapes: tuple[torch.Size, ...]
     x_shape: torch.Size
     x_range: tuple[float, float] = (0.0, 1.0)
@@ -57,11 +59,6 @@ class Adapter(nn.Module):
                 " Convert it with model.float() and model.to(device)."
             )
         self.model = model
-
-    def train(self, mode: bool = True) -> Adapter:
-        """As for any module."""
-        super().train(mode)
-        return self
 
 
 def normal(loc: Tensor, scale: Tensor) -> Normal:

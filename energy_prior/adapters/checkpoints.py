@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from energy_prior.errors import CheckpointError
 
-_PLAIN = [argparse.Namespace]
+_PLAIN: list[Any] = [argparse.Namespace]
 _KEYS = ("state_dict", "model_state_dict", "model")
 _Model = TypeVar("_Model", bound=nn.Module)
 

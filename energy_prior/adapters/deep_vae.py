@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from energy_prior._util import reproducible
+from energy_prior._util import reproducible, there
 from energy_prior.adapters.base import Adapter, draw, normal
 from energy_prior.distributions import DiscretizedLogistic, DiscretizedLogisticMixture, Observed
 from energy_prior.errors import GeneratorError
@@ -77,7 +77,9 @@ class DeepVAEAdapter(Adapter):
 
     def likelihood(self, state: _State) -> Distribution:
         """p(x | z) by the model's likelihood module."""
-        features = state.features if self.model.pad is None else F.pad(state.features, self.model.unpad)
+        features = there(state.features)
+        if self.model.pad is not None:
+            features = F.pad(features, self.model.unpad)
         module = self.model.likelihood
         if module.distribution is not None:  # the discretised ones leave their activation out
             features = module.activation(features)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
-from energy_prior._util import reproducible
+from energy_prior._util import reproducible, there
 from energy_prior.adapters.base import Adapter, check_temperature, draw, normal
 from energy_prior.distributions import DiscretizedLogisticMixture, Observed
 from energy_prior.errors import ArgumentError, GeneratorError
@@ -121,7 +121,7 @@ class VDVAEAdapter(Adapter):
     def posterior(self, state: _State, activations: Tensor) -> Normal:
         """q(z_i | z_{>i}, x) from the encoder's activations at the block's resolution."""
         block = self.model.decoder.dec_blocks[state.block]
-        loc, log_scale = block.enc(torch.cat([state.before, activations], dim=1)).chunk(2, dim=1)
+        loc, log_scale = block.enc(torch.cat([there(state.before), activations], dim=1)).chunk(2, dim=1)
         return normal(loc, log_scale.exp())
 
     def _at(self, index: int, by_resolution: Mapping[int, Tensor]) -> _State:

@@ -228,8 +228,8 @@ class _Twice(nn.Conv2d):
     def __init__(self, source: int, target: int) -> None:
         super().__init__(source, target, 3, padding=1)
 
-    def forward(self, features: Tensor) -> Tensor:
-        return super().forward(F.interpolate(features, scale_factor=2, mode="nearest"))
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.interpolate(input, scale_factor=2, mode="nearest"))
 
 
 def _head(source: int, target: int, kernel: int) -> nn.Sequential:
