@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ArgumentError",
     "BackendWarning",
+    "ChainWarning",
     "CheckpointError",
     "ConvEnergy",
     "DataWarning",
@@ -34,6 +35,7 @@ from energy_prior.energies import ConvEnergy, Energy, MLPEnergy, default_energie
 from energy_prior.errors import (
     ArgumentError,
     BackendWarning,
+    ChainWarning,
     CheckpointError,
     DataWarning,
     DistributedError,

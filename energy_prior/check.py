@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from energy_prior import validate
-from energy_prior._util import inferrer, reproducible
+from energy_prior._util import inferrer, reproducible, unvalidated
 from energy_prior.errors import EnergyPriorError, GeneratorError
 from energy_prior.generator import Factorization, HierarchicalGenerator, Inferred
 from energy_prior.topdown import Descent, TopDown, ancestral
@@ -59,7 +59,7 @@ def check_generator(generator: HierarchicalGenerator, x: Tensor) -> tuple[str, .
     if inferrer(generator) is None:
         checks.popitem()
     passed, faults = [], []
-    with reproducible(torch.Generator().manual_seed(_SEED), x.device), _same_buffers(generator):
+    with reproducible(torch.Generator().manual_seed(_SEED), x.device), _same_buffers(generator), unvalidated():
         for what, check in checks.items():
             try:
                 fault = check(generator, x)
@@ -227,13 +227,17 @@ def _infer(generator: HierarchicalGenerator, x: Tensor) -> str | None:
             return f"infer: z_{layer} carries no gradient. Draw it reparameterised (rsample), not detached."
 
     def draw(seed: int, observations: Tensor = x) -> Inferred:
-        return generator.infer(observations, rng=torch.Generator(x.device).manual_seed(seed))  # type: ignore[attr-defined]
+        with reproducible(torch.Generator().manual_seed(seed), x.device):  # as the library calls it
+            return generator.infer(observations)  # type: ignore[attr-defined]
 
     first, again, other = (draw(seed) for seed in (1, 1, 2))
     if not all(torch.equal(a, b) for a, b in zip(first.latents, again.latents, strict=True)):
-        return "infer: the same rng seed gives different draws. Use `rng` for every random number (and evaluation mode)."
+        return (
+            "infer: two draws under one seed of torch's random streams differ. Draw from torch (not numpy), and call "
+            "generator.eval()."
+        )
     if all(torch.equal(a, b) for a, b in zip(first.latents, other.latents, strict=True)):
-        return "infer: different rng seeds give the same draw. It must draw z ~ q(z | x), not return a mean."
+        return "infer: different seeds give the same draw. It must draw z ~ q(z | x), not return a mean."
     for layer in range(1, len(first.latents) + 1):
         if torch.equal(first.log_q[:, layer - 1], other.log_q[:, layer - 1]):
             return f"infer: log_q of layer {layer} is the same for different draws. It must be log q at the drawn z_{layer}."
@@ -275,8 +279,8 @@ def _same_log_q(generator: Any, draws: Sequence[Inferred], x: Tensor) -> str | N
             if not _close(ours, theirs):
                 one, two = float(theirs[0].detach()), float(ours[0])
                 return (
-                    f"log q of layer {layer}: infer says {one:.6g} for the first observation, posterior_log_prob {two:.6g} at the "
-                    "same latents. Is the log-determinant of a flow left out, or its sign wrong?"
+                    f"log q of layer {layer}: infer says {one:.6g} for the first observation, posterior_log_prob {two:.6g} at "
+                    "the same latents. Is the log-determinant of a flow left out, or its sign wrong?"
                 )
     return None
 

@@ -59,9 +59,10 @@ def digest(values: Mapping[str, Any], start: str = "") -> str:
 
 def write_checkpoint(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Writes a checkpoint whole or not at all: to a temporary file beside `path`, then renamed over it."""
-    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "config": json.dumps(dict(config))}
-    data = save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, metadata=header)
-    write_whole(path, data)
+    values = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    text = json.dumps(dict(config))
+    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "config": text, "digest": digest(values, text)}
+    write_whole(path, save(values, metadata=header))
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
@@ -121,10 +122,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         )
     except (KeyError, TypeError, ValueError):
         whole = False
-    if not whole or not {"step_size", "calibration"} <= set(tensors):
-        raise CheckpointError(
-            f"The configuration in {os.fspath(path)!r} is damaged. Save the prior again, or use another copy."
-        )
+    if (
+        not whole
+        or not {"step_size", "calibration"} <= set(tensors)
+        or header.get("digest") != digest(tensors, header["config"])
+    ):
+        raise CheckpointError(f"{os.fspath(path)!r} is damaged. Save the prior again, or use another copy.")
     return tensors, config
 
 
@@ -175,8 +178,14 @@ def check_unchanged(fitted_on: str | None, now: str) -> None:
         )
 
 
-def check_state_fits(path: str | os.PathLike[str], expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
-    """Raises `CheckpointError`, saying what differs, if names or shapes of two state dicts do not agree."""
+def check_state_fits(
+    path: str | os.PathLike[str],
+    expected: Mapping[str, Tensor],
+    got: Mapping[str, Tensor],
+    what: str = "these energies",
+    remedy: str = "Pass `energies` built as they were when it was saved.",
+) -> None:
+    """Raises `CheckpointError`, saying what differs and the remedy, if names or shapes of two state dicts do not agree."""
     faults = [f"{name} is missing" for name in expected if name not in got]
     faults += [f"{name} is not expected" for name in got if name not in expected]
     faults += [
@@ -187,7 +196,4 @@ def check_state_fits(path: str | os.PathLike[str], expected: Mapping[str, Tensor
     faults += [f"{name} is not finite" for name, value in got.items() if not bool(torch.isfinite(value.float()).all())]
     if faults:
         more = f" (and {len(faults) - 4} more)" if len(faults) > 4 else ""
-        raise CheckpointError(
-            f"{os.fspath(path)!r} does not fit these energies: {'; '.join(faults[:4])}{more}. Pass `energies` built as they "
-            "were when it was saved."
-        )
+        raise CheckpointError(f"{os.fspath(path)!r} does not fit {what}: {'; '.join(faults[:4])}{more}. {remedy}")

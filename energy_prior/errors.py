@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ArgumentError",
     "BackendWarning",
+    "ChainWarning",
     "CheckpointError",
     "DataWarning",
     "DistributedError",
@@ -43,6 +44,10 @@ class DistributedError(EnergyPriorError, RuntimeError):
 
 class TrainingWarning(UserWarning):
     """Something in a run of training is about to go wrong; the message says what and what to change."""
+
+
+class ChainWarning(UserWarning):
+    """A Langevin chain hardly moved; the message says what to change."""
 
 
 class DataWarning(UserWarning):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["JointModel", "PosteriorDraw"]
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from energy_prior import validate
 from energy_prior._util import inferrer
 from energy_prior.cost import equal_parts, evaluation_cost
+from energy_prior.errors import ChainWarning
 from energy_prior.generator import HierarchicalGenerator
 from energy_prior.langevin import ChainSettings, JointDensity, NoiseSource, StepCallback, sample_density
 from energy_prior.scores import ScoreTerms, score_terms
 from energy_prior.topdown import Space, TopDown
+
+_HARDLY_MOVES = 0.05
 
 
 class PosteriorDraw(NamedTuple):
@@ -84,6 +88,15 @@ class JointModel:
         chain = sample_density(
             parts, settings, default_step_size=step_size, start=start, noise=noise, on_step=on_step, every=every
         )
+        accepted = chain.result.acceptance if chain.result else None
+        if accepted is not None and on_step is None and float(accepted.mean()) < _HARDLY_MOVES:
+            warnings.warn(
+                f"Metropolis–Hastings accepted {float(accepted.mean()):.1%} of the chains' steps, so they are hardly away from "
+                "where they started. Use a smaller step_size or more steps; if it is as low at every step_size, an energy is "
+                "too steep to sample.",
+                ChainWarning,
+                stacklevel=4,
+            )
         return chain.latents
 
     def sample_posterior(

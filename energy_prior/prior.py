@@ -314,6 +314,10 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
         prior = cls(generator, energies, space=config["space"])
         if joint:
             prior.train_jointly()
+            own, saved = (
+                {k: v for k, v in state.items() if k.startswith("generator.")} for state in (prior.state_dict(), tensors)
+            )
+            check_state_fits(path, own, saved, "this generator", "Build it as it was when the prior was saved.")
         check_state_fits(path, prior.state_dict(), tensors)
         prior.load_state_dict(tensors)
         prior._fitted_on = config["generator"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["DataSettings", "Recipe", "read_recipe", "run_recipe", "settings_help"]
+__all__ = ["DataSettings", "Recipe", "load_run", "read_recipe", "run_recipe", "settings_help"]
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import os
 import re
+import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +21,18 @@ from safetensors.torch import save
 from torch import nn
 
 from energy_prior._util import check_count, check_device, check_settings, require_extra
-from energy_prior.checkpoint import write_whole
+from energy_prior.checkpoint import check_state_fits, read_tensors, write_whole
 from energy_prior.data import load_images
-from energy_prior.errors import ArgumentError
+from energy_prior.errors import ArgumentError, CheckpointError
 from energy_prior.generators import LadderVAE
 from energy_prior.prior import JointEBMPrior
 from energy_prior.training import ElboConfig, FitConfig, fit_elbo
-from energy_prior.training.config import Method, check_method
+from energy_prior.training.config import Method, RunConfig, check_method
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_HEADER = "energy-prior train"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +116,17 @@ def read_recipe(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
     generator = _section(entries, "generator")
     if "factory" not in generator:
         _check_ladder(generator)
+    trained = "elbo" in entries and entries["elbo"] is None
+    if trained and "factory" not in generator:
+        raise ArgumentError(
+            "elbo: null says that the generator comes trained, but LadderVAE does not. Leave elbo out, or name a factory of "
+            "yours that gives a trained generator (generator.factory)."
+        )
     seed = check_count("seed", entries.get("seed", 0), least=0)
     return Recipe(
         data=_build(DataSettings, _section(entries, "data"), "data"),
         generator=generator,
-        elbo=None if "elbo" in entries and entries["elbo"] is None else _build(ElboConfig, _section(entries, "elbo"), "elbo"),
+        elbo=None if trained else _build(ElboConfig, _section(entries, "elbo"), "elbo"),
         fit=tuple(_fit(fit, f"fit.{i}") for i, fit in enumerate(fits)),
         out=str(entries.get("out", "energy-prior-run")),
         seed=seed,
@@ -136,14 +146,26 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[s
     from energy_prior import plots
 
     out = Path(recipe.out)
+    if out.exists() and not out.is_dir():
+        raise ArgumentError(f"out: expected a folder to write to, but {recipe.out!r} is a file.")
     out.mkdir(parents=True, exist_ok=True)
     device = accelerator.device if accelerator else torch.device(recipe.device or "cpu")
     main = accelerator is None or accelerator.is_main_process
     data = recipe.data
-    images = load_images(data.source, data.split, size=data.size, channels=data.channels, limit=data.limit).images
+    try:
+        images = load_images(data.source, data.split, size=data.size, channels=data.channels, limit=data.limit).images
+    except ArgumentError as error:
+        raise ArgumentError(f"data.{error}") from error
     if data.validation >= len(images):
         raise ArgumentError(f"data.validation: expected fewer than the {len(images)} images, got {data.validation}.")
     train, validation = images[: -data.validation], images[-data.validation :].to(device)
+    sections: Mapping[str, RunConfig | None] = {"elbo": recipe.elbo, **{f"fit.{i}": c for i, (_, c) in enumerate(recipe.fit)}}
+    share = len(train) // (accelerator.num_processes if accelerator else 1)
+    for name, config in sections.items():
+        if config is not None and config.batch_size is not None and config.batch_size > share:
+            raise ArgumentError(
+                f"{name}.batch_size: expected at most the {share} images that a process trains on, got {config.batch_size}."
+            )
     torch.manual_seed(recipe.seed)
     generator = _generator(recipe.generator, tuple(images.shape[1:])).to(device)
     report: dict[str, Any] = {"images": len(train)}
@@ -167,13 +189,32 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[s
     if main:
         prior.save(out / "prior.safetensors")
         weights = {name: value.detach().cpu().contiguous().clone() for name, value in generator.state_dict().items()}
-        write_whole(out / "generator.safetensors", save(weights))
+        described = {"generator": dict(recipe.generator), "x_shape": list(images.shape[1:])}
+        write_whole(out / "generator.safetensors", save(weights, {_HEADER: json.dumps(described)}))
         (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         after = prior.sample(64, rng=torch.Generator().manual_seed(recipe.seed))
         panels = {"images": validation[:64], "samples, Gaussian prior": before, "samples, joint prior": after}
         if images.shape[1] in (1, 3):
             plots.image_panels(out / "samples.png", panels)
     return report
+
+
+def load_run(folder: str | os.PathLike[str]) -> JointEBMPrior:
+    """The joint prior that a run of `energy-prior train` wrote to `folder`, around its generator, on the CPU.
+
+    Raises:
+        FileNotFoundError, CheckpointError: if the folder does not hold a finished run, or a file of it is damaged.
+        ArgumentError: if the generator's factory cannot be imported.
+    """
+    path = Path(folder) / "generator.safetensors"
+    weights, header = read_tensors(path)
+    if _HEADER not in header:
+        raise CheckpointError(f"{os.fspath(path)!r} was not written by `energy-prior train`.")
+    described = json.loads(header[_HEADER])
+    generator = _generator(described["generator"], tuple(described["x_shape"]))
+    check_state_fits(path, generator.state_dict(), weights, "the generator", "Is its factory still the same?")
+    generator.load_state_dict(weights)
+    return JointEBMPrior.load(Path(folder) / "prior.safetensors", generator)
 
 
 def settings_help() -> str:
@@ -268,7 +309,10 @@ def _fit(entry: Any, name: str) -> tuple[Method, FitConfig]:
     if not isinstance(entry, dict):
         raise ArgumentError(f"{name}: expected a section with a method and its settings, got {entry!r}.")
     settings = dict(entry)
-    method = check_method(settings.pop("method", "nce"))
+    try:
+        method = check_method(settings.pop("method", "nce"))
+    except ArgumentError as error:
+        raise ArgumentError(f"{name}.{error}") from None
     return method, _build(FitConfig, settings, name)
 
 
@@ -295,11 +339,31 @@ def _generator(settings: Mapping[str, Any], x_shape: tuple[int, ...]) -> Any:
     module, separator, name = str(factory).partition(":")
     if not separator:
         raise ArgumentError(f'generator.factory: expected "module:function", got {factory!r}.')
-    try:
-        make = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ArgumentError(f"generator.factory: cannot import {factory!r}: {error}") from error
-    generator = make(x_shape, **settings)
+    with _here():
+        try:
+            make = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ArgumentError(
+                f"generator.factory: cannot import {factory!r}: {error}. Modules are looked for in this folder and among what "
+                "is installed."
+            ) from error
+        try:
+            generator = make(x_shape, **settings)
+        except Exception as error:  # whatever the user's function raises
+            raise ArgumentError(
+                f"generator.factory: {factory!r} raised {type(error).__name__} for images of shape {x_shape} and {settings}: "
+                f"{error}"
+            ) from error
     if not isinstance(generator, nn.Module):
         raise ArgumentError(f"generator.factory: expected {factory!r} to give an nn.Module, got {type(generator).__name__}.")
     return generator
+
+
+@contextlib.contextmanager
+def _here() -> Iterator[None]:
+    """Modules of the present folder can be imported."""
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(Path.cwd()))

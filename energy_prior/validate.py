@@ -153,8 +153,10 @@ def check_energies(energies: Sequence[nn.Module] | nn.ModuleList, latents: Seque
     if len(energies) != len(latents):
         raise ArgumentError(f"energies: expected one module per layer, {len(latents)} (z_1 first), got {len(energies)}.")
     for layer, (energy, z) in enumerate(zip(energies, latents, strict=True), start=1):
+        leaf = z.detach().requires_grad_()
         try:
-            value = energy(z)
+            with torch.enable_grad():
+                value = energy(leaf)
         except RuntimeError as error:
             raise ShapeError(
                 f"energies: f_{layer} fails on a batch of z_{layer} of shape {tuple(z.shape)}, {z.dtype} on {z.device}: {error}"
@@ -167,6 +169,12 @@ def check_energies(energies: Sequence[nn.Module] | nn.ModuleList, latents: Seque
             )
         if value.dtype != z.dtype:
             raise ArgumentError(f"energies: expected f_{layer} in the latents' {z.dtype}, got {value.dtype}.")
+        ones = torch.ones_like(value)
+        if not value.requires_grad or torch.autograd.grad(value, leaf, ones, allow_unused=True)[0] is None:
+            raise ArgumentError(
+                f"energies: f_{layer}(z_{layer}) has no gradient in z_{layer}, which Langevin follows. Is z detached, or is "
+                "there a torch.no_grad() inside?"
+            )
 
 
 def check_tensor(name: str, value: Any, shape: Sequence[int], reference: Tensor, batch: int | None) -> int:

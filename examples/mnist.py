@@ -81,7 +81,9 @@ def run(
 
     # 3. The joint prior: three ratio estimates, each against samples of the prior before it; the VAE stays as it is.
     prior = JointEBMPrior(vae, [MLPEnergy(shape, hidden=(256, 256)) for shape in vae.latent_shapes]).to(place)
+    # Long chains shall move, so steps are larger than the library's own, which MALA would accept 95% of.
     size: dict[str, Any] = {"iterations": 5400, "batch_size": 1024, "persistent": 8192, "energy_penalty": 5e-4}
+    size["target_acceptance"] = 0.9
     if quick:
         size = {"iterations": 30, "batch_size": 128, "persistent": 256}
     fit = prior.fit(images, "multi_stage_nce", stages=3, steps=60, run_dir=out / "fit", **size, **shared)

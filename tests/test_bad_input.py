@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from energy_prior import ArgumentError, DivergenceError, GeneratorError, JointEBMPrior, LadderVAE, ShapeError, fit_elbo
+from energy_prior import (
+    ArgumentError,
+    ChainWarning,
+    DivergenceError,
+    GeneratorError,
+    JointEBMPrior,
+    LadderVAE,
+    ShapeError,
+    fit_elbo,
+)
 from energy_prior.langevin import InjectedNoise
 
 X = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -207,6 +216,7 @@ class Returns(nn.Module):
         (lambda t: 0.0, ShapeError, "got float"),
         (lambda t: t.sum(1).double(), ArgumentError, "expected f_1 in the latents' torch.float32, got torch.float64"),
         (lambda t: t @ torch.zeros(7, 1), ShapeError, "f_1 fails on a batch of z_1 of shape"),
+        (lambda t: t.detach().sum(1), ArgumentError, r"f_1\(z_1\) has no gradient in z_1.*Is z detached"),
     ],
 )
 def test_energies_of_the_wrong_kind(function: Callable[[Tensor], Any], error: type[Exception], words: str) -> None:
@@ -301,3 +311,10 @@ def test_elbo_training_that_diverges_keeps_the_best_weights() -> None:
     with pytest.raises(DivergenceError, match="diverged in iteration .*(its ELBO is|infer).*It holds its best weights"):
         fit_elbo(vae, X, iterations=50, learning_rate=1e18, gradient_clip=1e30, log_every=5, progress=False)
     assert all(torch.isfinite(p).all() for p in vae.parameters())
+
+
+def test_chains_that_hardly_move_say_so() -> None:
+    """MALA on an energy that no step size can follow stays where it was, and says so."""
+    prior = make(energies=[Returns(lambda t: 1e6 * t.sum(1)), Returns(lambda t: t.sum(1))])
+    with pytest.warns(ChainWarning, match="accepted 0.0% of the chains' steps.*too steep to sample"):
+        prior.sample_latents(4, adjust=True, steps=5)

@@ -114,7 +114,7 @@ def test_future_version_and_damaged_configuration(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="format '99'.*Upgrade"):
         JointEBMPrior.load(path, prior.generator)
     save_file({"weight": torch.zeros(2)}, path, metadata=header | {"format_version": "1"})
-    with pytest.raises(CheckpointError, match="configuration .* is damaged"):
+    with pytest.raises(CheckpointError, match="is damaged"):
         JointEBMPrior.load(path, prior.generator)
 
 
@@ -185,7 +185,9 @@ def test_a_damaged_description_of_the_energies(tmp_path: Path, entry: Any) -> No
         header = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     config = json.loads(header["config"])
-    save_file(tensors, path, metadata=header | {"config": json.dumps(config | {"energies": [entry, entry]})})
+    text = json.dumps(config | {"energies": [entry, entry]})
+    changed = header | {"config": text, "digest": checkpoint_module.digest(tensors, text)}
+    save_file(tensors, path, metadata=changed)
     with pytest.raises(CheckpointError, match="energies: "):
         JointEBMPrior.load(path, prior.generator)
 
@@ -197,3 +199,22 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     prior.save(path)
     with pytest.raises(CheckpointError, match="is not finite"):
         JointEBMPrior.load(path, prior.generator)
+
+
+def test_a_flipped_bit(tmp_path: Path) -> None:
+    prior, path = make(), tmp_path / "p"
+    prior.save(path)
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match="is damaged. Save the prior again"):
+        JointEBMPrior.load(path, prior.generator)
+
+
+def test_a_joint_checkpoint_names_the_generator_that_does_not_fit(tmp_path: Path) -> None:
+    prior, path = make(), tmp_path / "p"
+    prior.train_jointly()
+    prior.save(path)
+    other = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8, depth=3)
+    with pytest.raises(CheckpointError, match="does not fit this generator: .* is missing.*Build it as it was"):
+        JointEBMPrior.load(path, other)

@@ -141,6 +141,8 @@ def _check_arguments(x_shape: torch.Size, latent_dims: Sequence[int], nets: str)
         raise ArgumentError(f"nets: expected one of {get_args(Nets)}, got {nets!r}.")
     if nets == "conv" and len(x_shape) != 3:
         raise ShapeError(f'x_shape: nets="conv" needs (channels, height, width), got {tuple(x_shape)}.')
+    if not isinstance(latent_dims, Sequence):
+        raise ArgumentError(f"latent_dims: expected a list of sizes, one per layer, got {latent_dims!r}.")
     if len(latent_dims) == 0:
         raise ArgumentError("latent_dims: expected the size of at least one layer, got none.")
     for dim in latent_dims:

@@ -95,9 +95,13 @@ class RunFolder:
             identity, iteration = document["identity"], int(document["iteration"])
             state = _unpack(document["state"], {name: t.to(device) for name, t in tensors.items()})
         except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            more = len(checkpoints) > 1
+            remedy = (
+                f"Delete the folder {checkpoints[-1].name} to go on from the checkpoint before it, or name" if more else "Name"
+            )
             raise CheckpointError(
-                f"{str(file)!r} is truncated or damaged ({error}). Delete the folder {checkpoints[-1].name} to go on from the "
-                "checkpoint before it, or name another run_dir to begin anew."
+                f"{str(file)!r} is truncated or damaged ({str(error).split(': it is')[0]}). {remedy} another run_dir to begin "
+                "anew."
             ) from error
         changed = [name for name in self._identity if identity.get(name) != self._identity[name]]
         if changed:
@@ -110,6 +114,11 @@ class RunFolder:
 
     def _check_processes(self, checkpoint: Path) -> None:
         files = len(list(checkpoint.glob("rank*.safetensors")))
+        if files == 0:
+            raise CheckpointError(
+                f"{str(checkpoint)!r} holds no file of a process (rank0.safetensors, …): it is damaged. Delete it, to go on "
+                "from the checkpoint before it if there is one."
+            )
         if files != self._engine.world:
             raise ArgumentError(
                 f"run_dir: the run in {str(self.path)!r} has {files} processes, and can only go on with as many; got "
