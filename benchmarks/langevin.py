@@ -14,11 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -28,8 +24,8 @@ from typing import Any
 
 import torch
 from langevin_models import DeepConv, Published, StiffLadder, weights_of
-from matplotlib.figure import Figure
-from results import ROOT, Row, write_results
+from measure import added_memory, alternate, apart, goal_rows, ratio_picture, ratio_table
+from results import ROOT, write_results
 from torch import Tensor, nn
 
 from energy_prior import ConvEnergy, DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy
@@ -70,7 +66,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory is not None:
-        print(json.dumps(peak_memory(options.memory)))
+        print(peak_memory(options.memory))
         return
     torch.manual_seed(0)
     quick = options.quick
@@ -95,17 +91,18 @@ def main() -> None:
         if torch.cuda.is_available():
             note("gpu_batch=100", on_gpu(100, quick))
             note("gpu_batch=10000", on_gpu(10_000, quick))
-    rows: list[Row] = []
-    for (case, metric), goal in GOALS.items():
-        row = Row(case=case, metric=metric, value=figures.get((case, metric)), sd=None, n=1, goal=goal, better="lower")
-        if row["value"] is None:
-            needed = "needs a CUDA device" if case.startswith("gpu") else "needs torchebm"
-            row["why"] = f"not measured: {'there is no such backend yet' if metric.startswith('graph') else needed}"
-        rows.append(row)
+
+    def why(case: str, metric: str) -> str:
+        if metric.startswith("graph"):
+            return "not measured: there is no such backend yet"
+        return f"not measured: needs {'a CUDA device' if case.startswith('gpu') else 'torchebm'}"
+
+    rows = goal_rows(GOALS, figures, why)
     out = Path(tempfile.mkdtemp()) if quick else ROOT / "docs" / "results"
     write_results(out / "langevin.json", rows)
-    (out / "langevin.md").write_text(_markdown(rows))
-    _picture(out / "langevin.png", rows)
+    text = "`python benchmarks/langevin.py`: ratios of times within one run; its docstring says what is compared."
+    (out / "langevin.md").write_text(ratio_table("Langevin", text, rows))
+    ratio_picture(out / "langevin.png", rows)
     print((out / "langevin.md").read_text())
 
 
@@ -392,19 +389,9 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
 
 
 def memory(quick: bool) -> dict[str, float]:
-    """Peak of the resident memory above its level before the call, 2,500 steps over 25, each in a process of its own.
-
-    The C library is told to give back what is freed: by default it keeps some, more the longer a process runs.
-    """
-    returning = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
-    command = [sys.executable, __file__, "--memory"]
-    peaks = []
-    for steps in (25, 250 if quick else 2500):
-        run = subprocess.run(  # noqa: S603
-            [*command, str(steps)], env=os.environ | returning, capture_output=True, text=True, check=True
-        )
-        peaks.append(json.loads(run.stdout))
-    return {"ratio": peaks[1] / peaks[0]}
+    """Peak of the resident memory above its level before the call, 2,500 steps over 25, each in a process of its own."""
+    few, many = (apart(__file__, "--memory", str(steps)) for steps in (25, 250 if quick else 2500))
+    return {"ratio": many / few}
 
 
 def peak_memory(steps: int) -> int:
@@ -413,61 +400,7 @@ def peak_memory(steps: int) -> int:
     generator = Published()
     prior = JointEBMPrior(generator, generator.energies(), space="latent")
     prior.sample_latents(100, steps=2, step_size=STEP)
-    level = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    prior.sample_latents(1000, steps=steps, step_size=STEP)
-    return _status("VmHWM") - level
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
-
-
-# ------------------------------------------------------------------------------------------------------ timing and output
-
-
-def alternate(runs: Mapping[str, Callable[[], object]], repeats: int) -> Callable[[str, str], float]:
-    """Runs all in turn, `repeats` times after two that do not count; gives the median over the rounds of a ratio of two."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for name in list(runs) * 2:
-        runs[name]()
-    for _ in range(repeats):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
-    return lambda a, b: statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
-
-
-def _markdown(rows: Sequence[Row]) -> str:
-    lines = [
-        "# Langevin",
-        "",
-        "`python benchmarks/langevin.py`: ratios of times within one run; its docstring says what is compared.",
-        "",
-        "| case | metric | value | at most |",
-        "|---|---|---|---|",
-    ]
-    for row in rows:
-        value = row.get("why", "") if row["value"] is None else f"{row['value']:.3g}"
-        lines.append(f"| {row['case']} | {row['metric']} | {value} | {'' if row['goal'] is None else row['goal']} |")
-    return "\n".join(lines) + "\n"
-
-
-def _picture(path: Path, rows: Sequence[Row]) -> None:
-    """Every measured ratio that has a goal, as a share of it."""
-    shown = [(row, row["value"] / row["goal"]) for row in rows if row["value"] is not None and row["goal"]]
-    figure = Figure(figsize=(7, 0.32 * len(shown) + 0.9), layout="constrained")
-    axes = figure.subplots()
-    names = [f"{row['case']}  {row['metric']}" for row, _ in shown]
-    axes.barh(names, [share for _, share in shown], color=["tab:blue" if share <= 1 else "tab:red" for _, share in shown])
-    for position, (row, share) in enumerate(shown):
-        axes.text(share + 0.01, position, f"{row['value']:.3g}", va="center", fontsize=8)
-    axes.axvline(1.0, color="black", linewidth=1)
-    axes.invert_yaxis()
-    axes.set_xlabel("share of the goal (1: just met)")
-    figure.savefig(path, dpi=130)
+    return added_memory(lambda: prior.sample_latents(1000, steps=steps, step_size=STEP))
 
 
 if __name__ == "__main__":

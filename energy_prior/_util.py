@@ -89,42 +89,54 @@ def unvalidated() -> Iterator[None]:
 @contextlib.contextmanager
 def evaluating(*modules: Any) -> Iterator[None]:
     """Evaluation mode and no per-call distribution checks; both restored on exit, also after an error."""
-    parts = [m for module in modules if isinstance(module, nn.Module) for m in module.modules()]
-    flags = [(m, m.training) for m in parts]
-    try:
-        for m in parts:
-            m.training = False
-        with unvalidated():
-            yield
-    finally:
-        for m, training in flags:
-            m.training = training
+    with _evaluating(_parts(modules)), unvalidated():
+        yield
 
 
 @contextlib.contextmanager
 def training_mode(module: nn.Module) -> Iterator[None]:
     """Training mode; every part's own flag is restored on exit, also after an error."""
-    flags = [(m, m.training) for m in module.modules()]
-    try:
+    with _restored(list(module.modules()), "training"):
         module.train()
         yield
-    finally:
-        for m, training in flags:
-            m.training = training
 
 
 @contextlib.contextmanager
 def frozen(*modules: Any) -> Iterator[None]:
     """`evaluating`, and no parameter takes part in autograd; all restored on exit, also after an error."""
-    flags = [(p, p.requires_grad) for module in modules if isinstance(module, nn.Module) for p in module.parameters()]
-    with evaluating(*modules):
-        try:
-            for p, _ in flags:
+    parts = _parts(modules)
+    parameters = [p for part in parts for p in part._parameters.values() if p is not None]
+    with _evaluating(parts), unvalidated(), _restored(parameters, "requires_grad"):
+        for p in parameters:
+            if p.requires_grad:
                 p.requires_grad_(False)
-            yield
-        finally:
-            for p, requires_grad in flags:
-                p.requires_grad_(requires_grad)
+        yield
+
+
+def _parts(modules: Sequence[Any]) -> list[nn.Module]:
+    """All modules inside of these, those that are none left out."""
+    return [part for module in modules if isinstance(module, nn.Module) for part in module.modules()]
+
+
+@contextlib.contextmanager
+def _evaluating(parts: Sequence[nn.Module]) -> Iterator[None]:
+    with _restored(parts, "training"):
+        for part in parts:
+            if part.training:  # writing to a module is slow, and a deep model has hundreds
+                part.training = False
+        yield
+
+
+@contextlib.contextmanager
+def _restored(things: Sequence[Any], flag: str) -> Iterator[None]:
+    """Puts a flag back to what it was, also after an error."""
+    before = [getattr(thing, flag) for thing in things]
+    try:
+        yield
+    finally:
+        for thing, value in zip(things, before, strict=True):
+            if getattr(thing, flag) != value:
+                setattr(thing, flag, value)
 
 
 def inferrer(generator: Any) -> Callable[..., Any] | None:

@@ -71,9 +71,9 @@ def _train(options: argparse.Namespace) -> int:
     if options.settings:
         print(settings_help())
         return 0
-    flags = {"data.source": options.data, "out": options.out, "seed": options.seed, "device": options.device}
-    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    recipe = read_recipe(options.config, [*options.set, *given])
+    texts = {"data.source": options.data, "out": options.out, "device": options.device}
+    seed = [] if options.seed is None else [f"seed={options.seed}"]
+    recipe = read_recipe(options.config, [*options.set, *seed], {k: v for k, v in texts.items() if v is not None})
     with launched_accelerator(cpu=recipe.device == "cpu") as accelerator:
         report = run_recipe(recipe, accelerator)
     for name, entry in report.items():

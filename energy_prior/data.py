@@ -1,8 +1,8 @@
-"""Images from a Hugging Face data set by name, from local parquet files or from a folder of images, as one tensor."""
+"""Images from a Hugging Face data set by name, from local parquet files or from a folder of images: one tensor, or a stream."""
 
 from __future__ import annotations
 
-__all__ = ["Images", "load_images"]
+__all__ = ["ImageStream", "Images", "load_images"]
 
 import os
 from collections.abc import Iterator
@@ -38,7 +38,8 @@ def load_images(
 
     Args:
         source: a folder with parquet files whose names begin with the split (train-00000-of-00001.parquet), or with one folder
-            of images per split (train/…, a folder per class inside it gives labels); else the name of a set on the hub,
+            of images per split (train/…, a folder per class inside it gives labels; in an order that is random but always the
+            same); else the name of a set on the hub,
             "ylecun/mnist", which is downloaded.
         split: "train", "test", or another that the set has.
         size: height and width to scale to, after a central square crop; None: as the images are, which must agree.
@@ -76,11 +77,73 @@ def load_images(
             )
         images.append(image)
         if label_column is not None:
-            labels.append(int(row[label_column]))
+            labels.append(_label(row[label_column], source))
     if not images:
         raise ArgumentError(f"source: split {split!r} of {os.fspath(source)!r} has no images.")
     stacked = torch.stack(images).to(torch.float32) / 255
     return Images(stacked, torch.tensor(labels) if label_column is not None else None)
+
+
+class ImageStream:
+    """Batches of a split, read anew in every pass and shuffled through a buffer: for sets that do not fit into memory.
+
+    Every pass gives each image once, but for a last smaller batch and the images that are skipped. The order is drawn from
+    torch's global stream at the start of a pass, so a run with `run_dir` goes on with the same batches after a kill.
+
+    Args:
+        source: as for `load_images`.
+        split: as for `load_images`.
+        size: height and width to scale to, after a central square crop.
+        batch_size: images per batch, ≥ 1.
+        channels: 1 (gray) or 3 (RGB).
+        skip: the first images, which are left out (to be held out elsewhere), ≥ 0.
+        buffer: images that the shuffling draws from, ≥ 1.
+        rank: number of this process.
+        world: number of processes; each reads its own share.
+
+    Raises:
+        ArgumentError: as `load_images`; or if a pass has not one whole batch.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        split: str = "train",
+        *,
+        size: int,
+        batch_size: int,
+        channels: int = 3,
+        skip: int = 0,
+        buffer: int = 4096,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if channels not in (1, 3):
+            raise ArgumentError(f"channels: expected 1 or 3, got {channels!r}.")
+        for name, value, least in (("size", size, 1), ("batch_size", batch_size, 1), ("skip", skip, 0), ("buffer", buffer, 1)):
+            check_count(name, value, least=least)
+        self.source, self.size, self.batch_size, self.channels, self.buffer = source, size, batch_size, channels, buffer
+        rows, self._image, _ = _columns(_open(source, split, streaming=True), source)
+        self._rows = rows.skip(skip)
+        if world > 1:
+            split_by_node = require_extra("datasets.distributed", "examples").split_dataset_by_node
+            self._rows = split_by_node(self._rows, rank=rank, world_size=world)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """One pass: float32 images in [0, 1], (batch_size, channels, size, size)."""
+        seed = int(torch.randint(2**31, ()))
+        batch: list[Tensor] = []
+        whole = False
+        for row in _rows(self._rows.shuffle(seed=seed, buffer_size=self.buffer), self.source):
+            batch.append(_tensor(row[self._image], self.size, self.channels))
+            if len(batch) == self.batch_size:
+                yield torch.stack(batch).to(torch.float32) / 255
+                batch, whole = [], True
+        if not whole:
+            raise ArgumentError(
+                f"batch_size: {os.fspath(self.source)!r} has only {len(batch)} images for this process, got batch_size = "
+                f"{self.batch_size}."
+            )
 
 
 def _open(source: str | os.PathLike[str], split: str, streaming: bool) -> Any:
@@ -96,7 +159,11 @@ def _open(source: str | os.PathLike[str], split: str, streaming: bool) -> Any:
             raise ArgumentError(
                 f"source: expected {split}*.parquet or a folder {split}/ with images in {str(folder)!r}, which has {there}."
             )
-        return datasets.load_dataset("imagefolder", data_dir=str(folder / split), split="train", streaming=streaming)
+        # in a random order that is always the same: a folder per class would put whole classes at either end
+        found = sorted(str(f) for f in (folder / split).rglob("*") if f.suffix.lower() in _IMAGE_FILES)
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
+        files = [found[i] for i in order]
+        return datasets.load_dataset("imagefolder", data_files={split: files}, split=split, streaming=streaming)
     if folder.is_absolute() or str(source).startswith("."):
         raise ArgumentError(f"source: there is no folder {str(folder)!r}.")
     try:
@@ -121,6 +188,13 @@ def _columns(rows: Any, source: str | os.PathLike[str]) -> tuple[Any, str, str |
     return rows, images[0], labels[0] if labels else None
 
 
+def _label(value: Any, source: str | os.PathLike[str]) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise ArgumentError(f"source: expected whole numbers as labels in {os.fspath(source)!r}, got {value!r}.") from None
+
+
 def _rows(rows: Any, source: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     try:
         yield from rows
@@ -134,6 +208,8 @@ def _tensor(picture: Any, size: int | None, channels: int) -> Tensor:
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         picture = picture.crop((left, top, left + side, top + side)).resize((size, size), reducing_gap=2.0)
+    if picture.mode.startswith("I"):  # 16 bits, of which Pillow would keep the lowest eight
+        picture = picture.point(lambda value: value / 257).convert("L")
     picture = picture.convert("L" if channels == 1 else "RGB")
     flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return flat.reshape(picture.height, picture.width, channels).permute(2, 0, 1)

@@ -51,7 +51,8 @@ def chain_strip(path: str | os.PathLike[str], frames: Tensor, steps: Tensor, ene
     side = frames.shape[-1] + 1
     top.set_xticks([side * (i + 0.5) for i in range(count)], [str(int(s)) for s in steps])
     top.tick_params(length=0, labelsize=8)
-    bottom.plot(steps.cpu(), energy.cpu(), color="tab:blue", alpha=0.3, linewidth=0.8)
+    lines = bottom.plot(steps.cpu(), energy.cpu(), color="tab:blue", alpha=0.3, linewidth=0.8)
+    lines[0].set_label("single chains")
     bottom.plot(steps.cpu(), energy.mean(1).cpu(), color="tab:blue", linewidth=2, label="mean of the chains")
     bottom.set_xlabel("Langevin step")
     bottom.set_ylabel("$\\sum_i f_i(z_i)$ in nats")
@@ -119,6 +120,7 @@ def score_histograms(
             axes.hist(clipped, bins, density=True, alpha=0.6, color=colour, label=label)
         axes.set_title(f"{name}: AUROC {detection(inside, outside).auroc:.3f}", fontsize=10)
         axes.set_yticks([])
+        axes.set_ylabel("share", fontsize=8)
         axes.set_xlabel("score (higher = more unknown)", fontsize=8)
         if index == 1:
             handles, labels = axes.get_legend_handles_labels()

@@ -85,12 +85,16 @@ class Recipe:
     device: str | None = None
 
 
-def read_recipe(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(
+    path: str | os.PathLike[str] | None, overrides: Sequence[str] = (), texts: Mapping[str, str] | None = None
+) -> Recipe:
     """Reads and checks a recipe; nothing is trained or loaded yet.
 
     Args:
         path: a YAML file; None: everything comes from `overrides`.
-        overrides: "key=value", with dots into sections and numbers into lists: "elbo.iterations=500", "fit.0.method=joint".
+        overrides: "key=value", with dots into sections and numbers into lists: "elbo.iterations=500", "fit.0.method=joint"; the
+            value is YAML.
+        texts: key -> a value that is text as it stands, over all others.
 
     Raises:
         ArgumentError: for an unknown key or an impossible value; the message names the key.
@@ -109,6 +113,8 @@ def read_recipe(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
         if not separator:
             raise ArgumentError(f"--set: expected KEY=VALUE, got {override!r}.")
         _put(entries, key.strip().split("."), _numbers(_yaml(yaml, value, key)), key)
+    for key, text in (texts or {}).items():
+        _put(entries, key.split("."), text, key)
     check_settings(Recipe, entries, "a section of a recipe")
     fits = entries.get("fit", [{}])
     if not isinstance(fits, list) or not fits:
@@ -128,7 +134,7 @@ def read_recipe(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
         generator=generator,
         elbo=None if trained else _build(ElboConfig, _section(entries, "elbo"), "elbo"),
         fit=tuple(_fit(fit, f"fit.{i}") for i, fit in enumerate(fits)),
-        out=str(entries.get("out", "energy-prior-run")),
+        out=_text("out", entries.get("out", "energy-prior-run")),
         seed=seed,
         device=None if entries.get("device") is None else check_device("device", str(entries["device"])),
     )
@@ -294,6 +300,12 @@ def _section(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise ArgumentError(f"{name}: expected a section of settings, got {section!r}.")
     return section
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ArgumentError(f"{name}: expected text, got {value!r}. Put it in quotes.")
+    return value
 
 
 def _build(kind: type[Any], section: Mapping[str, Any], name: str) -> Any:

@@ -170,7 +170,8 @@ def check_energies(energies: Sequence[nn.Module] | nn.ModuleList, latents: Seque
         if value.dtype != z.dtype:
             raise ArgumentError(f"energies: expected f_{layer} in the latents' {z.dtype}, got {value.dtype}.")
         ones = torch.ones_like(value)
-        if not value.requires_grad or torch.autograd.grad(value, leaf, ones, allow_unused=True)[0] is None:
+        followed = value.requires_grad and torch.autograd.grad(value, leaf, ones, allow_unused=True)[0] is not None
+        if not followed and not torch.equal(value.detach(), energy(z + 1).detach()):
             raise ArgumentError(
                 f"energies: f_{layer}(z_{layer}) has no gradient in z_{layer}, which Langevin follows. Is z detached, or is "
                 "there a torch.no_grad() inside?"

@@ -90,7 +90,8 @@ class TwoLayers(nn.Module):
 
     def likelihood(self, state: tuple[str, Tensor]) -> Independent:
         """N(g(z_1), σ²) for every pixel."""
-        return Independent(Normal(self.decoder(state[1]), self.sigma, validate_args=False), 3, validate_args=False)
+        mean = self.decoder(state[1]).float()  # autocast may have made it bf16, in which σ would be rounded too
+        return Independent(Normal(mean, self.sigma, validate_args=False), 3, validate_args=False)
 
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
         """A reparameterised draw, bottom-up."""

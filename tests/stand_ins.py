@@ -50,15 +50,17 @@ class NVAEFlow(nn.Module):
 
 
 class NVAE(nn.Module):
-    """Two scales of two groups of 2 channels each, on images of 16 × 16, or one group alone."""
+    """Two scales of two groups of 2 channels each, on images of 16 × 16 or another size, or one group alone."""
 
-    def __init__(self, decoder: str = "mixture", flows: int = 0, residual: bool = True, vanilla: bool = False) -> None:
+    def __init__(
+        self, decoder: str = "mixture", flows: int = 0, residual: bool = True, vanilla: bool = False, side: int = 16
+    ) -> None:
         super().__init__()
         width, self.decoder = 6, decoder
         colours, outputs = {"bernoulli": (1, 1), "normal": (3, 6), "mixture": (3, 20), "unknown": (3, 6)}[decoder]
         self.num_flows, self.res_dist, self.vanilla_vae, self.num_bits = flows, residual, vanilla, 8
-        self.crop_output, self.input_size = decoder == "bernoulli", 16
-        self.z0_size = [2, 4, 4]
+        self.crop_output, self.input_size = decoder == "bernoulli", side
+        self.z0_size = [2, side // 4, side // 4]
         self.stem = nn.Conv2d(colours, width, 3, padding=1)
         kinds = ["normal", "combiner_enc", "normal", "combiner_enc", "down", "normal", "combiner_enc", "normal"]
         pre = [NVAECell(width, width, "down_pre")]
@@ -73,7 +75,7 @@ class NVAE(nn.Module):
         kinds = ["combiner_dec", "normal", "combiner_dec", "up_dec", "normal", "combiner_dec", "normal", "combiner_dec"]
         self.dec_tower: Any = [] if vanilla else nn.ModuleList(NVAECell(width, width, kind) for kind in kinds)
         self.stem_decoder = nn.Conv2d(2, width, 1)
-        self.prior_ftr0 = nn.Parameter(torch.rand(width, 4, 4))
+        self.prior_ftr0 = nn.Parameter(torch.rand(width, side // 4, side // 4))
         ups = 2 if vanilla else 1
         self.post_process = nn.ModuleList(NVAECell(width, width, "up_post") for _ in range(ups))
         self.image_conditional = nn.Sequential(nn.ELU(), nn.Conv2d(width, outputs, 3, padding=1))

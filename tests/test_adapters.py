@@ -34,7 +34,9 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "deep vae without skips": lambda: DeepVAEAdapter(perturbed(DeepVAE("logistic", skips=False))),
     "ladder": lambda: DeepVAEAdapter(perturbed(DeepVAE("mixture", ladder=True))),
     "residual": lambda: ResidualVAE((3, 8, 8), groups=(2, 1), channels=8, latent_channels=2).eval(),
-    "residual gray, gaussian": lambda: ResidualVAE((1, 8, 8), groups=(2,), channels=8, likelihood="gaussian", cells=2).eval(),
+    "residual gray, gaussian": lambda: ResidualVAE(
+        (1, 8, 8), groups=(2,), channels=8, likelihood="gaussian", tower_cells=0
+    ).eval(),
     "residual from the image's size": lambda: ResidualVAE((1, 4, 4), groups=(1, 2), downsample=0, channels=4).eval(),
 }
 

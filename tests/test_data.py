@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from energy_prior import ArgumentError
-from energy_prior.data import load_images
+from energy_prior.data import ImageStream, load_images
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +96,49 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(rows).to_parquet(str(folder / "train.parquet"))
     with pytest.raises(ArgumentError, match="source: an image or file of .* cannot be read"):
         load_images(folder)
+
+
+def levels(batch: torch.Tensor) -> list[int]:
+    return (batch[:, 0, 0, 0] * 255).round().int().tolist()
+
+
+def test_a_stream_gives_every_image_once_in_another_order_each_pass(tmp_path: Path) -> None:
+    folder = write_parquet(tmp_path / "set", [picture(10 * i, (9, 6)) for i in range(14)])
+    stream = ImageStream(folder, size=4, batch_size=4, channels=1, skip=2)
+    torch.manual_seed(0)
+    passes = [[levels(b) for b in stream] for _ in range(2)]
+    for batches in passes:
+        assert [len(b) for b in batches] == [4, 4, 4]
+        assert sorted(level for b in batches for level in b) == [10 * i for i in range(2, 14)]
+    assert passes[0] != passes[1]
+    torch.manual_seed(0)
+    assert [[levels(b) for b in stream] for _ in range(2)] == passes
+    assert next(iter(stream)).shape == (4, 1, 4, 4)
+
+
+def test_processes_share_a_stream(tmp_path: Path) -> None:
+    folder = write_parquet(tmp_path / "set", [picture(10 * i, (4, 4)) for i in range(12)])
+    seen = []
+    for rank in range(2):
+        torch.manual_seed(0)
+        seen += [
+            level for b in ImageStream(folder, size=4, batch_size=3, channels=1, rank=rank, world=2) for level in levels(b)
+        ]
+    assert sorted(seen) == [10 * i for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"batch_size": 9}, "batch_size: .* has only 3 images for this process, got batch_size = 9"),
+        ({"size": 0}, "size: expected a whole number"),
+        ({"channels": 2}, "channels: expected 1 or 3"),
+        ({"skip": -1}, "skip: expected"),
+        ({"split": "test"}, "expected test"),
+    ],
+)
+def test_streams_that_cannot_be(keywords: dict[str, Any], words: str, tmp_path: Path) -> None:
+    folder = write_parquet(tmp_path / "set", [picture(i) for i in range(3)])
+    options: dict[str, Any] = {"size": 4, "batch_size": 2, "channels": 1} | keywords
+    with pytest.raises(ArgumentError, match=words):
+        next(iter(ImageStream(folder, **options)))

@@ -172,7 +172,7 @@ CHANGES: list[tuple[str, Callable[[], JointEBMPrior], dict[str, Any], Tensor, st
         ),
         {},
         X,
-        "energies was",
+        "energies.*was",
     ),
 ]
 

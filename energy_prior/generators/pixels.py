@@ -68,6 +68,10 @@ class PixelLikelihood(nn.Module):
         learned = sigma is None and name in ("gaussian", "discretized_logistic")
         self.log_sigma = nn.Parameter(torch.tensor(math.log(fixed)), requires_grad=learned)
 
+    def extra_repr(self) -> str:
+        """What tells one likelihood from another."""
+        return f"{self.name}, x_range={self.x_range}, levels={self.levels}, mixtures={self.mixtures}"
+
     def forward(self, parameters: Tensor) -> Distribution:
         """The distribution, batch_shape (batch,), event_shape `x_shape`."""
         low, high = self.x_range

@@ -48,7 +48,8 @@ class ResidualVAE(nn.Module):
         groups: groups of latents at each scale, finest first; their number is that of the scales.
         latent_channels: channels of every z_i.
         channels: of the features at the finest scale of latents; doubled from scale to scale, up to 4 times.
-        cells: residual cells per group, and per resolution of the image tower.
+        cells: residual cells per group.
+        tower_cells: residual cells per resolution between the image and the finest scale of latents, on the way up and down.
         downsample: halvings between the image and the finest scale of latents.
         likelihood: "mixture" (of discretised logistics), "gaussian", "bernoulli" or "discretized_logistic".
         sigma: as for `LadderVAE`.
@@ -75,6 +76,7 @@ class ResidualVAE(nn.Module):
         latent_channels: int = 8,
         channels: int = 64,
         cells: int = 1,
+        tower_cells: int = 2,
         downsample: int = 1,
         likelihood: Likelihood = "mixture",
         sigma: float | None = None,
@@ -90,19 +92,23 @@ class ResidualVAE(nn.Module):
         _check_arguments(self.x_shape, groups, downsample)
         for name, value in {"latent_channels": latent_channels, "channels": channels, "cells": cells}.items():
             check_count(name, value)
+        check_count("tower_cells", tower_cells, least=0)
         self.pixels = PixelLikelihood(x_shape, likelihood, sigma=sigma, x_range=x_range, levels=levels, mixtures=mixtures)
         scales = len(groups)
         sizes = [tuple(n // 2 ** (downsample + s) for n in self.x_shape[1:]) for s in range(scales)]
         widths = [channels * min(2**s, 4) for s in range(scales)]
         shapes = [torch.Size((latent_channels, *sizes[s])) for s in range(scales) for _ in range(groups[s])]
         self.latent_shapes = tuple(shapes)
-        depth = cells * (sum(groups) + downsample + 1)  # cells that one image goes through
+        depth = cells * sum(groups) + tower_cells * (downsample + 1)  # cells that one image goes through
 
         def tower(width: int, count: int = cells) -> nn.Sequential:
             return nn.Sequential(*(_Cell(width, depth) for _ in range(count)))
 
-        self.stem = nn.Sequential(nn.Conv2d(self.x_shape[0], channels, 3, padding=1), tower(channels))
-        self.shrink = nn.ModuleList(nn.Sequential(_Half(channels, channels), tower(channels)) for _ in range(downsample))
+        def image_tower(first: nn.Module) -> nn.Sequential:
+            return nn.Sequential(first, tower(channels, tower_cells))
+
+        self.stem = image_tower(nn.Conv2d(self.x_shape[0], channels, 3, padding=1))
+        self.shrink = nn.ModuleList(image_tower(_Half(channels, channels)) for _ in range(downsample))
         up = list(range(scales))[::-1]
         order = [s for s in up for _ in range(groups[s])]  # scale of every group from the top
         first = [i == 0 or order[i - 1] != s for i, s in enumerate(order)]
@@ -119,9 +125,13 @@ class ResidualVAE(nn.Module):
             for i, s in enumerate(order)
         )
         self._last_of_scale = tuple(i + 1 == len(order) or first[i + 1] for i in range(len(order)))
-        self.grow = nn.ModuleList(nn.Sequential(_Twice(channels, channels), tower(channels)) for _ in range(downsample))
+        self.grow = nn.ModuleList(image_tower(_Twice(channels, channels)) for _ in range(downsample))
         self.head = _head(channels, self.pixels.channels, 3)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def extra_repr(self) -> str:
+        """What no part of it says."""
+        return f"prior_temperature={self.prior_temperature}"
 
     def start(self, batch_size: int) -> _State:
         """The learned features above the top group, whose prior is N(0, t²)."""

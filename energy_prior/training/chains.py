@@ -152,6 +152,8 @@ class TrainingChains:
                 figures["tamed"] = self.last.tamed.mean()
         if self.last_posterior is not None and self.last_posterior.acceptance is not None:
             figures["posterior_acceptance"] = self.last_posterior.acceptance.mean()
+            if self.last_posterior.tamed is not None:
+                figures["posterior_tamed"] = self.last_posterior.tamed.mean()
         return figures
 
     def state(self) -> dict[str, Any]:

@@ -162,8 +162,10 @@ class FitConfig(RunConfig):
             raise ArgumentError(
                 f"persistent: expected 0 or at least batch_size = {self.batch_size} chains, got {self.persistent}."
             )
-        if self.restart is not None and not 0 <= self.restart <= 1:
+        if self.restart is not None and not (_is_number(self.restart) and 0 <= self.restart <= 1):
             raise ArgumentError(f"restart: expected a share in [0, 1], got {self.restart!r}.")
+        if self.stages > self.iterations:
+            raise ArgumentError(f"stages: expected at most iterations = {self.iterations}, got {self.stages}.")
         for name in ("max_energy", "energy_bound", "gap_limit", "taming", "generator_learning_rate", "generator_gradient_clip"):
             check_positive(name, getattr(self, name))
         _check_at_least_zero(self, "energy_penalty")
@@ -171,9 +173,9 @@ class FitConfig(RunConfig):
             raise ArgumentError(f"backend: expected one of {get_args(StepBackend)}, got {self.backend!r}.")
         if self.step_size is not None:
             check_positive("step_size", self.step_size)
-        if not 0 <= self.ema_decay < 1:
+        if not (_is_number(self.ema_decay) and 0 <= self.ema_decay < 1):
             raise ArgumentError(f"ema_decay: expected a number in [0, 1), got {self.ema_decay!r}.")
-        if not 0 < self.target_acceptance < 1:
+        if not (_is_number(self.target_acceptance) and 0 < self.target_acceptance < 1):
             raise ArgumentError(f"target_acceptance: expected a number between 0 and 1, got {self.target_acceptance!r}.")
 
     def for_method(self, method: Method) -> FitConfig:
@@ -192,6 +194,10 @@ def check_method(method: str) -> Method:
     if method not in METHODS:
         raise ArgumentError(f"method: expected one of {METHODS}, got {method!r}.")
     return method
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(value, "__float__") and not isinstance(value, bool)
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Batches"]
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -72,9 +72,11 @@ class Batches:
         self._begin()
 
     def fingerprint(self) -> str:
-        """What tells one set of observations from another, without keeping them: for a tensor its shape and contents."""
+        """What tells one set of observations from another: a tensor's shape and contents, a loader's kind and sizes."""
         if not isinstance(self._data, Tensor):
-            return type(self._data).__name__
+            inside = getattr(self._data, "dataset", None)
+            sizes = [len(d) for d in (self._data, inside) if isinstance(d, Sized)]
+            return " ".join([type(self._data).__name__, *map(str, sizes)])
         return digest({"data": self._data})
 
     def __next__(self) -> Tensor:

@@ -34,7 +34,7 @@ def entry(figures: dict[str, Tensor], chains: TrainingChains) -> dict[str, float
     last = {name: float(value[-1]) for name, value in figures.items() if not name.startswith("largest_")}
     last["gap"] = last["energy_posterior"] - last["energy_prior"]
     last["max_energy"] = float(torch.stack(largest).max())
-    for name in ("tamed", "acceptance", "weight_ess"):
+    for name in ("tamed", "posterior_tamed", "acceptance", "weight_ess"):
         if name in figures:
             last[name] = float(figures[name].mean())
     if "acceptance" in figures:

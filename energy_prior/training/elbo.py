@@ -6,6 +6,7 @@ __all__ = ["ElboConfig", "ElboResult", "elbo", "fit_elbo"]
 
 import copy
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,13 +22,18 @@ from energy_prior.topdown import inferred_descent
 from energy_prior.training.config import RunConfig
 from energy_prior.training.data import Batches
 from energy_prior.training.engine import Engine
-from energy_prior.training.loop import Group, run_loop
+from energy_prior.training.loop import Group, description, run_loop
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 _VALIDATION_BATCH = 256
+
+
+def _fixed() -> torch.Generator:
+    """The random stream of every look at the validation set: looks are compared, and do not change what is learned."""
+    return torch.Generator().manual_seed(20230619)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +148,8 @@ def fit_elbo(
     if not isinstance(generator, nn.Module) or not callable(getattr(generator, "infer", None)):
         raise GeneratorError(f"generator: expected an nn.Module with infer(x), got {type(generator).__name__}.")
     check_settings(ElboConfig, settings, "a setting of fit_elbo")
+    if config is not None and not isinstance(config, ElboConfig):
+        raise ArgumentError(f"config: expected an ElboConfig or None, got {type(config).__name__}.")
     config = dataclasses.replace(config or ElboConfig(), **settings)
     with torch.no_grad(), evaluating(generator):
         probe = validate.probe_generator(generator)
@@ -150,12 +158,14 @@ def fit_elbo(
         validate.check_observations("validation", validation, probe.x_shape, reference, generator)
     engine = Engine(accelerator)
     engine.agree("generator", [float(p.detach().double().sum()) for p in generator.parameters()])
-    with reproducible(rng, reference.device), training_mode(generator), unvalidated():
+    engine.agree("settings", config.resumable())
+    with torch.inference_mode(False), reproducible(rng, reference.device), training_mode(generator), unvalidated():
         seed = engine.objects(int(torch.randint(2**62, ())))[0]
         batches = Batches(data, config, generator, probe.x_shape, reference, rank=engine.rank, world=engine.world, seed=seed)
+        if isinstance(data, Tensor):
+            engine.agree("data", batches.fingerprint())
         task = _ElboTask(generator, validation, config, engine)
-        identity: dict[str, Any] = {"generator": [[name, list(p.shape)] for name, p in generator.named_parameters()]}
-        identity |= {"seed": seed} if rng is not None else {}
+        identity = description(generator, "generator") | ({"seed": seed} if rng is not None else {})
         try:
             with engine.own_stream(reference.device):
                 progress = run_loop(task, batches, config, engine, run_dir=run_dir, identity=identity)
@@ -180,7 +190,8 @@ class _ElboTask:
         self.kl_warmup = int(0.8 * config.iterations) if config.kl_warmup is None else config.kl_warmup
         self.best_elbo: float | None = None
         self.best_iteration = 0
-        self.best_weights = copy.deepcopy(generator.state_dict())
+        self.best_weights = self.latest = copy.deepcopy(generator.state_dict())
+        self.seen: Tensor | None = None
 
     def begin(self) -> None:
         """Nothing to prepare."""
@@ -188,6 +199,7 @@ class _ElboTask:
     def loss(self, x: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Minus the mean ELBO of a batch, at the KL weight of this iteration."""
         weight = min(1.0, iteration / self.kl_warmup) if self.kl_warmup else 1.0
+        self.seen = x
         try:
             loss = -elbo(self.generator, x, weight, self.config.input_noise).mean()
         except DivergenceError as error:  # from infer
@@ -206,13 +218,32 @@ class _ElboTask:
             raise self._diverged(first + row, f"its ELBO is {value:.4g}, its gradient's norm not finite.")
         iteration = first + len(finite) - 1
         entry = {name: float(value[-1]) for name, value in figures.items()}
+        self.engine.share(list(self.generator.buffers()))
         if self.validation is None or iteration < self.kl_warmup:
-            self._remember(None, iteration)
-        else:
-            entry["validation_elbo"] = value = self._validation_elbo()
-            if self.best_elbo is None or value > self.best_elbo:
-                self._remember(value, iteration)
+            # the figures are of the weights before the window's last update: those of the last look are the good ones
+            self.best_iteration, self.best_weights = first - 1, self.latest
+            self.latest = copy.deepcopy(self.generator.state_dict())
+            return entry
+        entry["validation_elbo"] = value = self._validation_elbo()
+        if not math.isfinite(value):
+            raise self._diverged(
+                iteration, f"its validation ELBO is {value:.4g}; are all validation images in the model's range?"
+            )
+        if self.best_elbo is None or value > self.best_elbo:
+            self.best_elbo, self.best_iteration = value, iteration
+            self.best_weights = copy.deepcopy(self.generator.state_dict())
         return entry
+
+    def finish(self) -> None:
+        """Without a validation set: takes the last weights, once a batch has shown that they are sound."""
+        if self.validation is not None:
+            return
+        if self.seen is not None:
+            with torch.no_grad(), evaluating(self.generator), reproducible(_fixed(), self.seen.device):
+                value = float(elbo(self.generator, self.seen).mean())
+            if not math.isfinite(value):
+                raise self._diverged(self.config.iterations, f"the ELBO after the last update is {value:.4g}.")
+        self.best_iteration, self.best_weights = self.config.iterations, copy.deepcopy(self.generator.state_dict())
 
     def picture(self) -> Tensor | None:
         """No grids: they belong to the prior."""
@@ -229,16 +260,13 @@ class _ElboTask:
                 here.copy_(saved)
         best = state["best"]
         self.best_elbo, self.best_iteration, self.best_weights = best["elbo"], best["iteration"], best["weights"]
-
-    def _remember(self, value: float | None, iteration: int) -> None:
-        self.best_elbo, self.best_iteration = value, iteration
-        self.best_weights = copy.deepcopy(self.generator.state_dict())
+        self.latest = copy.deepcopy(self.generator.state_dict())
 
     def _validation_elbo(self) -> float:
-        """Mean ELBO over the validation set, in batches; over the processes too."""
+        """Mean ELBO over the validation set, in batches; always with the same draws, and none of the training's."""
         assert self.validation is not None  # noqa: S101
         total = torch.zeros((), dtype=torch.float64, device=self.validation.device)
-        with torch.no_grad(), evaluating(self.generator):
+        with torch.no_grad(), evaluating(self.generator), reproducible(_fixed(), self.validation.device):
             for _ in range(self.config.validation_draws):
                 for batch in self.validation.split(_VALIDATION_BATCH):
                     total += elbo(self.generator, batch).sum()

@@ -59,6 +59,14 @@ class Engine:
         total = self._together(lambda accelerator: accelerator.reduce(flat, reduction="mean"))
         return [part.reshape(t.shape) for part, t in zip(total.split([t.numel() for t in tensors]), tensors, strict=True)]
 
+    def share(self, buffers: Sequence[Tensor]) -> None:
+        """Averages what the processes keep beside weights, such as batch norm's running statistics; in place."""
+        floating = [b for b in buffers if b.is_floating_point()]
+        if self.world > 1 and floating:
+            with torch.no_grad():
+                for here, mean in zip(floating, self.mean(floating), strict=True):
+                    here.copy_(mean)
+
     def stacked(self, tensor: Tensor) -> Tensor:
         """The tensors of all processes, (world, …); all of one shape."""
         if self.world == 1:

@@ -19,7 +19,7 @@ from energy_prior.errors import ArgumentError, CheckpointError, DivergenceError,
 from energy_prior.training.config import JOINT_METHODS, FitConfig, Method, check_method
 from energy_prior.training.data import Batches
 from energy_prior.training.engine import Engine
-from energy_prior.training.loop import run_loop
+from energy_prior.training.loop import description, run_loop
 from energy_prior.training.rules import FitTask
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class FitResult:
             each figure means.
         clipped: share of the iterations whose gradient was clipped, in [0, 1], for "energies" and, in the joint rules,
             "generator".
-        tamed: share of the training chains' steps whose drift was cut, in [0, 1]; None without chains.
+        tamed: share of the prior's training chains' steps whose drift was cut, in [0, 1]; None without chains.
         warnings: what was warned of, in the order that it came.
         step_size: the tuned Langevin step size that the prior uses from now on.
         resumed_at: the iteration after which a run that had been stopped went on; None if it did not.
@@ -79,27 +79,29 @@ def fit_energies(
     batches = Batches(
         data, config, prior.generator, prior.x_shape, prior.reference, rank=engine.rank, world=engine.world, seed=seed
     )
+    if isinstance(data, Tensor):
+        engine.agree("data", batches.fingerprint())
     if rule in JOINT_METHODS:
         _check_trainable(prior.generator, rule)
-        prior.train_jointly()
     start = fingerprint(prior.generator)
     engine.agree("generator", start)
     engine.agree("energies", digest(prior.energies.state_dict(), repr((rule, config.resumable(), float(prior.step_size)))))
     task = FitTask(prior, batches, rule, config, engine)
     identity = {
         "latents": [list(shape) for shape in prior.generator.latent_shapes],
-        "energies": [[name, list(p.shape)] for name, p in prior.energies.named_parameters()],
         "space": prior.space,
-    } | ({"seed": seed} if seeded else {})
+        **({"seed": seed} if seeded else {}),
+        **description(prior.energies, "energies"),
+    }
     if rule not in JOINT_METHODS:
-        identity["generator"] = start
-    elif isinstance(prior.generator, nn.Module):
-        identity["generator"] = [[name, list(p.shape)] for name, p in prior.generator.named_parameters()]
+        identity["weights of the generator"] = start
+    if isinstance(prior.generator, nn.Module):
+        identity |= description(prior.generator, "generator")
     learning = [
         prior.energies,
         *([prior.generator] if isinstance(prior.generator, nn.Module) and rule in JOINT_METHODS else []),
     ]
-    with engine.own_stream(prior.reference.device), unvalidated(), contextlib.ExitStack() as stack:
+    with torch.inference_mode(False), engine.own_stream(prior.reference.device), unvalidated(), contextlib.ExitStack() as stack:
         for module in learning:
             stack.enter_context(training_mode(module))
         try:

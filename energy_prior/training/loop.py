@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["Group", "Task", "run_loop"]
+__all__ = ["Group", "Task", "description", "run_loop"]
 
+import contextlib
 import dataclasses
 import os
 import warnings
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from energy_prior._util import require_extra
+from energy_prior.checkpoint import digest
 from energy_prior.errors import ArgumentError, DivergenceError, TrainingWarning
 from energy_prior.training.config import RunConfig
 from energy_prior.training.data import Batches
@@ -64,6 +66,9 @@ class Task(Protocol):
         """A window of iterations from `first` on, each figure (iterations,): raises `DivergenceError`, or gives the entry."""
         ...
 
+    def finish(self) -> None:
+        """After the last iteration: raises `DivergenceError` if what was learned last is not sound."""
+
     def picture(self) -> Tensor | None:
         """A grid's worth of samples in [0, 1], (n, c, h, w), or None if the data are no images."""
         ...
@@ -109,12 +114,22 @@ def run_loop(
     """
     if run_dir is None and (config.tensorboard or getattr(config, "sample_every", 0)):
         raise ArgumentError("run_dir: expected a folder, as tensorboard or sample_every asks for files in it, got None.")
+    if getattr(config, "sample_every", 0):
+        require_extra("matplotlib.figure", "examples")
     folder = None
     if run_dir is not None:
         known = {"task": task.name, "data": batches.fingerprint(), **config.resumable(), **(identity or {})}
         folder = RunFolder(run_dir, engine, known)
-    with torch.inference_mode(False), torch.enable_grad():
+    with folder.held() if folder else contextlib.nullcontext(), torch.enable_grad():
         return _Loop(task, batches, config, engine, folder).run()
+
+
+def description(module: nn.Module, name: str) -> dict[str, Any]:
+    """What a run must find again in a module, beside the weights that it learns: its parts, their settings and parameters."""
+    parts = {f"{name}.{key}".rstrip("."): f"{type(p).__name__}({p.extra_repr()})" for key, p in module.named_modules()}
+    learned = {f"{name}.{key}": [list(p.shape), str(p.dtype), p.requires_grad] for key, p in module.named_parameters()}
+    fixed = {key: p for key, p in module.named_parameters() if not p.requires_grad}
+    return parts | learned | ({f"{name} (parameters that do not learn)": digest(fixed)} if fixed else {})
 
 
 class _Loop:
@@ -139,17 +154,22 @@ class _Loop:
         if config.tensorboard and self.engine.main and self.folder is not None:
             tensorboard = require_extra("torch.utils.tensorboard", "train")
             self.writer = tensorboard.SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=done + 1)
+        every = getattr(config, "sample_every", 0)
         try:
             with tqdm(total=total, initial=done, desc=self.task.name, disable=not shown) as bar:
                 for iteration in range(done + 1, total + 1):
                     window.append(self._update(iteration))
                     bar.update()
                     saves = self.folder is not None and (iteration % config.checkpoint_every == 0 or iteration == total)
-                    if saves or iteration % config.log_every == 0 or iteration == total:
+                    pictured = bool(every) and self.folder is not None and iteration % every == 0
+                    if saves or pictured or iteration % config.log_every == 0 or iteration == total:
                         self._look(iteration, window, bar)
                         window = []
+                        if pictured:
+                            self._picture(iteration)
                     if saves:
                         self._save(iteration)
+            self.task.finish()
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             if self.writer is not None:
@@ -210,9 +230,6 @@ class _Loop:
         if self.writer is not None:
             for name, value in entry.items():
                 self.writer.add_scalar(f"{self.task.name}/{name}", value, iteration)
-        every = getattr(self.config, "sample_every", 0)
-        if every and self.folder is not None and iteration // every > (iteration - len(window)) // every:
-            self._picture(iteration)
 
     def _picture(self, iteration: int) -> None:
         """A grid of samples, from a random stream of its own: pictures do not change a run."""

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from energy_prior.prior import JointEBMPrior
 
 _STANDARDIZE_DRAWS = 2048
+_SOUND_DRAWS = 64
 _REFRESH = 10
 _WALL = 0.1
 _GAP_RATE = 0.1
@@ -70,7 +71,7 @@ class FitTask:
             self.buffers += list(prior.generator.buffers())
         self.weights = [p for group in self.groups for p in group.parameters]
         self.average = [w.detach().clone() for w in self.weights]
-        self.good = self._snapshot()
+        self.good = self.latest = self._snapshot()
         self.stage = 0
         self.previous: nn.ModuleList | None = None
         self.warned: dict[str, str] = {}
@@ -82,6 +83,7 @@ class FitTask:
 
     def begin(self) -> None:
         """Standardises the energies and tunes the step size of the chains."""
+        self._own_generator()
         try:
             self._standardize()
             if self.method in LANGEVIN_METHODS and self.config.step_size is None:
@@ -108,7 +110,9 @@ class FitTask:
     def look(self, first: int, figures: dict[str, Tensor]) -> dict[str, float]:
         """Stops at the first iteration that is not sound, else remembers the average as good; warns of what is coming."""
         diagnostics.check_sound(figures, first, self.method, self.config)
-        self.good = self._snapshot()
+        self.engine.share(self.buffers)
+        # the figures are of weights before the window's last update: what was latest until now is known to be good
+        self.good, self.latest = self.latest, self._snapshot()
         self.learned = True
         entry = diagnostics.entry(figures, self.chains)
         self.tamed += entry.get("tamed", 0.0) * len(figures["loss"])
@@ -117,6 +121,24 @@ class FitTask:
                 self.warned[kind] = f"Iteration {first + len(figures['loss']) - 1} of {self.name}: {message}"
                 warnings.warn(self.warned[kind], TrainingWarning, stacklevel=2)
         return entry
+
+    def finish(self) -> None:
+        """Takes the last average as good, once its energies are seen to be sound on draws of the generator's prior."""
+        _copy([*self.weights, *self.buffers], self.latest)
+        with torch.random.fork_rng(devices=[self.gap.device] if self.gap.device.type == "cuda" else []):
+            z = self.chains.ancestral(_SOUND_DRAWS)
+        with torch.no_grad(), frozen(*self.model.energies):
+            f = self.model.negative_energy(z)
+        bad = ~(f.abs() <= self.config.max_energy).all(0)
+        if bool(bad.any()):
+            layer = int(bad.nonzero()[0]) + 1
+            raise DivergenceError(
+                f"f_{layer}, the energy of layer {layer}, is beyond max_energy = {self.config.max_energy:g} on draws of the "
+                "generator's prior. Lower learning_rate or raise energy_penalty.",
+                layer=layer,
+                step=self.config.iterations,
+            )
+        self.good = self.latest
 
     def picture(self) -> Tensor | None:
         """64 samples of the averaged prior, as images."""
@@ -151,7 +173,8 @@ class FitTask:
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from such a state."""
         _copy([*self.average, *self.buffers], [*state["average"], *state["buffers"]])
-        self.good = state["good"]
+        self._own_generator()
+        self.good, self.latest = state["good"], self._snapshot()
         self.chains.load_state(state["chains"])
         self.warned = dict(state["warned"])
         self.tamed, self.learned = state["tamed"], True
@@ -167,6 +190,11 @@ class FitTask:
         if self.learned:
             self.prior.calibration.zero_()  # it was that of other energies
             self.prior._fitted_on = fingerprint(self.prior.generator)
+
+    def _own_generator(self) -> None:
+        """The joint rules train the generator: from now on it belongs to the prior."""
+        if self.joint:
+            self.prior.train_jointly()
 
     def _snapshot(self) -> list[Tensor]:
         """The running average of the weights, and the buffers as they are."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 __all__ = ["RunFolder"]
 
+import contextlib
 import json
 import os
+import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +44,43 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ArgumentError(f"run_dir: expected a folder, but {os.fspath(path)!r} is a file.")
         self.path.mkdir(parents=True, exist_ok=True)
-        if engine.main:
-            for left in self.path.glob(".checkpoint-*"):  # of a run that was killed while it wrote
-                shutil.rmtree(left, ignore_errors=True)
-        engine.wait()
+        self._check_shared()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other runs out of the folder; the operating system gives it back if the run is killed.
+
+        Raises:
+            ArgumentError: if another run holds it.
+        """
+        with _opened(self.path) as folder:
+            free = not self._engine.main or _lock(folder)
+            if not all(self._engine.objects(free)):
+                raise ArgumentError(
+                    f"run_dir: another run is writing to {str(self.path)!r}. Wait for it, or name another folder."
+                )
+            if self._engine.main:
+                for left in self.path.glob(".checkpoint-*"):  # of a run that was killed while it wrote
+                    shutil.rmtree(left, ignore_errors=True)
+            self._engine.wait()
+            yield
+
+    def _check_shared(self) -> None:
+        """Several processes, on several hosts perhaps, must see one folder: a checkpoint is made of all their parts."""
+        if self._engine.world == 1:
+            return
+        token = self.path / f".seen-{self._engine.objects(secrets.token_hex(8))[0]}"
+        if self._engine.main:
+            token.touch()
+        self._engine.wait()
+        seen = self._engine.objects(token.exists())
+        if self._engine.main:
+            token.unlink()
+        if not all(seen):
+            raise ArgumentError(
+                f"run_dir: process {seen.index(False)} does not see what process 0 writes to {str(self.path)!r}. Name a folder "
+                "on a file system that all hosts share."
+            )
 
     def save(self, iteration: int, state: dict[str, Any]) -> None:
         """Writes a checkpoint, whole or not at all, and drops those before the last two.
@@ -85,6 +121,7 @@ class RunFolder:
             CheckpointError: if its file was damaged since.
         """
         checkpoints = self._checkpoints()
+        self._engine.agree("run_dir", [c.name for c in checkpoints])
         if not checkpoints:
             return None
         file = checkpoints[-1] / f"rank{self._engine.rank}.safetensors"
@@ -127,6 +164,35 @@ class RunFolder:
 
     def _checkpoints(self) -> list[Path]:
         return sorted(p for p in self.path.glob("checkpoint-*") if p.is_dir())
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int | None]:
+    """The folder as an open file, or None where there is no such thing (Windows)."""
+    try:
+        file = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield None
+        return
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _lock(file: int | None) -> bool:
+    """Whether nobody else holds this file; it is held from now on, as long as it is open."""
+    if file is None:
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that knows no locks
+        return True
+    return True
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

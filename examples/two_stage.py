@@ -1,0 +1,185 @@
+"""CIFAR-10, CelebA-HQ-256 or LSUN-Church-64 in two stages: a deep generator, or an NVAE of yours, then its joint prior.
+
+    python examples/two_stage.py cifar10 --data path/to/cifar10            # parquet files or image folders
+    python examples/two_stage.py celeba_hq_256                             # from the Hugging Face hub, streamed
+    python examples/two_stage.py lsun_church_64 --data path/to/images --nvae checkpoint.pt --nvae-code path/to/NVAE
+    python examples/two_stage.py cifar10 --data path/to/cifar10 --quick    # minutes on a CPU, to see that it runs
+
+    accelerate launch --multi_gpu --num_processes 2 --mixed_precision bf16 examples/two_stage.py celeba_hq_256
+
+Stage one trains a `ResidualVAE`, or takes the checkpoint of an NVAE (whose own code builds the model); stage two learns the
+energies on it, frozen, for 6,500 iterations as published (Cui, Wu and Han, CVPR 2023), by a ratio estimate and then by maximum
+likelihood. The published 10 steps of 0.003 hardly move a chain: step sizes and learning rates are the library's. The full
+size is meant for GPUs.
+
+Writes to --out: samples.png (real | Gaussian prior | joint prior), long_chain.png, results.json, prior.safetensors, with
+--export N folders of N samples of either prior for a FID tool, and checkpoints: the same command after a kill goes on where it
+was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from energy_prior import JointEBMPrior, ResidualVAE, fit_elbo, plots
+from energy_prior.adapters import NVAEAdapter, load_checkpoint, load_weights
+from energy_prior.cli import launched_accelerator
+from energy_prior.data import ImageStream, load_images
+from energy_prior.topdown import decode_latents
+from energy_prior.training import map_batches
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A data set: its name on the hub, the side of its images, the generator's size, and how long that is trained."""
+
+    hub: str
+    side: int
+    generator: dict[str, Any]
+    iterations: int
+    batch_size: int
+    held_out: int = 1000
+    energies: dict[str, Any] = field(default_factory=lambda: {"iterations": 6500, "batch_size": 64})
+
+
+SETTINGS = {
+    "cifar10": Setting("uoft-cs/cifar10", 32, {"groups": (10, 5), "channels": 128, "latent_channels": 16}, 100_000, 64),
+    "lsun_church_64": Setting(
+        "tglcourse/lsun_church_train", 64, {"groups": (8, 6, 4), "channels": 96, "latent_channels": 16}, 150_000, 32
+    ),
+    "celeba_hq_256": Setting(
+        "korexyz/celeba-hq-256x256",
+        256,
+        {"groups": (8, 6, 4, 2), "channels": 64, "latent_channels": 16, "downsample": 2, "checkpointing": True},
+        150_000,
+        8,
+        energies={"iterations": 6500, "batch_size": 16},
+    ),
+}
+QUICK = {"groups": (1, 1), "channels": 8, "latent_channels": 2, "mixtures": 2}
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("setting", choices=sorted(SETTINGS), help="the data set")
+    parser.add_argument(
+        "--data", help="a folder, or the name of a set on the Hugging Face hub; default: the set's own name there"
+    )
+    parser.add_argument("--nvae", help="checkpoint of an NVAE, in place of a generator that is trained here")
+    parser.add_argument("--nvae-code", help="folder of NVAE's own code, which builds the model")
+    parser.add_argument("--out", help="folder to write to; default: runs/SETTING")
+    parser.add_argument("--export", type=int, default=0, metavar="N", help="write N samples of either prior as PNG files")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--device", default=None, help="cpu, cuda, …; default: a GPU if there is one")
+    parser.add_argument("--quick", action="store_true", help="a tiny net, few iterations; the samples mean nothing")
+    options = parser.parse_args()
+    if bool(options.nvae) != bool(options.nvae_code):
+        parser.error("--nvae and --nvae-code go together")
+    if options.device is None:
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    with launched_accelerator(cpu=options.device == "cpu") as accelerator:  # None unless `accelerate launch` started this
+        results = run(options, accelerator)
+    if accelerator is None or accelerator.is_main_process:
+        print(json.dumps(results, indent=2))
+
+
+def run(options: argparse.Namespace, accelerator: Any = None) -> dict[str, Any]:
+    """Trains, compares, draws; returns what results.json holds."""
+    setting, quick = SETTINGS[options.setting], options.quick
+    source, out = options.data or setting.hub, Path(options.out or f"runs/{options.setting}")
+    place = accelerator.device if accelerator else torch.device(options.device)
+    out.mkdir(parents=True, exist_ok=True)
+
+    # 1. Data in [0, 1]. The first images are held out; the others are read as a stream, as large sets do not fit into memory.
+    held_out = 24 if quick else setting.held_out
+    validation = load_images(source, "train", size=setting.side, channels=3, limit=held_out, streaming=True).images.to(place)
+    where = {"rank": accelerator.process_index, "world": accelerator.num_processes} if accelerator else {}
+
+    def stream(batch_size: int) -> ImageStream:
+        rows = 8 if quick else batch_size
+        return ImageStream(source, "train", size=setting.side, batch_size=rows, skip=held_out, **where)
+
+    # 2. The generator, chosen by its validation ELBO at KL weight 1; or an NVAE that comes trained.
+    torch.manual_seed(options.seed)
+    rng = torch.Generator().manual_seed(options.seed)
+    shared: dict[str, Any] = {"accelerator": accelerator, "rng": rng}
+    results: dict[str, Any] = {"setting": options.setting, "seed": options.seed}
+    if options.nvae:
+        generator: Any = nvae(options.nvae, options.nvae_code).to(place)
+    else:
+        generator = ResidualVAE((3, setting.side, setting.side), **(setting.generator | (QUICK if quick else {}))).to(place)
+        length: dict[str, Any] = {"iterations": setting.iterations, "log_every": 1000, "validation_draws": 1}
+        if quick:
+            length = {"iterations": 6, "log_every": 3, "validation_draws": 1}
+        images = stream(setting.batch_size)
+        elbo = fit_elbo(generator, images, validation=validation, learning_rate=5e-4, run_dir=out / "elbo", **length, **shared)
+        results["validation_elbo"] = elbo.validation_elbo
+
+    # 3. The energies on the frozen generator: a ratio estimate first, then maximum likelihood on persistent chains.
+    prior = JointEBMPrior(generator).to(place)
+    size = {"iterations": 4} if quick else {"iterations": setting.energies["iterations"], "checkpoint_every": 500}
+    batches = stream(setting.energies["batch_size"])
+    prior.fit(batches, "nce", run_dir=out / "nce", **size, **shared)
+    fit = prior.fit(batches, "two_stage", run_dir=out / "two_stage", **size, **({"steps": 3} if quick else {}), **shared)
+
+    # 4. Samples of both priors, and a long chain with its energy profile.
+    count = max(8 if quick else 64, options.export)
+
+    def samples(which: Literal["generator", "joint"]) -> Tensor:
+        return map_batches(prior.sample, count, batch_size=32, seed=options.seed, prior=which, accelerator=accelerator)
+
+    drawn = {"gaussian": samples("generator"), "joint": samples("joint")}
+    chain = prior.trajectory(8, steps=20 if quick else 1000, every=5 if quick else 50, rng=rng)
+    results |= {
+        "step_size": fit.step_size,
+        "acceptance": float(chain.acceptance[1:].mean()),
+        "energy_start": float(chain.negative_energy[0].sum(1).mean()),
+        "energy_end": float(chain.negative_energy[-1].sum(1).mean()),
+        "largest_energy": max(h["max_energy"] for h in fit.history),
+        "warnings": fit.warnings,
+    }
+    if accelerator is not None and not accelerator.is_main_process:
+        return results
+
+    # 5. Pictures, and everything that is needed to sample again.
+    panels = {"real": validation[:64], "Gaussian prior": drawn["gaussian"][:64], "joint prior": drawn["joint"][:64]}
+    plots.image_panels(out / "samples.png", panels)
+    frames = [decode_latents(generator, [z[i] for z in chain.latents]).detach().cpu() for i in range(len(chain.steps))]
+    plots.chain_strip(out / "long_chain.png", torch.stack(frames, 1), chain.steps, chain.negative_energy.sum(2))
+    for name, x in drawn.items() if options.export else ():
+        export(out / f"samples-{name}", x[: options.export])
+    prior.save(out / "prior.safetensors")
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def nvae(path: str, code: str) -> nn.Module:
+    """An NVAE from its checkpoint, built by its own code in the folder `code`."""
+    sys.path.insert(0, code)
+    from model import AutoEncoder  # type: ignore[import-not-found]
+
+    checkpoint = load_checkpoint(path)
+    model = AutoEncoder(checkpoint["args"], None, checkpoint["arch_instance"])
+    return NVAEAdapter(load_weights(model, checkpoint).eval())
+
+
+def export(folder: Path, images: Tensor) -> None:
+    """One PNG file per image."""
+    folder.mkdir(exist_ok=True)
+    pixels = (images.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(folder / f"{i:06d}.png")
+
+
+if __name__ == "__main__":
+    main()
