@@ -142,3 +142,32 @@ def test_streams_that_cannot_be(keywords: dict[str, Any], words: str, tmp_path: 
     options: dict[str, Any] = {"size": 4, "batch_size": 2, "channels": 1} | keywords
     with pytest.raises(ArgumentError, match=words):
         next(iter(ImageStream(folder, **options)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_of_classes_are_mixed_the_same_way_every_time(streaming: bool, tmp_path: Path) -> None:
+    """A part of the set, from either end, has images of all classes."""
+    for i, name in enumerate("abc"):
+        (tmp_path / "set" / "train" / name).mkdir(parents=True)
+        for j in range(12):
+            picture(20 * i + j, (5, 5), "RGB").save(tmp_path / "set" / "train" / name / f"{j}.png")
+    images, labels = load_images(tmp_path / "set", streaming=streaming)
+    assert labels is not None
+    assert [int(v // 20) for v in (images[:, 0, 0, 0] * 255).round()] == labels.tolist()
+    assert set(labels[:12].tolist()) == set(labels[-12:].tolist()) == {0, 1, 2}
+    again = load_images(tmp_path / "set", limit=7, streaming=streaming)
+    assert torch.equal(again.images, images[:7])
+
+
+def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    for i, value in enumerate((0, 4096, 32768, 65535)):
+        Image.new("I;16", (4, 4), value).save(tmp_path / "set" / "train" / f"{i}.png")
+    values = sorted(load_images(tmp_path / "set").images[:, 0, 0, 0].tolist())
+    assert values == pytest.approx([0, 4096 / 65535, 32768 / 65535, 1], abs=1 / 255)
+
+
+def test_labels_that_are_no_numbers(tmp_path: Path) -> None:
+    folder = write_parquet(tmp_path / "set", [picture(0), picture(1)], label=["cat", "dog"])
+    with pytest.raises(ArgumentError, match="expected whole numbers as labels in .*, got 'cat'"):
+        load_images(folder)

@@ -179,4 +179,16 @@ def test_every_setting_is_documented(capsys: pytest.CaptureFixture[str]) -> None
         for field in dataclasses.fields(kind):
             line: Any = next(line for line in text.splitlines() if line.strip().startswith(f"{field.name}:"))
             assert len(line.partition("#")[2].strip()) > 10, field.name
-    assert torch.get_num_threads() >= 1
+
+
+@pytest.mark.parametrize("name", ["2024_01_15", "0755", "runs #2", "on", "1e3", "null"])
+def test_a_folder_is_named_as_it_is_written(name: str) -> None:
+    """A flag is text, not YAML; in a recipe such names need quotes, and other values are refused."""
+    assert read_recipe(None, ["data.source=x"], {"out": name}).out == name
+    if name != "1e3":  # which is a number in a recipe, quoted or not
+        assert read_recipe(None, ["data.source=x", f"out='{name}'"]).out == name
+
+
+def test_an_out_that_is_no_text() -> None:
+    with pytest.raises(ArgumentError, match="out: expected text, got 20240115. Put it in quotes."):
+        read_recipe(None, ["data.source=x", "out=2024_01_15"])

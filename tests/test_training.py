@@ -110,7 +110,6 @@ def test_the_known_optimum_is_found(method: str) -> None:
     initial = kl(torch.zeros(2).double(), torch.eye(2).double())
     assert kl(mean, covariance) < 0.02 * initial
     assert result.step_size > 0.1
-    assert result.history[-1]["loss"] == pytest.approx(result.history[-1]["loss"])
 
 
 def test_energy_wall_acts_beyond_the_bound_layer_by_layer() -> None:
@@ -223,7 +222,7 @@ def test_history_and_result(method: Method) -> None:
     chains = {"step_size", "acceptance", "drift_norm", "tamed"} | (
         {"chain_ess", "penalty"} if method in LANGEVIN_METHODS else set()
     )
-    keys |= {"posterior_acceptance", "posterior_step_size"} if method == "joint" else set()
+    keys |= {"posterior_acceptance", "posterior_step_size", "posterior_tamed"} if method == "joint" else set()
     assert set(result.history[-1]) == (keys if method == "nce" else keys | chains)
     assert result.tamed is None if method == "nce" else 0 <= result.history[-1]["tamed"] <= 1
     assert result.step_size == pytest.approx(float(prior.step_size))

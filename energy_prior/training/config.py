@@ -164,8 +164,6 @@ class FitConfig(RunConfig):
             )
         if self.restart is not None and not (_is_number(self.restart) and 0 <= self.restart <= 1):
             raise ArgumentError(f"restart: expected a share in [0, 1], got {self.restart!r}.")
-        if self.stages > self.iterations:
-            raise ArgumentError(f"stages: expected at most iterations = {self.iterations}, got {self.stages}.")
         for name in ("max_energy", "energy_bound", "gap_limit", "taming", "generator_learning_rate", "generator_gradient_clip"):
             check_positive(name, getattr(self, name))
         _check_at_least_zero(self, "energy_penalty")
@@ -180,6 +178,8 @@ class FitConfig(RunConfig):
 
     def for_method(self, method: Method) -> FitConfig:
         """With the method's own restart share, and the learning rate of so long a run, where none was given."""
+        if method == "multi_stage_nce" and self.stages > self.iterations:
+            raise ArgumentError(f"stages: expected at most iterations = {self.iterations}, got {self.stages}.")
         restart = 0.05 if method == "multi_stage_nce" else 0.3
         rate = 1e-3 * min(max(math.sqrt(2000 / self.iterations), 1.0), 3.0)
         return dataclasses.replace(
