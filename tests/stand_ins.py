@@ -16,6 +16,22 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Normal
 
 
+class NVAEConv(nn.Conv2d):
+    """Normalises its weights in every call, and keeps them."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.log_weight_norm = nn.Parameter(torch.zeros(self.out_channels, 1, 1, 1))
+        self.weight_normalized = self.normalize_weight()
+
+    def normalize_weight(self) -> Tensor:
+        return self.log_weight_norm.exp() * self.weight / self.weight.square().sum((1, 2, 3), keepdim=True).sqrt()
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.weight_normalized = self.normalize_weight()
+        return F.conv2d(input, self.weight_normalized, self.bias, self.stride, self.padding)
+
+
 class NVAECell(nn.Module):
     """A cell of NVAE: it says what it is, and changes the resolution where that asks for it."""
 
@@ -23,7 +39,7 @@ class NVAECell(nn.Module):
         super().__init__()
         self.cell_type = cell_type
         self.norm = nn.BatchNorm2d(source)
-        self.conv = nn.Conv2d(source, target, 3, padding=1, stride=2 if "down" in cell_type else 1)
+        self.conv = NVAEConv(source, target, 3, padding=1, stride=2 if "down" in cell_type else 1)
         self.combine = nn.Conv2d(source + 2, target, 1) if cell_type == "combiner_dec" else None
         self.onto = nn.Conv2d(source, target, 1) if cell_type == "combiner_enc" else None
 

@@ -109,6 +109,20 @@ def test_nvae_clamps_and_temperature() -> None:
         torch.testing.assert_close(below.scale[:, 1], torch.full((2, 4, 4), t * (math.exp(-edge) + 0.01)), rtol=1e-4, atol=0)
 
 
+def test_nvae_keeps_normalised_weights_in_training_mode_only() -> None:
+    """Its regularisation needs them there; elsewhere the same result comes without a write to the model."""
+    model = perturbed(NVAE())
+    conv, features = model.pre_process[0].conv, torch.randn(2, 6, 8, 8)  # type: ignore[union-attr,index]
+    expected = conv(features)
+    NVAEAdapter(model)
+    kept = conv.weight_normalized
+    torch.testing.assert_close(conv(features), expected)
+    assert conv.weight_normalized is kept
+    model.train()
+    torch.testing.assert_close(conv(features), expected)
+    assert conv.weight_normalized is not kept
+
+
 @pytest.mark.parametrize("residual", [True, False])
 def test_nvae_posterior_is_residual_before_the_clamp(residual: bool) -> None:
     model = perturbed(NVAE(residual=residual))

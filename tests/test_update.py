@@ -347,6 +347,16 @@ def test_a_run_of_another_model_cannot_go_on(change: Any, words: str, tmp_path: 
     assert not prior.trained_jointly, "nothing half-done"
 
 
+def test_a_generator_of_another_fixed_scale_cannot_go_on(tmp_path: Path) -> None:
+    for sigma in (0.1, 0.5):
+        vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8, sigma=sigma)
+        if sigma == 0.5:
+            with pytest.raises(ArgumentError, match="parameters that do not learn. was"):
+                fit_elbo(vae, X, iterations=4, progress=False, run_dir=tmp_path)
+        else:
+            fit_elbo(vae, X, iterations=4, progress=False, run_dir=tmp_path)
+
+
 def test_a_loader_of_another_length_cannot_go_on(tmp_path: Path) -> None:
     def loader(n: int) -> Any:
         return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X[:n]), batch_size=16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["NVAEAdapter"]
 
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,9 @@ class NVAEAdapter(Adapter):
     Densities of the Gaussian decoder are in its own units, per image in [−1, 1]. Images of fewer bits than 8 (`num_x_bits`) are
     rounded down to that grid first, as NVAE does.
 
+    NVAE's convolutions keep their normalised weights after every call, for the regularisation in its own training; wrapped,
+    they do so in training mode only, as a chain that writes to its model cannot be compiled.
+
     Args:
         model: the model, in evaluation mode, with its weights (`energy_prior.adapters.load_weights`).
         prior_temperature: t > 0, factor on every σ of the prior. NVAE's `sample(num_samples, t)`.
@@ -73,6 +77,9 @@ class NVAEAdapter(Adapter):
     def __init__(self, model: nn.Module, *, prior_temperature: float = 1.0) -> None:
         super().__init__(model, _PARTS, "an AutoEncoder of NVlabs/NVAE")
         self.prior_temperature = check_positive("prior_temperature", prior_temperature)
+        for part in self.model.modules():
+            if hasattr(part, "normalize_weight"):
+                part.forward = MethodType(_convolve, part)
         channels, height, width = self.model.z0_size
         shapes, self._cells = [], [[]]
         for cell in self.model.dec_tower:
@@ -184,3 +191,10 @@ class NVAEAdapter(Adapter):
                 "`likelihood` of NVAEAdapter for another one."
             )
         return Observed(base, lambda x: 2 * self._levels(x) - 1, lambda y: ((y + 1) / 2).clamp(0, 1))
+
+
+def _convolve(part: Any, x: Tensor) -> Tensor:
+    """NVAE's convolution; in evaluation mode without keeping the normalised weights."""
+    if part.training:
+        return type(part).forward(part, x)
+    return F.conv2d(x, part.normalize_weight(), part.bias, part.stride, part.padding, part.dilation, part.groups)

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
@@ -136,7 +135,8 @@ class VDVAEAdapter(Adapter):
             before = any_of.new_zeros(len(any_of), block.widths[block.base], block.base, block.base)
         if block.mixin is not None:
             above = by_resolution[block.mixin][:, : before.shape[1]]
-            before = before + F.interpolate(above, scale_factor=block.base // block.mixin)
+            factor = block.base // block.mixin
+            before = before + above.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
         loc, log_scale, residual = block.prior(before).split([block.zdim, block.zdim, before.shape[1]], dim=1)
         scale = (log_scale + math.log(self.prior_temperature[index])).exp()
         return _State(index, by_resolution, before, before + residual, normal(loc, scale))

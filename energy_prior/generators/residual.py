@@ -6,7 +6,7 @@ __all__ = ["ResidualVAE"]
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +132,11 @@ class ResidualVAE(nn.Module):
     def extra_repr(self) -> str:
         """What no part of it says."""
         return f"prior_temperature={self.prior_temperature}"
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles its towers in place, as `nn.Module.compile` does (for training; chains have a `backend` of their own)."""
+        for part in (self.stem, *self.shrink, *self.side, *self.cells, *self.grow):
+            part.compile(*args, **kwargs)
 
     def start(self, batch_size: int) -> _State:
         """The learned features above the top group, whose prior is N(0, t²)."""
