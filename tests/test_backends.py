@@ -97,7 +97,7 @@ def test_a_compiled_posterior_and_a_trajectory(monkeypatch: pytest.MonkeyPatch) 
         return original(self, function, variant, *arguments)
 
     monkeypatch.setattr(backends._Kind, "call", spy)
-    x, start = torch.randn(N, 6).double(), prior.sample_latents(N)
+    x, start = torch.rand(N, 6).double(), prior.sample_latents(N)
     noise = injected(prior, (1, 2))
     ends = [prior.sample_posterior(x, start=start, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]
     for a, b in zip(*ends, strict=True):
@@ -298,7 +298,7 @@ def test_a_batch_in_parts_makes_the_same_draws() -> None:
         parts = prior.sample_latents(50, steps=STEPS, rng=seeds[1], max_memory=memory, **options)  # type: ignore[arg-type]
         for a, b in zip(parts, whole, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-    x = torch.randn(50, 6).double()
+    x = torch.rand(50, 6).double()
     scores = [prior.llr_score(x, 1, steps=STEPS, rng=torch.Generator().manual_seed(1), max_memory=m) for m in (1e9, memory)]
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-10, atol=1e-10)
     latent = lively(mlp(), "latent")
@@ -412,7 +412,7 @@ def test_bf16_is_near_the_full_precision_and_refuses_to_accept_or_reject() -> No
     with pytest.raises(ArgumentError, match='precision: "bf16" is for unadjusted chains'):
         prior.sample_latents(4, steps=2, adjust=True, precision="bf16")
     with pytest.raises(ArgumentError, match='precision: "bf16" is for unadjusted chains'):
-        prior.sample_posterior(torch.randn(4, 6), steps=2, precision="bf16")
+        prior.sample_posterior(torch.rand(4, 6), steps=2, precision="bf16")
     with pytest.raises(ArgumentError, match='precision: "tf32" needs a CUDA device'):
         prior.sample_latents(4, steps=2, precision="tf32")
 
@@ -464,7 +464,7 @@ def test_topdown_of_the_whole_batch_is_never_built(method: str, monkeypatch: pyt
     elif method == "trajectory":
         prior.trajectory(n, every=1, **chain)
     elif method == "sample_posterior":
-        prior.sample_posterior(torch.randn(n, 6).double(), **chain)
+        prior.sample_posterior(torch.rand(n, 6).double(), **chain)
     else:
         prior.sample_latents(n, given={1: torch.randn(n, 4).double()}, **chain)
     assert sizes
