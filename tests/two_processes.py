@@ -100,7 +100,10 @@ def main() -> None:
             (out / "died.txt").write_text(str(error))
             raise
     accelerator.wait_for_everyone()
-    accelerator.state.destroy_process_group()  # gloo aborts a process that goes while its threads still listen
+    accelerator.state.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads may abort a process that is being taken apart ("terminate called without an active exception")
 
 
 if __name__ == "__main__":
