@@ -88,6 +88,7 @@ def ratio_picture(path: Path, rows: Sequence[Row]) -> None:
     for position, (row, share) in enumerate(shown):
         axes.text(share + 0.01, position, f"{row['value']:.3g}", va="center", fontsize=8)
     axes.axvline(1.0, color="black", linewidth=1)
+    axes.margins(x=0.1)
     axes.invert_yaxis()
     axes.set_xlabel("share of the goal (1: just met)")
     figure.savefig(path, dpi=130)

@@ -44,10 +44,11 @@ def chain_strip(path: str | os.PathLike[str], frames: Tensor, steps: Tensor, ene
         energy: Σ_i f_i of each frame and chain, (frames, chains), nats.
     """
     chains, count = frames.shape[:2]
-    figure = _figure(0.55 * count + 1.2, 0.55 * chains + 3.2)
+    figure = _figure(max(0.55 * count + 1.2, 5.0), 0.55 * chains + 3.2)
     top, bottom = figure.subplots(2, 1, height_ratios=[0.55 * chains, 2.0])
     _show(top, _grid(rearrange(frames, "a f c h w -> (a f) c h w"), count))
-    top.set_title("Langevin chains under the joint prior: ancestral start (left) to end (right)")
+    between = ": " if count > 10 else "\n"  # a narrow picture would cut a long line off
+    top.set_title(f"Langevin chains under the joint prior{between}ancestral start (left) to end (right)", fontsize=10)
     side = frames.shape[-1] + 1
     top.set_xticks([side * (i + 0.5) for i in range(count)], [str(int(s)) for s in steps])
     top.tick_params(length=0, labelsize=8)
