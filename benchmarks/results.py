@@ -49,11 +49,16 @@ def provenance() -> dict[str, Any]:
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
     return {
-        "command": "python " + " ".join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "command": " ".join(["python", *(_as_seen_from_root(a) for a in sys.argv)]),
         "commit": commit or None,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}",
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES},
     }
+
+
+def _as_seen_from_root(argument: str) -> str:
+    """Paths of one machine do not belong into results."""
+    return os.path.relpath(argument, ROOT) if argument == sys.argv[0] or os.path.isabs(argument) else argument
 
 
 def write_results(path: Path, rows: Sequence[Row]) -> None:

@@ -1,7 +1,6 @@
 """Small models of our own with the interfaces of public hierarchical VAEs: what the adapters call, and nothing more.
 
-They are written against those interfaces, not from their code; `docs/adapters.md` says with which commits of the real ones the
-adapters were compared.
+They are written against those interfaces, not from their code; `docs/adapters.md` names the commits.
 """
 
 from __future__ import annotations
