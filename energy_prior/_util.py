@@ -7,11 +7,13 @@ __all__ = [
     "check_device",
     "check_positive",
     "check_settings",
+    "draw",
     "evaluating",
     "frozen",
     "is_whole",
     "inferrer",
     "normal_like",
+    "plain_normal",
     "reproducible",
     "require_extra",
     "sum_event",
@@ -31,7 +33,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Normal
 
 from energy_prior.errors import ArgumentError, MissingExtraError
 
@@ -52,6 +54,17 @@ def sum_event(values: Tensor) -> Tensor:
 def normal_like(shape: Sequence[int], reference: Tensor) -> Tensor:
     """Standard normal noise of this shape, with the dtype and device of `reference`."""
     return torch.randn(tuple(shape), dtype=reference.dtype, device=reference.device)
+
+
+def plain_normal(loc: Tensor, scale: Tensor) -> Normal:
+    """N(loc, scale²), without checks that would wait for a GPU."""
+    return Normal(loc, scale, validate_args=False)
+
+
+def draw(q: Normal) -> tuple[Tensor, Tensor]:
+    """z ~ q, reparameterised, and log q(z), (batch,), nats."""
+    z = q.loc + q.scale * normal_like(q.loc.shape, q.loc)
+    return z, sum_event(q.log_prob(z))
 
 
 @contextlib.contextmanager

@@ -11,10 +11,11 @@ __all__ = [
     "ancestral_noise",
     "check_decode",
     "decode_latents",
+    "infer_top_down",
     "inferred_descent",
 ]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
-from energy_prior._util import normal_like, sum_event
+from energy_prior._util import normal_like, reproducible, sum_event
 from energy_prior.cost import equal_parts, forward_memory
 from energy_prior.errors import ArgumentError
 from energy_prior.generator import HierarchicalGenerator, Inferred
@@ -157,6 +158,35 @@ def ancestral(generator: HierarchicalGenerator, batch_size: int) -> Descent:
 def ancestral_noise(topdown: TopDown) -> list[Tensor]:
     """ε ~ N(0, I) of the free layers, ascending."""
     return [normal_like(shape, topdown.reference) for shape in topdown.shapes]
+
+
+def infer_top_down(
+    generator: HierarchicalGenerator,
+    batch_size: int,
+    posterior: Callable[[int, Any], tuple[Tensor, Tensor]],
+    rng: torch.Generator | None,
+) -> Inferred:
+    """z ~ ∏_i q(z_i | z_{>i}, x) by an inference network that goes down through the generator, with that pass.
+
+    Args:
+        generator: the generator.
+        batch_size: number of observations.
+        posterior: layer, counted from the top (0, …, L − 1), and the state above it -> a reparameterised draw of
+            q(z_i | z_{>i}, x), and its log q, (batch,), nats.
+        rng: random number generator that the draws obey; None: torch's global stream.
+    """
+    latents: list[Tensor] = []
+    log_q: list[Tensor] = []
+    conditionals: list[Normal] = []
+    state = generator.start(batch_size)
+    with reproducible(rng, generator.conditional(state).loc.device):
+        for layer in range(len(generator.latent_shapes)):
+            conditionals.insert(0, generator.conditional(state))
+            z, log_density = posterior(layer, state)
+            latents.insert(0, z)
+            log_q.insert(0, log_density)
+            state = generator.descend(state, z)
+    return Inferred(tuple(latents), torch.stack(log_q, dim=1), "top_down", tuple(conditionals), state)
 
 
 def inferred_descent(generator: HierarchicalGenerator, inferred: Inferred) -> Descent:

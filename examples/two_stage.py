@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,8 +47,7 @@ class Setting:
     generator: dict[str, Any]
     iterations: int
     batch_size: int
-    held_out: int = 1000
-    energies: dict[str, Any] = field(default_factory=lambda: {"iterations": 6500, "batch_size": 64})
+    energy_batch: int = 64
 
 
 SETTINGS = {
@@ -62,7 +61,7 @@ SETTINGS = {
         {"groups": (8, 6, 4, 2), "channels": 64, "latent_channels": 16, "downsample": 2, "checkpointing": True},
         150_000,
         8,
-        energies={"iterations": 6500, "batch_size": 16},
+        energy_batch=16,
     ),
 }
 QUICK = {"groups": (1, 1), "channels": 8, "latent_channels": 2, "mixtures": 2}
@@ -101,7 +100,7 @@ def run(options: argparse.Namespace, accelerator: Any = None) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
 
     # 1. Data in [0, 1]. The first images are held out; the others are read as a stream, as large sets do not fit into memory.
-    held_out = 24 if quick else setting.held_out
+    held_out = 24 if quick else 1000
     validation = load_images(source, "train", size=setting.side, channels=3, limit=held_out, streaming=True).images.to(place)
     where = {"rank": accelerator.process_index, "world": accelerator.num_processes} if accelerator else {}
 
@@ -127,8 +126,8 @@ def run(options: argparse.Namespace, accelerator: Any = None) -> dict[str, Any]:
 
     # 3. The energies on the frozen generator: a ratio estimate first, then maximum likelihood on persistent chains.
     prior = JointEBMPrior(generator).to(place)
-    size = {"iterations": 4} if quick else {"iterations": setting.energies["iterations"], "checkpoint_every": 500}
-    batches = stream(setting.energies["batch_size"])
+    size = {"iterations": 4} if quick else {"iterations": 6500, "checkpoint_every": 500}
+    batches = stream(setting.energy_batch)
     prior.fit(batches, "nce", run_dir=out / "nce", **size, **shared)
     fit = prior.fit(batches, "two_stage", run_dir=out / "two_stage", **size, **({"steps": 3} if quick else {}), **shared)
 

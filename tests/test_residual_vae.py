@@ -137,3 +137,13 @@ def test_bad_calls() -> None:
     state = TopDown(vae, 2).descend([torch.zeros(2, *s) for s in vae.latent_shapes], "noise", to_observation=True).state
     with pytest.raises(ArgumentError, match="no group below z_1"):
         vae.conditional(state)
+
+
+def test_densities_stay_in_full_precision_under_autocast() -> None:
+    vae = small().eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        drawn = vae.infer(torch.rand(2, 1, 8, 8))
+        assert drawn.conditionals is not None
+        assert all(c.loc.dtype == c.scale.dtype == torch.float32 for c in drawn.conditionals)
+        assert drawn.log_q.dtype == torch.float32
+        assert vae.likelihood(drawn.state).log_prob(torch.rand(2, 1, 8, 8)).dtype == torch.float32

@@ -1,18 +1,16 @@
-"""What the adapters share: the wrapped model, looked at once, and draws of Gaussian posteriors."""
+"""What the adapters share: the wrapped model, looked at once."""
 
 from __future__ import annotations
 
-__all__ = ["Adapter", "draw", "normal"]
+__all__ = ["Adapter"]
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributions import Normal
+from torch import nn
 
-from energy_prior._util import normal_like, sum_event
-from energy_prior.errors import ArgumentError, GeneratorError
+from energy_prior.errors import GeneratorError
 
 
 class Adapter(nn.Module):
@@ -59,24 +57,3 @@ class Adapter(nn.Module):
                 " Convert it with model.float() and model.to(device)."
             )
         self.model = model
-
-
-def normal(loc: Tensor, scale: Tensor) -> Normal:
-    """N(loc, scale²), without checks that would wait for a GPU."""
-    return Normal(loc, scale, validate_args=False)
-
-
-def draw(q: Normal) -> tuple[Tensor, Tensor]:
-    """z ~ q, reparameterised, and log q(z), (batch,), nats."""
-    z = q.loc + q.scale * normal_like(q.loc.shape, q.loc)
-    return z, sum_event(q.log_prob(z))
-
-
-def check_temperature(value: float | Sequence[float], layers: int) -> tuple[float, ...]:
-    """One factor above 0 for every layer's σ, or one per layer."""
-    values = tuple(float(v) for v in value) if isinstance(value, Sequence) else (float(value),) * layers
-    if len(values) != layers or not all(0 < v < float("inf") for v in values):
-        raise ArgumentError(
-            f"prior_temperature: expected a number above 0, or {layers} of them (the top layer first), got {value!r}."
-        )
-    return values

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from energy_prior.checkpoint import check_state_fits
 from energy_prior.errors import CheckpointError
 
 _PLAIN: list[Any] = [argparse.Namespace]
@@ -58,25 +59,14 @@ def load_weights(model: _Model, checkpoint: str | os.PathLike[str] | Mapping[str
         CheckpointError: if names or shapes do not agree; the message says which.
     """
     loaded = checkpoint if isinstance(checkpoint, Mapping) else load_checkpoint(checkpoint)
-    name = "the checkpoint" if isinstance(checkpoint, Mapping) else repr(os.fspath(checkpoint))
+    name = "the checkpoint" if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
     if isinstance(loaded, Mapping):
         loaded = next((loaded[key] for key in _KEYS if isinstance(loaded.get(key), Mapping)), loaded)
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise CheckpointError(f"{name} holds no state dict, as expected at its top or under one of {', '.join(_KEYS)}.")
+        raise CheckpointError(f"{name!r} holds no state dict, as expected at its top or under one of {', '.join(_KEYS)}.")
     weights = {key.removeprefix("module."): value for key, value in loaded.items() if not key.endswith("weight_normalized")}
     expected = {key: v for key, v in model.state_dict().items() if not key.endswith("weight_normalized")}
-    faults = [f"{key} is missing" for key in expected if key not in weights]
-    faults += [f"{key} is not expected" for key in weights if key not in expected]
-    faults += [
-        f"{key} has shape {tuple(weights[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in weights and weights[key].shape != value.shape
-    ]
-    if faults:
-        more = f" (and {len(faults) - 4} more)" if len(faults) > 4 else ""
-        raise CheckpointError(
-            f"{name} is of another architecture than this {type(model).__name__}: {'; '.join(faults[:4])}{more}. Build the "
-            "model with the settings that it was trained with."
-        )
+    remedy = "Build the model with the settings that it was trained with."
+    check_state_fits(name, expected, weights, f"this {type(model).__name__}", remedy)
     model.load_state_dict(weights, strict=False)
     return model

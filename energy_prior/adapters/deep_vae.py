@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from energy_prior._util import reproducible, there
-from energy_prior.adapters.base import Adapter, draw, normal
+from energy_prior._util import draw, plain_normal, reproducible, sum_event, there
+from energy_prior.adapters.base import Adapter
 from energy_prior.distributions import DiscretizedLogistic, DiscretizedLogisticMixture, Observed
 from energy_prior.errors import GeneratorError
 from energy_prior.generator import Inferred
+from energy_prior.topdown import infer_top_down
 
 _PARTS = ("stages", "likelihood", "input_shape", "pad", "lambda_init", "skip_stochastic")
 
@@ -92,31 +93,25 @@ class DeepVAEAdapter(Adapter):
         """z ~ q(z | x) in the model's own order."""
         x = x if self.model.lambda_init is None else self.model.lambda_init(x)
         data = self.model.stages[0].IO(x=x if self.model.pad is None else F.pad(x, self.model.pad))
-        top_down = hasattr(self.model.stages[0], "merge")
-        latents: list[Tensor] = []
-        log_q: list[Tensor] = []
+        found = []
         with reproducible(rng, x.device):
-            hidden = []
             for stage in self.model.stages:
-                data, found = stage.infer(data)
-                if top_down:
-                    hidden.append(found.h)
-                else:
-                    latents.append(found.z)
-                    log_q.append(found.dist.log_prob(found.z).flatten(1).sum(1))
-            state = self.start(len(x))
-            for stage, h in zip(reversed(self.model.stages), reversed(hidden), strict=False):
-                merged = stage.merge(h, aux=state.features)
-                q = _bounded(stage.stochastic, *stage.stochastic.compute_params(merged, inference=True))
-                z, log_density = draw(q)
-                latents.insert(0, z)
-                log_q.insert(0, log_density)
-                state = self.descend(state, z)
-        return Inferred(tuple(latents), torch.stack(log_q, dim=1), "top_down" if top_down else "bottom_up")
+                data, here = stage.infer(data)
+                found.append(here)
+        if not hasattr(self.model.stages[0], "merge"):
+            log_q = torch.stack([sum_event(here.dist.log_prob(here.z)) for here in found], dim=1)
+            return Inferred(tuple(here.z for here in found), log_q, "bottom_up")
+
+        def posterior(layer: int, state: _State) -> tuple[Tensor, Tensor]:
+            stage, module = self.model.stages[state.stage], self.model.stages[state.stage].stochastic
+            merged = stage.merge(found[state.stage].h, aux=state.features)
+            return draw(_bounded(module, *module.compute_params(merged, inference=True)))
+
+        return infer_top_down(self, len(x), posterior, rng)
 
 
 def _bounded(module: Any, loc: Tensor, scale: Tensor) -> Normal:
-    return normal(loc, scale.clamp(module.min_scale, module.max_scale))
+    return plain_normal(loc, scale.clamp(module.min_scale, module.max_scale))
 
 
 def _pixels(module: Any, parameters: dict[str, Tensor], dimensions: int) -> Distribution:

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
-from energy_prior._util import check_positive, reproducible
-from energy_prior.adapters.base import Adapter, draw, normal
+from energy_prior._util import check_positive, draw, plain_normal
+from energy_prior.adapters.base import Adapter
 from energy_prior.distributions import DiscretizedLogisticMixture, Observed
 from energy_prior.errors import GeneratorError
 from energy_prior.generator import Inferred
+from energy_prior.topdown import infer_top_down
 
 _PARTS = (
     "stem",
@@ -140,24 +141,20 @@ class NVAEAdapter(Adapter):
                 sides.append((cell, features))
             else:
                 features = cell(features)
-        features, state = self.model.enc0(features), self.start(len(x))
-        latents: list[Tensor] = []
-        log_q: list[Tensor] = []
-        priors: list[Normal] = []
-        with reproducible(rng, x.device):
-            for group in range(len(self.latent_shapes)):
-                if group:
-                    combine, side = sides[-group]
-                    features = combine(side, state.features)
-                z, log_density = draw(self.posterior(state, features))
-                for flow in self.model.nf_cells[group * self.model.num_flows : (group + 1) * self.model.num_flows]:
-                    z, log_det = flow(z, features)
-                    log_density = log_density - log_det.flatten(1).sum(1)
-                latents.insert(0, z)
-                log_q.insert(0, log_density)
-                priors.insert(0, self.conditional(state))
-                state = self.descend(state, z)
-        return Inferred(tuple(latents), torch.stack(log_q, dim=1), "top_down", tuple(priors), state)
+        top = self.model.enc0(features)
+
+        def posterior(group: int, state: _State) -> tuple[Tensor, Tensor]:
+            side = top
+            if group:
+                combine, features = sides[-group]
+                side = combine(features, state.features)
+            z, log_q = draw(self.posterior(state, side))
+            for flow in self.model.nf_cells[group * self.model.num_flows : (group + 1) * self.model.num_flows]:
+                z, log_det = flow(z, side)
+                log_q = log_q - log_det.flatten(1).sum(1)
+            return z, log_q
+
+        return infer_top_down(self, len(x), posterior, rng)
 
     def posterior(self, state: _State, features: Tensor) -> Normal:
         """q(z_i | z_{>i}, x) before any flow: residual to the prior's parameters before they are clamped, or on its own."""
@@ -169,7 +166,7 @@ class NVAEAdapter(Adapter):
 
     def _normal(self, loc: Tensor, log_scale: Tensor, temperature: float) -> Normal:
         scale = torch.exp(5 * torch.tanh(log_scale / 5)) + 0.01
-        return normal(5 * torch.tanh(loc / 5), scale * temperature)
+        return plain_normal(5 * torch.tanh(loc / 5), scale * temperature)
 
     def _levels(self, x: Tensor) -> Tensor:
         bits = getattr(self.model, "num_bits", 8)
@@ -180,7 +177,7 @@ class NVAEAdapter(Adapter):
         if isinstance(output, Bernoulli):
             return Independent(Bernoulli(logits=output.logits, validate_args=False), 3, validate_args=False)
         if kind == "NormalDecoder":
-            base: Distribution = Independent(normal(output.dist.mu, output.dist.sigma), 3, validate_args=False)
+            base: Distribution = Independent(plain_normal(output.dist.mu, output.dist.sigma), 3, validate_args=False)
         elif kind == "DiscMixLogistic":
             swapped = (p.transpose(1, 2) for p in (output.means, output.log_scales, output.coeffs))
             levels = int(output.max_val) + 1

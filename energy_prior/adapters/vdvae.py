@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
-from energy_prior._util import reproducible, there
-from energy_prior.adapters.base import Adapter, check_temperature, draw, normal
+from energy_prior._util import draw, plain_normal, there
+from energy_prior.adapters.base import Adapter
 from energy_prior.distributions import DiscretizedLogisticMixture, Observed
 from energy_prior.errors import ArgumentError, GeneratorError
 from energy_prior.generator import Inferred
+from energy_prior.topdown import infer_top_down
 
 # Mean and standard deviation of a set's pixels, 0 … 255, with which its encoder was trained.
 _PIXELS = {
@@ -71,7 +72,7 @@ class VDVAEAdapter(Adapter):
         self.pixels = pixels or _PIXELS[dataset]
         self._low_bit = dataset == "ffhq_256"
         blocks = self.model.decoder.dec_blocks
-        self.prior_temperature = check_temperature(prior_temperature, len(blocks))
+        self.prior_temperature = _check_temperature(prior_temperature, len(blocks))
         self.latent_shapes = tuple(torch.Size((b.zdim, b.base, b.base)) for b in reversed(blocks))
         size = self.model.H.image_size
         self.x_shape = torch.Size((self.model.H.image_channels, size, size))
@@ -104,24 +105,14 @@ class VDVAEAdapter(Adapter):
         """z ~ q(z_i | z_{>i}, x), top-down."""
         mean, deviation = self.pixels
         activations = self.model.encoder(((255 * x - mean) / deviation).permute(0, 2, 3, 1))
-        state = self.start(len(x))
-        latents: list[Tensor] = []
-        log_q: list[Tensor] = []
-        priors: list[Normal] = []
-        with reproducible(rng, x.device):
-            for block in self.model.decoder.dec_blocks:
-                z, log_density = draw(self.posterior(state, activations[block.base]))
-                latents.insert(0, z)
-                log_q.insert(0, log_density)
-                priors.insert(0, self.conditional(state))
-                state = self.descend(state, z)
-        return Inferred(tuple(latents), torch.stack(log_q, dim=1), "top_down", tuple(priors), state)
+        blocks = self.model.decoder.dec_blocks
+        return infer_top_down(self, len(x), lambda i, state: draw(self.posterior(state, activations[blocks[i].base])), rng)
 
     def posterior(self, state: _State, activations: Tensor) -> Normal:
         """q(z_i | z_{>i}, x) from the encoder's activations at the block's resolution."""
         block = self.model.decoder.dec_blocks[state.block]
         loc, log_scale = block.enc(torch.cat([there(state.before), activations], dim=1)).chunk(2, dim=1)
-        return normal(loc, log_scale.exp())
+        return plain_normal(loc, log_scale.exp())
 
     def _at(self, index: int, by_resolution: Mapping[int, Tensor]) -> _State:
         """The state above block `index`, with what the block makes of the features before it sees z."""
@@ -139,7 +130,7 @@ class VDVAEAdapter(Adapter):
             before = before + above.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
         loc, log_scale, residual = block.prior(before).split([block.zdim, block.zdim, before.shape[1]], dim=1)
         scale = (log_scale + math.log(self.prior_temperature[index])).exp()
-        return _State(index, by_resolution, before, before + residual, normal(loc, scale))
+        return _State(index, by_resolution, before, before + residual, plain_normal(loc, scale))
 
     def _target(self, x: Tensor) -> Tensor:
         """Pixels in [−1, 1] as the likelihood sees them."""
@@ -147,3 +138,13 @@ class VDVAEAdapter(Adapter):
         if self._low_bit:
             level = torch.floor(level.round() / 8) * 8
         return level / 127.5 - 1
+
+
+def _check_temperature(value: float | Sequence[float], layers: int) -> tuple[float, ...]:
+    """One factor above 0 for every layer's σ, or one per layer."""
+    values = tuple(float(v) for v in value) if isinstance(value, Sequence) else (float(value),) * layers
+    if len(values) != layers or not all(0 < v < float("inf") for v in values):
+        raise ArgumentError(
+            f"prior_temperature: expected a number above 0, or {layers} of them (the top layer first), got {value!r}."
+        )
+    return values

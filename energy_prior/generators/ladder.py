@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
-from energy_prior._util import check_count, normal_like, reproducible, sum_event
+from energy_prior._util import check_count, draw, plain_normal, reproducible
 from energy_prior.errors import ArgumentError, ShapeError
 from energy_prior.generator import Inferred
-from energy_prior.generators.pixels import Likelihood, PixelLikelihood
+from energy_prior.generators.pixels import Likelihood, PixelLikelihood, check_x
 
 Nets = Literal["mlp", "conv"]
 
@@ -95,7 +95,7 @@ class LadderVAE(nn.Module):
     def start(self, batch_size: int) -> _State:
         """The state above z_L: p(z_L) = N(0, I)."""
         zero = self.pixels.log_sigma.new_zeros(batch_size, *self.latent_shapes[-1])
-        return _State(len(self.latent_shapes), Normal(zero, torch.ones_like(zero), validate_args=False), None)
+        return _State(len(self.latent_shapes), plain_normal(zero, torch.ones_like(zero)), None)
 
     def conditional(self, state: _State) -> Normal:
         """p_β(z_i | z_{i+1}) at this state."""
@@ -122,17 +122,15 @@ class LadderVAE(nn.Module):
             x: observations, (batch, *x_shape).
             rng: random number generator; None: torch's global stream.
         """
-        if x.shape[1:] != self.x_shape:
-            raise ShapeError(f"x: expected shape (batch, {', '.join(map(str, self.x_shape))}), got {tuple(x.shape)}.")
+        check_x(x, self.x_shape)
         latents: list[Tensor] = []
         log_q: list[Tensor] = []
         below = x
         with reproducible(rng, x.device):
             for net in self.inference:
-                q = _normal(net(below).to(x.dtype))
-                below = q.loc + q.scale * normal_like(q.loc.shape, q.loc)
+                below, log_density = draw(_normal(net(below).to(x.dtype)))
                 latents.append(below)
-                log_q.append(sum_event(q.log_prob(below)))
+                log_q.append(log_density)
         return Inferred(tuple(latents), torch.stack(log_q, dim=1), "bottom_up")
 
 
@@ -158,7 +156,7 @@ def _normal(parameters: Tensor) -> Normal:
     """N(loc, scale²) from (batch, 2·d, …), with |log scale| softly kept below 5."""
     loc, raw = parameters.chunk(2, dim=1)
     log_scale = _LOG_SCALE_LIMIT * torch.tanh(raw / _LOG_SCALE_LIMIT)
-    return Normal(loc, log_scale.exp(), validate_args=False)
+    return plain_normal(loc, log_scale.exp())
 
 
 def _mlp_net(source: torch.Size, target: torch.Size, hidden: int, depth: int) -> nn.Sequential:

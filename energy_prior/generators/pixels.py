@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Likelihood", "PixelLikelihood"]
+__all__ = ["Likelihood", "PixelLikelihood", "check_x"]
 
 import math
 from collections.abc import Sequence
@@ -89,3 +89,9 @@ class PixelLikelihood(nn.Module):
         else:
             pixel = DiscretizedLogistic(mean, sigma, self.levels, low, high, validate_args=False)
         return Independent(pixel, dimensions, validate_args=False)
+
+
+def check_x(x: Tensor, x_shape: torch.Size) -> None:
+    """Observations of an inference model are (batch, *x_shape)."""
+    if x.shape[1:] != x_shape:
+        raise ShapeError(f"x: expected shape (batch, {', '.join(map(str, x_shape))}), got {tuple(x.shape)}.")

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 from torch.utils.checkpoint import checkpoint
 
-from energy_prior._util import check_count, check_positive, normal_like, reproducible, sum_event
+from energy_prior._util import check_count, check_positive, draw, plain_normal
 from energy_prior.errors import ArgumentError, ShapeError
 from energy_prior.generator import Inferred
-from energy_prior.generators.pixels import Likelihood, PixelLikelihood
+from energy_prior.generators.pixels import Likelihood, PixelLikelihood, check_x
+from energy_prior.topdown import infer_top_down
 
 _LOG_SCALE_LIMIT = 5.0
 _NORM_GROUPS = 8
@@ -142,7 +143,7 @@ class ResidualVAE(nn.Module):
         """The learned features above the top group, whose prior is N(0, t²)."""
         features = self.top.expand(batch_size, -1, -1, -1).contiguous(memory_format=torch.channels_last)
         zero = features.new_zeros(batch_size, *self.latent_shapes[-1])
-        return _State(0, features, _normal(zero, torch.full_like(zero, self.prior_temperature)))
+        return _State(0, features, plain_normal(zero, torch.full_like(zero, self.prior_temperature)))
 
     def conditional(self, state: _State) -> Normal:
         """p_β(z_i | z_{>i}) of the next group."""
@@ -157,7 +158,7 @@ class ResidualVAE(nn.Module):
         if group == len(self.latent_shapes):
             return _State(group, features, None)
         loc, raw = self.prior[group - 1](features).to(z.dtype).chunk(2, dim=1)
-        return _State(group, features, _normal(loc, self.prior_temperature * _scale(raw)))
+        return _State(group, features, plain_normal(loc, self.prior_temperature * _scale(raw)))
 
     def likelihood(self, state: _State) -> Distribution:
         """p_β0(x | z); the image tower runs here, so a pass that needs no image never pays for it."""
@@ -173,25 +174,16 @@ class ResidualVAE(nn.Module):
             x: observations, (batch, *x_shape).
             rng: random number generator; None: torch's global stream.
         """
-        if x.shape[1:] != self.x_shape:
-            raise ShapeError(f"x: expected shape (batch, {', '.join(map(str, self.x_shape))}), got {tuple(x.shape)}.")
+        check_x(x, self.x_shape)
         sides = self._sides(x)
-        state = self.start(len(x))
-        latents: list[Tensor] = []
-        log_q: list[Tensor] = []
-        priors: list[Normal] = []
-        with reproducible(rng, x.device):
-            for group, side in enumerate(sides):
-                p = self.conditional(state)
-                shift, raw = self.posterior[group](torch.cat([side, state.features], 1)).to(x.dtype).chunk(2, dim=1)
-                sigma = p.scale / self.prior_temperature
-                q = _normal(p.loc + sigma * shift, sigma * _scale(raw))
-                z = q.loc + q.scale * normal_like(q.loc.shape, q.loc)
-                latents.insert(0, z)
-                log_q.insert(0, sum_event(q.log_prob(z)))
-                priors.insert(0, p)
-                state = self.descend(state, z)
-        return Inferred(tuple(latents), torch.stack(log_q, dim=1), "top_down", tuple(priors), state)
+
+        def posterior(group: int, state: _State) -> tuple[Tensor, Tensor]:
+            p = self.conditional(state)
+            shift, raw = self.posterior[group](torch.cat([sides[group], state.features], 1)).to(x.dtype).chunk(2, dim=1)
+            sigma = p.scale / self.prior_temperature
+            return draw(plain_normal(p.loc + sigma * shift, sigma * _scale(raw)))
+
+        return infer_top_down(self, len(x), posterior, rng)
 
     def _sides(self, x: Tensor) -> list[Tensor]:
         """The encoder's features for every group, from the top."""
@@ -258,10 +250,6 @@ def _head(source: int, target: int, kernel: int) -> nn.Sequential:
 def _scale(raw: Tensor) -> Tensor:
     """e^raw with |raw| softly kept below 5."""
     return torch.exp(_LOG_SCALE_LIMIT * torch.tanh(raw / _LOG_SCALE_LIMIT))
-
-
-def _normal(loc: Tensor, scale: Tensor) -> Normal:
-    return Normal(loc, scale, validate_args=False)
 
 
 def _check_arguments(x_shape: torch.Size, groups: Sequence[int], downsample: int) -> None:
