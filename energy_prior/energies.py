@@ -143,6 +143,7 @@ class ConvEnergy(Energy):
             layers += [with_spectral_norm(conv) if spectral_norm else conv, make()]
             width, h, w = size, -(-h // stride[0]), -(-w // stride[1])
         self.net = nn.Sequential(*layers, nn.Flatten(), _zero_head(width * h * w))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, z: Tensor) -> Tensor:
         """f(z), (batch,), nats."""

@@ -22,7 +22,7 @@ from energy_prior import ArgumentError, JointEBMPrior, LadderVAE
 from energy_prior.cost import Cost, evaluation_cost
 from energy_prior.errors import BackendWarning
 from energy_prior.langevin import ChainSettings, InjectedNoise, RandomNoise, backends, chain
-from energy_prior.langevin.backends import STEPPERS, pays_to_compile
+from energy_prior.langevin.backends import STEPPERS, pays_to_compile, stepper_for
 from energy_prior.langevin.noise import CounterNoise, threefry
 from energy_prior.topdown import TopDown
 
@@ -107,6 +107,20 @@ def test_a_compiled_posterior_and_a_trajectory(monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(getattr(runs[1], field), getattr(runs[0], field), rtol=1e-9, atol=1e-9)
     assert made.count("advance") == STEPS + STEPS // 4, "each of the two made every step of it compiled"
     assert made.count("begin") == made.count("finish") == 2
+
+
+def test_of_a_deep_model_one_step_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, whatever made the state before it; its start and end, which each chain has one of, are made eagerly."""
+    monkeypatch.setattr(backends, "_MANY_OPERATIONS", 10)
+    prior = lively(conv())
+    noise = injected(prior, (1, 2))
+    ends = [prior.sample_latents(N, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert stepper_for("compiled", prior.model.density(N)) is STEPPERS["compiled_steps"]
+    monkeypatch.undo()
+    assert stepper_for("compiled", prior.model.density(N)) is STEPPERS["compiled"]
 
 
 def test_new_weights_are_used_by_what_was_compiled() -> None:

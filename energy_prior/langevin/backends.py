@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["STEPPERS", "Backend", "ChosenBackend", "StepBackend", "Stepper", "chosen_backend", "pays_to_compile"]
+__all__ = [
+    "STEPPERS",
+    "Backend",
+    "ChosenBackend",
+    "StepBackend",
+    "Stepper",
+    "chosen_backend",
+    "pays_to_compile",
+    "stepper_for",
+]
 
 import types
 import warnings
@@ -30,6 +39,7 @@ Backend = Literal["auto", "eager", "compiled", "triton"]
 _COMPILE_SECONDS, _COMPILE_SECONDS_PER_OPERATION = 20.0, 0.05
 _SAVED_SECONDS_PER_OPERATION = 4e-6
 _SAVED_SHARE, _FLOPS = 0.2, 1e11
+_MANY_OPERATIONS = 200
 
 _KEPT = 64
 _kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
@@ -149,8 +159,20 @@ class Stepper(NamedTuple):
     span: int
 
 
-STEPPERS: Mapping[ChosenBackend, Stepper] = {
+STEPPERS: Mapping[ChosenBackend | Literal["compiled_steps"], Stepper] = {
     "eager": Stepper(begin, advance, finish, _random_noise, span=1),
     "compiled": Stepper(_compiled(begin), _compiled(advance), _compiled(finish), _counted_noise, span=4),
+    "compiled_steps": Stepper(begin, _compiled(advance), finish, _counted_noise, span=1),
 }
-"""How chains are made step by step, by backend; "triton" runs a whole chain at once (`energy_prior.langevin.fused`)."""
+"""How chains are made step by step; "triton" runs a whole chain at once (`energy_prior.langevin.fused`)."""
+
+
+def stepper_for(backend: ChosenBackend, density: JointDensity) -> Stepper:
+    """How a chain on `density` is made: "compiled" compiles all of it, but of deep models a single step.
+
+    Compiling takes as long as there are operations: four steps in one call, the start and the end are seven times those of a
+    step. They save what a call costs, which is much beside the step of a small model and nothing beside that of a deep one.
+    """
+    if backend == "compiled" and evaluation_cost(density).operations > _MANY_OPERATIONS:
+        return STEPPERS["compiled_steps"]
+    return STEPPERS[backend]

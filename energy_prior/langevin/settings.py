@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from energy_prior._util import check_count, check_positive, check_settings
 from energy_prior.errors import ArgumentError, BackendWarning
-from energy_prior.langevin.backends import STEPPERS, Backend, chosen_backend
+from energy_prior.langevin.backends import Backend, chosen_backend, stepper_for
 from energy_prior.langevin.chain import ChainResult, StepCallback, run_chain, run_fused
 from energy_prior.langevin.density import JointDensity, Precision, by_parts, latents_at, whole
 from energy_prior.langevin.fused import why_not_fused
@@ -169,7 +169,8 @@ def sample_density(
             backend, fused = "compiled", against is None
             if against is not None:
                 warnings.warn(f'backend="triton" cannot run this chain, and "compiled" takes it: {against}.', BackendWarning, 2)
-        stepper = STEPPERS["eager" if fused else chosen_backend(backend, parts[0], batch, settings.steps)]
+        made = "eager" if fused else chosen_backend(backend, parts[0], batch, settings.steps)
+        stepper = stepper_for(made, parts[0])
         source = stepper.noise(parts[0], shapes) if noise is None else noise
         if not hasattr(source, "normal"):
             raise ArgumentError(f"noise: expected an InjectedNoise or another NoiseSource, got {type(noise).__name__}.")
