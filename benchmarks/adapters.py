@@ -28,7 +28,7 @@ from energy_prior import JointEBMPrior, ResidualVAE
 from energy_prior._util import frozen
 from energy_prior.adapters import NVAEAdapter
 
-STEP, BATCH = 0.1, 8
+STEP, BATCH = 0.1, 16
 GOALS: dict[tuple[str, str], float | None] = {
     ("nvae_style", "adapter_over_full_sampler"): 0.83,
     ("nvae_style", "compiled_over_full_sampler"): 0.60,
@@ -90,11 +90,14 @@ class Conv(nn.Conv2d):
 
 
 class Cell(nn.Module):
-    """A cell of NVAE's decoder: 1 × 1 to six times the width, 5 × 5 per channel, 1 × 1 back, norms, squeeze and excite."""
+    """A cell of NVAE's decoder: 1 × 1 to a larger width, 5 × 5 per channel, 1 × 1 back, norms, squeeze and excite.
+
+    Between groups the width is six times as large, in the image tower three times, as in NVAE.
+    """
 
     def __init__(self, source: int, target: int, cell_type: str) -> None:
         super().__init__()
-        self.cell_type, wide = cell_type, 6 * source
+        self.cell_type, wide = cell_type, (3 if "post" in cell_type else 6) * source
         self.skip = Conv(source, target, 1) if "up" in cell_type else nn.Identity()
         self.norms = nn.ModuleList(nn.BatchNorm2d(n) for n in (source, wide, wide, target))
         for norm in self.norms:

@@ -112,6 +112,7 @@ def test_a_compiled_posterior_and_a_trajectory(monkeypatch: pytest.MonkeyPatch) 
 def test_of_a_deep_model_one_step_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, whatever made the state before it; its start and end, which each chain has one of, are made eagerly."""
     monkeypatch.setattr(backends, "_MANY_OPERATIONS", 10)
+    torch._dynamo.utils.counters.clear()
     prior = lively(conv())
     noise = injected(prior, (1, 2))
     ends = [prior.sample_latents(N, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]

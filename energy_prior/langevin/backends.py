@@ -75,8 +75,10 @@ class _Kind:
     from then on the reference is used.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, device: torch.device) -> None:
         self._name = name
+        # on a CPU the compiler's own layouts cost more than they bring (groups of channels are copied to and fro)
+        self._options = {"layout_optimization": device.type != "cpu"}
         self._failed = False
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
 
@@ -85,7 +87,7 @@ class _Kind:
         if (function, variant) not in self._compiled:
             # torch.compile keeps what it compiled with the code object, a few variants each: this gets a code object of its own
             own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-            self._compiled[function, variant] = torch.compile(own, fullgraph=True, dynamic=False)
+            self._compiled[function, variant] = torch.compile(own, fullgraph=True, dynamic=False, options=self._options)
         if not self._failed:
             try:
                 return self._compiled[function, variant](*arguments)
@@ -108,7 +110,7 @@ def _kind(density: JointDensity) -> _Kind:
     topdown = density.topdown
     key = density.kind, topdown.batch_size
     if key not in _kinds:
-        _kinds[key] = _Kind(f"{type(topdown.generator).__name__}, batch of {topdown.batch_size}")
+        _kinds[key] = _Kind(f"{type(topdown.generator).__name__}, batch of {topdown.batch_size}", topdown.reference.device)
         if len(_kinds) > _KEPT:
             _kinds.popitem(last=False)
     _kinds.move_to_end(key)
