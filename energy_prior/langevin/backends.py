@@ -33,7 +33,7 @@ _R = TypeVar("_R")
 ChosenBackend = Literal["eager", "compiled"]
 StepBackend = Literal["auto", "eager", "compiled"]
 """How chains that something watches on the way are made, as in training."""
-Backend = Literal["auto", "eager", "compiled", "triton"]
+Backend = Literal["auto", "eager", "compiled", "graph", "triton"]
 """How chains are made; `ChainSettings` says what each is."""
 
 _COMPILE_SECONDS, _COMPILE_SECONDS_PER_OPERATION = 20.0, 0.05
@@ -78,7 +78,7 @@ class _Kind:
     def __init__(self, name: str, device: torch.device) -> None:
         self._name = name
         # on a CPU the compiler's own layouts cost more than they bring (groups of channels are copied to and fro)
-        self._options = {"layout_optimization": device.type != "cpu"}
+        self._options: dict[str, str | int | bool | Callable[..., Any]] = {"layout_optimization": device.type != "cpu"}
         self._failed = False
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
 
@@ -166,7 +166,7 @@ STEPPERS: Mapping[ChosenBackend | Literal["compiled_steps"], Stepper] = {
     "compiled": Stepper(_compiled(begin), _compiled(advance), _compiled(finish), _counted_noise, span=4),
     "compiled_steps": Stepper(begin, _compiled(advance), finish, _counted_noise, span=1),
 }
-"""How chains are made step by step; "triton" runs a whole chain at once (`energy_prior.langevin.fused`)."""
+"""How chains are made step by step; "graph" and "triton" run whole chains at once (`energy_prior.langevin.graphs`, `fused`)."""
 
 
 def stepper_for(backend: ChosenBackend, density: JointDensity) -> Stepper:

@@ -16,6 +16,7 @@ from energy_prior.errors import DivergenceError
 from energy_prior.langevin.backends import STEPPERS, Stepper
 from energy_prior.langevin.density import ChainState, JointDensity, Precision, by_parts, matrix_products, whole
 from energy_prior.langevin.fused import fused_position
+from energy_prior.langevin.graphs import graphed
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource
 from energy_prior.langevin.step import Carry, Draw, End, Rules, Scheme, Trace, coefficients, end_at
 
@@ -199,6 +200,50 @@ def run_fused(
         first += n
     _FiniteWatch(parts[0]).finish(steps, ends, s)
     return ChainResult(whole([end.position for end in ends]), whole([end.latents for end in ends]), s)
+
+
+def run_graphed(
+    parts: Sequence[JointDensity],
+    start: Sequence[Tensor],
+    *,
+    steps: int,
+    step_size: float,
+    noise: InjectedNoise | None,
+    scheme: Scheme,
+    temperature: float = 1.0,
+    taming: float | None = None,
+    precision: Precision = "full",
+    stepper: Stepper,
+) -> ChainResult | None:
+    """`run_chain` for plain chains, each part recorded as a CUDA graph (`energy_prior.langevin.graphs`).
+
+    Returns:
+        None, with a warning, if they cannot be recorded.
+
+    Raises:
+        DivergenceError: as `run_chain`, at the end.
+    """
+    s = torch.full_like(start[0].flatten(1)[:, 0], step_size)
+    rules = Rules(scheme, temperature, taming=taming, precision=precision)
+    first, ends, traces = 0, [], []
+    with matrix_products(precision):
+        for part, own in zip(parts, by_parts(parts, start), strict=True):
+            rows = slice(first, first + part.topdown.batch_size)
+            made = graphed(part, rules, own, s[rows], steps, None if noise is None else noise.rows(rows), stepper)
+            if made is None:
+                return None
+            ends.append(made[0])
+            traces.append(Trace(made[1], None))
+            first = rows.stop
+    watch = _FiniteWatch(parts[0])
+    watch.note(traces)
+    watch.finish(steps, ends, s)
+    return ChainResult(
+        position=whole([end.position for end in ends]),
+        latents=whole([end.latents for end in ends]),
+        step_size=s,
+        tamed=None if taming is None else whole([(there(end.cut) / steps,) for end in ends])[0],
+    )
 
 
 def _draws(parts: Sequence[JointDensity], rules: Rules, noise: NoiseSource, step: int, gains: Tensor) -> list[Draw]:

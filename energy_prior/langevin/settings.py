@@ -7,7 +7,7 @@ __all__ = ["LARGEST_STEP", "USUAL_ACCEPTANCE", "ChainDraw", "ChainOptions", "Cha
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from typing_extensions import TypedDict
 from energy_prior._util import check_count, check_positive, check_settings
 from energy_prior.errors import ArgumentError, BackendWarning
 from energy_prior.langevin.backends import Backend, chosen_backend, stepper_for
-from energy_prior.langevin.chain import ChainResult, StepCallback, run_chain, run_fused
+from energy_prior.langevin.chain import ChainResult, StepCallback, run_chain, run_fused, run_graphed
 from energy_prior.langevin.density import JointDensity, Precision, by_parts, latents_at, whole
 from energy_prior.langevin.fused import why_not_fused
+from energy_prior.langevin.graphs import why_not_graphed
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
 from energy_prior.langevin.step import Scheme
 from energy_prior.topdown import Space
@@ -64,9 +65,10 @@ class ChainSettings:
             has its own, on by default.
         backend: how steps are made. "eager": the reference, operation by operation. "compiled": the same step through
             `torch.compile`, compiled once per process and kind of chain, which takes seconds to minutes; for training and
-            for repeated sampling. "triton": on a GPU, the whole chain in one kernel, for unadjusted chains of the prior
-            in noise space on a `LadderVAE` of fully connected nets with `MLPEnergy`; "compiled" takes other chains, with
-            a warning. "auto": compiled where one call is so long that it pays for that, else eager.
+            for repeated sampling. "graph": on a GPU, the compiled steps of a whole chain in one launch, for unadjusted
+            chains of the prior. "triton": on a GPU, the whole chain in one kernel, for unadjusted chains of the prior
+            in noise space on a `LadderVAE` of fully connected nets with `MLPEnergy`. "compiled" takes other chains than
+            those, with a warning. "auto": compiled where one call is so long that it pays for that, else eager.
         precision: of the matrix products in the gradients; positions, densities and noise keep the latents' dtype. "full";
             "tf32" (CUDA only, about three digits); "bf16" (two to three digits), for unadjusted chains alone: densities
             of hundreds of nats are too coarse in it to accept or reject by. `docs/sampling.md` has its effect on samples.
@@ -162,14 +164,18 @@ def sample_density(
         batch = sum(part.topdown.batch_size for part in parts)
         shapes = [(batch, *shape[1:]) for shape in topdown.shapes]
         adaptive = settings.step_size is None and parts[0].informed
-        backend, fused = settings.backend, False
-        if backend == "triton":
+        backend, at_once = settings.backend, None
+        if backend in ("triton", "graph"):
             watched = measure or trace or on_step is not None
-            against = _why_not_plain(settings, adjust or adaptive, watched, noise) or why_not_fused(parts[0])
-            backend, fused = "compiled", against is None
-            if against is not None:
-                warnings.warn(f'backend="triton" cannot run this chain, and "compiled" takes it: {against}.', BackendWarning, 2)
-        made = "eager" if fused else chosen_backend(backend, parts[0], batch, settings.steps)
+            against = _why_not_plain(settings, adjust or adaptive, watched, noise) or _why_not_at_once(settings, parts[0])
+            if against is None:
+                at_once = backend
+            else:
+                warnings.warn(
+                    f'backend="{backend}" cannot run this chain, and "compiled" takes it: {against}.', BackendWarning, 2
+                )
+            backend = "compiled"
+        made = "eager" if at_once == "triton" else chosen_backend(backend, parts[0], batch, settings.steps)
         stepper = stepper_for(made, parts[0])
         source = stepper.noise(parts[0], shapes) if noise is None else noise
         if not hasattr(source, "normal"):
@@ -185,19 +191,16 @@ def sample_density(
             return ChainDraw(latents_at(parts, position), None)
         step_size = settings.step_size or default_step_size
         scheme = settings.scheme_in(space)
-        if fused:
-            result = run_fused(
-                parts,
-                position,
-                steps=settings.steps,
-                step_size=step_size,
-                noise=noise if isinstance(noise, InjectedNoise) else None,
-                scheme=scheme,
-                temperature=settings.temperature,
-                precision=settings.precision,
-                max_memory=settings.max_memory,
-            )
-            return ChainDraw(result.latents, result)
+        if at_once and settings.steps:
+            plain: dict[str, Any] = {"steps": settings.steps, "step_size": step_size, "scheme": scheme}
+            plain |= {"temperature": settings.temperature, "precision": settings.precision}
+            plain["noise"] = noise if isinstance(noise, InjectedNoise) else None
+            if at_once == "triton":
+                result = run_fused(parts, position, max_memory=settings.max_memory, **plain)
+            else:
+                result = run_graphed(parts, position, taming=settings.taming, stepper=stepper, **plain)
+            if result is not None:
+                return ChainDraw(result.latents, result)
         result = run_chain(
             parts,
             position,
@@ -225,13 +228,18 @@ def _why_not_plain(settings: ChainSettings, adjusted: bool, watched: bool, noise
         return "it is for unadjusted chains of a fixed step size"
     if watched:
         return "it shows nothing of a chain but its end"
-    if settings.taming is not None:
-        return "it has no taming"
     if settings.precision == "bf16":
         return "it has no bf16"
     if noise is not None and not isinstance(noise, InjectedNoise):
         return "it takes no NoiseSource but InjectedNoise"
     return None
+
+
+def _why_not_at_once(settings: ChainSettings, density: JointDensity) -> str | None:
+    """In words, why the backend that was asked for cannot make all steps of a plain chain at once; None if it can."""
+    if settings.backend == "graph":
+        return why_not_graphed(density)
+    return "it has no taming" if settings.taming is not None else why_not_fused(density)
 
 
 def _check_precision(settings: ChainSettings, density: JointDensity, adjust: bool) -> None:
