@@ -44,8 +44,10 @@ def check_generator(generator: HierarchicalGenerator, x: Tensor) -> tuple[str, .
         >>> ep.check_generator(vae, torch.rand(4, 1, 8, 8))[0]
         'shapes, types and layer order agree with latent_shapes'
     """
-    if not isinstance(x, Tensor) or x.ndim < 2 or len(x) < 2:
-        raise GeneratorError("x: expected two or more observations of shape (batch, *x_shape).")
+    if not isinstance(x, Tensor):
+        raise GeneratorError(f"x: expected a torch.Tensor, got {type(x).__name__}; torch.as_tensor makes one.")
+    if x.ndim < 2 or len(x) < 2:
+        raise GeneratorError(f"x: expected two or more observations, (batch, *x_shape), got shape {tuple(x.shape)}.")
     checks: dict[str, Callable[[HierarchicalGenerator, Tensor], str | None]] = {
         "shapes, types and layer order agree with latent_shapes": _shapes,
         "likelihood fits the observations": _likelihood,
@@ -107,7 +109,7 @@ def _deterministic(generator: HierarchicalGenerator, x: Tensor) -> str | None:
 
 
 def _pure(generator: HierarchicalGenerator, x: Tensor) -> str | None:
-    """One state branched twice must agree with itself, whatever the other branch does below it."""
+    """One state branched twice must agree with itself, whatever the other branch does below it; so must two passes."""
     for layer, state, z in _walk(generator, len(x)):
         try:
             sound, raised = _branches_agree(generator, state, layer, z, x), ""
@@ -120,6 +122,29 @@ def _pure(generator: HierarchicalGenerator, x: Tensor) -> str | None:
                 "them, no in-place "
                 "operations, nothing stored on the model; no dropout or batch norm in train mode."
             )
+    return _side_by_side(generator, x)
+
+
+def _side_by_side(generator: HierarchicalGenerator, x: Tensor) -> str | None:
+    """A pass must not notice that another one goes down between its calls."""
+    one, other = (ancestral(generator, len(x)).latents for _ in range(2))
+    alone = _pass(generator, one)
+    likelihood = _log_likelihood(generator, alone, x)
+    fault = (
+        "descend: a pass comes out otherwise where another one goes down between its calls, from layer {0} on. Something that "
+        "belongs in the state is kept on the model; put it into what start and descend return."
+    )
+    with torch.no_grad():
+        state, there = generator.start(len(x)), generator.start(len(x))
+        for layer in range(len(one), 0, -1):
+            here = generator.conditional(state)
+            generator.conditional(there)
+            expected = alone.conditionals[layer - 1]
+            if not (_close(here.loc, expected.loc) and _close(here.scale, expected.scale)):
+                return fault.format(layer)
+            state, there = generator.descend(state, one[layer - 1]), generator.descend(there, other[layer - 1])
+        if not _close(_log_likelihood_at(generator, state, x), likelihood):
+            return fault.format("x")
     return None
 
 
@@ -161,7 +186,11 @@ def _likelihood(generator: HierarchicalGenerator, x: Tensor) -> str | None:
     if outside is not None:
         return f"x: {outside}"
     if likelihood.event_shape != x.shape[1:]:
-        return f"likelihood: event_shape is {tuple(likelihood.event_shape)}, but an observation has {tuple(x.shape[1:])}."
+        return (
+            f"x or likelihood: an observation has shape {tuple(x.shape[1:])}, but the likelihood's event_shape is "
+            f"{tuple(likelihood.event_shape)}. If x is as it should be (channels first, as many as the model has), wrap the "
+            "likelihood in torch.distributions.Independent with the number of dimensions of one observation."
+        )
     log_prob = _log_likelihood(generator, descent, x)
     if log_prob.shape != (len(x),):
         return (

@@ -124,7 +124,7 @@ class ImageStream:
             check_count(name, value, least=least)
         self.source, self.size, self.batch_size, self.channels, self.buffer = source, size, batch_size, channels, buffer
         rows, self._image, _ = _columns(_open(source, split, streaming=True), source)
-        self._rows = rows.skip(skip)
+        self._rows, self._skip = rows.skip(skip), skip
         if world > 1:
             split_by_node = require_extra("datasets.distributed", "examples").split_dataset_by_node
             self._rows = split_by_node(self._rows, rank=rank, world_size=world)
@@ -141,8 +141,8 @@ class ImageStream:
                 batch, whole = [], True
         if not whole:
             raise ArgumentError(
-                f"batch_size: {os.fspath(self.source)!r} has only {len(batch)} images for this process, got batch_size = "
-                f"{self.batch_size}."
+                f"batch_size: expected at most {len(batch)}, the images of {os.fspath(self.source)!r} that are left for this "
+                f"process (after skip = {self._skip}), got {self.batch_size}."
             )
 
 

@@ -82,10 +82,11 @@ def _probe(generator: Any) -> Probe:
             f"generator.likelihood: expected a torch.distributions.Distribution, got {type(likelihood).__name__}."
         )
     if likelihood.batch_shape != (_PROBE_BATCH,):
+        dims = len(likelihood.batch_shape) + len(likelihood.event_shape) - 1
         raise GeneratorError(
             f"generator.likelihood: expected batch_shape ({_PROBE_BATCH},) for {_PROBE_BATCH} observations, got "
-            f"{tuple(likelihood.batch_shape)} with event_shape {tuple(likelihood.event_shape)}. Wrap it in "
-            f"torch.distributions.Independent(…, {len(likelihood.batch_shape) - 1})."
+            f"{tuple(likelihood.batch_shape)} with event_shape {tuple(likelihood.event_shape)}. One observation is one event: "
+            f"torch.distributions.Independent(…, {dims}) of a distribution per element."
         )
     return Probe(tuple(latents), likelihood.event_shape)
 

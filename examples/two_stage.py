@@ -1,13 +1,14 @@
 """CIFAR-10, CelebA-HQ-256 or LSUN-Church-64 in two stages: a deep generator, or an NVAE of yours, then its joint prior.
 
-    python examples/two_stage.py cifar10 --data path/to/cifar10            # parquet files or image folders
+    python examples/two_stage.py cifar10 --data path/to/cifar10            # train*.parquet, or a folder train/ of images
     python examples/two_stage.py celeba_hq_256                             # from the Hugging Face hub, streamed
     python examples/two_stage.py lsun_church_64 --data path/to/images --nvae checkpoint.pt --nvae-code path/to/NVAE
     python examples/two_stage.py cifar10 --data path/to/cifar10 --quick    # minutes on a CPU, to see that it runs
 
     accelerate launch --multi_gpu --num_processes 2 --mixed_precision bf16 examples/two_stage.py celeba_hq_256
 
-Stage one trains a `ResidualVAE`, or takes the checkpoint of an NVAE (whose own code builds the model); stage two learns the
+Stage one trains a `ResidualVAE`, or takes the checkpoint of an NVAE (whose own code builds the model, and needs what it always
+needs: a GPU, as its batch norm has no form for a CPU, and tensorboardX); stage two learns the
 energies on it, frozen, for 6,500 iterations as published (Cui, Wu and Han, CVPR 2023), by a ratio estimate and then by maximum
 likelihood. The published 10 steps of 0.003 hardly move a chain: step sizes and learning rates are the library's. The full
 size is meant for GPUs.
@@ -164,10 +165,12 @@ def run(options: argparse.Namespace, accelerator: Any = None) -> dict[str, Any]:
 
 def nvae(path: str, code: str) -> nn.Module:
     """An NVAE from its checkpoint, built by its own code in the folder `code`."""
+    checkpoint = load_checkpoint(path)
+    if not (Path(code) / "model.py").is_file():
+        raise SystemExit(f"--nvae-code: expected the folder of NVAE's code, with model.py in it, got {code!r}.")
     sys.path.insert(0, code)
     from model import AutoEncoder  # type: ignore[import-not-found]
 
-    checkpoint = load_checkpoint(path)
     model = AutoEncoder(checkpoint["args"], None, checkpoint["arch_instance"])
     return NVAEAdapter(load_weights(model, checkpoint).eval())
 

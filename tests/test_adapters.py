@@ -349,6 +349,16 @@ def test_checkpoints_of_public_code(tmp_path: Path) -> None:
     assert load_weights(NVAE(), {"model_state_dict": model.state_dict()}) is not None
 
 
+@pytest.mark.parametrize("prefix", ["model.", "_orig_mod.", "module._orig_mod.", "model.module."])
+def test_prefixes_of_wrappers_are_taken_off(prefix: str) -> None:
+    model, other = NVAE(), NVAE()
+    load_weights(other, {"state_dict": {prefix + k: v for k, v in model.state_dict().items()}})
+    assert torch.equal(other.stem.weight, model.stem.weight)
+    inside = nn.Module()
+    inside.model = nn.Linear(2, 2)
+    assert load_weights(inside, inside.state_dict()) is inside, "names that are the model's own stay"
+
+
 class Harmful:
     """Runs code when it is unpickled."""
 
@@ -359,8 +369,9 @@ class Harmful:
 def test_unsafe_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {}, "extra": Harmful()}, "bad.pt")
-    with pytest.raises(CheckpointError, match="'bad.pt' holds more than tensors and plain values"):
+    with pytest.raises(CheckpointError, match="'bad.pt' asks for getattr, .*more than tensors and plain values") as error:
         load_checkpoint("bad.pt")
+    assert "weights_only" not in str(error.value), "torch's advice to switch its safety off is not passed on"
     assert not Path("touched").exists()
 
 
@@ -380,6 +391,22 @@ def no_weights(path: Path) -> Any:
     return load_weights(NVAE(), path)
 
 
+def a_text(path: Path) -> Any:
+    path.write_text("hello")
+    return load_checkpoint(path)
+
+
+def an_empty_file(path: Path) -> Any:
+    path.write_bytes(b"")
+    return load_checkpoint(path)
+
+
+def a_folder(path: Path) -> Any:
+    path.mkdir()
+    (path / "weights.pt").write_bytes(b"")
+    return load_checkpoint(path)
+
+
 def a_zip(path: Path) -> Any:
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("a.txt", "text")
@@ -394,6 +421,9 @@ def a_zip(path: Path) -> Any:
         (no_weights, CheckpointError, "holds no state dict"),
         (a_zip, CheckpointError, "is not a whole checkpoint"),
         (load_checkpoint, FileNotFoundError, "No checkpoint at"),
+        (a_text, CheckpointError, "is not a whole checkpoint of torch.save"),
+        (an_empty_file, CheckpointError, "is not a whole checkpoint of torch.save .EOFError"),
+        (a_folder, FileNotFoundError, "It is a folder; give one of the files in it: weights.pt"),
     ],
 )
 def test_bad_checkpoints(act: Callable[[Path], Any], error: type[Exception], words: str, tmp_path: Path) -> None:

@@ -76,6 +76,20 @@ class SharedBuffer(LadderVAE):
         return new
 
 
+class KeptOnModel(LadderVAE):
+    """A skip connection from z_3 to x that is kept on the model: right as long as one pass goes down at a time."""
+
+    kept: Tensor
+
+    def descend(self, state: Any, z: Tensor) -> Any:
+        if state.layer == 3:
+            self.kept = z.mean(1, keepdim=True)
+        return super().descend(state, z)
+
+    def likelihood(self, state: Any) -> Distribution:
+        return super().likelihood(state._replace(z=state.z + self.kept))
+
+
 class WithDropout(LadderVAE):
     def conditional(self, state: Any) -> Normal:
         c = super().conditional(state)
@@ -225,6 +239,10 @@ def build(kind: type[LadderVAE]) -> LadderVAE:
         (Reversed, "layer order: .* from z_1"),
         (lambda: build(InPlace), "descend: one state at layer 2, taken down twice"),
         (lambda: build(SharedBuffer), "descend: one state at layer 2, taken down twice"),
+        (
+            lambda: KeptOnModel((1, 4, 4), latent_dims=(3, 2, 2), hidden=8).eval(),
+            "a pass comes out otherwise where another one goes down between its calls, from layer x on.*kept on the model",
+        ),
         (lambda: build(WithDropout).train(), "two calls on one state differ .* dropout"),
         (lambda: WithBatchNorm().train(), "changes with the rest of its batch.*batch norm in train mode"),
         (lambda: build(Ignores), "changing z_2 does not change any layer below it"),
@@ -252,10 +270,23 @@ def test_each_fault_is_named(make: Callable[[], Any], words: str) -> None:
 
 
 def test_observations_of_another_shape() -> None:
-    with pytest.raises(GeneratorError, match=r"event_shape is \(1, 4, 4\), but an observation has \(1, 5, 5\)"):
+    with pytest.raises(GeneratorError, match=r"an observation has shape \(1, 5, 5\), but .* event_shape is \(1, 4, 4\)"):
         check_generator(vae(), torch.rand(4, 1, 5, 5))
-    with pytest.raises(GeneratorError, match="two or more observations"):
+    with pytest.raises(GeneratorError, match=r"two or more observations, .* got shape \(1, 1, 4, 4\)"):
         check_generator(vae(), X[:1])
+    with pytest.raises(GeneratorError, match=r"expected a torch.Tensor, got ndarray; torch.as_tensor makes one"):
+        check_generator(vae(), X.numpy())  # type: ignore[arg-type]
+
+
+def test_an_independent_of_too_few_dimensions() -> None:
+    """The advice counts from the distribution per element, whatever it is wrapped in already."""
+
+    class Rows(LadderVAE):
+        def likelihood(self, state: Any) -> Distribution:
+            return Independent(super().likelihood(state).base_dist, 1)  # type: ignore[attr-defined]
+
+    with pytest.raises(GeneratorError, match=r"Independent\(…, 3\)"):
+        check_generator(build(Rows), X)
 
 
 def test_a_check_changes_nothing_and_claims_nothing_that_it_did_not_test() -> None:

@@ -7,6 +7,7 @@ __all__ = ["load_checkpoint", "load_weights"]
 import argparse
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from energy_prior.errors import CheckpointError
 
 _PLAIN: list[Any] = [argparse.Namespace]
 _KEYS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
@@ -30,17 +32,25 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
         CheckpointError: if it is truncated, or asks for any other type (which could run code).
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"No checkpoint at {os.fspath(path)!r}.")
+        inside = sorted(p.name for p in Path(path).glob("*.p[th]*")) if Path(path).is_dir() else []
+        hint = f" It is a folder; give one of the files in it: {', '.join(inside[:5])}." if inside else ""
+        raise FileNotFoundError(f"No checkpoint at {os.fspath(path)!r}.{hint}")
     try:
         with torch.serialization.safe_globals(_PLAIN):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # a file that is none raises whatever its bytes happen to mean
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if asked:
+            raise CheckpointError(
+                f"{os.fspath(path)!r} asks for {asked[1]}, and holds more than tensors and plain values: reading it could "
+                "run code. Where the file is your own, save the model's state_dict() alone, with the code that made the model, "
+                "and load that."
+            ) from None
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = f"{type(error).__name__}: {reason}" if not isinstance(error, pickle.UnpicklingError) else "it is no pickle"
         raise CheckpointError(
-            f"{os.fspath(path)!r} holds more than tensors and plain values, so that reading it could run code, or is damaged: "
-            f"{str(error).splitlines()[0]} Save the model's state_dict() alone, where you trust the file, and load that."
+            f"{os.fspath(path)!r} is not a whole checkpoint of torch.save ({reason}). Use another copy."
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise CheckpointError(f"{os.fspath(path)!r} is not a whole checkpoint ({error}). Use another copy.") from error
 
 
 def load_weights(model: _Model, checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> _Model:
@@ -49,8 +59,9 @@ def load_weights(model: _Model, checkpoint: str | os.PathLike[str] | Mapping[str
     Args:
         model: the model to fill.
         checkpoint: a file, as for `load_checkpoint`, or what that returned: a state dict, or a dict with one under
-            "state_dict", "model_state_dict" or "model". The prefix "module." of DistributedDataParallel is taken off, and
-            NVAE's `weight_normalized`, which its code computes anew, is left out.
+            "state_dict", "model_state_dict" or "model". What DistributedDataParallel ("module."), torch.compile ("_orig_mod.")
+            and Lightning ("model.") put before every name is taken off, and NVAE's `weight_normalized`, which its code computes
+            anew, is left out.
 
     Returns:
         The model itself.
@@ -64,9 +75,19 @@ def load_weights(model: _Model, checkpoint: str | os.PathLike[str] | Mapping[str
         loaded = next((loaded[key] for key in _KEYS if isinstance(loaded.get(key), Mapping)), loaded)
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise CheckpointError(f"{name!r} holds no state dict, as expected at its top or under one of {', '.join(_KEYS)}.")
-    weights = {key.removeprefix("module."): value for key, value in loaded.items() if not key.endswith("weight_normalized")}
+    weights = {key: value for key, value in loaded.items() if not key.endswith("weight_normalized")}
     expected = {key: v for key, v in model.state_dict().items() if not key.endswith("weight_normalized")}
+    while prefix := _foreign_prefix(weights, expected):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
     remedy = "Build the model with the settings that it was trained with."
     check_state_fits(name, expected, weights, f"this {type(model).__name__}", remedy)
     model.load_state_dict(weights, strict=False)
     return model
+
+
+def _foreign_prefix(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """What a wrapper put before every name, if it did."""
+    for prefix in _PREFIXES:
+        if weights and all(key.startswith(prefix) for key in weights) and not all(key.startswith(prefix) for key in expected):
+            return prefix
+    return None
