@@ -259,7 +259,8 @@ def _infer(generator: HierarchicalGenerator, x: Tensor) -> str | None:
         with reproducible(torch.Generator().manual_seed(seed), x.device):  # as the library calls it
             return generator.infer(observations)  # type: ignore[attr-defined]
 
-    first, again, other = (draw(seed) for seed in (1, 1, 2))
+    with torch.enable_grad():
+        first, again, other = (draw(seed) for seed in (1, 1, 2))
     if not all(torch.equal(a, b) for a, b in zip(first.latents, again.latents, strict=True)):
         return (
             "infer: two draws under one seed of torch's random streams differ. Draw from torch (not numpy), and call "
@@ -271,10 +272,11 @@ def _infer(generator: HierarchicalGenerator, x: Tensor) -> str | None:
         if torch.equal(first.log_q[:, layer - 1], other.log_q[:, layer - 1]):
             return f"infer: log_q of layer {layer} is the same for different draws. It must be log q at the drawn z_{layer}."
     among_copies = draw(1, x[:1].expand(x.shape))
-    if not all(_close(a[:1], b[:1]) for a, b in zip(first.latents, among_copies.latents, strict=True)):
+    pairs = zip((*first.latents, first.log_q), (*among_copies.latents, among_copies.log_q), strict=True)
+    if not all(_close(a[:1], b[:1]) for a, b in pairs):
         return (
-            "infer: the latents of an observation change with the rest of its batch. Is there batch norm in train mode? Call "
-            "generator.eval()."
+            "infer: the latents of an observation, or their log q, change with the rest of its batch. Is there batch norm in "
+            "train mode? Call generator.eval()."
         )
     if first.conditionals is not None:
         fault = _same_pass(generator, first, x)
@@ -291,6 +293,11 @@ def _same_pass(generator: HierarchicalGenerator, inferred: Inferred, x: Tensor) 
     for layer, (a, b) in enumerate(zip(inferred.conditionals or (), descent.conditionals, strict=True), start=1):
         if not (_close(a.loc, b.loc) and _close(a.scale, b.scale)):
             return f"infer: conditionals[{layer - 1}] is not that of z_{layer} at its latents; they go from z_1 to z_L."
+    with torch.enable_grad():
+        fresh = TopDown(generator, len(x)).descend(inferred.latents, "latent").conditionals
+    for layer, (a, b) in enumerate(zip(inferred.conditionals or (), fresh, strict=True), start=1):
+        if b.loc.requires_grad and not a.loc.requires_grad:
+            return f"infer: conditionals[{layer - 1}] carries no gradient, so that no training could reach that prior."
     if not _close(_log_likelihood_at(generator, inferred.state, x), _log_likelihood(generator, descent, x)):
         return "infer: its state does not give the likelihood of its latents; it must be the state below z_1."
     return None

@@ -35,12 +35,17 @@ _DIGEST_PART = 2**24
 
 
 def fingerprint(generator: Any) -> str:
-    """SHA-256 of a generator's latent shapes and, if it is an `nn.Module`, of its weights and buffers, as hexadecimal digits.
+    """SHA-256 of a generator's latent shapes and, if it is an `nn.Module`, of its weights, buffers and settings, as hex digits.
 
-    It depends on names, shapes, dtypes and values, not on the device.
+    It depends on names, shapes, dtypes and values, not on the device. Settings are what modules other than torch's own say in
+    `extra_repr`: of two models with the same weights one may have another temperature.
     """
     shapes = repr([tuple(shape) for shape in generator.latent_shapes])
-    return digest(generator.state_dict() if isinstance(generator, nn.Module) else {}, shapes)
+    if not isinstance(generator, nn.Module):
+        return digest({}, shapes)
+    own = {name: part for name, part in generator.named_modules() if not type(part).__module__.startswith("torch.")}
+    settings = {name: part.extra_repr() for name, part in own.items() if part.extra_repr()}
+    return digest(generator.state_dict(), f"{shapes} {sorted(settings.items())}")
 
 
 def digest(values: Mapping[str, Any], start: str = "") -> str:

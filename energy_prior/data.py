@@ -99,7 +99,7 @@ class ImageStream:
         skip: the first images, which are left out (to be held out elsewhere), ≥ 0.
         buffer: images that the shuffling draws from, ≥ 1.
         rank: number of this process.
-        world: number of processes; each reads its own share.
+        world: number of processes, ≥ 1; each takes every world-th image, from the rank-th on.
 
     Raises:
         ArgumentError: as `load_images`; or if a pass has not one whole batch.
@@ -120,14 +120,16 @@ class ImageStream:
     ) -> None:
         if channels not in (1, 3):
             raise ArgumentError(f"channels: expected 1 or 3, got {channels!r}.")
-        for name, value, least in (("size", size, 1), ("batch_size", batch_size, 1), ("skip", skip, 0), ("buffer", buffer, 1)):
-            check_count(name, value, least=least)
+        for name, value in {"size": size, "batch_size": batch_size, "buffer": buffer, "world": world}.items():
+            check_count(name, value)
+        check_count("skip", skip, least=0)
+        if check_count("rank", rank, least=0) >= world:
+            raise ArgumentError(f"rank: expected a whole number below world = {world}, got {rank!r}.")
         self.source, self.size, self.batch_size, self.channels, self.buffer = source, size, batch_size, channels, buffer
         rows, self._image, _ = _columns(_open(source, split, streaming=True), source)
         self._rows, self._skip = rows.skip(skip), skip
-        if world > 1:
-            split_by_node = require_extra("datasets.distributed", "examples").split_dataset_by_node
-            self._rows = split_by_node(self._rows, rank=rank, world_size=world)
+        if world > 1:  # by image and after the skip, whatever the files: datasets' own split may skip less in each process
+            self._rows = self._rows.filter(lambda _, i: i % world == rank, with_indices=True)
 
     def __iter__(self) -> Iterator[Tensor]:
         """One pass: float32 images in [0, 1], (batch_size, channels, size, size)."""
@@ -204,12 +206,12 @@ def _rows(rows: Any, source: str | os.PathLike[str]) -> Iterator[dict[str, Any]]
 
 def _tensor(picture: Any, size: int | None, channels: int) -> Tensor:
     """A PIL image as uint8, (channels, height, width)."""
+    if picture.mode.startswith("I"):  # 16 bits, of which Pillow would keep the lowest eight
+        picture = picture.point(lambda value: value / 257)
+    picture = picture.convert("L" if channels == 1 else "RGB")  # before it is resized: a palette cannot be averaged
     if size is not None and picture.size != (size, size):
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         picture = picture.crop((left, top, left + side, top + side)).resize((size, size), reducing_gap=2.0)
-    if picture.mode.startswith("I"):  # 16 bits, of which Pillow would keep the lowest eight
-        picture = picture.point(lambda value: value / 257).convert("L")
-    picture = picture.convert("L" if channels == 1 else "RGB")
     flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return flat.reshape(picture.height, picture.width, channels).permute(2, 0, 1)

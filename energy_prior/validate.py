@@ -285,6 +285,14 @@ def checked_infer(generator: HierarchicalGenerator, x: Tensor) -> Inferred:
             raise GeneratorError(
                 f"generator.infer: expected z_{layer} like x, {x.dtype} on {x.device}, got {z.dtype} on {z.device}."
             )
+    if inferred.conditionals is not None:
+        shapes = [tuple(getattr(getattr(p, "loc", None), "shape", ())) for p in inferred.conditionals]
+        if shapes != expected or inferred.state is None:
+            raise GeneratorError(
+                f"generator.infer: expected Inferred.conditionals, p(z_i | z_(>i)) from z_1 to z_L, of shapes {expected}, and "
+                f"the state below z_1, got shapes {shapes} and state of type {type(inferred.state).__name__}. Leave both out "
+                "if infer does not go down through the generator."
+            )
     if not all(bool(torch.isfinite(t).all()) for t in (*inferred.latents, inferred.log_q)):
         raise DivergenceError("generator.infer: its draws, or their log q, are not finite.")
     return inferred

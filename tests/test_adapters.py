@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import re
 import zipfile
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 
 from energy_prior import ArgumentError, CheckpointError, GeneratorError, JointEBMPrior, LadderVAE, ResidualVAE, check_generator
 from energy_prior.adapters import DeepVAEAdapter, NVAEAdapter, VDVAEAdapter, load_checkpoint, load_weights
+from energy_prior.checkpoint import fingerprint
 from energy_prior.generator import HierarchicalGenerator
 from energy_prior.langevin import InjectedNoise
 from energy_prior.topdown import TopDown, inferred_descent
+from energy_prior.validate import checked_infer
 
 MAKERS: dict[str, Callable[[], Any]] = {
     "nvae": lambda: NVAEAdapter(perturbed(NVAE())),
@@ -57,6 +60,19 @@ def ones(generator: HierarchicalGenerator, n: int = 2) -> list[Tensor]:
 def test_contract(name: str) -> None:
     generator = MAKERS[name]()
     assert len(check_generator(generator, images(generator))) == 8
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_distributions_stay_in_full_precision_under_autocast(name: str) -> None:
+    """What autocast makes bf16 inside the nets does not reach latents, log q or densities."""
+    generator = MAKERS[name]()
+    x = images(generator)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        inferred = checked_infer(generator, x)
+        descent = inferred_descent(generator, inferred)
+        likelihood = generator.likelihood(descent.state).log_prob(x)
+    kinds = {t.dtype for c in descent.conditionals for t in (c.loc, c.scale)}
+    assert kinds | {t.dtype for t in (*inferred.latents, inferred.log_q, likelihood)} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -120,6 +136,30 @@ def test_nvae_keeps_normalised_weights_in_training_mode_only() -> None:
     model.train()
     torch.testing.assert_close(conv(features), expected)
     assert conv.weight_normalized is not kept
+
+
+def test_a_wrapped_nvae_can_still_be_saved() -> None:
+    model: Any = perturbed(NVAE())
+    features = torch.randn(2, 6, 8, 8)
+    expected = model.pre_process[0].conv(features)
+    NVAEAdapter(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.load(file, weights_only=False).pre_process[0].conv(features), expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "make"),
+    [
+        (NVAE(), lambda m, t: NVAEAdapter(m, prior_temperature=t)),
+        (VDVAE(), lambda m, t: VDVAEAdapter(m, prior_temperature=t)),
+        (VDVAE(), lambda m, t: VDVAEAdapter(m, pixels=(100 * t, 60.0))),
+    ],
+)
+def test_settings_of_an_adapter_tell_models_apart(model: nn.Module, make: Any) -> None:
+    model.eval()
+    assert fingerprint(make(model, 0.5)) == fingerprint(make(model, 0.5)) != fingerprint(make(model, 1.0))
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -357,6 +397,13 @@ def test_prefixes_of_wrappers_are_taken_off(prefix: str) -> None:
     inside = nn.Module()
     inside.model = nn.Linear(2, 2)
     assert load_weights(inside, inside.state_dict()) is inside, "names that are the model's own stay"
+
+
+def test_what_was_allowed_before_is_allowed_after(tmp_path: Path) -> None:
+    torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "a.pt")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        load_checkpoint(tmp_path / "a.pt")
+        assert torch.load(tmp_path / "a.pt")["args"].a == 1
 
 
 class Harmful:

@@ -256,7 +256,10 @@ def build(kind: type[LadderVAE]) -> LadderVAE:
         (lambda: build(InferMean), "different seeds give the same draw"),
         (lambda: build(NotFinite), "infer: its draws, or their log q, are not finite"),
         (lambda: build(InferConstantLogQ), "log_q of layer 1 is the same for different draws"),
-        (lambda: build(InferBatchNorm).train(), "infer: the latents of an observation change with the rest of its batch"),
+        (
+            lambda: build(InferBatchNorm).train(),
+            "infer: the latents of an observation, or their log q, change with the rest of its batch",
+        ),
         (lambda: build(GrowingList), "descend: one state at layer 1, taken down twice"),
         (lambda: build(DecoderDropout).train(), "likelihood: two calls on one state differ.* dropout"),
         (Shapeless, r"latent_shapes: expected a shape per layer, .* got \(3, 2\)"),
@@ -409,11 +412,28 @@ class TopDownInference(ResidualVAE):
         assert found.conditionals is not None
         if self.wrong == "order":
             return replace(found, conditionals=found.conditionals[::-1])
+        if self.wrong == "detached":
+            detached = tuple(Normal(p.loc.detach(), p.scale.detach()) for p in found.conditionals)
+            return replace(found, conditionals=detached)
+        if self.wrong == "short":
+            return replace(found, conditionals=found.conditionals[:1])
+        if self.wrong == "no state":
+            return replace(found, state=None)
+        if self.wrong == "log q":
+            return replace(found, log_q=found.log_q.mean(0, keepdim=True).expand_as(found.log_q))
         return replace(found, state=found.state._replace(features=found.state.features + 1)) if self.wrong == "state" else found
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"), [("order", "conditionals\\[0\\] is not that of z_1"), ("state", "its state does not give")]
+    ("wrong", "words"),
+    [
+        ("order", "conditionals\\[0\\] is not that of z_1"),
+        ("state", "its state does not give"),
+        ("detached", "conditionals\\[0\\] carries no gradient"),
+        ("short", "expected Inferred.conditionals, .* got shapes .* Leave both out"),
+        ("no state", "and the state below z_1, got .* state of type NoneType"),
+        ("log q", "or their log q, change with the rest of its batch"),
+    ],
 )
 def test_a_pass_that_is_handed_over(wrong: str, words: str) -> None:
     generator = TopDownInference((1, 4, 4), groups=(2,), channels=4, downsample=0).eval()

@@ -116,15 +116,34 @@ def test_a_stream_gives_every_image_once_in_another_order_each_pass(tmp_path: Pa
     assert next(iter(stream)).shape == (4, 1, 4, 4)
 
 
-def test_processes_share_a_stream(tmp_path: Path) -> None:
-    folder = write_parquet(tmp_path / "set", [picture(10 * i, (4, 4)) for i in range(12)])
+@pytest.mark.parametrize("files", [1, 2, 3, 4])
+def test_processes_share_a_stream_after_what_is_held_out(files: int, tmp_path: Path) -> None:
+    """Every image once, whatever the files are and the seeds of the processes."""
+    for k in range(files):
+        share = [picture(10 * i, (4, 4)) for i in range(24 * k // files, 24 * (k + 1) // files)]
+        write_parquet(tmp_path / f"{k}", share).joinpath("train-00000-of-00001.parquet").rename(tmp_path / f"train-{k}.parquet")
+    held_out = levels(load_images(tmp_path, channels=1, limit=8, streaming=True).images)
     seen = []
     for rank in range(2):
-        torch.manual_seed(0)
-        seen += [
-            level for b in ImageStream(folder, size=4, batch_size=3, channels=1, rank=rank, world=2) for level in levels(b)
-        ]
-    assert sorted(seen) == [10 * i for i in range(12)]
+        torch.manual_seed(rank)
+        stream = ImageStream(tmp_path, size=4, batch_size=4, channels=1, skip=8, rank=rank, world=2)
+        seen += [level for b in stream for level in levels(b)]
+    assert sorted(held_out + seen) == [10 * i for i in range(24)]
+
+
+@pytest.mark.parametrize("mode", ["P", "1", "L", "RGB"])
+def test_every_mode_is_averaged_when_it_is_scaled(mode: str, tmp_path: Path) -> None:
+    """A chequerboard of black and white comes out gray, as a palette too."""
+    board = Image.new("RGB", (64, 64))
+    for i in range(64):
+        for j in range(i % 2, 64, 2):
+            board.putpixel((i, j), (255, 255, 255))
+    folder = tmp_path / "set" / "train"
+    folder.mkdir(parents=True)
+    for name in ("a", "b"):
+        board.convert(mode).save(folder / f"{name}.png")
+    batch = next(iter(ImageStream(tmp_path / "set", size=16, batch_size=2, channels=3)))
+    assert float((batch - 0.5).abs().max()) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -134,6 +153,9 @@ def test_processes_share_a_stream(tmp_path: Path) -> None:
         ({"size": 0}, "size: expected a whole number"),
         ({"channels": 2}, "channels: expected 1 or 3"),
         ({"skip": -1}, "skip: expected"),
+        ({"rank": 2, "world": 2}, "rank: expected a whole number below world = 2, got 2"),
+        ({"rank": -1}, "rank: expected"),
+        ({"world": 0}, "world: expected"),
         ({"split": "test"}, "expected test"),
     ],
 )

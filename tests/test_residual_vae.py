@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
+from torch.utils.checkpoint import checkpoint
 
-from energy_prior import ArgumentError, JointEBMPrior, ResidualVAE, ShapeError, fit_elbo
+from energy_prior import ArgumentError, BackendWarning, CheckpointError, JointEBMPrior, ResidualVAE, ShapeError, fit_elbo
 from energy_prior.demo import load_demo_data
 from energy_prior.topdown import TopDown
 from energy_prior.training.elbo import elbo
@@ -147,3 +149,40 @@ def test_densities_stay_in_full_precision_under_autocast() -> None:
         assert all(c.loc.dtype == c.scale.dtype == torch.float32 for c in drawn.conditionals)
         assert drawn.log_q.dtype == torch.float32
         assert vae.likelihood(drawn.state).log_prob(torch.rand(2, 1, 8, 8)).dtype == torch.float32
+
+
+def test_compiled_chains_with_checkpointing(recwarn: pytest.WarningsRecorder) -> None:
+    """Nothing is checkpointed in them, and checkpointing works after them as before."""
+    vae = small(groups=(1, 1), checkpointing=True).eval()
+    prior = JointEBMPrior(vae)
+    ends = [
+        prior.sample_latents(2, steps=2, step_size=0.1, backend=backend, rng=torch.Generator().manual_seed(0))
+        for backend in ("eager", "compiled", "eager")
+    ]
+    assert torch.equal(ends[0][0], ends[2][0])
+    assert ends[1][0].shape == ends[0][0].shape
+    assert [str(w.message) for w in recwarn if "Backend" in w.category.__name__] == []
+
+
+def test_a_compiler_that_fails_leaves_autograd_as_it_was() -> None:
+    """Checkpointing inside a generator stops the compiler in torch.func, which must not cost later chains their hooks."""
+
+    class Checkpoints(ResidualVAE):
+        def _through(self, part: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
+            return checkpoint(part, features, use_reentrant=False)  # type: ignore[no-any-return]
+
+    vae = Checkpoints((1, 8, 8), groups=(1, 1), channels=8, latent_channels=2).eval()
+    prior = JointEBMPrior(vae)
+    with pytest.warns(BackendWarning, match="cannot be compiled"):
+        z = prior.sample_latents(2, steps=2, step_size=0.1, backend="compiled")
+    assert z[0].shape == (2, 2, 4, 4)
+    assert prior.sample_latents(2, steps=2, step_size=0.1, backend="eager")[0].shape == (2, 2, 4, 4)
+
+
+def test_settings_belong_to_the_model_that_energies_were_fitted_on(tmp_path: Path) -> None:
+    cold, warm = small(prior_temperature=0.5).eval(), small().eval()
+    warm.load_state_dict(cold.state_dict())
+    JointEBMPrior(cold).save(tmp_path / "prior.safetensors")
+    JointEBMPrior.load(tmp_path / "prior.safetensors", cold)
+    with pytest.raises(CheckpointError, match="generator"):
+        JointEBMPrior.load(tmp_path / "prior.safetensors", warm)

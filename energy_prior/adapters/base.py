@@ -22,7 +22,7 @@ class Adapter(nn.Module):
         source: where such models come from, for errors.
 
     Attributes:
-        model: the user's model, unchanged.
+        model: the user's model.
         latent_shapes: shapes of z_1 (nearest the data), …, z_L.
         x_shape: shape of an observation.
         x_range: lowest and highest value of an observation.

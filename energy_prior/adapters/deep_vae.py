@@ -57,7 +57,7 @@ class DeepVAEAdapter(Adapter):
         """The state above the top stage, whose prior may be learned."""
         top = self.model.stages[-1].stochastic
         logits = top.prior_logits.expand(batch_size, *top.prior_logits.shape)
-        return _State(len(self.model.stages) - 1, None, None, _bounded(top, *top.logits_to_mu_and_sigma(logits)))
+        return _State(len(self.model.stages) - 1, None, None, self._bounded(top, *top.logits_to_mu_and_sigma(logits)))
 
     def conditional(self, state: _State) -> Normal:
         """p(z_i | z_{>i}) of the next stage."""
@@ -74,7 +74,7 @@ class DeepVAEAdapter(Adapter):
         if state.stage == 0:
             return _State(-1, features, below, None)
         lower = self.model.stages[state.stage - 1].stochastic
-        return _State(state.stage - 1, features, below, _bounded(lower, *lower.compute_params(features, inference=False)))
+        return _State(state.stage - 1, features, below, self._bounded(lower, *lower.compute_params(features, inference=False)))
 
     def likelihood(self, state: _State) -> Distribution:
         """p(x | z) by the model's likelihood module."""
@@ -84,7 +84,8 @@ class DeepVAEAdapter(Adapter):
         module = self.model.likelihood
         if module.distribution is not None:  # the discretised ones leave their activation out
             features = module.activation(features)
-        parameters = module.get_distribution_kwargs(features)
+        given = module.get_distribution_kwargs(features)  # some are None
+        parameters = {name: value.to(self._dtype) for name, value in given.items() if value is not None}
         base = _pixels(module, parameters, len(self.x_shape))
         start = self.model.lambda_init
         return base if start is None else Observed(base, start, lambda y: y)
@@ -99,19 +100,26 @@ class DeepVAEAdapter(Adapter):
                 data, here = stage.infer(data)
                 found.append(here)
         if not hasattr(self.model.stages[0], "merge"):
-            log_q = torch.stack([sum_event(here.dist.log_prob(here.z)) for here in found], dim=1)
-            return Inferred(tuple(here.z for here in found), log_q, "bottom_up")
+            latents = tuple(here.z.to(x.dtype) for here in found)
+            exact = (plain_normal(here.dist.loc.to(x.dtype), here.dist.scale.to(x.dtype)) for here in found)
+            log_q = torch.stack([sum_event(q.log_prob(z)) for q, z in zip(exact, latents, strict=True)], dim=1)
+            return Inferred(latents, log_q, "bottom_up")
 
         def posterior(layer: int, state: _State) -> tuple[Tensor, Tensor]:
             stage, module = self.model.stages[state.stage], self.model.stages[state.stage].stochastic
             merged = stage.merge(found[state.stage].h, aux=state.features)
-            return draw(_bounded(module, *module.compute_params(merged, inference=True)))
+            return draw(self._bounded(module, *module.compute_params(merged, inference=True)))
 
         return infer_top_down(self, len(x), posterior, rng)
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the weights, which parameters of distributions keep: autocast may have made them bf16."""
+        return self.model.stages[-1].stochastic.prior_logits.dtype
 
-def _bounded(module: Any, loc: Tensor, scale: Tensor) -> Normal:
-    return plain_normal(loc, scale.clamp(module.min_scale, module.max_scale))
+    def _bounded(self, module: Any, loc: Tensor, scale: Tensor) -> Normal:
+        scale = scale.to(self._dtype).clamp(module.min_scale, module.max_scale)
+        return plain_normal(loc.to(self._dtype), scale)
 
 
 def _pixels(module: Any, parameters: dict[str, Tensor], dimensions: int) -> Distribution:

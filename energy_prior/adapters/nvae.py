@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["NVAEAdapter"]
 
-from types import MethodType
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +80,7 @@ class NVAEAdapter(Adapter):
         self.prior_temperature = check_positive("prior_temperature", prior_temperature)
         for part in self.model.modules():
             if hasattr(part, "normalize_weight"):
-                part.forward = MethodType(_convolve, part)
+                part.forward = partial(_convolve, part)
         channels, height, width = self.model.z0_size
         shapes, self._cells = [], [[]]
         for cell in self.model.dec_tower:
@@ -95,6 +95,10 @@ class NVAEAdapter(Adapter):
         self._border = 2 if self.model.crop_output else 0
         side = self.model.input_size - 2 * self._border
         self.x_shape = torch.Size((self.model.stem.in_channels, side, side))
+
+    def extra_repr(self) -> str:
+        """What no part of it says."""
+        return f"prior_temperature={self.prior_temperature}, num_bits={getattr(self.model, 'num_bits', 8)}"
 
     def start(self, batch_size: int) -> _State:
         """The learned features above the top group, whose prior is N(0, (1.01 t)²)."""
@@ -129,6 +133,7 @@ class NVAEAdapter(Adapter):
             features = cell(features)
         edge = self._border
         parameters = self.model.image_conditional(features)[..., edge : -edge or None, edge : -edge or None]
+        parameters = parameters.to(self.model.prior_ftr0.dtype)
         return self._decoder(self.model.decoder_output(parameters))
 
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
@@ -151,8 +156,8 @@ class NVAEAdapter(Adapter):
             z, log_q = draw(self.posterior(state, side))
             for flow in self.model.nf_cells[group * self.model.num_flows : (group + 1) * self.model.num_flows]:
                 z, log_det = flow(z, side)
-                log_q = log_q - log_det.flatten(1).sum(1)
-            return z, log_q
+                log_q = log_q - log_det.to(log_q.dtype).flatten(1).sum(1)
+            return z.to(x.dtype), log_q
 
         return infer_top_down(self, len(x), posterior, rng)
 
@@ -165,6 +170,7 @@ class NVAEAdapter(Adapter):
         return self._normal(loc, log_scale, 1.0)
 
     def _normal(self, loc: Tensor, log_scale: Tensor, temperature: float) -> Normal:
+        loc, log_scale = (t.to(self.model.prior_ftr0.dtype) for t in (loc, log_scale))  # autocast may have made them bf16
         scale = torch.exp(5 * torch.tanh(log_scale / 5)) + 0.01
         return plain_normal(5 * torch.tanh(loc / 5), scale * temperature)
 

@@ -6,7 +6,7 @@ __all__ = ["VDVAEAdapter"]
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,13 +69,17 @@ class VDVAEAdapter(Adapter):
         dataset = self.model.H.dataset
         if pixels is None and dataset not in _PIXELS:
             raise ArgumentError(f"pixels: expected (mean, standard deviation), as model.H.dataset, {dataset!r}, is not known.")
-        self.pixels = pixels or _PIXELS[dataset]
+        self.pixels = _check_pixels(pixels) if pixels is not None else _PIXELS[dataset]
         self._low_bit = dataset == "ffhq_256"
         blocks = self.model.decoder.dec_blocks
         self.prior_temperature = _check_temperature(prior_temperature, len(blocks))
         self.latent_shapes = tuple(torch.Size((b.zdim, b.base, b.base)) for b in reversed(blocks))
         size = self.model.H.image_size
         self.x_shape = torch.Size((self.model.H.image_channels, size, size))
+
+    def extra_repr(self) -> str:
+        """What no part of it says."""
+        return f"prior_temperature={self.prior_temperature}, pixels={self.pixels}, dataset={self.model.H.dataset!r}"
 
     def start(self, batch_size: int) -> _State:
         """The learned features of every resolution above the top block."""
@@ -97,7 +101,7 @@ class VDVAEAdapter(Adapter):
         """p(x | z): a mixture of discretised logistics."""
         decoder = self.model.decoder
         features = decoder.final_fn(state.by_resolution[self.model.H.image_size])
-        parameters = decoder.out_net(features).permute(0, 3, 1, 2)
+        parameters = self._exact(decoder.out_net(features).permute(0, 3, 1, 2))
         base = DiscretizedLogisticMixture.from_channels(parameters, levels=32 if self._low_bit else 256, top=0.999)
         return Observed(base, self._target, lambda y: ((y + 1) / 2).clamp(0, 1))
 
@@ -112,7 +116,7 @@ class VDVAEAdapter(Adapter):
         """q(z_i | z_{>i}, x) from the encoder's activations at the block's resolution."""
         block = self.model.decoder.dec_blocks[state.block]
         loc, log_scale = block.enc(torch.cat([there(state.before), activations], dim=1)).chunk(2, dim=1)
-        return plain_normal(loc, log_scale.exp())
+        return plain_normal(self._exact(loc), self._exact(log_scale).exp())
 
     def _at(self, index: int, by_resolution: Mapping[int, Tensor]) -> _State:
         """The state above block `index`, with what the block makes of the features before it sees z."""
@@ -129,8 +133,12 @@ class VDVAEAdapter(Adapter):
             factor = block.base // block.mixin
             before = before + above.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
         loc, log_scale, residual = block.prior(before).split([block.zdim, block.zdim, before.shape[1]], dim=1)
-        scale = (log_scale + math.log(self.prior_temperature[index])).exp()
-        return _State(index, by_resolution, before, before + residual, plain_normal(loc, scale))
+        scale = (self._exact(log_scale) + math.log(self.prior_temperature[index])).exp()
+        return _State(index, by_resolution, before, before + residual, plain_normal(self._exact(loc), scale))
+
+    def _exact(self, parameters: Tensor) -> Tensor:
+        """Parameters of a distribution in the dtype of the weights: autocast may have made them bf16."""
+        return parameters.to(self.model.decoder.bias_xs[0].dtype)
 
     def _target(self, x: Tensor) -> Tensor:
         """Pixels in [−1, 1] as the likelihood sees them."""
@@ -140,10 +148,26 @@ class VDVAEAdapter(Adapter):
         return level / 127.5 - 1
 
 
-def _check_temperature(value: float | Sequence[float], layers: int) -> tuple[float, ...]:
+def _check_pixels(value: Any) -> tuple[float, float]:
+    """Mean and standard deviation of pixels."""
+    found = _numbers(value)
+    if len(found) != 2 or not math.isfinite(found[0]) or not 0 < found[1] < math.inf:
+        raise ArgumentError(f"pixels: expected (mean, standard deviation > 0) of pixels from 0 to 255, got {value!r}.")
+    return found[0], found[1]
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    """Of a sequence, an array or a tensor; empty if it holds anything else."""
+    try:
+        return tuple(float(v) for v in value) if not isinstance(value, str) else ()
+    except (TypeError, ValueError):
+        return ()
+
+
+def _check_temperature(value: Any, layers: int) -> tuple[float, ...]:
     """One factor above 0 for every layer's σ, or one per layer."""
-    values = tuple(float(v) for v in value) if isinstance(value, Sequence) else (float(value),) * layers
-    if len(values) != layers or not all(0 < v < float("inf") for v in values):
+    values = (float(value),) * layers if isinstance(value, int | float) else _numbers(value)
+    if len(values) != layers or not all(0 < v < math.inf for v in values):
         raise ArgumentError(
             f"prior_temperature: expected a number above 0, or {layers} of them (the top layer first), got {value!r}."
         )

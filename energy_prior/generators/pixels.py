@@ -51,6 +51,7 @@ class PixelLikelihood(nn.Module):
         mixtures: int = 5,
     ) -> None:
         super().__init__()
+        x_range = (float(x_range[0]), float(x_range[1]))
         if len(x_shape) == 0 or min(x_shape) < 1:
             raise ShapeError(f"x_shape: expected one or more positive sizes, got {tuple(x_shape)}.")
         if name not in get_args(Likelihood):

@@ -58,7 +58,8 @@ class ResidualVAE(nn.Module):
         levels: grid values between them for the discretised likelihoods (256 for 8-bit images).
         mixtures: components of "mixture".
         prior_temperature: t > 0, factor on every σ of the prior. Train with 1.
-        checkpointing: keep only the cells' inputs for the backward pass, and compute the rest anew: less memory, more time.
+        checkpointing: keep only the cells' inputs for the backward pass, and compute the rest anew: less memory, more time;
+            not in compiled chains.
 
     Raises:
         ArgumentError, ShapeError: if a value is impossible; the message says which.
@@ -202,7 +203,7 @@ class ResidualVAE(nn.Module):
         return sides
 
     def _through(self, part: nn.Module, features: Tensor) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
+        if self.checkpointing and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return checkpoint(part, features, use_reentrant=False)  # type: ignore[no-any-return]
         return part(features)
 
@@ -255,6 +256,8 @@ def _scale(raw: Tensor) -> Tensor:
 def _check_arguments(x_shape: torch.Size, groups: Sequence[int], downsample: int) -> None:
     if len(x_shape) != 3:
         raise ShapeError(f"x_shape: expected (channels, height, width), got {tuple(x_shape)}.")
+    if not isinstance(groups, Sequence):
+        raise ArgumentError(f"groups: expected the number of groups at each scale, such as (4, 4), got {groups!r}.")
     if len(groups) == 0:
         raise ArgumentError("groups: expected the groups of at least one scale, got none.")
     for count in groups:

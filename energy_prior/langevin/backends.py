@@ -78,7 +78,8 @@ class _Kind:
     def __init__(self, name: str, device: torch.device) -> None:
         self._name = name
         # on a CPU the compiler's own layouts cost more than they bring (groups of channels are copied to and fro)
-        self._options: dict[str, str | int | bool | Callable[..., Any]] = {"layout_optimization": device.type != "cpu"}
+        off: dict[str, str | int | bool | Callable[..., Any]] = {"layout_optimization": False}
+        self._options = off if device.type == "cpu" else None
         self._failed = False
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
 
@@ -95,6 +96,8 @@ class _Kind:
                 raise
             except Exception as error:  # whatever a compiler, or code of the user's under it, raises
                 self._failed = True
+                internals: Any = torch._C
+                internals._autograd._saved_tensors_hooks_enable()  # a compiler that stops in torch.func leaves them disabled
                 reason = next((line for line in str(error).splitlines() if line.strip()), "")
                 warnings.warn(
                     f"Langevin steps of {self._name}, cannot be compiled and run in eager mode: {type(error).__name__}: "
