@@ -36,7 +36,9 @@ class DeepVAEAdapter(Adapter):
         VAE:   q(z | x) = q(z_1 | x) ∏_i q(z_i | z_{<i}, x)      "bottom_up"
         LVAE:  q(z | x) = q(z_L | x) ∏_i q(z_i | z_{>i}, x)      "top_down"
 
-    Observations are in [0, 1]. A BIVA, which the repository itself calls not correctly implemented for L^{>k}, is refused.
+    Observations are in [0, 1]. Where the model has a `lambda_init`, which changes them first, densities are those of what it
+    makes of them, and so are means and samples, as the model's own are. A BIVA, which the repository itself calls not correctly
+    implemented for L^{>k}, is refused.
 
     Args:
         model: the model, in evaluation mode, with its weights.
