@@ -152,6 +152,11 @@ def _restored(things: Sequence[Any], flag: str) -> Iterator[None]:
                 setattr(thing, flag, value)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message with something in it, for a message of ours; its type where there is none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def inferrer(generator: Any) -> Callable[..., Any] | None:
     """The generator's `infer`, or None if it has none."""
     infer = getattr(generator, "infer", None)
@@ -170,7 +175,7 @@ def check_device(name: str, value: str) -> str:
     try:
         torch.empty(0, device=value)
     except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"{name} {value}: not available here ({str(error).splitlines()[0]}).") from error
+        raise ArgumentError(f"{name} {value}: not available here ({first_line(error)}).") from error
     return value
 
 

@@ -289,13 +289,13 @@ def _infer(generator: HierarchicalGenerator, x: Tensor) -> str | None:
 
 def _same_pass(generator: HierarchicalGenerator, inferred: Inferred, x: Tensor) -> str | None:
     """What `infer` met on its way down is what the generator gives for its latents."""
-    descent = _pass(generator, inferred.latents)
-    for layer, (a, b) in enumerate(zip(inferred.conditionals or (), descent.conditionals, strict=True), start=1):
+    with torch.enable_grad():
+        descent = TopDown(generator, len(x)).descend(inferred.latents, "latent", to_observation=True)
+    pairs = list(enumerate(zip(inferred.conditionals or (), descent.conditionals, strict=True), start=1))
+    for layer, (a, b) in pairs:
         if not (_close(a.loc, b.loc) and _close(a.scale, b.scale)):
             return f"infer: conditionals[{layer - 1}] is not that of z_{layer} at its latents; they go from z_1 to z_L."
-    with torch.enable_grad():
-        fresh = TopDown(generator, len(x)).descend(inferred.latents, "latent").conditionals
-    for layer, (a, b) in enumerate(zip(inferred.conditionals or (), fresh, strict=True), start=1):
+    for layer, (a, b) in pairs:
         if b.loc.requires_grad and not a.loc.requires_grad:
             return f"infer: conditionals[{layer - 1}] carries no gradient, so that no training could reach that prior."
     if not _close(_log_likelihood_at(generator, inferred.state, x), _log_likelihood(generator, descent, x)):

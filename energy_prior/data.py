@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from energy_prior._util import check_count, require_extra
+from energy_prior._util import check_count, first_line, require_extra
 from energy_prior.errors import ArgumentError
 
 _IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -172,7 +172,7 @@ def _open(source: str | os.PathLike[str], split: str, streaming: bool) -> Any:
         return datasets.load_dataset(str(source), split=split, streaming=streaming)
     except Exception as error:  # whatever the hub, the network or the set's own loader raises
         raise ArgumentError(
-            f"source: {os.fspath(source)!r} is no folder here, and loading it from the hub failed: {str(error).splitlines()[0]}"
+            f"source: {os.fspath(source)!r} is no folder here, and loading it from the hub failed: {first_line(error)}"
         ) from error
 
 

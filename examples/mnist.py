@@ -88,7 +88,7 @@ def run(
     fit = prior.fit(images, "multi_stage_nce", stages=3, steps=60, run_dir=out / "fit", **size, **shared)
 
     # 4. Fréchet distances to the test images at equal counts, in the 64 features of a classifier of the digits. Training
-    # images have one too, the floor: what is compared is the excess over it. One set of samples gives it to ±1.3: several do.
+    # images have one too, the floor: what is compared is the excess over it, as the mean over several draws of the images.
     features = train_classifier(images, labels, 60 if quick else 4000, place)
     reference = features(test.images)
 

@@ -133,19 +133,20 @@ def test_parts_of_a_batch_and_what_is_recorded_again(recordings: list[Tape]) -> 
     assert len(recordings) == before, "new weights in the same place are read"
 
 
-def test_replaced_weights_and_changed_attributes_are_noticed() -> None:
+@pytest.mark.parametrize("name", ["factor", "_private", "several"])
+def test_replaced_weights_and_changed_attributes_are_noticed(name: str) -> None:
     class Tempered(LadderVAE):
-        factor = 1.0
+        factor, _private, several = 1.0, 1.0, (1.0, 1.0)
 
         def conditional(self, state: Any) -> Any:
             p = super().conditional(state)
-            return type(p)(p.loc * self.factor, p.scale, validate_args=False)
+            return type(p)(p.loc * self.factor * self._private * self.several[0], p.scale, validate_args=False)
 
     prior = lively(Tempered((6,), latent_dims=(4, 3), hidden=16))
     injected = noise(prior)
     first = both(prior, noise=injected, steps=STEPS)[0]
     generator: Any = prior.generator
-    generator.factor = 3.0
+    setattr(generator, name, (3.0, 1.0) if name == "several" else 3.0)
     assert_same(prior, noise=injected, steps=STEPS)
     assert not torch.allclose(both(prior, noise=injected, steps=STEPS)[0][0], first[0])
     linear = next(part for part in generator.prior.modules() if isinstance(part, nn.Linear))
@@ -207,12 +208,10 @@ def test_other_chains_are_for_the_compiled_backend(options: dict[str, Any], word
         prior.sample_latents(N, steps=2, step_size=0.3, backend="graph", **options)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+    monkeypatch.setattr(graphs, "_DEVICES", ("another",))
     prior = lively(mlp())
-    monkeypatch.setattr(settings, "stepper_for", lambda *_: backends.STEPPERS["eager"])
-    with pytest.warns(BackendWarning, match="needs a CUDA device, and the generator is on cpu"):
+    with pytest.warns(BackendWarning, match=f"needs a CUDA device, and the generator is on {DEVICE}"):
         prior.sample_latents(N, steps=2, step_size=0.3, backend="graph")
 
 

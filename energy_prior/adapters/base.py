@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from energy_prior.errors import GeneratorError
 
@@ -57,3 +57,7 @@ class Adapter(nn.Module):
                 " Convert it with model.float() and model.to(device)."
             )
         self.model = model
+
+    def _exact(self, parameters: Tensor) -> Tensor:
+        """Parameters of a distribution in the dtype of the weights: autocast may have made them bf16."""
+        return parameters.to(next(self.model.parameters()).dtype)

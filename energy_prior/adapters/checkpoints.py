@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from energy_prior._util import first_line
 from energy_prior.checkpoint import check_state_fits
 from energy_prior.errors import CheckpointError
 
@@ -47,8 +48,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
                 "run code. Where the file is your own, save the model's state_dict() alone, with the code that made the model, "
                 "and load that."
             ) from None
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        reason = f"{type(error).__name__}: {reason}" if not isinstance(error, pickle.UnpicklingError) else "it is no pickle"
+        unreadable = isinstance(error, pickle.UnpicklingError)  # torch's text is advice to switch its safety off
+        reason = "it is no pickle" if unreadable else f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(
             f"{os.fspath(path)!r} is not a whole checkpoint of torch.save ({reason}). Use another copy."
         ) from error

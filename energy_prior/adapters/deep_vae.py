@@ -87,7 +87,7 @@ class DeepVAEAdapter(Adapter):
         if module.distribution is not None:  # the discretised ones leave their activation out
             features = module.activation(features)
         given = module.get_distribution_kwargs(features)  # some are None
-        parameters = {name: value.to(self._dtype) for name, value in given.items() if value is not None}
+        parameters = {name: self._exact(value) for name, value in given.items() if value is not None}
         base = _pixels(module, parameters, len(self.x_shape))
         start = self.model.lambda_init
         return base if start is None else Observed(base, start, lambda y: y)
@@ -103,7 +103,7 @@ class DeepVAEAdapter(Adapter):
                 found.append(here)
         if not hasattr(self.model.stages[0], "merge"):
             latents = tuple(here.z.to(x.dtype) for here in found)
-            exact = (plain_normal(here.dist.loc.to(x.dtype), here.dist.scale.to(x.dtype)) for here in found)
+            exact = (plain_normal(self._exact(here.dist.loc), self._exact(here.dist.scale)) for here in found)
             log_q = torch.stack([sum_event(q.log_prob(z)) for q, z in zip(exact, latents, strict=True)], dim=1)
             return Inferred(latents, log_q, "bottom_up")
 
@@ -114,14 +114,8 @@ class DeepVAEAdapter(Adapter):
 
         return infer_top_down(self, len(x), posterior, rng)
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        """Of the weights, which parameters of distributions keep: autocast may have made them bf16."""
-        return self.model.stages[-1].stochastic.prior_logits.dtype
-
     def _bounded(self, module: Any, loc: Tensor, scale: Tensor) -> Normal:
-        scale = scale.to(self._dtype).clamp(module.min_scale, module.max_scale)
-        return plain_normal(loc.to(self._dtype), scale)
+        return plain_normal(self._exact(loc), self._exact(scale).clamp(module.min_scale, module.max_scale))
 
 
 def _pixels(module: Any, parameters: dict[str, Tensor], dimensions: int) -> Distribution:

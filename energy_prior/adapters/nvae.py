@@ -133,8 +133,7 @@ class NVAEAdapter(Adapter):
             features = cell(features)
         edge = self._border
         parameters = self.model.image_conditional(features)[..., edge : -edge or None, edge : -edge or None]
-        parameters = parameters.to(self.model.prior_ftr0.dtype)
-        return self._decoder(self.model.decoder_output(parameters))
+        return self._decoder(self.model.decoder_output(self._exact(parameters)))
 
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
         """z ~ q(z_i | z_{>i}, x), top-down; with flows, log q is that of the transformed draw."""
@@ -170,9 +169,8 @@ class NVAEAdapter(Adapter):
         return self._normal(loc, log_scale, 1.0)
 
     def _normal(self, loc: Tensor, log_scale: Tensor, temperature: float) -> Normal:
-        loc, log_scale = (t.to(self.model.prior_ftr0.dtype) for t in (loc, log_scale))  # autocast may have made them bf16
-        scale = torch.exp(5 * torch.tanh(log_scale / 5)) + 0.01
-        return plain_normal(5 * torch.tanh(loc / 5), scale * temperature)
+        scale = torch.exp(5 * torch.tanh(self._exact(log_scale) / 5)) + 0.01
+        return plain_normal(5 * torch.tanh(self._exact(loc) / 5), scale * temperature)
 
     def _levels(self, x: Tensor) -> Tensor:
         bits = getattr(self.model, "num_bits", 8)

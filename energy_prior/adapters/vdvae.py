@@ -136,10 +136,6 @@ class VDVAEAdapter(Adapter):
         scale = (self._exact(log_scale) + math.log(self.prior_temperature[index])).exp()
         return _State(index, by_resolution, before, before + residual, plain_normal(self._exact(loc), scale))
 
-    def _exact(self, parameters: Tensor) -> Tensor:
-        """Parameters of a distribution in the dtype of the weights: autocast may have made them bf16."""
-        return parameters.to(self.model.decoder.bias_xs[0].dtype)
-
     def _target(self, x: Tensor) -> Tensor:
         """Pixels in [−1, 1] as the likelihood sees them."""
         level = 255 * x
@@ -151,24 +147,25 @@ class VDVAEAdapter(Adapter):
 def _check_pixels(value: Any) -> tuple[float, float]:
     """Mean and standard deviation of pixels."""
     found = _numbers(value)
-    if len(found) != 2 or not math.isfinite(found[0]) or not 0 < found[1] < math.inf:
+    if found.shape != (2,) or not found.isfinite().all() or found[1] <= 0:
         raise ArgumentError(f"pixels: expected (mean, standard deviation > 0) of pixels from 0 to 255, got {value!r}.")
-    return found[0], found[1]
+    return float(found[0]), float(found[1])
 
 
-def _numbers(value: Any) -> tuple[float, ...]:
-    """Of a sequence, an array or a tensor; empty if it holds anything else."""
+def _numbers(value: Any) -> Tensor:
+    """A number, or numbers in a sequence, an array or a tensor; empty if it is anything else."""
     try:
-        return tuple(float(v) for v in value) if not isinstance(value, str) else ()
-    except (TypeError, ValueError):
-        return ()
+        return torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        return torch.empty(0)
 
 
 def _check_temperature(value: Any, layers: int) -> tuple[float, ...]:
     """One factor above 0 for every layer's σ, or one per layer."""
-    values = (float(value),) * layers if isinstance(value, int | float) else _numbers(value)
-    if len(values) != layers or not all(0 < v < math.inf for v in values):
+    found = _numbers(value)
+    found = found.expand(layers) if found.ndim == 0 else found
+    if found.shape != (layers,) or not (found.isfinite() & (found > 0)).all():
         raise ArgumentError(
             f"prior_temperature: expected a number above 0, or {layers} of them (the top layer first), got {value!r}."
         )
-    return values
+    return tuple(found.tolist())

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from energy_prior._util import first_line
 from energy_prior.cost import Cost, evaluation_cost
 from energy_prior.errors import BackendWarning
 from energy_prior.langevin.density import JointDensity
@@ -98,10 +99,9 @@ class _Kind:
                 self._failed = True
                 internals: Any = torch._C
                 internals._autograd._saved_tensors_hooks_enable()  # a compiler that stops in torch.func leaves them disabled
-                reason = next((line for line in str(error).splitlines() if line.strip()), "")
                 warnings.warn(
                     f"Langevin steps of {self._name}, cannot be compiled and run in eager mode: {type(error).__name__}: "
-                    f'{reason} (backend="eager" never tries)',
+                    f'{first_line(error)} (backend="eager" never tries)',
                     BackendWarning,
                     stacklevel=2,
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ChainResult", "StepCallback", "run_chain", "run_fused"]
+__all__ = ["ChainResult", "StepCallback", "run_chain", "run_fused", "run_graphed"]
 
 import math
 from collections.abc import Callable, Sequence
@@ -166,14 +166,12 @@ def run_chain(
 def run_fused(
     parts: Sequence[JointDensity],
     start: Sequence[Tensor],
+    rules: Rules,
     *,
     steps: int,
     step_size: float,
     noise: InjectedNoise | None,
-    scheme: Scheme,
-    temperature: float = 1.0,
-    precision: Precision = "full",
-    max_memory: float = 2.0**30,
+    max_memory: float,
 ) -> ChainResult:
     """`run_chain` for plain chains, each part in one launch of the kernel of `energy_prior.langevin.fused`, or in a few.
 
@@ -181,7 +179,7 @@ def run_fused(
         DivergenceError: if the end of the chain is not finite; the step is that of the end.
     """
     s = torch.full_like(start[0].flatten(1)[:, 0], step_size)
-    c = coefficients(torch.tensor(step_size, dtype=torch.float64), scheme, parts[0].space, temperature)
+    c = coefficients(torch.tensor(step_size, dtype=torch.float64), rules.scheme, parts[0].space, rules.temperature)
     seed = int(torch.randint(2**62, ())) if noise is None else 0
     first, ends = 0, []
     for part, own in zip(parts, by_parts(parts, start), strict=True):
@@ -192,7 +190,7 @@ def run_fused(
             steps=steps,
             coefficients=c,
             noise=seed if noise is None else noise.rows(slice(first, first + n)),
-            precision=precision,
+            precision=rules.precision,
             first_row=first,
             max_memory=max_memory,
         )
@@ -205,14 +203,11 @@ def run_fused(
 def run_graphed(
     parts: Sequence[JointDensity],
     start: Sequence[Tensor],
+    rules: Rules,
     *,
     steps: int,
     step_size: float,
     noise: InjectedNoise | None,
-    scheme: Scheme,
-    temperature: float = 1.0,
-    taming: float | None = None,
-    precision: Precision = "full",
     stepper: Stepper,
 ) -> ChainResult | None:
     """`run_chain` for plain chains, each part recorded as a CUDA graph (`energy_prior.langevin.graphs`).
@@ -224,9 +219,8 @@ def run_graphed(
         DivergenceError: as `run_chain`, at the end.
     """
     s = torch.full_like(start[0].flatten(1)[:, 0], step_size)
-    rules = Rules(scheme, temperature, taming=taming, precision=precision)
     first, ends, traces = 0, [], []
-    with matrix_products(precision):
+    with matrix_products(rules.precision):
         for part, own in zip(parts, by_parts(parts, start), strict=True):
             rows = slice(first, first + part.topdown.batch_size)
             made = graphed(part, rules, own, s[rows], steps, None if noise is None else noise.rows(rows), stepper)
@@ -242,7 +236,7 @@ def run_graphed(
         position=whole([end.position for end in ends]),
         latents=whole([end.latents for end in ends]),
         step_size=s,
-        tamed=None if taming is None else whole([(there(end.cut) / steps,) for end in ends])[0],
+        tamed=None if rules.taming is None else whole([(there(end.cut) / steps,) for end in ends])[0],
     )
 
 

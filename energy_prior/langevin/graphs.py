@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from energy_prior._util import there
+from energy_prior._util import first_line, there
 from energy_prior.errors import BackendWarning
 from energy_prior.langevin.backends import Stepper
 from energy_prior.langevin.density import JointDensity
@@ -111,7 +111,7 @@ def graphed(
         noise: injected noise of these rows; None: the chain's own.
         stepper: how steps are made while they are recorded.
     """
-    position = tuple(start)
+    position, contents = tuple(start), _contents(density)
     made: list[_Outputs] = []
     for first in range(0, steps, _LONGEST):
         count = min(_LONGEST, steps - first)
@@ -120,7 +120,7 @@ def graphed(
             each = [noise.normal(step) for step in range(first + 1, first + count + 1)]
             injected = tuple(torch.stack(layer) for layer in zip(*each, strict=True))
         inputs = _Inputs(position, density.topdown.held, step_size, injected)
-        record = _recorded(density, rules, inputs, count, stepper)
+        record = _recorded(density, contents, rules, inputs, count, stepper)
         if record is None:
             return None
         for kept, new in zip(record.inputs.tensors(), inputs.tensors(), strict=True):
@@ -133,12 +133,14 @@ def graphed(
     return end, torch.cat([block.health for block in made])
 
 
-def _recorded(density: JointDensity, rules: Rules, like: _Inputs, steps: int, stepper: Stepper) -> _Record | None:
+def _recorded(
+    density: JointDensity, contents: Hashable, rules: Rules, like: _Inputs, steps: int, stepper: Stepper
+) -> _Record | None:
     """The recording of such a chain, made if there is none; None if it cannot be made."""
     topdown = density.topdown
     known = _records.setdefault(density.energies[0], OrderedDict())
     flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    key = density.kind, topdown.batch_size, rules, steps, bool(like.noise), flags, _contents(density)
+    key = density.kind, topdown.batch_size, rules, steps, bool(like.noise), flags, contents
     if key not in known:
         known[key] = _record(density, rules, like, steps, stepper)
         if len(known) > _KEPT:
@@ -174,10 +176,9 @@ def _record(density: JointDensity, rules: Rules, like: _Inputs, steps: int, step
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever code of the user's does that cannot be recorded
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
         warnings.warn(
             f"Langevin steps of {type(generator).__name__}, batch of {batch}, cannot be recorded as a CUDA graph and run one "
-            f"after another: {type(error).__name__}: {reason}",
+            f"after another: {type(error).__name__}: {first_line(error)}",
             BackendWarning,
             stacklevel=2,
         )
@@ -209,11 +210,13 @@ def _contents(density: JointDensity) -> Hashable:
         assert isinstance(module, nn.Module)  # noqa: S101 (why_not_graphed has seen to it)
         for part in module.modules():
             found.append(type(part))
-            for name, value in _attributes(part):
-                found.append((name, value.data_ptr() if isinstance(value, Tensor) else value))
+            for name, value in {**part._parameters, **part._buffers, **vars(part)}.items():
+                if isinstance(value, Tensor):
+                    found.append((name, value.data_ptr()))
+                elif _plain(value):
+                    found.append((name, repr(value)))
     return tuple(found)
 
 
-def _attributes(part: nn.Module) -> list[tuple[str, Any]]:
-    own = {**part._parameters, **part._buffers, **{name: v for name, v in vars(part).items() if not name.startswith("_")}}
-    return [(name, v) for name, v in own.items() if isinstance(v, Tensor | bool | int | float | str)]
+def _plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str) or (isinstance(value, tuple | list) and all(map(_plain, value)))

@@ -21,7 +21,7 @@ from energy_prior.langevin.density import JointDensity, Precision, by_parts, lat
 from energy_prior.langevin.fused import why_not_fused
 from energy_prior.langevin.graphs import why_not_graphed
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
-from energy_prior.langevin.step import Scheme
+from energy_prior.langevin.step import Rules, Scheme
 from energy_prior.topdown import Space
 
 USUAL_ACCEPTANCE = 0.95
@@ -191,14 +191,14 @@ def sample_density(
             return ChainDraw(latents_at(parts, position), None)
         step_size = settings.step_size or default_step_size
         scheme = settings.scheme_in(space)
-        if at_once and settings.steps:
-            plain: dict[str, Any] = {"steps": settings.steps, "step_size": step_size, "scheme": scheme}
-            plain |= {"temperature": settings.temperature, "precision": settings.precision}
+        if at_once:
+            rules = Rules(scheme, settings.temperature, taming=settings.taming, precision=settings.precision)
+            plain: dict[str, Any] = {"steps": settings.steps, "step_size": step_size}
             plain["noise"] = noise if isinstance(noise, InjectedNoise) else None
             if at_once == "triton":
-                result = run_fused(parts, position, max_memory=settings.max_memory, **plain)
+                result = run_fused(parts, position, rules, max_memory=settings.max_memory, **plain)
             else:
-                result = run_graphed(parts, position, taming=settings.taming, stepper=stepper, **plain)
+                result = run_graphed(parts, position, rules, stepper=stepper, **plain)
             if result is not None:
                 return ChainDraw(result.latents, result)
         result = run_chain(
