@@ -138,7 +138,7 @@ def _trained(kind: str, seed: int, data: str, quick: bool, reference: str) -> tu
     features = _classifier(train, labels, conv, 30 if quick else 1500)
     count = min(len(test), 5000)
 
-    repeats = 5 if kind == "digits" else 2  # few test images: average over more sample sets
+    repeats = 20 if kind == "digits" else 2  # few test images: average over more sample sets
     prior = JointEBMPrior(vae)
     start = _mean_distance(features, test[:count], [prior.sample(count, prior="generator") for _ in range(repeats)])
     rows = torch.randperm(len(train))

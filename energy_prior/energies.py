@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
 
-from energy_prior._util import check_count
+from energy_prior._util import check_count, check_positive
 from energy_prior.errors import ArgumentError, CheckpointError, ShapeError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "softplus": nn.Softplus, "tanh": nn.Tanh}
@@ -20,13 +20,18 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "gelu": nn.G
 
 
 class Energy(nn.Module):
-    """Base of the built-in energies: f(z) = net((z − shift) / scale).
+    """Base of the built-in energies: f(z) = g/√(1 + (g/s)²) with g = net((z − shift)/scale) and s = `saturation`.
 
     `shift` and `scale` bring a layer to unit scale, so that layers of very different width learn at one rate; `fit` sets
     them once, from posterior and prior draws. They are buffers and travel with checkpoints.
 
+    As |f| < s, e^(−L·s) < Z < e^(L·s): the joint prior of L layers can always be normalised. An energy that grows without
+    limit need not have a finite Z where the scales of a layer depend on those above, and its chains now and then find a far
+    place that outweighs all others. Between ±s/3 f is g to 5 %, and its order is that of g everywhere.
+
     Args:
         latent_shape: shape of z without the batch.
+        saturation: s in nats, > 0; None: f = g.
 
     Shape: (batch, *latent_shape) -> (batch,), nats.
     """
@@ -35,15 +40,22 @@ class Energy(nn.Module):
     scale: Tensor
     standardized: Tensor
     config: dict[str, Any]
+    net: nn.Sequential
 
-    def __init__(self, latent_shape: Sequence[int]) -> None:
+    def __init__(self, latent_shape: Sequence[int], saturation: float | None = 100.0) -> None:
         super().__init__()
+        self.saturation = None if saturation is None else check_positive("saturation", saturation)
         self.latent_shape = torch.Size(latent_shape)
         if len(self.latent_shape) == 0 or min(self.latent_shape) < 1:
             raise ShapeError(f"latent_shape: expected one or more positive sizes, got {tuple(latent_shape)}.")
         self.register_buffer("shift", torch.zeros(self._statistics_shape()))
         self.register_buffer("scale", torch.ones(self._statistics_shape()))
         self.register_buffer("standardized", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """f(z), (batch,), nats."""
+        g = self.net((z - self.shift) / self.scale).squeeze(1)
+        return g if self.saturation is None else g / torch.hypot(torch.ones_like(g), g / self.saturation)
 
     def standardize(self, latents: Tensor) -> None:
         """Sets shift and scale to the mean and standard deviation of `latents`, (n, *latent_shape), unless already set."""
@@ -57,9 +69,6 @@ class Energy(nn.Module):
     def _statistics_shape(self) -> tuple[int, ...]:
         return tuple(self.latent_shape)
 
-    def _unit(self, z: Tensor) -> Tensor:
-        return (z - self.shift) / self.scale
-
 
 class MLPEnergy(Energy):
     """A fully connected energy, as in Cui, Wu and Han (CVPR 2023), with a smooth activation.
@@ -69,13 +78,14 @@ class MLPEnergy(Energy):
         hidden: widths of the hidden layers.
         activation: "silu", "gelu", "softplus" or "tanh".
         spectral_norm: bound every hidden layer's Lipschitz constant by 1 (Miyato et al., ICLR 2018).
+        saturation: s of `Energy`, nats, > 0; None: f grows without limit.
 
     Shape: (batch, *latent_shape) -> (batch,), nats.
 
     Example:
         >>> f = MLPEnergy((16,), hidden=(64, 64))
         >>> f(torch.randn(3, 16))
-        tensor([0., 0., 0.], grad_fn=<SqueezeBackward1>)
+        tensor([0., 0., 0.], grad_fn=<DivBackward0>)
     """
 
     def __init__(
@@ -84,12 +94,14 @@ class MLPEnergy(Energy):
         hidden: Sequence[int] = (128, 128),
         activation: str = "silu",
         spectral_norm: bool = False,
+        saturation: float | None = 100.0,
     ) -> None:
-        super().__init__(latent_shape)
+        super().__init__(latent_shape, saturation)
         self.config = {
             "hidden": list(hidden),
             "activation": activation,
             "spectral_norm": spectral_norm,
+            "saturation": self.saturation,
         }
         make = _activation(activation)
         layers: list[nn.Module] = [nn.Flatten()]
@@ -101,10 +113,6 @@ class MLPEnergy(Energy):
             width = size
         self.net = nn.Sequential(*layers, _zero_head(width))
 
-    def forward(self, z: Tensor) -> Tensor:
-        """f(z), (batch,), nats."""
-        return self.net(self._unit(z)).squeeze(1)
-
 
 class ConvEnergy(Energy):
     """A convolutional energy for latents of shape (channels, height, width): strided 3×3 convolutions and a linear head.
@@ -114,6 +122,7 @@ class ConvEnergy(Energy):
         channels: channels of the convolutions; each after the first halves height and width while they are above 1.
         activation: "silu", "gelu", "softplus" or "tanh".
         spectral_norm: normalise every convolution by its largest singular value (Miyato et al., ICLR 2018).
+        saturation: s of `Energy`, nats, > 0; None: f grows without limit.
 
     Shape: (batch, *latent_shape) -> (batch,), nats.
     """
@@ -124,14 +133,16 @@ class ConvEnergy(Energy):
         channels: Sequence[int] = (64, 128, 128),
         activation: str = "silu",
         spectral_norm: bool = False,
+        saturation: float | None = 100.0,
     ) -> None:
         if len(latent_shape) != 3:
             raise ShapeError(f"latent_shape: ConvEnergy needs (channels, height, width), got {tuple(latent_shape)}.")
-        super().__init__(latent_shape)
+        super().__init__(latent_shape, saturation)
         self.config = {
             "channels": list(channels),
             "activation": activation,
             "spectral_norm": spectral_norm,
+            "saturation": self.saturation,
         }
         make = _activation(activation)
         layers: list[nn.Module] = []
@@ -144,10 +155,6 @@ class ConvEnergy(Energy):
             width, h, w = size, -(-h // stride[0]), -(-w // stride[1])
         self.net = nn.Sequential(*layers, nn.Flatten(), _zero_head(width * h * w))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def forward(self, z: Tensor) -> Tensor:
-        """f(z), (batch,), nats."""
-        return self.net(self._unit(z)).squeeze(1)
 
     def _statistics_shape(self) -> tuple[int, ...]:
         return (self.latent_shape[0], 1, 1)

@@ -56,6 +56,45 @@ def test_gradient_is_smooth() -> None:
     assert worst_jump(kinked, 8001) > 0.5 * worst_jump(kinked, 801)
 
 
+@pytest.mark.parametrize("make", [MLPEnergy, lambda shape, **options: ConvEnergy((*shape, 1, 1), **options)])
+def test_energies_saturate_smoothly_and_keep_their_order(make: Any) -> None:
+    f, g = make((3,), saturation=4.0).double(), make((3,), saturation=None).double()
+    nn.init.normal_(g.net[-1].weight)
+    f.load_state_dict(g.state_dict())
+    z = torch.randn(200, *f.latent_shape, dtype=torch.float64) * torch.logspace(-3, 4, 200, dtype=torch.float64).view(
+        -1, *[1] * len(f.latent_shape)
+    )
+    with torch.no_grad():
+        free, bounded = g(z), f(z)
+    assert float(free.abs().max()) > 1000
+    assert float(bounded.abs().max()) < 4.0
+    assert torch.equal(free.argsort(), bounded.argsort())
+    near = free.abs() < 0.1
+    assert near.any()
+    torch.testing.assert_close(bounded[near], free[near], rtol=1e-3, atol=0)
+    z.requires_grad_()
+    torch.testing.assert_close(f(z), 4.0 * torch.sin(torch.atan(free / 4.0)))
+    (slope,) = torch.autograd.grad(f(z).sum(), z)
+    (free_slope,) = torch.autograd.grad(g(z).sum(), z)
+    cut = (1 + (free / 4.0) ** 2) ** -1.5
+    torch.testing.assert_close(slope, cut.view(-1, *[1] * len(f.latent_shape)) * free_slope)
+
+
+def test_energies_that_are_not_finite_do_not_saturate() -> None:
+    f = MLPEnergy((2,), (4,))
+    with torch.no_grad():
+        f.net[-1].bias.fill_(1e30)  # type: ignore[union-attr]
+        assert float(f(torch.zeros(1, 2))) == pytest.approx(100.0)
+        f.net[-1].bias.fill_(float("inf"))  # type: ignore[union-attr]
+        assert not torch.isfinite(f(torch.zeros(1, 2)))
+
+
+@pytest.mark.parametrize("saturation", [0.0, -1.0, float("inf"), "much"])
+def test_saturation_has_to_be_a_positive_number(saturation: Any) -> None:
+    with pytest.raises(ArgumentError, match="saturation: expected a finite number above 0"):
+        MLPEnergy((2,), saturation=saturation)
+
+
 @pytest.mark.parametrize(("f", "shape"), [(MLPEnergy((4,)), (4,)), (ConvEnergy((2, 6, 6)), (2, 1, 1))])
 def test_standardize_sets_the_scale_once(f: Energy, shape: tuple[int, ...]) -> None:
     z = 5 + 3 * torch.randn(4000, *f.latent_shape)

@@ -28,7 +28,7 @@ def lively(activation: str = "silu", dims: tuple[int, ...] = (5, 3), hidden: tup
     with torch.no_grad():
         for net in generator.prior:
             net[-2].weight.mul_(3)  # type: ignore[index, union-attr, operator]
-    energies = [MLPEnergy((d,), hidden=hidden, activation=activation) for d in dims]
+    energies = [MLPEnergy((d,), hidden, activation, saturation=None if d == 3 else 2.0) for d in dims]
     for f in energies:
         f.standardize(1 + 2 * torch.randn(50, *f.latent_shape))
         nn.init.normal_(f.net[-1].weight, std=0.5)  # type: ignore[arg-type]
@@ -135,7 +135,7 @@ def test_what_it_cannot_run_is_told_and_run_compiled(
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
 def test_a_chain_that_explodes_is_an_error() -> None:
-    prior = lively()
+    prior = lively()  # of its layers the second does not saturate
     with torch.no_grad():
         prior.energies[1].net[-1].weight.mul_(1e38)  # type: ignore[union-attr, operator]
     with pytest.raises(DivergenceError, match="layer"):

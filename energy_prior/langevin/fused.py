@@ -46,7 +46,8 @@ MATMUL, SAMPLE, SAMPLE_TOP, UNIT, HEAD, ADD, CONDITIONAL, STEP = range(8)
     SAMPLE       t = z = loc + σ ε with (loc, log σ before its soft clamp) at s and ε at c; d = σ; bias column = d log σ
     SAMPLE_TOP   t = z = loc + σ ε with loc at s, ε at c and σ at d
     UNIT         t = (s − shift)/scale, with shift at weight and scale at bias
-    HEAD         t = W · c: the gradient of a head with respect to the layer under it
+    HEAD         t = W · c · (1 + (g/S)²)^(−3/2), the gradient of f = g/√(1 + (g/S)²) with respect to the layer under the head:
+                 g at s, S at bias
     ADD          t = s/scale, added to t if flagged so, with scale at bias
     CONDITIONAL  t = gradient with respect to (loc, log σ before its clamp) from that of z at s; the rest as in SAMPLE
     STEP         t = ε' from ε at t, the gradient with respect to z at s and σ at d; weight: its first noise number
@@ -212,10 +213,12 @@ class _Program:
             unit = self._room(sizes[i])
             shift, scale = self._place(energy.shift), self._place(energy.scale)
             self._add(UNIT, z[i], unit, outputs=sizes[i], weight=shift, bias=scale)
-            _, slopes = self._forward(net[:-1], unit)
+            value, slopes = self._forward(net, unit)
             head = net[-1][0]
             delta = self._room(head.in_features)
-            self._add(HEAD, 0, delta, slopes[-1], outputs=head.in_features, weight=self._place(head.weight))
+            limit = self._place(torch.full_like(energy.shift[:1], energy.saturation or float("inf")))
+            weight = self._place(head.weight)
+            self._add(HEAD, value, delta, slopes[-2], outputs=head.in_features, weight=weight, bias=limit)
             gradient = self._backward(net[:-1], slopes, delta)
             self._add(ADD, gradient, pull[i], outputs=sizes[i], bias=scale, flags=PLAIN if i == free[0] else ACCUMULATE)
             if i == free[-1]:

@@ -176,7 +176,9 @@ def run_chains(
                 elif kind == _HEAD:
                     head = tl.load(weights + weight + column[None, :], mask=there, other=0.0)
                     slope = tl.load(here + third + column[None, :], mask=there, other=0.0)
-                    tl.store(here + target + column[None, :], head * slope, mask=there)
+                    share = tl.load(here + source) / tl.load(weights + bias)
+                    bend = 1 / tl.sqrt(1 + share * share)
+                    tl.store(here + target + column[None, :], head * slope * bend * bend * bend, mask=there)
                 elif kind == _ADD:
                     value = tl.load(here + source + column[None, :], mask=there, other=0.0)
                     value /= tl.load(weights + bias + column[None, :], mask=there, other=1.0)

@@ -231,6 +231,7 @@ class FitTask:
         for layer in range(f_positive.shape[1]):
             both = torch.cat([f_positive[:, layer], f_negative[:, layer]])
             figures[f"largest_{layer + 1}"] = both.abs().amax()
+            figures[f"level_{layer + 1}"] = both.abs().mean()
         figures |= {"loss": loss, "energy_posterior": total_positive.mean(), "energy_prior": total_negative.mean()}
         if self.method in LANGEVIN_METHODS:
             figures["penalty"] = self.penalty
