@@ -3,8 +3,9 @@
     python benchmarks/langevin.py            # about ten minutes on two cores that do nothing else
     python benchmarks/langevin.py --quick    # see that it runs
 
-Every figure is a median of ratios of runs that alternate within this one process; compilation is not counted (docs/sampling.md
-says when it pays). Bare: the forward products and the input-gradient products of all nets of one step, and nothing else.
+Every figure is a median of ratios of runs that alternate within one process, each case in a process of its own: what earlier
+cases leave to the C library's allocator speeds some loops up. Compilation is not counted (docs/sampling.md says when it
+pays). Bare: the forward products and the input-gradient products of all nets of one step, and nothing else.
 Baseline: a plain eager loop with the reference step, the density summed over the batch, no parameter gradients and no
 decoding. torchebm is compared with if it is installed. Writes docs/results/langevin.json, .md and .png.
 """
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import json
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -24,7 +27,7 @@ from typing import Any
 
 import torch
 from langevin_models import DeepConv, Published, StiffLadder, weights_of
-from measure import added_memory, alternate, apart, goal_rows, ratio_picture, ratio_table
+from measure import added_memory, alone, alternate, apart, goal_rows, ratio_picture, ratio_table
 from results import ROOT, write_results
 from torch import Tensor, nn
 
@@ -64,33 +67,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="see that it runs; writes nothing into docs/results")
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory is not None:
         print(peak_memory(options.memory))
         return
-    torch.manual_seed(0)
     quick = options.quick
-    figures: dict[tuple[str, str], float] = {}
-
-    def note(case: str, found: Mapping[str, float]) -> None:
-        for metric, value in found.items():
-            figures[case, metric] = value
-            print(f"{case:<24}{metric:<24}{value:.4g}", flush=True)
-
-    with warnings.catch_warnings():
+    cases: dict[str, Callable[[], dict[str, float]]] = {
+        "batch=100": lambda: published(100, quick),
+        "batch=1000": lambda: published(1000, quick),
+        "bf16": lambda: coarse_samples(quick),
+        "deep_conv": lambda: deep_conv(quick),
+        "llr_k1_of_8": lambda: llr(quick),
+        "two_stage_training": lambda: two_stage_training(quick),
+        "ladder_sigma_0.01_to_1": lambda: stiff_ladder(quick),
+        "memory_2500_over_25": lambda: memory(quick),
+    }
+    if torch.cuda.is_available():
+        cases |= {f"gpu_batch={batch}": lambda batch=batch: on_gpu(batch, quick) for batch in (100, 10_000)}
+    if options.case:
+        torch.manual_seed(0)
         warnings.simplefilter("error")  # a step that falls back to eager mode must not pass for a compiled one
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        for batch in (100, 1000):
-            note(f"batch={batch}", published(batch, quick))
-        note("bf16", coarse_samples(quick))
-        note("deep_conv", deep_conv(quick))
-        note("llr_k1_of_8", llr(quick))
-        note("two_stage_training", two_stage_training(quick))
-        note("ladder_sigma_0.01_to_1", stiff_ladder(quick))
-        note("memory_2500_over_25", memory(quick))
-        if torch.cuda.is_available():
-            note("gpu_batch=100", on_gpu(100, quick))
-            note("gpu_batch=10000", on_gpu(10_000, quick))
+        print(json.dumps(cases[options.case]()))
+        return
+    figures: dict[tuple[str, str], float] = {}
+    for case in cases:
+        for metric, value in alone(__file__, "--case", case, *(["--quick"] if quick else [])).items():
+            figures[case, metric] = value
+            print(f"{case:<24}{metric:<24}{value:.4g}", flush=True)
 
     def why(case: str, metric: str) -> str:
         return f"not measured: needs {'a CUDA device' if case.startswith('gpu') else 'torchebm'}"
@@ -372,7 +377,7 @@ def stiff_ladder(quick: bool) -> dict[str, float]:
 
     noise = evaluations("noise", None, 5)
     latent = min(evaluations("latent", s, 100) for s in (0.005, 0.008, 0.011, 0.014, 0.017))
-    print(f"noise space {noise}, latent space {latent}{' or more' if latent >= most else ''} evaluations", flush=True)
+    print(f"noise space {noise}, latent space {latent}{' or more' if latent >= most else ''} evaluations", file=sys.stderr)
     return {"over_latent_space": noise / latent}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["added_memory", "alternate", "apart", "goal_rows", "ratio_picture", "ratio_table"]
+__all__ = ["added_memory", "alone", "alternate", "apart", "goal_rows", "ratio_picture", "ratio_table"]
 
 import json
 import os
@@ -39,6 +39,12 @@ def apart(file: str, *arguments: str) -> int:
     command = [sys.executable, file, *arguments]
     run = subprocess.run(command, env=os.environ | returning, capture_output=True, text=True, check=True)  # noqa: S603
     return int(json.loads(run.stdout))
+
+
+def alone(file: str, *arguments: str) -> dict[str, float]:
+    """The JSON that `python file arguments` prints as its last line; what it says on the way goes to the terminal."""
+    run = subprocess.run([sys.executable, file, *arguments], stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def added_memory(run: Callable[[], object]) -> int:

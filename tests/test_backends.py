@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -484,3 +486,30 @@ def test_topdown_of_the_whole_batch_is_never_built(method: str, monkeypatch: pyt
         prior.sample_latents(n, given={1: torch.randn(n, 4).double()}, **chain)
     assert sizes
     assert max(sizes) < 100
+
+
+# ------------------------------------------------------------------------------------------------- what the compiler is told
+
+
+def test_biases_are_added_after_the_product() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from energy_prior.langevin.passes import BiasesApart
+
+    def twice(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(bias, a, b) + torch.addmm(bias, a, b, beta=2.0)
+
+    inputs = torch.randn(5), torch.randn(3, 4), torch.randn(4, 5)
+    traced = make_fx(twice)(*inputs)
+    BiasesApart()(traced.graph)
+    traced.graph.lint()
+    traced.recompile()
+    aten = torch.ops.aten
+    products = [n.target for n in traced.graph.nodes if n.target in (aten.addmm.default, aten.mm.default)]
+    assert products == [aten.mm.default, aten.addmm.default]
+    torch.testing.assert_close(traced(*inputs), twice(*inputs))
+
+
+def test_the_library_is_imported_without_the_compiler() -> None:
+    code = "import sys, energy_prior; assert 'torch._inductor' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603

@@ -78,9 +78,7 @@ class _Kind:
 
     def __init__(self, name: str, device: torch.device) -> None:
         self._name = name
-        # on a CPU the compiler's own layouts cost more than they bring (groups of channels are copied to and fro)
-        off: dict[str, str | int | bool | Callable[..., Any]] = {"layout_optimization": False}
-        self._options = off if device.type == "cpu" else None
+        self._options = _cpu_options() if device.type == "cpu" else None
         self._failed = False
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
 
@@ -106,6 +104,13 @@ class _Kind:
                     stacklevel=2,
                 )
         return function(*arguments)
+
+
+def _cpu_options() -> dict[str, Any]:
+    from energy_prior.langevin.passes import BiasesApart
+
+    # the compiler's own layouts cost more than they bring: groups of channels are copied to and fro
+    return {"layout_optimization": False, "post_grad_custom_post_pass": BiasesApart()}
 
 
 def _kind(density: JointDensity) -> _Kind:
