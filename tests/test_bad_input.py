@@ -293,7 +293,7 @@ def test_training_that_diverges_keeps_the_last_good_weights() -> None:
     ("saturation", "why"),
     [
         (None, r"f_2, the energy of layer 2, reached 5e\+03 nats \(max_energy is 1000\)\. Lower"),
-        (100.0, r"f_2, the energy of layer 2, is 100 nats large on average \(the limit is 3 · energy_bound, 75\)\. Lower"),
+        (100.0, r"f_2, the energy of layer 2, is at 100% of its saturation on average \(the limit is 75%\)\. Lower"),
     ],
 )
 def test_energies_that_run_away_stop_the_run_and_name_the_layer(saturation: float | None, why: str) -> None:

@@ -216,7 +216,7 @@ def test_history_and_result(method: Method) -> None:
     joint = method in JOINT_METHODS
     assert set(result.clipped) == ({"energies", "generator"} if joint else {"energies"})
     assert all(0 <= share <= 1 for share in result.clipped.values())
-    keys = {"iteration", "loss", "energy_posterior", "energy_prior", "gap", "max_energy", "energy_level"}
+    keys = {"iteration", "loss", "energy_posterior", "energy_prior", "gap", "max_energy", "saturation"}
     keys |= {"gradient_norm_energies"}
     keys |= set() if method in LANGEVIN_METHODS else {"weight_ess"}
     keys |= {"gradient_norm_generator", "log_likelihood"} if joint else set()

@@ -189,9 +189,12 @@ def test_the_largest_energy_of_a_window() -> None:
     prior = make()
     figures = {name: torch.zeros(3) for name in ("loss", "energy_posterior", "energy_prior")}
     figures |= {"largest_1": torch.tensor([1.0, 5.0, 2.0]), "largest_2": torch.tensor([3.0, 0.0, 0.0])}
-    figures |= {"level_1": torch.tensor([1.0, 1.0, 1.0]), "level_2": torch.tensor([0.0, 6.0, 0.0])}
-    got = entry(figures, task_of(prior, "nce").chains)
-    assert (got["max_energy"], got["energy_level"]) == (5.0, 2.0)
+    chains = task_of(prior, "nce").chains
+    assert "saturation" not in entry(figures, chains)  # energies of one's own
+    figures |= {"saturation_1": torch.tensor([0.1, 0.1, 0.1]), "saturation_2": torch.tensor([0.0, 0.6, 0.0])}
+    got = entry(figures, chains)
+    assert got["max_energy"] == 5.0
+    assert got["saturation"] == pytest.approx(0.2)
 
 
 def test_pictures_are_of_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,8 +218,7 @@ def test_pictures_are_of_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_kept_was_looked_at() -> None:
     """The figures of a window are of weights before its last update: a run that fails in the next one keeps those before."""
     task = task_of(make(), "nce")
-    layers = {f"{name}_{layer}": torch.ones(1) for name in ("largest", "level") for layer in (1, 2)}
-    sound = layers | {"loss": torch.zeros(1)}
+    sound = {"loss": torch.zeros(1), "largest_1": torch.ones(1), "largest_2": torch.ones(1)}
     figures = sound | {"energy_posterior": torch.zeros(1), "energy_prior": torch.zeros(1)}
     for value in (1.0, 2.0):
         for average in task.average:

@@ -109,12 +109,11 @@ class FitConfig(RunConfig):
             the chains where f wants them, it would be near 0: a gap says that f is ahead of them, which is how these
             runs diverge. 0 for `energy_penalty` switches this off.
         energy_bound: |f_i| in nats beyond which a steep penalty, 0.1 (|f_i| − energy_bound)², holds each layer's energy back,
-            > 0; energies of a good prior stay well inside it. Where a layer's mean |f_i| over a batch is three times as large,
-            the run has diverged and stops.
+            > 0; energies of a good prior stay well inside it.
         ema_decay: d in [0, 1) of the running average of the weights, a ← d a + (1 − d) w, which is what the prior uses;
             early on d is at most (1 + t)/(10 + t). The joint rules average the generator's weights as well.
         max_energy: largest |f_i| in nats on a training batch, > 0; beyond it the run has diverged and stops. Built-in energies
-            saturate long before.
+            saturate before: for them it has where their mean |f_i| over a batch is above three quarters of their saturation.
         steps: Langevin steps per prior draw, ≥ 1. "multi_stage_nce": of the chains that a stage starts with.
         persistent: chains kept from update to update (Tieleman, ICML 2008): each update takes as many as a batch has, where
             they stood, and runs them on. None: four batches of them; 0: every chain starts ancestrally.

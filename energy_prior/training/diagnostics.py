@@ -14,7 +14,8 @@ from energy_prior.training.config import FitConfig, Method
 
 _FEW_WEIGHTS = 0.005
 _HIGH_ENERGY = 0.2
-_RUNAWAY = 3.0
+_HIGH_SATURATION = 0.5
+_SATURATED = 0.75
 _LOW_ACCEPTANCE = 0.5
 _OFTEN_TAMED = 0.1
 
@@ -31,11 +32,12 @@ def weight_share(logits: Tensor) -> Tensor:
 
 def entry(figures: dict[str, Tensor], chains: TrainingChains) -> dict[str, float]:
     """An entry of the history from a window of figures, (iterations,) each."""
-    layers = ("largest_", "level_")
-    last = {name: float(value[-1]) for name, value in figures.items() if not name.startswith(layers)}
+    by_layer = ("largest_", "saturation_")
+    last = {name: float(value[-1]) for name, value in figures.items() if not name.startswith(by_layer)}
     last["gap"] = last["energy_posterior"] - last["energy_prior"]
-    last["max_energy"] = float(_by_layer(figures, "largest_").max())
-    last["energy_level"] = float(_by_layer(figures, "level_").mean(0).max())
+    last["max_energy"] = max(float(value.max()) for value in _by_layer(figures, "largest_").values())
+    if saturation := _by_layer(figures, "saturation_"):
+        last["saturation"] = max(float(value.mean()) for value in saturation.values())
     for name in ("tamed", "posterior_tamed", "acceptance", "weight_ess"):
         if name in figures:
             last[name] = float(figures[name].mean())
@@ -57,10 +59,10 @@ def forebodings(entry: dict[str, float], config: FitConfig) -> dict[str, str]:
             f"an energy has reached {entry['max_energy']:.3g} nats, and at max_energy = {config.max_energy:g} the run stops. "
             "Energies of a good prior are within ±30. Raise energy_penalty, or lower learning_rate."
         )
-    elif entry["energy_level"] > config.energy_bound:
-        found["energy"] = (
-            f"the energies of a layer are {entry['energy_level']:.3g} nats large on average, and at {_RUNAWAY:g} · "
-            f"energy_bound = {_RUNAWAY * config.energy_bound:g} the run stops. Raise energy_penalty, or lower learning_rate."
+    if entry.get("saturation", 0.0) > _HIGH_SATURATION:
+        found["saturation"] = (
+            f"the energies of a layer are at {entry['saturation']:.0%} of their saturation on average, and at {_SATURATED:.0%} "
+            "the run stops: energies that saturate learn nothing more. Raise energy_penalty, or lower learning_rate."
         )
     if entry.get("acceptance", 1.0) < _LOW_ACCEPTANCE:
         change = "Lower learning_rate, or raise energy_penalty"
@@ -91,8 +93,7 @@ def forebodings(entry: dict[str, float], config: FitConfig) -> dict[str, str]:
 def check_sound(figures: dict[str, Tensor], first: int, method: Method, config: FitConfig) -> None:
     """Raises `DivergenceError` at the first iteration of a window where something is not finite or the energies have run away.
 
-    That is where an |f_i| is above `max_energy`, or their mean over a batch above three times `energy_bound`: energies that
-    saturate need not get larger.
+    That is where an |f_i| is above `max_energy`, or where those of a built-in energy are near its saturation on average.
 
     Args:
         figures: of the window, (iterations,) each.
@@ -100,31 +101,33 @@ def check_sound(figures: dict[str, Tensor], first: int, method: Method, config: 
         method: the learning rule.
         config: its settings.
     """
-    largest, level = _by_layer(figures, "largest_"), _by_layer(figures, "level_")
+    largest, saturation = _by_layer(figures, "largest_"), _by_layer(figures, "saturation_")
     watched = {name: value for name, value in figures.items() if name == "loss" or name.startswith("gradient_norm_")}
-    finite = torch.stack([torch.isfinite(value) for value in watched.values()], 1).all(1)
-    runaway = _RUNAWAY * config.energy_bound
-    sound = finite & (largest <= config.max_energy).all(1) & (level <= runaway).all(1)
-    if bool(sound.all()):
+    bad = [~torch.isfinite(value) for value in watched.values()]
+    bad += [~(value <= config.max_energy) for value in largest.values()]
+    bad += [~(value <= _SATURATED) for value in saturation.values()]
+    rows = torch.stack(bad).any(0).nonzero()
+    if len(rows) == 0:
         return
-    row = int((~sound).nonzero()[0])
-    excess = ~((largest[row] <= config.max_energy) & (level[row] <= runaway))
-    layer = int(excess.nonzero()[0]) + 1 if bool(excess.any()) else None
-    if layer is None:
-        bad = next(name for name, value in watched.items() if not bool(torch.isfinite(value[row])))
-        what = f"the {bad.replace('gradient_norm_', 'gradient of the ')} is not finite."
-    elif not float(largest[row, layer - 1]) <= config.max_energy:
-        reached = float(largest[row, layer - 1])
+    row = int(rows[0])
+    layer = next((i for i, value in largest.items() if not bool(value[row] <= config.max_energy)), None)
+    saturated = next((i for i, value in saturation.items() if not bool(value[row] <= _SATURATED)), None)
+    if layer is not None:
+        reached = float(largest[layer][row])
         what = f"f_{layer}, the energy of layer {layer}, reached {reached:.3g} nats (max_energy is {config.max_energy:g})."
+    elif saturated is not None:
+        layer = saturated
+        share = f"{float(saturation[layer][row]):.0%} of its saturation on average"
+        what = f"f_{layer}, the energy of layer {layer}, is at {share} (the limit is {_SATURATED:.0%})."
     else:
-        mean = f"{float(level[row, layer - 1]):.3g} nats large on average"
-        what = f"f_{layer}, the energy of layer {layer}, is {mean} (the limit is {_RUNAWAY:g} · energy_bound, {runaway:g})."
+        name = next(name for name, value in watched.items() if not bool(torch.isfinite(value[row])))
+        what = f"the {name.replace('gradient_norm_', 'gradient of the ')} is not finite."
     raise DivergenceError(f"{what} {_likely_cause(method, config, figures, row)}", layer=layer, step=first + row)
 
 
-def _by_layer(figures: dict[str, Tensor], prefix: str) -> Tensor:
-    """A figure of every layer, (iterations, L)."""
-    return torch.stack([value for name, value in figures.items() if name.startswith(prefix)], 1)
+def _by_layer(figures: dict[str, Tensor], prefix: str) -> dict[int, Tensor]:
+    """The figures of this name by layer, (iterations,) each."""
+    return {int(name.removeprefix(prefix)): value for name, value in figures.items() if name.startswith(prefix)}
 
 
 def _likely_cause(method: Method, config: FitConfig, figures: dict[str, Tensor], row: int) -> str:

@@ -231,7 +231,9 @@ class FitTask:
         for layer in range(f_positive.shape[1]):
             both = torch.cat([f_positive[:, layer], f_negative[:, layer]])
             figures[f"largest_{layer + 1}"] = both.abs().amax()
-            figures[f"level_{layer + 1}"] = both.abs().mean()
+            energy = self.prior.energies[layer]
+            if isinstance(energy, Energy) and energy.saturation is not None:
+                figures[f"saturation_{layer + 1}"] = both.abs().mean() / energy.saturation
         figures |= {"loss": loss, "energy_posterior": total_positive.mean(), "energy_prior": total_negative.mean()}
         if self.method in LANGEVIN_METHODS:
             figures["penalty"] = self.penalty
