@@ -18,6 +18,8 @@ from energy_prior.errors import ArgumentError, CheckpointError, ShapeError
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "softplus": nn.Softplus, "tanh": nn.Tanh}
 """The smooth activations by name. Langevin follows ∇f: a kink in f is a jump in the drift."""
 
+_NO_SATURATION = 1e30
+
 
 class Energy(nn.Module):
     """Base of the built-in energies: f(z) = g/√(1 + (g/s)²) with g = net((z − shift)/scale) and s = `saturation`.
@@ -27,7 +29,8 @@ class Energy(nn.Module):
 
     As |f| < s, e^(−L·s) < Z < e^(L·s): the joint prior of L layers can always be normalised. An energy that grows without
     limit need not have a finite Z where the scales of a layer depend on those above, and its chains now and then find a far
-    place that outweighs all others. Between ±s/3 f is g to 5 %, and its order is that of g everywhere.
+    place that outweighs all others. Between ±s/4 f is g to 3 %, and its order is that of g as far as the dtype can tell.
+    s is a buffer too, 1e30 for None.
 
     Args:
         latent_shape: shape of z without the batch.
@@ -38,13 +41,15 @@ class Energy(nn.Module):
 
     shift: Tensor
     scale: Tensor
+    saturation: Tensor
     standardized: Tensor
     config: dict[str, Any]
     net: nn.Sequential
 
-    def __init__(self, latent_shape: Sequence[int], saturation: float | None = 100.0) -> None:
+    def __init__(self, latent_shape: Sequence[int], saturation: float | None = None) -> None:
         super().__init__()
-        self.saturation = None if saturation is None else check_positive("saturation", saturation)
+        limit = _NO_SATURATION if saturation is None else check_positive("saturation", saturation)
+        self.register_buffer("saturation", torch.tensor(limit))
         self.latent_shape = torch.Size(latent_shape)
         if len(self.latent_shape) == 0 or min(self.latent_shape) < 1:
             raise ShapeError(f"latent_shape: expected one or more positive sizes, got {tuple(latent_shape)}.")
@@ -54,8 +59,9 @@ class Energy(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """f(z), (batch,), nats."""
-        g = self.net((z - self.shift) / self.scale).squeeze(1)
-        return g if self.saturation is None else g / torch.hypot(torch.ones_like(g), g / self.saturation)
+        out = self.net((z - self.shift) / self.scale).squeeze(1)
+        g = out.to(torch.promote_types(out.dtype, torch.float32))  # the slope of the bound is a difference
+        return (g / torch.hypot(torch.ones_like(g), g / self.saturation)).to(out.dtype)
 
     def standardize(self, latents: Tensor) -> None:
         """Sets shift and scale to the mean and standard deviation of `latents`, (n, *latent_shape), unless already set."""
@@ -101,7 +107,7 @@ class MLPEnergy(Energy):
             "hidden": list(hidden),
             "activation": activation,
             "spectral_norm": spectral_norm,
-            "saturation": self.saturation,
+            "saturation": saturation,
         }
         make = _activation(activation)
         layers: list[nn.Module] = [nn.Flatten()]
@@ -142,7 +148,7 @@ class ConvEnergy(Energy):
             "channels": list(channels),
             "activation": activation,
             "spectral_norm": spectral_norm,
-            "saturation": self.saturation,
+            "saturation": saturation,
         }
         make = _activation(activation)
         layers: list[nn.Module] = []

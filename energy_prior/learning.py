@@ -79,8 +79,8 @@ class LearnMethods(nn.Module):
             ArgumentError, ShapeError: for impossible settings or data (empty, not finite, wrong shape or dtype, fewer than a
                 batch), or a `run_dir` that holds another run.
             GeneratorError: if the method cannot work with the generator.
-            DivergenceError: if something stops being finite or |f| leaves `max_energy`; the prior then holds its last good
-                average.
+            DivergenceError: if something stops being finite, |f| leaves `max_energy`, or built-in energies stay near their
+                saturation; the prior then holds its last good average.
             DistributedError: if another process dies.
             OSError: if a checkpoint cannot be written; the one before is whole.
         """

@@ -494,7 +494,9 @@ def test_topdown_of_the_whole_batch_is_never_built(method: str, monkeypatch: pyt
 def test_biases_are_added_after_the_product() -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    from energy_prior.langevin.passes import BiasesApart
+    BiasesApart = pytest.importorskip("energy_prior.langevin.passes", exc_type=ImportError).BiasesApart
+    kind = backends._Kind("a model", torch.device("cpu"))
+    assert isinstance((kind._options or {})["post_grad_custom_post_pass"], BiasesApart)
 
     def twice(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.addmm(bias, a, b) + torch.addmm(bias, a, b, beta=2.0)
@@ -508,6 +510,14 @@ def test_biases_are_added_after_the_product() -> None:
     products = [n.target for n in traced.graph.nodes if n.target in (aten.addmm.default, aten.mm.default)]
     assert products == [aten.mm.default, aten.addmm.default]
     torch.testing.assert_close(traced(*inputs), twice(*inputs))
+
+
+def test_an_older_torch_without_graph_passes_compiles_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "energy_prior.langevin.passes", raising=False)
+    monkeypatch.setitem(sys.modules, "torch._inductor.custom_graph_pass", None)
+    backends._cpu_options.cache_clear()
+    assert backends._cpu_options() == {"layout_optimization": False}
+    backends._cpu_options.cache_clear()
 
 
 def test_the_library_is_imported_without_the_compiler() -> None:

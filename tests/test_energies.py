@@ -60,7 +60,7 @@ def test_gradient_is_smooth() -> None:
 def test_energies_saturate_smoothly_and_keep_their_order(make: Any) -> None:
     f, g = make((3,), saturation=4.0).double(), make((3,), saturation=None).double()
     nn.init.normal_(g.net[-1].weight)
-    f.load_state_dict(g.state_dict())
+    f.net.load_state_dict(g.net.state_dict())
     z = torch.randn(200, *f.latent_shape, dtype=torch.float64) * torch.logspace(-3, 4, 200, dtype=torch.float64).view(
         -1, *[1] * len(f.latent_shape)
     )
@@ -78,6 +78,29 @@ def test_energies_saturate_smoothly_and_keep_their_order(make: Any) -> None:
     (free_slope,) = torch.autograd.grad(g(z).sum(), z)
     cut = (1 + (free / 4.0) ** 2) ** -1.5
     torch.testing.assert_close(slope, cut.view(-1, *[1] * len(f.latent_shape)) * free_slope)
+
+
+def test_saturation_is_kept_with_the_weights() -> None:
+    f, other = MLPEnergy((2,), (4,), saturation=3.0), MLPEnergy((2,), (4,), saturation=None)
+    nn.init.normal_(f.net[-1].weight, std=5.0)  # type: ignore[arg-type]
+    z = 10 * torch.randn(20, 2)
+    other.load_state_dict(f.state_dict())
+    assert torch.equal(f(z), other(z))
+    assert float(f(z).detach().abs().max()) > 2.5
+
+
+def test_saturation_in_half_precision_is_that_of_full_precision() -> None:
+    """Its slope is a difference, of which bfloat16 would leave nothing."""
+    f = MLPEnergy((2,), (4,), saturation=4.0)
+    nn.init.normal_(f.net[-1].weight, std=20.0)  # type: ignore[arg-type]
+    z = 10 * torch.randn(200, 2)
+    slopes = []
+    for enabled in (False, True):
+        leaf = z.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            value = f(leaf)
+        slopes.append(torch.autograd.grad(value.sum(), leaf)[0].norm(dim=1))
+    assert torch.quantile((slopes[1] / slopes[0] - 1).abs(), 0.9) < 0.2
 
 
 def test_energies_that_are_not_finite_do_not_saturate() -> None:

@@ -11,12 +11,12 @@ import torch
 from ladders import QuadraticEnergy
 from torch import Tensor, nn
 
-from energy_prior import ArgumentError, DivergenceError, JointEBMPrior, LadderVAE, fit_elbo
+from energy_prior import ArgumentError, DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy, fit_elbo
 from energy_prior.training import ElboConfig, FitConfig
 from energy_prior.training.chains import TrainingChains
 from energy_prior.training.config import RunConfig
 from energy_prior.training.data import Batches
-from energy_prior.training.diagnostics import entry
+from energy_prior.training.diagnostics import check_sound, entry
 from energy_prior.training.elbo import _ElboTask, elbo
 from energy_prior.training.engine import Engine
 from energy_prior.training.loop import Group, run_loop
@@ -243,6 +243,32 @@ def test_the_last_average_is_seen_to_be_sound() -> None:
         task.finish()
 
 
+def test_the_last_average_is_not_saturated() -> None:
+    prior = JointEBMPrior(make().generator, [MLPEnergy(shape, (8,)) for shape in make().generator.latent_shapes])
+    task = task_of(prior, "nce")
+    with torch.no_grad():
+        prior.energies[1].net[-1].bias.fill_(-300.0)  # type: ignore[union-attr]
+    task.latest = [w.detach().clone() for w in task.weights] + task.buffers
+    with pytest.raises(DivergenceError, match="f_2, the energy of layer 2, is close to its saturation on draws"):
+        task.finish()
+
+
+@pytest.mark.parametrize("side", ["posterior", "prior"])
+def test_energies_that_run_away_on_one_side_stop_the_run(side: str) -> None:
+    prior = JointEBMPrior(make().generator, [MLPEnergy(shape, (8,)) for shape in make().generator.latent_shapes])
+    task = task_of(prior, "nce")
+    calls = iter(["posterior", "prior"])
+    one = prior.energies[0].forward
+
+    def one_sided(z: torch.Tensor) -> torch.Tensor:
+        return one(z) + (95.0 if next(calls, None) == side else 0.0)
+
+    prior.energies[0].forward = one_sided  # type: ignore[method-assign]
+    _, figures = task.loss(next(task.batches), 1)
+    with pytest.raises(DivergenceError, match="f_1, the energy of layer 1, is at 95% of its saturation on average"):
+        check_sound({name: value.detach()[None] for name, value in figures.items()}, 1, "nce", task.config)
+
+
 # -------------------------------------------------------------------------------------------------------- the generator's
 
 
@@ -417,4 +443,4 @@ def test_looks_share_running_statistics(what: str, monkeypatch: pytest.MonkeyPat
         assert shared == [3, 3]
     else:
         JointEBMPrior(vae).fit(X, "variational", iterations=4, log_every=2, batch_size=16, steps=2, progress=False)
-        assert shared == [9, 9]
+        assert shared == [11, 11]

@@ -13,6 +13,7 @@ __all__ = [
     "stepper_for",
 ]
 
+import functools
 import types
 import warnings
 from collections import OrderedDict
@@ -106,11 +107,18 @@ class _Kind:
         return function(*arguments)
 
 
+@functools.cache
 def _cpu_options() -> dict[str, Any]:
-    from energy_prior.langevin.passes import BiasesApart
-
     # the compiler's own layouts cost more than they bring: groups of channels are copied to and fro
-    return {"layout_optimization": False, "post_grad_custom_post_pass": BiasesApart()}
+    options: dict[str, Any] = {"layout_optimization": False}
+    try:
+        from energy_prior.langevin.passes import BiasesApart
+
+        more: dict[str, Any] = {**options, "post_grad_custom_post_pass": BiasesApart()}
+        torch.compile(_random_noise, options=more)  # looks at the options alone
+    except (ImportError, RuntimeError):  # an older torch has no such passes, or not as an option
+        return options
+    return more
 
 
 def _kind(density: JointDensity) -> _Kind:

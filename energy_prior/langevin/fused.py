@@ -216,8 +216,7 @@ class _Program:
             value, slopes = self._forward(net, unit)
             head = net[-1][0]
             delta = self._room(head.in_features)
-            limit = self._place(torch.full_like(energy.shift[:1], energy.saturation or float("inf")))
-            weight = self._place(head.weight)
+            weight, limit = self._place(head.weight), self._place(energy.saturation)
             self._add(HEAD, value, delta, slopes[-2], outputs=head.in_features, weight=weight, bias=limit)
             gradient = self._backward(net[:-1], slopes, delta)
             self._add(ADD, gradient, pull[i], outputs=sizes[i], bias=scale, flags=PLAIN if i == free[0] else ACCUMULATE)

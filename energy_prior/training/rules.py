@@ -129,15 +129,20 @@ class FitTask:
             z = self.chains.ancestral(_SOUND_DRAWS)
         with torch.no_grad(), frozen(*self.model.energies):
             f = self.model.negative_energy(z)
-        bad = ~(f.abs() <= self.config.max_energy).all(0)
-        if bool(bad.any()):
-            layer = int(bad.nonzero()[0]) + 1
-            raise DivergenceError(
-                f"f_{layer}, the energy of layer {layer}, is beyond max_energy = {self.config.max_energy:g} on draws of the "
-                "generator's prior. Lower learning_rate or raise energy_penalty.",
-                layer=layer,
-                step=self.config.iterations,
-            )
+        largest, level = f.abs().amax(0), f.abs().mean(0)
+        for layer, energy in enumerate(self.prior.energies, start=1):
+            found = None
+            if not float(largest[layer - 1]) <= self.config.max_energy:
+                found = f"beyond max_energy = {self.config.max_energy:g}"
+            elif isinstance(energy, Energy) and float(level[layer - 1] / energy.saturation) > diagnostics.SATURATED:
+                found = "close to its saturation"
+            if found:
+                raise DivergenceError(
+                    f"f_{layer}, the energy of layer {layer}, is {found} on draws of the generator's prior. Lower "
+                    "learning_rate or raise energy_penalty.",
+                    layer=layer,
+                    step=self.config.iterations,
+                )
         self.good = self.latest
 
     def picture(self) -> Tensor | None:
@@ -231,9 +236,9 @@ class FitTask:
         for layer in range(f_positive.shape[1]):
             both = torch.cat([f_positive[:, layer], f_negative[:, layer]])
             figures[f"largest_{layer + 1}"] = both.abs().amax()
-            energy = self.prior.energies[layer]
-            if isinstance(energy, Energy) and energy.saturation is not None:
-                figures[f"saturation_{layer + 1}"] = both.abs().mean() / energy.saturation
+            sides = f_positive[:, layer].abs().mean(), f_negative[:, layer].abs().mean()
+            if isinstance(energy := self.prior.energies[layer], Energy):
+                figures[f"saturation_{layer + 1}"] = torch.stack(sides).amax() / energy.saturation
         figures |= {"loss": loss, "energy_posterior": total_positive.mean(), "energy_prior": total_negative.mean()}
         if self.method in LANGEVIN_METHODS:
             figures["penalty"] = self.penalty
