@@ -172,7 +172,7 @@ def finish(density: JointDensity, rules: Rules, carry: Carry, last: Draw | None)
         position = propose(position, carry.drift, carry.coefficients, last.noise)
         cut = None if cut is None else cut + there(carry.was_cut)
     end = end_at(density, position, None if last is not None else energy)
-    return end._replace(cut=cut)
+    return End(end.position, end.latents, cut, end.health)  # torch 2.5 cannot compile `_replace`
 
 
 def end_at(density: JointDensity, position: tuple[Tensor, ...], energy: Tensor | None) -> End:
