@@ -62,7 +62,7 @@ def main() -> None:
             ratio = alternate(chains(with_energies(generator), 4 if quick else 20), 2 if quick else 7)
             figures[case, f"{name}_over_full_sampler"] = ratio("ours", "loop")
             figures[case, "compiled_over_full_sampler"] = ratio("compiled", "loop")
-        peaks = {name: apart(__file__, "--memory", name) for name in ("ours", "loop")}
+        peaks = {name: apart(__file__, "--memory", name, give_back=True) for name in ("ours", "loop")}
         figures["nvae_style", "peak_memory_over_full_sampler"] = peaks["ours"] / peaks["loop"]
         ratio = alternate(samplers(with_energies(nvae_style(quick))), 4 if quick else 25)
         figures["sample_steps_0", "over_own_sampler"] = ratio("ours", "own")

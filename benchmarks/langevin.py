@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from langevin_models import DeepConv, Published, StiffLadder, weights_of
-from measure import added_memory, alone, alternate, apart, goal_rows, ratio_picture, ratio_table
+from measure import added_memory, alternate, apart, goal_rows, ratio_picture, ratio_table
 from results import ROOT, write_results
 from torch import Tensor, nn
 
@@ -93,7 +93,7 @@ def main() -> None:
         return
     figures: dict[tuple[str, str], float] = {}
     for case in cases:
-        for metric, value in alone(__file__, "--case", case, *(["--quick"] if quick else [])).items():
+        for metric, value in apart(__file__, "--case", case, *(["--quick"] if quick else [])).items():
             figures[case, metric] = value
             print(f"{case:<24}{metric:<24}{value:.4g}", flush=True)
 
@@ -395,7 +395,7 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
 
 def memory(quick: bool) -> dict[str, float]:
     """Peak of the resident memory above its level before the call, 2,500 steps over 25, each in a process of its own."""
-    few, many = (apart(__file__, "--memory", str(steps)) for steps in (25, 250 if quick else 2500))
+    few, many = (apart(__file__, "--memory", str(steps), give_back=True) for steps in (25, 250 if quick else 2500))
     return {"ratio": many / few}
 
 

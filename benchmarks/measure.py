@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["added_memory", "alone", "alternate", "apart", "goal_rows", "ratio_picture", "ratio_table"]
+__all__ = ["added_memory", "alternate", "apart", "goal_rows", "ratio_picture", "ratio_table"]
 
 import json
 import os
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from results import Row
@@ -30,20 +31,18 @@ def alternate(runs: Mapping[str, Callable[[], object]], repeats: int) -> Callabl
     return lambda a, b: statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
 
-def apart(file: str, *arguments: str) -> int:
-    """The number that `python file arguments` prints, with a C library that gives back what is freed.
+def apart(file: str, *arguments: str, give_back: bool = False) -> Any:
+    """The JSON that `python file arguments` prints as its last line.
 
-    By default it keeps some, more the longer a process runs.
+    Args:
+        file: a script.
+        arguments: of its command line.
+        give_back: with a C library that gives back what is freed; by default it keeps some, more the longer a process runs.
     """
     returning = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
+    environment = os.environ | (returning if give_back else {})
     command = [sys.executable, file, *arguments]
-    run = subprocess.run(command, env=os.environ | returning, capture_output=True, text=True, check=True)  # noqa: S603
-    return int(json.loads(run.stdout))
-
-
-def alone(file: str, *arguments: str) -> dict[str, float]:
-    """The JSON that `python file arguments` prints as its last line; what it says on the way goes to the terminal."""
-    run = subprocess.run([sys.executable, file, *arguments], stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603
     return json.loads(run.stdout.splitlines()[-1])
 
 

@@ -63,6 +63,10 @@ class Energy(nn.Module):
         g = out.to(torch.promote_types(out.dtype, torch.float32))  # the slope of the bound is a difference
         return (g / torch.hypot(torch.ones_like(g), g / self.saturation)).to(out.dtype)
 
+    def extra_repr(self) -> str:
+        """What tells two energies of equal parts apart."""
+        return f"saturation={float(self.saturation):g}"
+
     def standardize(self, latents: Tensor) -> None:
         """Sets shift and scale to the mean and standard deviation of `latents`, (n, *latent_shape), unless already set."""
         if bool(self.standardized):

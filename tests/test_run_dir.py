@@ -15,7 +15,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from energy_prior import ArgumentError, CheckpointError, DivergenceError, JointEBMPrior, LadderVAE, TrainingWarning, fit_elbo
+from energy_prior import (
+    ArgumentError,
+    CheckpointError,
+    DivergenceError,
+    JointEBMPrior,
+    LadderVAE,
+    MLPEnergy,
+    TrainingWarning,
+    fit_elbo,
+)
 from energy_prior.training import METHODS, FitConfig, Method
 from energy_prior.training.rundir import RunFolder
 
@@ -160,6 +169,13 @@ def test_a_failed_run_forgets_the_calibration_of_other_energies() -> None:
 
 
 CHANGES: list[tuple[str, Callable[[], JointEBMPrior], dict[str, Any], Tensor, str]] = [
+    (
+        "saturation",
+        lambda: JointEBMPrior(make().generator, [MLPEnergy((3,), saturation=5.0), MLPEnergy((2,))]),
+        {},
+        X,
+        r"energies.*saturation=100.*now .*saturation=5",
+    ),
     ("setting", make, {"learning_rate": 0.5}, X, "learning_rate was 0.003, now 0.5"),
     ("method", make, {"method": "two_stage"}, X, "task was"),
     ("data", make, {}, 0.9 * X, "data was"),

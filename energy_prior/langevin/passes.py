@@ -11,7 +11,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 class BiasesApart(CustomGraphPass):
     """Matrix products without their bias, which is added after, in one loop with the activation.
 
-    A product with a bias first writes the bias to every row of its result: on a CPU a tenth of a step of small nets.
+    On a CPU a product with a bias first writes the bias to every row of its result: one more pass over it.
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:

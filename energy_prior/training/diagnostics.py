@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["SATURATED", "check_sound", "entry", "forebodings", "weight_share"]
+__all__ = ["check_sound", "energy_figures", "entry", "forebodings", "weight_share"]
+
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from energy_prior.energies import Energy
 from energy_prior.errors import DivergenceError
 from energy_prior.evaluate import effective_sample_size
 from energy_prior.training.chains import TrainingChains
@@ -15,8 +18,7 @@ from energy_prior.training.config import FitConfig, Method
 _FEW_WEIGHTS = 0.005
 _HIGH_ENERGY = 0.2
 _HIGH_SATURATION = 0.5
-SATURATED = 0.75
-"""Largest mean |f_i| of posterior or of prior draws, as a share of the saturation, before a run has diverged."""
+_SATURATED = 0.75
 _LOW_ACCEPTANCE = 0.5
 _OFTEN_TAMED = 0.1
 
@@ -29,6 +31,22 @@ def weight_share(logits: Tensor) -> Tensor:
     """
     weights = torch.softmax(logits, 0)
     return 1 / (len(logits) * weights.square().sum())
+
+
+def energy_figures(energies: Iterable[nn.Module], draws: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Of each layer the largest |f_i|, nats, and of built-in energies the largest mean |f_i| as a share of the saturation.
+
+    Args:
+        energies: one per layer.
+        draws: f at draws of one kind each (posterior, prior), (n, L), nats.
+    """
+    figures: dict[str, Tensor] = {}
+    for layer, energy in enumerate(energies, start=1):
+        sizes = [f[:, layer - 1].abs() for f in draws]
+        figures[f"largest_{layer}"] = torch.stack([size.amax() for size in sizes]).amax()
+        if isinstance(energy, Energy):
+            figures[f"saturation_{layer}"] = torch.stack([size.mean() for size in sizes]).amax() / energy.saturation
+    return figures
 
 
 def entry(figures: dict[str, Tensor], chains: TrainingChains) -> dict[str, float]:
@@ -62,7 +80,7 @@ def forebodings(entry: dict[str, float], config: FitConfig) -> dict[str, str]:
         )
     if entry.get("saturation", 0.0) > _HIGH_SATURATION:
         found["saturation"] = (
-            f"the energies of a layer are at {entry['saturation']:.0%} of their saturation on average, and at {SATURATED:.0%} "
+            f"the energies of a layer are at {entry['saturation']:.0%} of their saturation on average, and at {_SATURATED:.0%} "
             "the run stops: energies that saturate learn nothing more. Raise energy_penalty, or lower learning_rate."
         )
     if entry.get("acceptance", 1.0) < _LOW_ACCEPTANCE:
@@ -106,20 +124,20 @@ def check_sound(figures: dict[str, Tensor], first: int, method: Method, config: 
     watched = {name: value for name, value in figures.items() if name == "loss" or name.startswith("gradient_norm_")}
     bad = [~torch.isfinite(value) for value in watched.values()]
     bad += [~(value <= config.max_energy) for value in largest.values()]
-    bad += [~(value <= SATURATED) for value in saturation.values()]
+    bad += [~(value <= _SATURATED) for value in saturation.values()]
     rows = torch.stack(bad).any(0).nonzero()
     if len(rows) == 0:
         return
     row = int(rows[0])
     layer = next((i for i, value in largest.items() if not bool(value[row] <= config.max_energy)), None)
-    saturated = next((i for i, value in saturation.items() if not bool(value[row] <= SATURATED)), None)
+    saturated = next((i for i, value in saturation.items() if not bool(value[row] <= _SATURATED)), None)
     if layer is not None:
         reached = float(largest[layer][row])
         what = f"f_{layer}, the energy of layer {layer}, reached {reached:.3g} nats (max_energy is {config.max_energy:g})."
     elif saturated is not None:
         layer = saturated
         share = f"{float(saturation[layer][row]):.0%} of its saturation on average"
-        what = f"f_{layer}, the energy of layer {layer}, is at {share} (the limit is {SATURATED:.0%})."
+        what = f"f_{layer}, the energy of layer {layer}, is at {share} (the limit is {_SATURATED:.0%})."
     else:
         name = next(name for name, value in watched.items() if not bool(torch.isfinite(value[row])))
         what = f"the {name.replace('gradient_norm_', 'gradient of the ')} is not finite."

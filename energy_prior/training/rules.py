@@ -129,20 +129,9 @@ class FitTask:
             z = self.chains.ancestral(_SOUND_DRAWS)
         with torch.no_grad(), frozen(*self.model.energies):
             f = self.model.negative_energy(z)
-        largest, level = f.abs().amax(0), f.abs().mean(0)
-        for layer, energy in enumerate(self.prior.energies, start=1):
-            found = None
-            if not float(largest[layer - 1]) <= self.config.max_energy:
-                found = f"beyond max_energy = {self.config.max_energy:g}"
-            elif isinstance(energy, Energy) and float(level[layer - 1] / energy.saturation) > diagnostics.SATURATED:
-                found = "close to its saturation"
-            if found:
-                raise DivergenceError(
-                    f"f_{layer}, the energy of layer {layer}, is {found} on draws of the generator's prior. Lower "
-                    "learning_rate or raise energy_penalty.",
-                    layer=layer,
-                    step=self.config.iterations,
-                )
+        figures = diagnostics.energy_figures(self.prior.energies, [f])
+        last = {name: value[None] for name, value in figures.items()}
+        diagnostics.check_sound(last, self.config.iterations, self.method, self.config)
         self.good = self.latest
 
     def picture(self) -> Tensor | None:
@@ -233,12 +222,7 @@ class FitTask:
         self.gaps.append((total_positive.mean() - total_negative.mean()).detach())
         penalty = self.penalty * energy_penalty(f_positive.sum(1), total_negative)
         penalty = penalty + _WALL * energy_wall(f_positive, f_negative, self.config.energy_bound)
-        for layer in range(f_positive.shape[1]):
-            both = torch.cat([f_positive[:, layer], f_negative[:, layer]])
-            figures[f"largest_{layer + 1}"] = both.abs().amax()
-            sides = f_positive[:, layer].abs().mean(), f_negative[:, layer].abs().mean()
-            if isinstance(energy := self.prior.energies[layer], Energy):
-                figures[f"saturation_{layer + 1}"] = torch.stack(sides).amax() / energy.saturation
+        figures |= diagnostics.energy_figures(self.prior.energies, (f_positive, f_negative))
         figures |= {"loss": loss, "energy_posterior": total_positive.mean(), "energy_prior": total_negative.mean()}
         if self.method in LANGEVIN_METHODS:
             figures["penalty"] = self.penalty
