@@ -80,6 +80,13 @@ def test_energies_saturate_smoothly_and_keep_their_order(make: Any) -> None:
     torch.testing.assert_close(slope, cut.view(-1, *[1] * len(f.latent_shape)) * free_slope)
 
 
+def test_default_energies_stay_below_100_nats() -> None:
+    for f in default_energies([(5,), (2, 4, 4)]):
+        with torch.no_grad():
+            f.net[-1].bias.fill_(1e4)  # type: ignore[union-attr, index]
+            assert float(f(torch.zeros(1, *f.latent_shape))) == pytest.approx(100.0, rel=1e-3)  # type: ignore[misc]
+
+
 def test_saturation_is_kept_with_the_weights() -> None:
     f, other = MLPEnergy((2,), (4,), saturation=3.0), MLPEnergy((2,), (4,), saturation=None)
     nn.init.normal_(f.net[-1].weight, std=5.0)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from energy_prior.training import ElboConfig, FitConfig
 from energy_prior.training.chains import TrainingChains
 from energy_prior.training.config import RunConfig
 from energy_prior.training.data import Batches
-from energy_prior.training.diagnostics import check_sound, entry
+from energy_prior.training.diagnostics import check_sound, entry, forebodings
 from energy_prior.training.elbo import _ElboTask, elbo
 from energy_prior.training.engine import Engine
 from energy_prior.training.loop import Group, run_loop
@@ -251,6 +251,14 @@ def test_the_last_average_is_not_saturated() -> None:
     task.latest = [w.detach().clone() for w in task.weights] + task.buffers
     with pytest.raises(DivergenceError, match="f_2, the energy of layer 2, is at 95% of its saturation on average"):
         task.finish()
+
+
+def test_energies_on_their_way_to_saturation_are_told() -> None:
+    entry = {"max_energy": 70.0, "saturation": 0.6}
+    said = forebodings(entry, FitConfig())
+    assert set(said) == {"saturation"}
+    assert "at 60% of their saturation on average, and at 75% the run stops" in said["saturation"]
+    assert forebodings(entry | {"saturation": 0.4}, FitConfig()) == {}
 
 
 @pytest.mark.parametrize("side", ["posterior", "prior"])
