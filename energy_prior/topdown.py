@@ -15,6 +15,7 @@ __all__ = [
     "inferred_descent",
 ]
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -22,8 +23,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal
+from torch.utils._pytree import tree_map
 
-from energy_prior._util import normal_like, reproducible, sum_event
+from energy_prior._util import normal_like, plain_normal, reproducible, sum_event
 from energy_prior.cost import equal_parts, forward_memory
 from energy_prior.errors import ArgumentError
 from energy_prior.generator import HierarchicalGenerator, Inferred
@@ -94,6 +96,25 @@ class TopDown:
                 break
             self._state = generator.descend(self._state, self.held[layer])
         self.reference = next(iter(self._above.values())).loc
+
+    def apart(self) -> TopDown:
+        """The same pass with no two of its tensors in one memory (of a state: where it is tensors, or tuples, lists, dicts)."""
+        known: set[int] = set()
+
+        def own(value: Any) -> Any:
+            if type(value) is Normal:
+                return plain_normal(own(value.loc), own(value.scale))
+            if not isinstance(value, Tensor):
+                return value
+            place = value.untyped_storage().data_ptr()
+            value = value.clone() if place in known else value
+            known.add(place)
+            return value
+
+        copied = copy.copy(self)
+        for name in ("held", "_state", "_above"):
+            setattr(copied, name, tree_map(own, getattr(self, name)))
+        return copied
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import math
+import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +19,28 @@ import torch
 import torch._dynamo
 import torch._dynamo.utils
 import torch._inductor.config
-from ladders import LinearLadder, ScaleLadder
+from ladders import LinearLadder, ScaleLadder, State
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from energy_prior import ArgumentError, JointEBMPrior, LadderVAE
+from energy_prior import ArgumentError, DivergenceError, JointEBMPrior, LadderVAE
 from energy_prior.cost import Cost, evaluation_cost
 from energy_prior.errors import BackendWarning
-from energy_prior.langevin import ChainSettings, InjectedNoise, RandomNoise, backends, chain
+from energy_prior.langevin import ChainSettings, InjectedNoise, RandomNoise, backends, chain, loops
 from energy_prior.langevin.backends import STEPPERS, pays_to_compile, stepper_for
-from energy_prior.langevin.noise import CounterNoise, threefry
+from energy_prior.langevin.noise import CounterNoise, counted_normal, counted_uniform, threefry
 from energy_prior.topdown import TopDown
 
-STEPS, N = 8, 5
+STEPS, N = 8, 6
 
 
 @pytest.fixture(autouse=True)
 def _own_compiler() -> Iterator[None]:
+    """And two cores, so that half of a batch goes to each."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(2)
     yield
+    torch.set_num_threads(cores)
     torch._dynamo.reset()
 
 
@@ -94,9 +101,9 @@ def test_a_compiled_posterior_and_a_trajectory(monkeypatch: pytest.MonkeyPatch) 
     made: list[str] = []
     original = backends._Kind.call
 
-    def spy(self: Any, function: Any, variant: Any, *arguments: Any) -> Any:
+    def spy(self: Any, function: Any, variant: Any, *arguments: Any, **more: Any) -> Any:
         made.append(function.__name__)
-        return original(self, function, variant, *arguments)
+        return original(self, function, variant, *arguments, **more)
 
     monkeypatch.setattr(backends._Kind, "call", spy)
     x, start = torch.rand(N, 6).double(), prior.sample_latents(N)
@@ -107,8 +114,9 @@ def test_a_compiled_posterior_and_a_trajectory(monkeypatch: pytest.MonkeyPatch) 
     runs = [prior.trajectory(N, every=4, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]
     for field in ("negative_energy", "acceptance", "drift_norm"):
         torch.testing.assert_close(getattr(runs[1], field), getattr(runs[0], field), rtol=1e-9, atol=1e-9)
-    assert made.count("advance") == STEPS + STEPS // 4, "each of the two made every step of it compiled"
-    assert made.count("begin") == made.count("finish") == 2
+    assert made.count("walk") == 2 * (2 + STEPS // 4), "loops: while the step size adapts, after that, and from frame to frame"
+    assert made.count("begin") == made.count("finish") == 2 * 2, "each half of the batch"
+    assert len(made) == made.count("walk") + 8
 
 
 def test_of_a_deep_model_one_step_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +131,7 @@ def test_of_a_deep_model_one_step_is_compiled(monkeypatch: pytest.MonkeyPatch) -
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert stepper_for("compiled", prior.model.density(N)) is STEPPERS["compiled_steps"]
     monkeypatch.undo()
-    assert stepper_for("compiled", prior.model.density(N)) is STEPPERS["compiled"]
+    assert stepper_for("compiled", prior.model.density(N)).workers == 2
 
 
 def test_new_weights_are_used_by_what_was_compiled() -> None:
@@ -140,22 +148,37 @@ def test_new_weights_are_used_by_what_was_compiled() -> None:
 
 
 def test_compiled_chains_count_their_noise() -> None:
-    """In float32; the numbers are those of the reference, so one key is one chain."""
+    """In float32; the numbers are those of the reference, so one key is one chain, whoever makes which rows of it."""
     prior = lively(mlp()).float()
     density = prior.model.density(N)
-    ends = []
-    for stepper in (STEPPERS["compiled"], STEPPERS["eager"]):
-        torch.manual_seed(3)
-        noise = CounterNoise(density.topdown.shapes, density.topdown.reference)
-        if stepper is STEPPERS["compiled"]:
+    shapes, like = density.topdown.shapes, density.topdown.reference
+    assert isinstance(stepper_for("compiled", density).noise(density, shapes), CounterNoise)
+    for adjust in (False, True):
+        ends = []
+        for cores in (None, 1, 2, 3):
             torch.manual_seed(3)
-            noise = stepper.noise(density, density.topdown.shapes)
-            assert isinstance(noise, CounterNoise)
-        options: dict[str, Any] = {"noise": noise, "step_size": 0.3, "scheme": "crank_nicolson", "stepper": stepper}
-        with torch.no_grad():
-            ends.append(chain.run_chain(density, noise.normal(0), steps=STEPS, **options).latents)
-    for a, b in zip(*ends, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            if cores is not None:
+                torch.set_num_threads(cores)
+            stepper = STEPPERS["eager"] if cores is None else stepper_for("compiled", density)
+            parts = stepper.parts([density])
+            assert [d.topdown.batch_size for d in parts] == [N // (cores or 1)] * (cores or 1)
+            noise = CounterNoise(shapes, like)
+            options: dict[str, Any] = {"noise": noise, "step_size": 0.3, "scheme": "crank_nicolson", "stepper": stepper}
+            with torch.no_grad():
+                ends.append(chain.run_chain(parts, noise.normal(0), steps=STEPS, adjust=adjust, **options).latents)
+        for latents in ends[1:]:
+            for a, b in zip(latents, ends[0], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(3, 10)], ids=str)
+def test_counted_noise_belongs_to_rows(rows: slice) -> None:
+    noise = CounterNoise([(10, 3), (10, 2, 2)], torch.empty(()))
+    step, n = torch.tensor(7, dtype=torch.int32), rows.stop - rows.start
+    own = counted_normal(noise.counters(rows.start), step, [(n, 3), (n, 2, 2)])
+    for a, b in zip(own, noise.normal(7), strict=True):
+        assert torch.equal(a, b[rows])
+    assert torch.equal(counted_uniform(noise.counters(rows.start), step, n), noise.uniform(7)[rows])
 
 
 def test_threefry_is_the_published_one() -> None:
@@ -178,15 +201,22 @@ def test_counted_noise_is_standard_normal_and_never_repeats() -> None:
     flat = torch.cat([torch.cat([n.flatten(1) for n in noise.normal(step)], 1) for step in range(1, 6)], 1)
     quantiles = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.01, 0.99, 99))
     torch.testing.assert_close(flat.flatten().quantile(torch.linspace(0.01, 0.99, 99)), quantiles, rtol=0, atol=0.03)
-    assert float((flat.T.corrcoef() - torch.eye(35)).abs().max()) < 0.08, "between layers and steps"
-    assert float((flat.abs().T.corrcoef() - torch.eye(35)).abs().max()) < 0.08
+    uniform = torch.stack([noise.uniform(step) for step in range(1, 6)], 1)
+    assert uniform.min() >= 0
+    assert uniform.max() < 1
+    levels = torch.linspace(0.01, 0.99, 99)
+    torch.testing.assert_close(uniform.flatten().quantile(levels), levels, rtol=0, atol=0.02)
+    both = torch.cat([flat, uniform], 1)
+    assert float((both.T.corrcoef() - torch.eye(40)).abs().max()) < 0.08, "between layers and steps"
+    assert float((both.abs().T.corrcoef() - torch.eye(40)).abs().max()) < 0.08
     assert len(flat.flatten().unique()) > 0.99 * flat.numel()
-    fresh = [CounterNoise([(4000, 3), (4000, 2, 2)], torch.empty(())) for _ in range(2)]
-    for source in fresh:
-        source._key.copy_(noise._key)
-    assert torch.equal(fresh[0].normal(3)[1], noise.normal(3)[1]), "whatever was asked for before"
-    assert torch.equal(fresh[1].normal(5)[0], noise.normal(5)[0])
+    assert len(uniform.unique()) > 0.99 * uniform.numel()
+    torch.manual_seed(0)
+    again = CounterNoise([(4000, 3), (4000, 2, 2)], torch.empty(()))
+    assert torch.equal(again.normal(3)[1], noise.normal(3)[1]), "whatever was asked for before"
     assert not torch.equal(noise.normal(1)[0], CounterNoise([(4000, 3)], torch.empty(())).normal(1)[0]), "another key"
+    assert CounterNoise.reaches([(2**20, 2**12)])
+    assert not CounterNoise.reaches([(2**20, 2**14)])
 
 
 def test_many_settings_of_one_kind_are_all_compiled() -> None:
@@ -209,7 +239,7 @@ def test_what_a_chain_reports_on_the_way(options: dict[str, Any], span: int) -> 
 
     def run(span: int, **more: Any) -> Any:
         torch.manual_seed(5)
-        stepper = STEPPERS["eager"]._replace(span=span)
+        stepper = STEPPERS["eager"]._replace(span=lambda _, left, adjust: span if span <= left and not adjust else 1)
         chain_options: dict[str, Any] = {"step_size": 0.5, "noise": noise, "scheme": "crank_nicolson"} | options | more
         with torch.no_grad():
             return chain.run_chain(density, start, steps=150, stepper=stepper, **chain_options)
@@ -228,6 +258,100 @@ def test_what_a_chain_reports_on_the_way(options: dict[str, Any], span: int) -> 
     close(result.energy, torch.stack([f for _, f, _ in each]))
     close(result.step_size, reference.step_size)
     close(result.latents, reference.latents)
+
+
+def test_a_compiled_chain_that_diverges_says_so_as_the_reference_does() -> None:
+    class Explodes(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return (z**4).sum(1)
+
+    prior = JointEBMPrior(mlp(), [Explodes(), Explodes()]).double()
+    noise = InjectedNoise([torch.randn(80, N, d).double() * 0.5 for d in (4, 3)])
+    said = []
+    for backend in ("eager", "compiled"):
+        with pytest.raises(DivergenceError, match="diverged at step") as error:
+            prior.sample_latents(N, noise=noise, steps=79, step_size=0.2, backend=backend)
+        said.append(error.value)
+    assert (said[0].step, said[0].layer) == (said[1].step, said[1].layer)
+    assert (said[0].step or 0) > 1
+
+
+def test_what_is_no_loop_is_compiled_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a word, and to the same numbers: with noise that was drawn before, and with counted noise."""
+
+    def no_loop(*_: Any) -> Any:
+        raise RuntimeError("no loops here")
+
+    prior = lively(mlp())
+    single = lively(mlp()).float()
+    seeded: dict[str, Any] = {"steps": STEPS, "backend": "compiled"}
+    looped = single.sample_latents(N, rng=torch.Generator().manual_seed(1), **seeded)
+    backends._kinds.clear()
+    monkeypatch.setattr("torch._higher_order_ops.while_loop", no_loop)
+    noise = injected(prior, (1, 2))
+    ends = [prior.sample_latents(N, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-9)
+    stepwise = single.sample_latents(N, rng=torch.Generator().manual_seed(1), **seeded)
+    torch.testing.assert_close(stepwise, looped, rtol=1e-4, atol=1e-4)
+    assert any(kind._given_up for kind in backends._kinds.values())
+
+
+class Shares(LinearLadder):
+    """Hands down a state whose tensors, and those of its conditionals, are parts of one."""
+
+    def start(self, batch_size: int) -> Any:
+        return torch.linspace(-1, 1, 4, dtype=self.out.dtype).repeat(batch_size, 1).chunk(2, 1)
+
+    def conditional(self, state: Any) -> Any:
+        return torch.distributions.Normal(state[0], 0.5 + state[1].sigmoid())
+
+    def descend(self, state: Any, z: Tensor) -> Any:
+        return torch.cat([state[1] + z, state[0] * z], 1).tanh().chunk(2, 1)
+
+    def likelihood(self, state: Any) -> Any:
+        return super().likelihood(State(0, state[0], len(state[0])))
+
+
+def test_tensors_in_one_memory_are_taken_apart_for_loops() -> None:
+    prior = lively(Shares((2, 2, 2), seed=1))
+    given = dict(enumerate(torch.randn(2, N, 2).double(), start=2))
+    backends._kinds.clear()
+    for held in ({}, {3: given[3]}):
+        noise = injected(prior, tuple(i for i in (1, 2, 3) if i not in held))
+        ends = [prior.sample_latents(N, given=held, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]
+        torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-9)
+    assert len(backends._kinds) == 2
+    assert not any(kind._given_up for kind in backends._kinds.values())
+
+
+@pytest.mark.parametrize(
+    ("rows", "cores", "expected"),
+    [(100, 2, (2, 1)), (7, 2, (1, 2)), (100, 8, (5, 1)), (2, 16, (2, 8)), (6, 16, (6, 2)), (64, 1, (1, 1))],
+)
+def test_how_many_parts_side_by_side(rows: int, cores: int, expected: tuple[int, int]) -> None:
+    assert loops.workers_for(rows, cores) == expected
+
+
+def test_threads_of_chains_leave_those_of_others_alone() -> None:
+    cores = torch.get_num_threads()
+    assert loops.side_by_side(3, 1, lambda _: torch.get_num_threads(), range(6)) == [1] * 6
+    with ThreadPoolExecutor(1) as others:
+        assert others.submit(torch.get_num_threads).result() == torch.get_num_threads() == cores
+    mode = contextvars.ContextVar("mode", default="")
+    mode.set("of the caller")
+    assert loops.side_by_side(2, 1, lambda _: mode.get(), range(2)) == ["of the caller"] * 2
+    with pytest.raises(ZeroDivisionError):
+        loops.side_by_side(3, 1, lambda n: 1 // n, range(3))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    loops.side_by_side(2, 1, lambda _: None, range(2))
+    child = os.fork()
+    if not child:
+        os._exit(0 if loops.side_by_side(2, 1, lambda n: n, range(2)) == [0, 1] else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 class Branches(LinearLadder):
@@ -250,8 +374,8 @@ def test_what_cannot_be_compiled_runs_in_eager_mode_with_one_warning() -> None:
         warnings.simplefilter("error")
         again = prior.sample_latents(N, noise=noise, steps=STEPS, backend="compiled")
     reference = prior.sample_latents(N, noise=noise, steps=STEPS, backend="eager")
-    assert torch.equal(compiled[0], reference[0])
-    assert torch.equal(again[0], reference[0])
+    for z in (compiled, again):
+        torch.testing.assert_close(z[0], reference[0], rtol=1e-12, atol=1e-12)
 
 
 def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -260,7 +384,8 @@ def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     missing = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
     with missing, pytest.warns(BackendWarning, match="run in eager mode"):
         z = prior.sample_latents(N, steps=2, backend="compiled", rng=torch.Generator().manual_seed(0))
-    assert torch.equal(z[0], prior.sample_latents(N, steps=2, rng=torch.Generator().manual_seed(0))[0])
+    reference = prior.sample_latents(N, steps=2, rng=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(z[0], reference[0], rtol=1e-12, atol=1e-12)
     single = lively(mlp()).float()
     with missing, pytest.warns(BackendWarning, match="run in eager mode"):
         assert single.sample_latents(N, steps=6, backend="compiled")[0].dtype == torch.float32
@@ -495,8 +620,7 @@ def test_biases_are_added_after_the_product() -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     BiasesApart = pytest.importorskip("energy_prior.langevin.passes", exc_type=ImportError).BiasesApart
-    kind = backends._Kind("a model", torch.device("cpu"))
-    assert isinstance((kind._options or {})["post_grad_custom_post_pass"], BiasesApart)
+    assert isinstance(backends._cpu_options()["post_grad_custom_post_pass"], BiasesApart)
 
     def twice(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.addmm(bias, a, b) + torch.addmm(bias, a, b, beta=2.0)

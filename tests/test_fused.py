@@ -126,7 +126,9 @@ def with_net(change: Any) -> Any:
 def test_what_it_cannot_run_is_told_and_run_compiled(
     change: Any, options: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("energy_prior.langevin.backends._Kind.call", lambda self, function, variant, *rest: function(*rest))
+    monkeypatch.setattr(
+        "energy_prior.langevin.backends._Kind.call", lambda self, function, variant, *rest, **_: function(*rest)
+    )
     prior = change(lively())
     with pytest.warns(BackendWarning, match=f'"triton" cannot run this chain, and "compiled" takes it: .*{why}'):
         z = prior.sample_latents(4, steps=2, backend="triton", step_size=0.1, **options)

@@ -60,7 +60,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     if DEVICE == "cpu":
         monkeypatch.setattr(graphs, "_captured", captured)
         monkeypatch.setattr(graphs, "_DEVICES", ("cpu",))
-        monkeypatch.setattr(settings, "stepper_for", lambda *_: backends.STEPPERS["eager"])
+        monkeypatch.setattr(settings, "stepper_for", lambda *_, **__: backends.STEPPERS["eager"])
     return made
 
 

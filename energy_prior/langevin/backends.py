@@ -13,21 +13,24 @@ __all__ = [
     "stepper_for",
 ]
 
+import contextlib
 import functools
+import threading
 import types
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from energy_prior._util import first_line
+from energy_prior._util import first_line, there
 from energy_prior.cost import Cost, evaluation_cost
 from energy_prior.errors import BackendWarning
-from energy_prior.langevin.density import JointDensity
-from energy_prior.langevin.noise import CounterNoise, NoiseSource, RandomNoise, counted
+from energy_prior.langevin import loops
+from energy_prior.langevin.density import JointDensity, by_parts
+from energy_prior.langevin.noise import CounterNoise, Counters, NoiseSource, RandomNoise, counted_normal
 from energy_prior.langevin.step import Carry, Draw, End, Rules, Trace, advance, begin, finish
 
 _R = TypeVar("_R")
@@ -45,6 +48,7 @@ _MANY_OPERATIONS = 200
 
 _KEPT = 64
 _kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
+_choosing, _compiling = threading.Lock(), threading.RLock()
 
 
 def chosen_backend(backend: StepBackend, density: JointDensity, rows: int, evaluations: int) -> ChosenBackend:
@@ -75,36 +79,64 @@ class _Kind:
     It is compiled without graph breaks, and used again by every further chain of that kind in this process. Where that is not
     possible (no C++ compiler, or code of the generator that cannot be compiled), a `BackendWarning` says so once, and
     from then on the reference is used.
+
+    Args:
+        name: for people, what is compiled.
+        options: of torch.compile.
     """
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        self._name = name
-        self._options = _cpu_options() if device.type == "cpu" else None
+    def __init__(self, name: str, options: dict[str, Any] | None) -> None:
+        self._name, self._options = name, options
         self._failed = False
+        self._given_up: set[Callable[..., Any]] = set()
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
+        self._ready: set[Hashable] = set()
 
-    def call(self, function: Callable[..., _R], variant: Hashable, *arguments: Any) -> _R:
-        """`function` of these arguments; `variant`: what in them it is compiled for anew, beside their shapes."""
-        if (function, variant) not in self._compiled:
-            # torch.compile keeps what it compiled with the code object, a few variants each: this gets a code object of its own
-            own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-            self._compiled[function, variant] = torch.compile(own, fullgraph=True, dynamic=False, options=self._options)
-        if not self._failed:
+    def call(
+        self, function: Callable[..., _R], variant: Hashable, *arguments: Any, otherwise: Callable[..., _R] | None = None
+    ) -> _R:
+        """`function` of these arguments.
+
+        Args:
+            function: what is compiled.
+            variant: what in the arguments it is compiled for anew, beside their shapes.
+            arguments: of the function.
+            otherwise: does the same, and is called with them, without a word, where this function alone cannot be compiled.
+        """
+        key = function, variant
+        with contextlib.nullcontext() if key in self._ready else _compiling:  # one thread compiles, others wait for it
+            if self._failed:
+                return function(*arguments)
+            if otherwise is not None and function in self._given_up:
+                return otherwise(*arguments)
+            if key not in self._compiled:
+                # torch.compile keeps what it compiled with the code object, a few variants each: this gets its own
+                own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+                self._compiled[key] = torch.compile(own, fullgraph=True, dynamic=False, options=self._options)
             try:
-                return self._compiled[function, variant](*arguments)
+                result = self._compiled[key](*arguments)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever a compiler, or code of the user's under it, raises
-                self._failed = True
-                internals: Any = torch._C
-                internals._autograd._saved_tensors_hooks_enable()  # a compiler that stops in torch.func leaves them disabled
-                warnings.warn(
-                    f"Langevin steps of {self._name}, cannot be compiled and run in eager mode: {type(error).__name__}: "
-                    f'{first_line(error)} (backend="eager" never tries)',
-                    BackendWarning,
-                    stacklevel=2,
-                )
-        return function(*arguments)
+                self._fail(error, function if otherwise else None)
+            else:
+                self._ready.add(key)
+                return result
+        return function(*arguments) if otherwise is None else otherwise(*arguments)
+
+    def _fail(self, error: Exception, alone: Callable[..., Any] | None) -> None:
+        internals: Any = torch._C
+        internals._autograd._saved_tensors_hooks_enable()  # a compiler that stops in torch.func leaves them disabled
+        if alone is not None:
+            self._given_up.add(alone)
+            return
+        self._failed = True
+        warnings.warn(
+            f"Langevin steps of {self._name}, cannot be compiled and run in eager mode: {type(error).__name__}: "
+            f'{first_line(error)} (backend="eager" never tries)',
+            BackendWarning,
+            stacklevel=2,
+        )
 
 
 @functools.cache
@@ -121,23 +153,32 @@ def _cpu_options() -> dict[str, Any]:
     return more
 
 
-def _kind(density: JointDensity) -> _Kind:
-    """What is compiled for densities like this one; the longest unused kind is dropped where there are many."""
+def _kind(density: JointDensity, threads: int | None = None) -> _Kind:
+    """What is compiled for densities like this one; the longest unused kind is dropped where there are many.
+
+    Args:
+        density: with the layers and the number of rows.
+        threads: for loops, of so many threads each (`energy_prior.langevin.loops`); None: for single calls, of all.
+    """
     topdown = density.topdown
-    key = density.kind, topdown.batch_size
-    if key not in _kinds:
-        _kinds[key] = _Kind(f"{type(topdown.generator).__name__}, batch of {topdown.batch_size}", topdown.reference.device)
-        if len(_kinds) > _KEPT:
-            _kinds.popitem(last=False)
-    _kinds.move_to_end(key)
-    return _kinds[key]
+    key = density.kind, topdown.batch_size, threads
+    with _choosing:
+        if key not in _kinds:
+            options = _cpu_options() if topdown.reference.device.type == "cpu" else None
+            if threads is not None:  # C++ around the operations, too: the interpreter would let one thread at a time through
+                options = {**(options or {}), "cpp_wrapper": True, "cpp.threads": threads}
+            _kinds[key] = _Kind(f"{type(topdown.generator).__name__}, batch of {topdown.batch_size}", options)
+            if len(_kinds) > _KEPT:
+                _kinds.popitem(last=False)
+        _kinds.move_to_end(key)
+        return _kinds[key]
 
 
-def _compiled(function: Callable[..., _R]) -> Callable[..., _R]:
-    """`begin`, `advance` or `finish` through `torch.compile`."""
+def _compiled(function: Callable[..., _R], threads: int | None = None) -> Callable[..., _R]:
+    """A function of (density, rules, …) through `torch.compile`."""
 
     def call(density: JointDensity, rules: Rules, *arguments: Any) -> _R:
-        return _kind(density).call(function, rules, density, rules, *arguments)
+        return _kind(density, threads).call(function, rules, density, rules, *arguments)
 
     return call
 
@@ -149,13 +190,31 @@ def _random_noise(density: JointDensity, shapes: Sequence[tuple[int, ...]]) -> N
 def _counted_noise(density: JointDensity, shapes: Sequence[tuple[int, ...]]) -> NoiseSource:
     """`CounterNoise`, compiled with the rest of the kind, where torch's own generator is slow and the dtype is float32."""
     like = density.topdown.reference
-    if (like.dtype, like.device.type) != (torch.float32, "cpu"):
+    if (like.dtype, like.device.type) != (torch.float32, "cpu") or not CounterNoise.reaches(shapes):
         return RandomNoise(shapes, like)
 
-    def make(key: Tensor, step: Tensor, pairs: int) -> Tensor:
-        return _kind(density).call(counted, pairs, key, step, pairs)
+    def normal(counters: Counters, step: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
+        return _kind(density).call(counted_normal, shapes, counters, step, shapes)
 
-    return CounterNoise(shapes, like, make)
+    return CounterNoise(shapes, like, normal)
+
+
+def _draws(
+    parts: Sequence[JointDensity], rules: Rules, noise: NoiseSource, first: int, count: int, gains: Tensor
+) -> list[Sequence[Draw]]:
+    """What is new in `count` steps from number `first` on, for each part: one draw for the whole batch, taken apart."""
+    steps = []
+    for step in range(first, first + count):
+        normals = by_parts(parts, noise.normal(step))
+        uniforms = by_parts(parts, (noise.uniform(step),)) if rules.adjust else [(None,)] * len(parts)
+        gain = gains[step - 1] if rules.adapt else None
+        steps.append([Draw(n, u, gain) for n, (u,) in zip(normals, uniforms, strict=True)])
+    return list(zip(*steps, strict=True))
+
+
+def _whole_calls(span: int) -> Callable[[NoiseSource, int, bool], int]:
+    """`span` steps at a time, or one where fewer are left or something is accepted or rejected."""
+    return lambda noise, left, adjust: span if span <= left and not adjust else 1
 
 
 class Stepper(NamedTuple):
@@ -163,34 +222,90 @@ class Stepper(NamedTuple):
 
     Attributes:
         begin: evaluates the start.
-        advance: the steps.
-        finish: where they have arrived.
+        advance: the steps; of (density, rules, carry, what `draws` gave for that part).
+        finish: where they have arrived; of (density, rules, carry, what `draws` gave for a last step, or an empty sequence).
         noise: fresh random numbers for a chain of such a density, from the shapes (batch, *shape) of its free layers.
-        span: how many unadjusted steps are made in one call where nothing has to be looked at in between: what a call costs
-            beside its steps is paid once for all of them.
+        draws: what is new in `count` steps from number `first` on, for each part of the batch, of (parts, rules, noise, first,
+            count, gains).
+        span: how many of the steps that are left are made in one call, of (noise, left, adjust): what a call costs beside its
+            steps is paid once for all of them.
+        parts: the parts of a batch as this backend takes them: the same rows, perhaps in more parts.
+        workers: how many parts of the batch run side by side.
+        threads: of each of them; 0: as many as torch has.
     """
 
     begin: Callable[[JointDensity, Rules, Sequence[Tensor], Tensor], tuple[Carry, Trace]]
-    advance: Callable[[JointDensity, Rules, Carry, Sequence[Draw]], tuple[Carry, Trace]]
-    finish: Callable[[JointDensity, Rules, Carry, Draw | None], End]
+    advance: Callable[[JointDensity, Rules, Carry, Any], tuple[Carry, Trace]]
+    finish: Callable[[JointDensity, Rules, Carry, Any], End]
     noise: Callable[[JointDensity, Sequence[tuple[int, ...]]], NoiseSource]
-    span: int
+    draws: Callable[[Sequence[JointDensity], Rules, NoiseSource, int, int, Tensor], Sequence[Any]]
+    span: Callable[[NoiseSource, int, bool], int]
+    parts: Callable[[Sequence[JointDensity]], Sequence[JointDensity]] = list
+    workers: int = 1
+    threads: int = 0
+
+    def each(self, function: Callable[..., _R], *arguments: Iterable[Any]) -> list[_R]:
+        """`function` of the arguments of each part."""
+        if self.workers == 1:
+            return list(map(function, *arguments))
+        return loops.side_by_side(self.workers, self.threads, function, *arguments)
 
 
 STEPPERS: Mapping[ChosenBackend | Literal["compiled_steps"], Stepper] = {
-    "eager": Stepper(begin, advance, finish, _random_noise, span=1),
-    "compiled": Stepper(_compiled(begin), _compiled(advance), _compiled(finish), _counted_noise, span=4),
-    "compiled_steps": Stepper(begin, _compiled(advance), finish, _counted_noise, span=1),
+    "eager": Stepper(begin, advance, finish, _random_noise, _draws, _whole_calls(1)),
+    "compiled": Stepper(_compiled(begin), _compiled(advance), _compiled(finish), _counted_noise, _draws, _whole_calls(4)),
+    "compiled_steps": Stepper(begin, _compiled(advance), finish, _counted_noise, _draws, _whole_calls(1)),
 }
 """How chains are made step by step; "graph" and "triton" run whole chains at once (`energy_prior.langevin.graphs`, `fused`)."""
 
 
-def stepper_for(backend: ChosenBackend, density: JointDensity) -> Stepper:
+@functools.cache
+def _loops(workers: int, threads: int) -> Stepper:
+    """Loops of compiled steps on a CPU (`energy_prior.langevin.loops`)."""
+    compiled_draw, compiled_advance = _compiled(loops.draw), _compiled(advance)
+
+    def one_by_one(density: JointDensity, rules: Rules, carry: Carry, new: loops.Ahead) -> tuple[Carry, Trace]:
+        traces = []
+        for t in range(int(new.steps)):
+            draw = compiled_draw(density, rules, new, new.steps.new_full((), t))
+            carry, trace = compiled_advance(density, rules, carry, [draw])
+            traces.append(trace)
+        return carry, Trace(
+            torch.cat([t.health for t in traces]), torch.cat([there(t.energy) for t in traces]) if rules.traced else None
+        )
+
+    def walk(density: JointDensity, rules: Rules, carry: Carry, new: loops.Ahead) -> tuple[Carry, Trace]:
+        kind, arguments = _kind(density, threads), (density, rules, carry, new)
+        carry, trace = kind.call(loops.walk, rules, *arguments, otherwise=one_by_one)
+        count = int(new.steps)
+        return carry, Trace(trace.health[:count], None if trace.energy is None else trace.energy[:count])
+
+    return Stepper(
+        begin=_compiled(begin, threads),
+        advance=walk,
+        finish=_compiled(loops.finish, threads),
+        noise=_counted_noise,
+        draws=loops.ahead,
+        span=lambda noise, left, adjust: min(left, loops.longest(noise)),
+        parts=lambda parts: loops.parts_for(parts, workers),
+        workers=workers,
+        threads=threads,
+    )
+
+
+def stepper_for(backend: ChosenBackend, density: JointDensity, *, at_once: bool = False) -> Stepper:
     """How a chain on `density` is made: "compiled" compiles all of it, but of deep models a single step.
 
-    Compiling takes as long as there are operations: four steps in one call, the start and the end are seven times those of a
-    step. They save what a call costs, which is much beside the step of a small model and nothing beside that of a deep one.
+    Compiling takes as long as there are operations: with the start and the end they are three times those of a step. That, and
+    loops, save what a call costs, which is much beside the step of a small model and nothing beside that of a deep one.
+
+    Args:
+        backend: as it was chosen.
+        density: of the batch, or of the first of its parts.
+        at_once: something records the steps of whole chains, so there can be no loop in them.
     """
     if backend == "compiled" and evaluation_cost(density).operations > _MANY_OPERATIONS:
         return STEPPERS["compiled_steps"]
+    if backend == "compiled" and not at_once and density.topdown.reference.device.type == "cpu":
+        return _loops(*loops.workers_for(density.topdown.batch_size, torch.get_num_threads()))
     return STEPPERS[backend]

@@ -7,6 +7,7 @@ __all__ = ["ChainResult", "StepCallback", "run_chain", "run_fused", "run_graphed
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from energy_prior.langevin.density import ChainState, JointDensity, Precision, b
 from energy_prior.langevin.fused import fused_position
 from energy_prior.langevin.graphs import graphed
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource
-from energy_prior.langevin.step import Carry, Draw, End, Rules, Scheme, Trace, coefficients, end_at
+from energy_prior.langevin.step import Carry, End, Rules, Scheme, Trace, coefficients, end_at
 
 StepCallback = Callable[[int, ChainState, Tensor], None]
 """Called with (step, state, mean acceptance probability since the call before, (batch,)), and at step 0 with ones."""
@@ -120,7 +121,8 @@ def run_chain(
     # what the last step of all arrives at is evaluated only to be measured
     last = steps if rules.measured else max(steps - 1, 0)
     with matrix_products(precision):
-        begun = [stepper.begin(d, rules, r[:-1], r[-1]) for d, r in zip(parts, by_parts(parts, (*start, s)), strict=True)]
+        starts = zip(*[(own[:-1], own[-1]) for own in by_parts(parts, (*start, s))], strict=True)
+        begun = stepper.each(stepper.begin, parts, repeat(rules), *starts)
         carries, traces = [list(parts_of) for parts_of in zip(*begun, strict=True)]
         watch = _FiniteWatch(parts[0])
         watch.note(traces)
@@ -133,9 +135,9 @@ def run_chain(
         while t < last:
             rules = rules._replace(adapt=t < adapt_steps)
             ahead = [last - t, *([adapt_steps - t] if rules.adapt else []), *([every - t % every] if on_step else [])]
-            span = stepper.span if stepper.span <= min(ahead) and not adjust else 1
-            draws = zip(*[_draws(parts, rules, noise, step, gains) for step in range(t + 1, t + span + 1)], strict=True)
-            made = [stepper.advance(d, rules, c, new) for d, c, new in zip(parts, carries, draws, strict=True)]
+            span = stepper.span(noise, min(ahead), adjust)
+            draws = stepper.draws(parts, rules, noise, t + 1, span, gains)
+            made = stepper.each(stepper.advance, parts, repeat(rules), carries, draws)
             t += span
             carries, traces = [list(parts_of) for parts_of in zip(*made, strict=True)]
             watch.note(traces)
@@ -148,8 +150,8 @@ def run_chain(
                 on_step(t, _whole_state(carries), since / every)
                 accepted = accepted + since
                 carries = [c._replace(accepted=torch.zeros_like(there(c.accepted))) for c in carries]
-    final = _draws(parts, rules, noise, steps, gains) if last < steps else [None] * len(parts)
-    ends = [stepper.finish(d, rules, c, new) for d, c, new in zip(parts, carries, final, strict=True)]
+    final = stepper.draws(parts, rules, noise, steps, 1, gains) if last < steps else [()] * len(parts)
+    ends = stepper.each(stepper.finish, parts, repeat(rules), carries, final)
     watch.finish(steps, ends, _step_size(carries))
     share = max(steps, 1)
     return ChainResult(
@@ -238,14 +240,6 @@ def run_graphed(
         step_size=s,
         tamed=None if rules.taming is None else whole([(there(end.cut) / steps,) for end in ends])[0],
     )
-
-
-def _draws(parts: Sequence[JointDensity], rules: Rules, noise: NoiseSource, step: int, gains: Tensor) -> list[Draw]:
-    """What is new in a step, for each part: one draw of noise for the whole batch, taken apart."""
-    normals = by_parts(parts, noise.normal(step))
-    uniforms = by_parts(parts, (noise.uniform(step),)) if rules.adjust else [(None,)] * len(parts)
-    gain = gains[step - 1] if rules.adapt else None
-    return [Draw(n, u, gain) for n, (u,) in zip(normals, uniforms, strict=True)]
 
 
 def _step_size(carries: Sequence[Carry]) -> Tensor:

@@ -169,7 +169,7 @@ def _record(density: JointDensity, rules: Rules, like: _Inputs, steps: int, step
         for step in range(steps - 1):
             carry, trace = stepper.advance(fresh, rules, carry, [draw(step)])
             health.append(trace.health)
-        return _Outputs(stepper.finish(fresh, rules, carry, draw(steps - 1)), torch.cat(health))
+        return _Outputs(stepper.finish(fresh, rules, carry, [draw(steps - 1)]), torch.cat(health))
 
     try:
         graph, outputs = _captured(lambda: chain(min(steps, _WARM_UP)), lambda: chain(steps), like.step_size.device)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["CounterNoise", "InjectedNoise", "NoiseSource", "RandomNoise", "counted", "threefry"]
+__all__ = [
+    "CounterNoise",
+    "Counters",
+    "InjectedNoise",
+    "NoiseSource",
+    "RandomNoise",
+    "counted_normal",
+    "counted_uniform",
+    "threefry",
+]
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,25 +54,52 @@ class RandomNoise:
         return torch.rand(self._shapes[0][0], dtype=self._reference.dtype, device=self._reference.device)
 
 
-_STEPS = 4
 _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
+_MOST = 2**32
 
 
-def counted(key: Tensor, step: Tensor, pairs: int) -> Tensor:
-    """Standard normal numbers of four steps, (4, 2 · pairs), float32: a function of (key, first step, place) alone.
+class Counters(NamedTuple):
+    """Where the counter-based random numbers of consecutive chains of a batch come from.
+
+    Attributes:
+        key: two int32.
+        row: of the whole batch, that the chains begin with, int32.
+    """
+
+    key: Tensor
+    row: Tensor
+
+
+def counted_normal(counters: Counters, step: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
+    """Standard normal numbers, float32, one tensor of each of `shapes`: a function of (key, step, row, place in the row) alone.
 
     Two uniform numbers of 24 bits become two normal ones (Box and Muller, Annals of Mathematical Statistics 1958), below 5.9
     in absolute value, as those of torch's CPU generator are.
 
     Args:
-        key: two int32.
-        step: the first step, int32.
-        pairs: half as many as a step needs, below 2²⁹.
+        counters: of the chains.
+        step: number of the step, int32.
+        shapes: (chains, *shape) of each free layer.
     """
-    first, second = threefry(key, torch.arange(_STEPS * pairs, dtype=torch.int32, device=key.device), step)
-    radius = _stored((-2 * (_unit(first) + 2.0**-25).log()).sqrt())
-    angle = _stored(2 * math.pi * _unit(second))
-    return torch.cat([radius * angle.cos(), radius * angle.sin()]).view(_STEPS, -1)
+    rows, sizes = shapes[0][0], [math.prod(shape[1:]) for shape in shapes]
+    pairs = _pairs(sizes)
+    place = torch.arange(rows * pairs, dtype=torch.int32, device=step.device) + counters.row * pairs
+    first, second = threefry(counters.key, place, step)
+    radius = _stored((-2 * (_unit(first) + 2.0**-25).log()).sqrt()).view(rows, pairs)
+    angle = _stored(2 * math.pi * _unit(second)).view(rows, pairs)
+    layers = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, : sum(sizes)].split(sizes, 1)
+    return tuple(layer.reshape(shape) for layer, shape in zip(layers, shapes, strict=True))
+
+
+def counted_uniform(counters: Counters, step: Tensor, rows: int) -> Tensor:
+    """Uniform numbers in [0, 1), (rows,), float32, of counters that `counted_normal` does not reach: from the last one down."""
+    row = torch.arange(rows, dtype=torch.int32, device=step.device) + counters.row
+    return _unit(threefry(counters.key, -1 - row, step)[0])
+
+
+def _pairs(sizes: Sequence[int]) -> int:
+    """Pairs of normal numbers that a chain needs in a step."""
+    return (sum(sizes) + 1) // 2
 
 
 def threefry(key: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,42 +136,43 @@ def _unit(bits: Tensor) -> Tensor:
 
 
 class CounterNoise:
-    """Random numbers that are computed from a key and the number of the step, for a few steps at a time.
+    """Random numbers that are computed from a key, the number of the step, and the row.
 
-    What compiled chains on a CPU draw from: torch's own generator makes one number after the other on one thread; these are
-    a function of key, step and place (`counted`) that can be compiled. The key comes from torch's global stream, and so do the
-    ancestral start (step 0) and the uniform numbers.
+    What compiled chains on a CPU draw from: torch's own generator makes one number after the other on one thread; these can be
+    computed inside what is compiled, and for some chains of the batch without the others. The key and the ancestral start
+    (step 0) come from torch's global stream.
 
     Args:
         shapes: shape (batch, *shape) of each free layer, ascending.
         reference: a tensor with the dtype, float32, and device that the noise is to have.
-        make: `counted`, or a compiled form of it.
+        normal: `counted_normal`, or a compiled form of it.
     """
 
     def __init__(
         self,
         shapes: Sequence[tuple[int, ...]],
         reference: Tensor,
-        make: Callable[[Tensor, Tensor, int], Tensor] = counted,
+        normal: Callable[[Counters, Tensor, Sequence[tuple[int, ...]]], tuple[Tensor, ...]] = counted_normal,
     ) -> None:
-        self._shapes, self._reference = shapes, reference
-        self._sizes = [math.prod(shape) for shape in shapes]
-        self._make = make
+        self._shapes, self._reference, self._normal = tuple(shapes), reference, normal
         self._key = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=reference.device)
-        self._block, self._first = reference.new_empty(0), 0
+
+    @staticmethod
+    def reaches(shapes: Sequence[tuple[int, ...]]) -> bool:
+        """Whether there are counters enough for a step of free layers of these shapes (batch, *shape)."""
+        return shapes[0][0] * (_pairs([math.prod(shape[1:]) for shape in shapes]) + 1) <= _MOST
+
+    def counters(self, row: int = 0) -> Counters:
+        """Of the chains from this row on."""
+        return Counters(self._key, self._key.new_full((), row))
 
     def normal(self, step: int) -> tuple[Tensor, ...]:
         if step == 0:
             return tuple(normal_like(shape, self._reference) for shape in self._shapes)
-        if not self._first <= step < self._first + len(self._block):
-            self._first = (step - 1) // _STEPS * _STEPS + 1
-            pairs = (sum(self._sizes) + 1) // 2
-            self._block = self._make(self._key, self._key.new_full((), self._first), pairs)
-        layers = self._block[step - self._first, : sum(self._sizes)].split(self._sizes)
-        return tuple(layer.view(shape) for layer, shape in zip(layers, self._shapes, strict=True))
+        return self._normal(self.counters(), self._key.new_full((), step), self._shapes)
 
     def uniform(self, step: int) -> Tensor:
-        return torch.rand(self._shapes[0][0], dtype=self._reference.dtype, device=self._reference.device)
+        return counted_uniform(self.counters(), self._key.new_full((), step), self._shapes[0][0])
 
 
 class InjectedNoise:

@@ -176,7 +176,8 @@ def sample_density(
                 )
             backend = "compiled"
         made = "eager" if at_once == "triton" else chosen_backend(backend, parts[0], batch, settings.steps)
-        stepper = stepper_for(made, parts[0])
+        stepper = stepper_for(made, parts[0], at_once=at_once is not None)
+        parts = stepper.parts(parts)
         source = stepper.noise(parts[0], shapes) if noise is None else noise
         if not hasattr(source, "normal"):
             raise ArgumentError(f"noise: expected an InjectedNoise or another NoiseSource, got {type(noise).__name__}.")

@@ -21,6 +21,7 @@ __all__ = [
     "health",
     "log_acceptance",
     "propose",
+    "step",
     "tame",
 ]
 
@@ -154,7 +155,7 @@ def advance(density: JointDensity, rules: Rules, carry: Carry, draws: Sequence[D
     """Steps of every chain of the batch, one for each of `draws`: propose, evaluate, accept or reject, adapt."""
     rows, states = [], []
     for draw in draws:
-        carry, sound = _step(density, rules, carry, draw)
+        carry, sound = step(density, rules, carry, draw)
         rows.append(sound)
         states.append(carry.state)
     return carry, _trace(rules, rows, states)
@@ -165,13 +166,13 @@ def _trace(rules: Rules, rows: Sequence[Tensor], states: Sequence[ChainState]) -
     return Trace(torch.stack(list(rows)), energy)
 
 
-def finish(density: JointDensity, rules: Rules, carry: Carry, last: Draw | None) -> End:
-    """The end of a chain, after one more step if `last` is given: without the evaluation that only a further step needs."""
+def finish(density: JointDensity, rules: Rules, carry: Carry, last: Sequence[Draw]) -> End:
+    """The end of a chain, after one more step if `last` has a draw: without the evaluation that only a further step needs."""
     position, energy, cut = carry.state.position, carry.state.negative_energy, carry.cut
-    if last is not None:
-        position = propose(position, carry.drift, carry.coefficients, last.noise)
+    for draw in last:
+        position = propose(position, carry.drift, carry.coefficients, draw.noise)
         cut = None if cut is None else cut + there(carry.was_cut)
-    end = end_at(density, position, None if last is not None else energy)
+    end = end_at(density, position, None if last else energy)
     return End(end.position, end.latents, cut, end.health)  # torch 2.5 cannot compile `_replace`
 
 
@@ -183,7 +184,8 @@ def end_at(density: JointDensity, position: tuple[Tensor, ...], energy: Tensor |
     return End(position, latents, None, torch.cat([energy.abs().amax(0).to(sums.dtype), sums]))
 
 
-def _step(density: JointDensity, rules: Rules, carry: Carry, draw: Draw) -> tuple[Carry, Tensor]:
+def step(density: JointDensity, rules: Rules, carry: Carry, draw: Draw) -> tuple[Carry, Tensor]:
+    """One step of every chain of the batch, and the health of the state that it proposed."""
     c, s, old = carry.coefficients, carry.step_size, carry.state
     proposal = propose(old.position, carry.drift, c, draw.noise)
     new = density.evaluate(proposal, with_density=rules.measured, precision=rules.precision)
