@@ -19,7 +19,7 @@ import threading
 import types
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -86,9 +86,8 @@ class _Kind:
     """
 
     def __init__(self, name: str, options: dict[str, Any] | None) -> None:
+        self.failed = False
         self._name, self._options = name, options
-        self._failed = False
-        self._given_up: set[Callable[..., Any]] = set()
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
         self._ready: set[Hashable] = set()
 
@@ -101,42 +100,41 @@ class _Kind:
             function: what is compiled.
             variant: what in the arguments it is compiled for anew, beside their shapes.
             arguments: of the function.
-            otherwise: does the same, and is called with them, without a word, where this function alone cannot be compiled.
+            otherwise: does the same, and is called with them, without a warning, where this kind cannot be compiled.
         """
-        key = function, variant
-        with contextlib.nullcontext() if key in self._ready else _compiling:  # one thread compiles, others wait for it
-            if self._failed:
-                return function(*arguments)
-            if otherwise is not None and function in self._given_up:
-                return otherwise(*arguments)
-            if key not in self._compiled:
-                # torch.compile keeps what it compiled with the code object, a few variants each: this gets its own
-                own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-                self._compiled[key] = torch.compile(own, fullgraph=True, dynamic=False, options=self._options)
-            try:
-                result = self._compiled[key](*arguments)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever a compiler, or code of the user's under it, raises
-                self._fail(error, function if otherwise else None)
-            else:
-                self._ready.add(key)
-                return result
-        return function(*arguments) if otherwise is None else otherwise(*arguments)
+        if not self.failed:
+            key = function, variant
+            with contextlib.nullcontext() if key in self._ready else _compiling:  # one thread compiles, others wait for it
+                if not self.failed:
+                    try:
+                        result = self._compiled_for(function, key)(*arguments)
+                    except torch.OutOfMemoryError:
+                        raise
+                    except Exception as error:  # whatever a compiler, or code of the user's under it, raises
+                        self._fail(error, quietly=otherwise is not None)
+                    else:
+                        self._ready.add(key)
+                        return result
+        return (otherwise or function)(*arguments)
 
-    def _fail(self, error: Exception, alone: Callable[..., Any] | None) -> None:
+    def _compiled_for(self, function: Callable[..., Any], key: Hashable) -> Callable[..., Any]:
+        if key not in self._compiled:
+            # torch.compile keeps what it compiled with the code object, a few variants each: this gets a code object of its own
+            own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+            self._compiled[key] = torch.compile(own, fullgraph=True, dynamic=False, options=self._options)
+        return self._compiled[key]
+
+    def _fail(self, error: Exception, *, quietly: bool) -> None:
+        self.failed = True
         internals: Any = torch._C
         internals._autograd._saved_tensors_hooks_enable()  # a compiler that stops in torch.func leaves them disabled
-        if alone is not None:
-            self._given_up.add(alone)
-            return
-        self._failed = True
-        warnings.warn(
-            f"Langevin steps of {self._name}, cannot be compiled and run in eager mode: {type(error).__name__}: "
-            f'{first_line(error)} (backend="eager" never tries)',
-            BackendWarning,
-            stacklevel=2,
-        )
+        if not quietly:
+            warnings.warn(
+                f"Langevin steps of {self._name}, cannot be compiled and run in eager mode: {type(error).__name__}: "
+                f'{first_line(error)} (backend="eager" never tries)',
+                BackendWarning,
+                stacklevel=2,
+            )
 
 
 @functools.cache
@@ -174,11 +172,13 @@ def _kind(density: JointDensity, threads: int | None = None) -> _Kind:
         return _kinds[key]
 
 
-def _compiled(function: Callable[..., _R], threads: int | None = None) -> Callable[..., _R]:
-    """A function of (density, rules, …) through `torch.compile`."""
+def _compiled(
+    function: Callable[..., _R], threads: int | None = None, otherwise: Callable[..., _R] | None = None
+) -> Callable[..., _R]:
+    """A function of (density, rules, …) through `torch.compile`; for loops: with their `threads`, and what does the same."""
 
     def call(density: JointDensity, rules: Rules, *arguments: Any) -> _R:
-        return _kind(density, threads).call(function, rules, density, rules, *arguments)
+        return _kind(density, threads).call(function, rules, density, rules, *arguments, otherwise=otherwise)
 
     return call
 
@@ -261,29 +261,36 @@ STEPPERS: Mapping[ChosenBackend | Literal["compiled_steps"], Stepper] = {
 
 @functools.cache
 def _loops(workers: int, threads: int) -> Stepper:
-    """Loops of compiled steps on a CPU (`energy_prior.langevin.loops`)."""
-    compiled_draw, compiled_advance = _compiled(loops.draw), _compiled(advance)
+    """Loops of compiled steps on a CPU (`energy_prior.langevin.loops`); what cannot be a loop is compiled step by step."""
+    single, one_draw = STEPPERS["compiled"], _compiled(loops.draw)
+
+    def draws_of(density: JointDensity, rules: Rules, new: loops.Ahead) -> Iterator[Draw]:
+        for t in range(int(new.steps)):
+            yield one_draw(density, rules, new, new.steps.new_full((), t))
 
     def one_by_one(density: JointDensity, rules: Rules, carry: Carry, new: loops.Ahead) -> tuple[Carry, Trace]:
         traces = []
-        for t in range(int(new.steps)):
-            draw = compiled_draw(density, rules, new, new.steps.new_full((), t))
-            carry, trace = compiled_advance(density, rules, carry, [draw])
+        for draw in draws_of(density, rules, new):
+            carry, trace = single.advance(density, rules, carry, [draw])
             traces.append(trace)
-        return carry, Trace(
-            torch.cat([t.health for t in traces]), torch.cat([there(t.energy) for t in traces]) if rules.traced else None
-        )
+        energy = torch.cat([there(t.energy) for t in traces]) if rules.traced else None
+        return carry, Trace(torch.cat([t.health for t in traces]), energy)
 
-    def walk(density: JointDensity, rules: Rules, carry: Carry, new: loops.Ahead) -> tuple[Carry, Trace]:
-        kind, arguments = _kind(density, threads), (density, rules, carry, new)
-        carry, trace = kind.call(loops.walk, rules, *arguments, otherwise=one_by_one)
-        count = int(new.steps)
-        return carry, Trace(trace.health[:count], None if trace.energy is None else trace.energy[:count])
+    def single_finish(density: JointDensity, rules: Rules, carry: Carry, last: loops.Ahead | Sequence[Draw]) -> End:
+        draws = list(draws_of(density, rules, last)) if isinstance(last, loops.Ahead) else last
+        return single.finish(density, rules, carry, draws)
+
+    walk = _compiled(loops.walk, threads, one_by_one)
+
+    def advance(density: JointDensity, rules: Rules, carry: Carry, new: loops.Ahead) -> tuple[Carry, Trace]:
+        carry, trace = walk(density, rules, carry, new)
+        made = int(new.steps)
+        return carry, Trace(trace.health[:made], None if trace.energy is None else trace.energy[:made])
 
     return Stepper(
-        begin=_compiled(begin, threads),
-        advance=walk,
-        finish=_compiled(loops.finish, threads),
+        begin=_compiled(begin, threads, single.begin),
+        advance=advance,
+        finish=_compiled(loops.finish, threads, single_finish),
         noise=_counted_noise,
         draws=loops.ahead,
         span=lambda noise, left, adjust: min(left, loops.longest(noise)),
@@ -306,6 +313,13 @@ def stepper_for(backend: ChosenBackend, density: JointDensity, *, at_once: bool 
     """
     if backend == "compiled" and evaluation_cost(density).operations > _MANY_OPERATIONS:
         return STEPPERS["compiled_steps"]
-    if backend == "compiled" and not at_once and density.topdown.reference.device.type == "cpu":
-        return _loops(*loops.workers_for(density.topdown.batch_size, torch.get_num_threads()))
+    topdown = density.topdown
+    if backend == "compiled" and not at_once and topdown.reference.device.type == "cpu":
+        workers, threads = loops.workers_for(topdown.batch_size, torch.get_num_threads())
+        rows = topdown.batch_size // workers
+        looped, single = (_kinds.get((density.kind, rows, each)) for each in (threads, None))
+        if looped is None or not looped.failed:
+            return _loops(workers, threads)
+        if single is not None and single.failed:
+            return STEPPERS["eager"]
     return STEPPERS[backend]
