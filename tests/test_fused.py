@@ -15,6 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from energy_prior import BackendWarning, DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy
 from energy_prior.langevin import InjectedNoise
+from energy_prior.langevin.backends import STEPPERS
 
 pytest.importorskip("triton")
 
@@ -126,9 +127,7 @@ def with_net(change: Any) -> Any:
 def test_what_it_cannot_run_is_told_and_run_compiled(
     change: Any, options: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "energy_prior.langevin.backends._Kind.call", lambda self, function, variant, *rest, **_: function(*rest)
-    )
+    monkeypatch.setattr("energy_prior.langevin.settings.stepper_for", lambda *_, **__: STEPPERS["eager"])
     prior = change(lively())
     with pytest.warns(BackendWarning, match=f'"triton" cannot run this chain, and "compiled" takes it: .*{why}'):
         z = prior.sample_latents(4, steps=2, backend="triton", step_size=0.1, **options)

@@ -178,7 +178,8 @@ def _compiled(
     """A function of (density, rules, …) through `torch.compile`; for loops: with their `threads`, and what does the same."""
 
     def call(density: JointDensity, rules: Rules, *arguments: Any) -> _R:
-        return _kind(density, threads).call(function, rules, density, rules, *arguments, otherwise=otherwise)
+        noise = tuple(type(a.noise) for a in arguments if isinstance(a, loops.Ahead))
+        return _kind(density, threads).call(function, (rules, noise), density, rules, *arguments, otherwise=otherwise)
 
     return call
 
@@ -187,7 +188,7 @@ def _random_noise(density: JointDensity, shapes: Sequence[tuple[int, ...]]) -> N
     return RandomNoise(shapes, density.topdown.reference)
 
 
-def _counted_noise(density: JointDensity, shapes: Sequence[tuple[int, ...]]) -> NoiseSource:
+def _counted_noise(density: JointDensity, shapes: Sequence[tuple[int, ...]], *, compiled: bool = True) -> NoiseSource:
     """`CounterNoise`, compiled with the rest of the kind, where torch's own generator is slow and the dtype is float32."""
     like = density.topdown.reference
     if (like.dtype, like.device.type) != (torch.float32, "cpu") or not CounterNoise.reaches(shapes):
@@ -196,7 +197,7 @@ def _counted_noise(density: JointDensity, shapes: Sequence[tuple[int, ...]]) -> 
     def normal(counters: Counters, step: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
         return _kind(density).call(counted_normal, shapes, counters, step, shapes)
 
-    return CounterNoise(shapes, like, normal)
+    return CounterNoise(shapes, like, normal if compiled else counted_normal)
 
 
 def _draws(
@@ -304,7 +305,8 @@ def stepper_for(backend: ChosenBackend, density: JointDensity, *, at_once: bool 
     """How a chain on `density` is made: "compiled" compiles all of it, but of deep models a single step.
 
     Compiling takes as long as there are operations: with the start and the end they are three times those of a step. That, and
-    loops, save what a call costs, which is much beside the step of a small model and nothing beside that of a deep one.
+    loops, save what a call costs, which is much beside the step of a small model and nothing beside that of a deep one. What
+    was found to be no loop, or not to be compiled at all, is made in single calls, or by the reference.
 
     Args:
         backend: as it was chosen.
@@ -317,9 +319,9 @@ def stepper_for(backend: ChosenBackend, density: JointDensity, *, at_once: bool 
     if backend == "compiled" and not at_once and topdown.reference.device.type == "cpu":
         workers, threads = loops.workers_for(topdown.batch_size, torch.get_num_threads())
         rows = topdown.batch_size // workers
-        looped, single = (_kinds.get((density.kind, rows, each)) for each in (threads, None))
-        if looped is None or not looped.failed:
+        loop, single = (_kinds.get((density.kind, rows, each)) for each in (threads, None))
+        if loop is None or not loop.failed:
             return _loops(workers, threads)
-        if single is not None and single.failed:
-            return STEPPERS["eager"]
+        if single is not None and single.failed:  # the same noise as in the chain that found out
+            return STEPPERS["eager"]._replace(noise=functools.partial(_counted_noise, compiled=False))
     return STEPPERS[backend]

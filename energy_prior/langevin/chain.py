@@ -101,7 +101,7 @@ def run_chain(
 
     Raises:
         DivergenceError: if a density or gradient stops being finite; it names the layer and the step. Noted on the device in
-            every step; on a CPU it is raised within 64 steps, elsewhere at the end, as the host never waits for a chain
+            every step; on a CPU it is raised within 127 steps, elsewhere at the end, as the host never waits for a chain
             under way. A proposal of density zero (log density −∞) is not an error under `adjust`: it is rejected.
     """
     parts = [density] if isinstance(density, JointDensity) else list(density)

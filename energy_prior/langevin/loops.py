@@ -26,11 +26,12 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops import while_loop
 
 from energy_prior._util import there
 from energy_prior.langevin import step as reference
@@ -42,8 +43,9 @@ from energy_prior.topdown import TopDown
 _R = TypeVar("_R")
 
 LONGEST = 64
-"""Most steps of one call: a chain's watch reads its record as often."""
+"""Most steps of one call."""
 _STACKED = 8
+_starting = threading.Lock()
 
 
 class Stacked(NamedTuple):
@@ -58,7 +60,7 @@ class Ahead(NamedTuple):
 
     Attributes:
         noise: where their random numbers come from.
-        gains: of the step size's adaptation, (64,); None without `adapt`.
+        gains: of the step size's adaptation, (64,), from the first step on; None without `adapt`.
         first: number of the first step, int32.
         steps: how many, int32, at most 64, or 8 of `Stacked` noise.
     """
@@ -82,18 +84,19 @@ def ahead(
     else:
         drawn = []
         for number in range(first, first + count):
-            drawn.append((*noise.normal(number), *([noise.uniform(number)] if rules.adjust else [])))
+            uniform = [noise.uniform(number)] if rules.adjust else []
+            drawn.append(by_parts(parts, (*noise.normal(number), *uniform)))
         drawn += [drawn[-1]] * (_STACKED - count)  # what is compiled takes eight, however many are used
-        stacks = [torch.stack(each, 1) for each in zip(*drawn, strict=True)]
-        for own in by_parts(parts, stacks):
-            rows = [t.transpose(0, 1).contiguous() for t in own]
-            sources.append(Stacked(tuple(rows[:-1]), rows[-1]) if rules.adjust else Stacked(tuple(rows), None))
+        for own in zip(*drawn, strict=True):
+            stacks = [torch.stack(step) for step in zip(*own, strict=True)]
+            sources.append(Stacked(tuple(stacks[:-1]), stacks[-1]) if rules.adjust else Stacked(tuple(stacks), None))
     table = None
     if rules.adapt:
         table = torch.zeros(LONGEST, dtype=gains.dtype)
         table[:count] = gains[first - 1 : first - 1 + count]
-    number, length = (torch.tensor(value, dtype=torch.int32) for value in (first, count))
-    return [Ahead(source, table, number, length) for source in sources]
+    number = torch.tensor(first, dtype=torch.int32)
+    steps = torch.tensor(count, dtype=torch.int32)
+    return [Ahead(source, table, number, steps) for source in sources]
 
 
 def parts_for(parts: Sequence[JointDensity], workers: int) -> list[JointDensity]:
@@ -126,7 +129,7 @@ def draw(density: JointDensity, rules: Rules, new: Ahead, t: Tensor) -> Draw:
 
 
 def walk(density: JointDensity, rules: Rules, carry: Carry, new: Ahead) -> tuple[Carry, Trace]:
-    """`energy_prior.langevin.step.advance` as a loop that can be compiled; the trace always has 64 rows."""
+    """`energy_prior.langevin.step.advance` as a loop, to be compiled; the trace always has 64 rows."""
     like = carry.step_size
     width = 2 * len(carry.state.position) + rules.measured
     numbers = torch.arange(LONGEST, device=like.device)[:, None]
@@ -145,14 +148,7 @@ def walk(density: JointDensity, rules: Rules, carry: Carry, new: Ahead) -> tuple
         return t + 1, *written, *(_own(value) for value in _changing(after, rules))
 
     start = (torch.zeros_like(new.steps), *tables, *(_own(value) for value in _changing(carry, rules)))
-    if torch.compiler.is_compiling():
-        from torch._higher_order_ops import while_loop
-
-        values = while_loop(more, once, start)
-    else:
-        values = start
-        for _ in range(int(new.steps)):
-            values = once(*values)
+    values = while_loop(more, once, start)
     end = _with_changing(carry, rules, density, values[1 + len(tables) :])
     return end, Trace(values[1], values[2] if rules.traced else None)
 
@@ -209,15 +205,25 @@ def workers_for(rows: int, cores: int) -> tuple[int, int]:
 
 
 def side_by_side(workers: int, threads: int, function: Callable[..., _R], *arguments: Iterable[Any]) -> list[_R]:
-    """`function` of each of these arguments, without gradients, `workers` at a time with `threads` cores each."""
+    """`function` of each of these arguments, without gradients, `workers` at a time with `threads` cores each.
 
-    def call(context: contextvars.Context, own: Sequence[Any]) -> _R:
+    Whatever is raised, here or there: nothing of it still runs afterwards.
+    """
+
+    def call(*own: Any) -> _R:
         with torch.no_grad():
-            return context.run(function, *own)
+            return function(*own)
 
-    each = list(zip(*arguments, strict=False))
-    contexts = [contextvars.copy_context() for _ in each]  # torch's settings for its compiler are kept there
-    return list(_pool(workers, threads).map(call, contexts, each))
+    with _starting:
+        pool = _pool(workers, threads)
+    # torch keeps the settings of its compiler in contexts
+    parts = [pool.submit(contextvars.copy_context().run, call, *own) for own in zip(*arguments, strict=False)]
+    try:
+        return [part.result() for part in parts]
+    finally:
+        for part in parts:
+            part.cancel()
+        wait(parts)
 
 
 @functools.cache
@@ -227,14 +233,19 @@ def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
 
     def begin() -> None:
         torch.set_num_threads(threads)
-        torch.get_num_threads()  # when it is first asked, a thread takes the newest setting of any thread
+        torch.get_num_threads()  # settles it: a thread takes the newest setting of any thread when it is first asked
         all_there.wait()
 
     pool = ThreadPoolExecutor(workers, "energy-prior", initializer=begin)
-    for _ in range(workers):
-        pool.submit(torch.get_num_threads)
-    all_there.wait()
-    torch.set_num_threads(cores)
+    try:
+        for _ in range(workers):
+            pool.submit(torch.get_num_threads)
+        all_there.wait()
+    except BaseException:
+        all_there.abort()
+        raise
+    finally:
+        torch.set_num_threads(cores)
     return pool
 
 

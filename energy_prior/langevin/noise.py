@@ -55,7 +55,7 @@ class RandomNoise:
 
 
 _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
-_MOST = 2**32
+_MOST = 2**31
 
 
 class Counters(NamedTuple):

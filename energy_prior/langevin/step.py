@@ -145,9 +145,9 @@ def begin(density: JointDensity, rules: Rules, position: Sequence[Tensor], step_
     state = density.evaluate(position, with_density=rules.measured, precision=rules.precision)
     c = coefficients(step_size, rules.scheme, density.space, rules.temperature)
     drift, was_cut = _drift(state, c, rules)
-    zero, one = torch.zeros_like(step_size), torch.ones_like(step_size)
-    measured = (one, zero) if rules.measured else (None, None)
-    carry = Carry(state, drift, was_cut, c, step_size, *measured, None if rules.taming is None else zero)
+    measured = (torch.ones_like(step_size), torch.zeros_like(step_size)) if rules.measured else (None, None)
+    cut = None if rules.taming is None else torch.zeros_like(step_size)
+    carry = Carry(state, drift, was_cut, c, step_size, *measured, cut)
     return carry, _trace(rules, [health(state, density_of_zero_is_bad=True)], [state])
 
 
