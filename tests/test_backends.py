@@ -365,14 +365,19 @@ def test_threads_that_begin_together_leave_the_cores_alone() -> None:
     assert torch.get_num_threads() == cores
 
 
-def test_a_tamed_and_measured_chain_is_compiled_once() -> None:
-    """Whatever the calls are: their first, where it starts from what `begin` gives, and those after it."""
-    prior = lively(mlp())
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(conv, {"steps": 130}), (mlp, {"steps": 130, "taming": 0.5}), (mlp, {"steps": 21, "every": 7, "taming": 0.5})],
+    ids=["plain, convolutions", "tamed", "tamed, measured"],
+)
+def test_a_chain_of_many_calls_is_compiled_once(make: Any, options: dict[str, Any]) -> None:
+    """Whatever comes in: at first what `begin` gives, and then what the loop before has given."""
+    prior = lively(make()).float()
     torch._dynamo.utils.counters.clear()
-    prior.trajectory(N, steps=21, every=7, step_size=0.3, taming=0.5, backend="compiled")
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    prior.trajectory(N, steps=21, every=7, step_size=0.3, taming=0.5, backend="compiled")
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs == 3
+    for _ in range(2):
+        run = prior.trajectory if "every" in options else prior.sample_latents
+        run(N, step_size=0.3, backend="compiled", **options)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3, "the start, the loop and the end"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")

@@ -289,7 +289,7 @@ def _loops(workers: int, threads: int) -> Stepper:
         return carry, Trace(trace.health[:made], None if trace.energy is None else trace.energy[:made])
 
     return Stepper(
-        begin=_compiled(begin, threads, single.begin),
+        begin=_compiled(loops.begin, threads, single.begin),
         advance=advance,
         finish=_compiled(loops.finish, threads, single_finish),
         noise=_counted_noise,

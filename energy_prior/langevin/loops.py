@@ -12,6 +12,7 @@ __all__ = [
     "Ahead",
     "Stacked",
     "ahead",
+    "begin",
     "draw",
     "finish",
     "longest",
@@ -128,6 +129,12 @@ def draw(density: JointDensity, rules: Rules, new: Ahead, t: Tensor) -> Draw:
     return Draw(counted_normal(new.noise, number, shapes), uniform, gain)
 
 
+def begin(density: JointDensity, rules: Rules, position: Sequence[Tensor], step_size: Tensor) -> tuple[Carry, Trace]:
+    """`energy_prior.langevin.step.begin`, in the memory layout that `walk` gives: it is then compiled for one layout alone."""
+    carry, trace = reference.begin(density, rules, position, step_size)
+    return _with_changing(carry, rules, density, [_own(value) for value in _changing(carry, rules)]), trace
+
+
 def walk(density: JointDensity, rules: Rules, carry: Carry, new: Ahead) -> tuple[Carry, Trace]:
     """`energy_prior.langevin.step.advance` as a loop, to be compiled; the trace always has 64 rows."""
     like = carry.step_size
@@ -231,12 +238,12 @@ def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
     """Kept for the process; threads that come later have as many cores as before."""
     cores, all_there = torch.get_num_threads(), threading.Barrier(workers + 1)
 
-    def begin() -> None:
+    def settle() -> None:
         torch.set_num_threads(threads)
-        torch.get_num_threads()  # settles it: a thread takes the newest setting of any thread when it is first asked
+        torch.get_num_threads()  # a thread takes the newest setting of any thread when it is first asked
         all_there.wait()
 
-    pool = ThreadPoolExecutor(workers, "energy-prior", initializer=begin)
+    pool = ThreadPoolExecutor(workers, "energy-prior", initializer=settle)
     try:
         for _ in range(workers):
             pool.submit(torch.get_num_threads)
