@@ -29,9 +29,9 @@ from energy_prior._util import first_line, there
 from energy_prior.cost import Cost, evaluation_cost
 from energy_prior.errors import BackendWarning
 from energy_prior.langevin import loops
-from energy_prior.langevin.density import JointDensity, by_parts
+from energy_prior.langevin.density import JointDensity
 from energy_prior.langevin.noise import CounterNoise, Counters, NoiseSource, RandomNoise, counted_normal
-from energy_prior.langevin.step import Carry, Draw, End, Rules, Trace, advance, begin, finish
+from energy_prior.langevin.step import Carry, Draw, End, Rules, Trace, advance, begin, draws, finish
 
 _R = TypeVar("_R")
 
@@ -156,7 +156,7 @@ def _kind(density: JointDensity, threads: int | None = None) -> _Kind:
 
     Args:
         density: with the layers and the number of rows.
-        threads: for loops, of so many threads each (`energy_prior.langevin.loops`); None: for single calls, of all.
+        threads: that each loop has (`energy_prior.langevin.loops`); None: what is compiled is no loop.
     """
     topdown = density.topdown
     key = density.kind, topdown.batch_size, threads
@@ -200,19 +200,6 @@ def _counted_noise(density: JointDensity, shapes: Sequence[tuple[int, ...]], *, 
     return CounterNoise(shapes, like, normal if compiled else counted_normal)
 
 
-def _draws(
-    parts: Sequence[JointDensity], rules: Rules, noise: NoiseSource, first: int, count: int, gains: Tensor
-) -> list[Sequence[Draw]]:
-    """What is new in `count` steps from number `first` on, for each part: one draw for the whole batch, taken apart."""
-    steps = []
-    for step in range(first, first + count):
-        normals = by_parts(parts, noise.normal(step))
-        uniforms = by_parts(parts, (noise.uniform(step),)) if rules.adjust else [(None,)] * len(parts)
-        gain = gains[step - 1] if rules.adapt else None
-        steps.append([Draw(n, u, gain) for n, (u,) in zip(normals, uniforms, strict=True)])
-    return list(zip(*steps, strict=True))
-
-
 def _whole_calls(span: int) -> Callable[[NoiseSource, int, bool], int]:
     """`span` steps at a time, or one where fewer are left or something is accepted or rejected."""
     return lambda noise, left, adjust: span if span <= left and not adjust else 1
@@ -253,9 +240,9 @@ class Stepper(NamedTuple):
 
 
 STEPPERS: Mapping[ChosenBackend | Literal["compiled_steps"], Stepper] = {
-    "eager": Stepper(begin, advance, finish, _random_noise, _draws, _whole_calls(1)),
-    "compiled": Stepper(_compiled(begin), _compiled(advance), _compiled(finish), _counted_noise, _draws, _whole_calls(4)),
-    "compiled_steps": Stepper(begin, _compiled(advance), finish, _counted_noise, _draws, _whole_calls(1)),
+    "eager": Stepper(begin, advance, finish, _random_noise, draws, _whole_calls(1)),
+    "compiled": Stepper(_compiled(begin), _compiled(advance), _compiled(finish), _counted_noise, draws, _whole_calls(4)),
+    "compiled_steps": Stepper(begin, _compiled(advance), finish, _counted_noise, draws, _whole_calls(1)),
 }
 """How chains are made step by step; "graph" and "triton" run whole chains at once (`energy_prior.langevin.graphs`, `fused`)."""
 
@@ -278,8 +265,9 @@ def _loops(workers: int, threads: int) -> Stepper:
         return carry, Trace(torch.cat([t.health for t in traces]), energy)
 
     def single_finish(density: JointDensity, rules: Rules, carry: Carry, last: loops.Ahead | Sequence[Draw]) -> End:
-        draws = list(draws_of(density, rules, last)) if isinstance(last, loops.Ahead) else last
-        return single.finish(density, rules, carry, draws)
+        return single.finish(
+            density, rules, carry, list(draws_of(density, rules, last)) if isinstance(last, loops.Ahead) else last
+        )
 
     walk = _compiled(loops.walk, threads, one_by_one)
 

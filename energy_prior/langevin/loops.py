@@ -36,7 +36,7 @@ from torch._higher_order_ops import while_loop
 
 from energy_prior._util import there
 from energy_prior.langevin import step as reference
-from energy_prior.langevin.density import ChainState, JointDensity, by_parts
+from energy_prior.langevin.density import ChainState, JointDensity
 from energy_prior.langevin.noise import CounterNoise, Counters, NoiseSource, counted_normal, counted_uniform
 from energy_prior.langevin.step import Carry, Draw, End, Rules, Trace, coefficients
 from energy_prior.topdown import TopDown
@@ -83,14 +83,10 @@ def ahead(
             sources.append(noise.counters(row))
             row += part.topdown.batch_size
     else:
-        drawn = []
-        for number in range(first, first + count):
-            uniform = [noise.uniform(number)] if rules.adjust else []
-            drawn.append(by_parts(parts, (*noise.normal(number), *uniform)))
-        drawn += [drawn[-1]] * (_STACKED - count)  # what is compiled takes eight, however many are used
-        for own in zip(*drawn, strict=True):
-            stacks = [torch.stack(step) for step in zip(*own, strict=True)]
-            sources.append(Stacked(tuple(stacks[:-1]), stacks[-1]) if rules.adjust else Stacked(tuple(stacks), None))
+        for own in reference.draws(parts, rules, noise, first, count, gains):
+            eight = [*own, *[own[-1]] * (_STACKED - count)]  # what is compiled takes eight, however many are used
+            normals = tuple(torch.stack(layer) for layer in zip(*[d.noise for d in eight], strict=True))
+            sources.append(Stacked(normals, torch.stack([there(d.uniform) for d in eight]) if rules.adjust else None))
     table = None
     if rules.adapt:
         table = torch.zeros(LONGEST, dtype=gains.dtype)

@@ -16,6 +16,7 @@ __all__ = [
     "advance",
     "begin",
     "coefficients",
+    "draws",
     "end_at",
     "finish",
     "health",
@@ -33,7 +34,8 @@ import torch
 from torch import Tensor
 
 from energy_prior._util import sum_event, there
-from energy_prior.langevin.density import ChainState, JointDensity, Precision
+from energy_prior.langevin.density import ChainState, JointDensity, Precision, by_parts
+from energy_prior.langevin.noise import NoiseSource
 from energy_prior.topdown import Space
 
 Scheme = Literal["crank_nicolson", "euler"]
@@ -140,6 +142,19 @@ class End(NamedTuple):
     health: Tensor
 
 
+def draws(
+    parts: Sequence[JointDensity], rules: Rules, noise: NoiseSource, first: int, count: int, gains: Tensor
+) -> list[Sequence[Draw]]:
+    """What is new in `count` steps from number `first` on, for each part: one draw for the whole batch, taken apart."""
+    steps = []
+    for number in range(first, first + count):
+        normals = by_parts(parts, noise.normal(number))
+        uniforms = by_parts(parts, (noise.uniform(number),)) if rules.adjust else [(None,)] * len(parts)
+        gain = gains[number - 1] if rules.adapt else None
+        steps.append([Draw(n, u, gain) for n, (u,) in zip(normals, uniforms, strict=True)])
+    return list(zip(*steps, strict=True))
+
+
 def begin(density: JointDensity, rules: Rules, position: Sequence[Tensor], step_size: Tensor) -> tuple[Carry, Trace]:
     """The chain before its first step, and its start as the trace of one step."""
     state = density.evaluate(position, with_density=rules.measured, precision=rules.precision)
@@ -151,10 +166,10 @@ def begin(density: JointDensity, rules: Rules, position: Sequence[Tensor], step_
     return carry, _trace(rules, [health(state, density_of_zero_is_bad=True)], [state])
 
 
-def advance(density: JointDensity, rules: Rules, carry: Carry, draws: Sequence[Draw]) -> tuple[Carry, Trace]:
-    """Steps of every chain of the batch, one for each of `draws`: propose, evaluate, accept or reject, adapt."""
+def advance(density: JointDensity, rules: Rules, carry: Carry, new: Sequence[Draw]) -> tuple[Carry, Trace]:
+    """Steps of every chain of the batch, one for each of `new`: propose, evaluate, accept or reject, adapt."""
     rows, states = [], []
-    for draw in draws:
+    for draw in new:
         carry, sound = step(density, rules, carry, draw)
         rows.append(sound)
         states.append(carry.state)
