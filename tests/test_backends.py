@@ -6,6 +6,7 @@ import contextvars
 import functools
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -212,6 +213,11 @@ def test_counted_noise_is_standard_normal_and_never_repeats() -> None:
     assert float((both.abs().T.corrcoef() - torch.eye(40)).abs().max()) < 0.08
     assert len(flat.flatten().unique()) > 0.99 * flat.numel()
     assert len(uniform.unique()) > 0.99 * uniform.numel()
+    pair = CounterNoise([(4000, 2)], torch.empty(()))
+    radius = torch.cat(pair.normal(1)).norm(dim=1)
+    assert abs(float(torch.stack([radius, pair.uniform(1)]).corrcoef()[0, 1])) < 0.08, (
+        "an accept test is not a part of its move"
+    )
     torch.manual_seed(0)
     again = CounterNoise([(4000, 3), (4000, 2, 2)], torch.empty(()))
     assert torch.equal(again.normal(3)[1], noise.normal(3)[1]), "whatever was asked for before"
@@ -388,6 +394,7 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     loops.side_by_side(2, 1, lambda _: None, range(2))
     child = os.fork()
     if not child:
+        signal.alarm(60)  # waiting for threads that are not there would have no end
         os._exit(0 if loops.side_by_side(2, 1, lambda n: n, range(2)) == [0, 1] else 1)
     assert os.waitpid(child, 0)[1] == 0
 
