@@ -364,13 +364,22 @@ def test_threads_of_chains_leave_those_of_others_alone() -> None:
     assert not running, "what an error has left running has ended"
 
 
-def test_threads_that_begin_together_leave_the_cores_alone() -> None:
-    cores = torch.get_num_threads()
+def test_threads_that_begin_together_leave_the_cores_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores, made = torch.get_num_threads(), []
+
+    class Slow(ThreadPoolExecutor):
+        def __init__(self, *arguments: Any, **more: Any) -> None:
+            made.append(self)
+            time.sleep(0.1)
+            super().__init__(*arguments, **more)
+
+    monkeypatch.setattr(loops, "ThreadPoolExecutor", Slow)
     loops._pool.cache_clear()
     with ThreadPoolExecutor(8) as callers:
         list(callers.map(lambda _: loops.side_by_side(2, 1, lambda _: None, range(2)), range(8)))
         assert set(callers.map(lambda _: torch.get_num_threads(), range(64))) == {cores}
     assert torch.get_num_threads() == cores
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize(
