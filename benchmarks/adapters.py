@@ -25,8 +25,8 @@ from results import ROOT, write_results
 from torch import Tensor, nn
 
 from energy_prior import JointEBMPrior, ResidualVAE
-from energy_prior._util import frozen
 from energy_prior.adapters import NVAEAdapter
+from energy_prior.process import frozen
 
 STEP, BATCH = 0.1, 16
 GOALS: dict[tuple[str, str], float | None] = {

@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from results import ROOT, Row, code_key, mean_row, run_missing, write_results
 
-from energy_prior.demo import SCORES, DemoSettings, run_demo
+from energy_prior.cli.demo import SCORES, DemoSettings, run_demo
 
 GOALS: dict[str, tuple[float, str]] = {
     "frechet_excess_ratio": (1 / 3, "lower"),

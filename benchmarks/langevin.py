@@ -32,7 +32,7 @@ from results import ROOT, write_results
 from torch import Tensor, nn
 
 from energy_prior import ConvEnergy, DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy
-from energy_prior._util import frozen
+from energy_prior.process import frozen
 from energy_prior.topdown import TopDown, ancestral
 from energy_prior.training.chains import TrainingChains
 

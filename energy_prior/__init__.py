@@ -30,7 +30,7 @@ __all__ = [
     "fit_elbo",
 ]
 
-from energy_prior.check import check_generator
+from energy_prior.checks.generator import check_generator
 from energy_prior.energies import ConvEnergy, Energy, MLPEnergy, default_energies
 from energy_prior.errors import (
     ArgumentError,
@@ -46,10 +46,10 @@ from energy_prior.errors import (
     ShapeError,
     TrainingWarning,
 )
-from energy_prior.generator import HierarchicalGenerator, Inferred
 from energy_prior.generators import LadderVAE, ResidualVAE
 from energy_prior.langevin import Trajectory
 from energy_prior.prior import JointEBMPrior
+from energy_prior.protocol import HierarchicalGenerator, Inferred
 from energy_prior.training import fit_elbo
 
 __version__ = "0.1.0"

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from energy_prior._util import check_count, reproducible
+from energy_prior._util import check_count
 from energy_prior.errors import ArgumentError
-from energy_prior.generator import HierarchicalGenerator
 from energy_prior.langevin import tune_step_size
 from energy_prior.langevin.settings import USUAL_ACCEPTANCE
 from energy_prior.model import JointModel
+from energy_prior.process import reproducible
+from energy_prior.protocol import HierarchicalGenerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-__all__ = ["JointModel", "PosteriorDraw"]
+__all__ = ["JointModel", "PosteriorDraw", "check_decode", "decode_latents"]
 
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from energy_prior import validate
-from energy_prior._util import inferrer
-from energy_prior.cost import equal_parts, evaluation_cost
-from energy_prior.errors import ChainWarning
-from energy_prior.generator import HierarchicalGenerator
+from energy_prior.checks import arguments as validate
+from energy_prior.errors import ArgumentError, ChainWarning
 from energy_prior.langevin import ChainSettings, JointDensity, NoiseSource, StepCallback, sample_density
+from energy_prior.langevin.cost import equal_parts, evaluation_cost, forward_memory
+from energy_prior.protocol import HierarchicalGenerator, find_infer
 from energy_prior.scores import ScoreTerms, score_terms
-from energy_prior.topdown import Space, TopDown
+from energy_prior.topdown import Decode, Space, TopDown, decode_state
 
 _HARDLY_MOVES = 0.05
+_NEVER_SPLIT = 16
 
 
 class PosteriorDraw(NamedTuple):
@@ -108,13 +108,13 @@ class JointModel:
         noise: NoiseSource | None = None,
     ) -> tuple[Tensor, ...]:
         """Langevin on p(z | x), from `start`, else from q_ω where there is one, else ancestral."""
-        if start is None and inferrer(self.generator) is not None:
+        if start is None and find_infer(self.generator) is not None:
             start = validate.checked_infer(self.generator, x).latents
         return self.run(self.parts(len(x), settings.max_memory, x=x), settings, start=start, noise=noise)
 
     def posterior_draw(self, x: Tensor, settings: ChainSettings | None = None) -> PosteriorDraw:
         """z ~ q_ω(z | x) where the generator has `infer`, else a Langevin draw of the posterior."""
-        if inferrer(self.generator) is not None:
+        if find_infer(self.generator) is not None:
             inferred = validate.checked_infer(self.generator, x)
             return PosteriorDraw(inferred.latents, inferred.log_q.sum(1))
         return PosteriorDraw(self.sample_posterior(x, settings or ChainSettings()), None)
@@ -131,3 +131,41 @@ class JointModel:
         held = {layer: draw.latents[layer - 1] for layer in range(k + 1, len(draw.latents) + 1)}
         latents = self.run(self.parts(len(x), settings.max_memory, held), settings)
         return score_terms(self.generator, self.negative_energy(latents), x, latents).checked()
+
+
+def check_decode(decode: Any) -> None:
+    """One of `Decode`, or None."""
+    if decode not in (None, *get_args(Decode)):
+        raise ArgumentError(f'decode: expected "mean", "sample" or None, got {decode!r}.')
+
+
+def decode_latents(
+    generator: HierarchicalGenerator,
+    latents: Sequence[Tensor],
+    decode: Decode | None = None,
+    max_memory: float = 2.0**30,
+    *,
+    space: Space = "latent",
+) -> Tensor:
+    """Observations of given latents (z_1, …, z_L), (batch, *x_shape), by one top-down pass.
+
+    Args:
+        generator: the hierarchical generator.
+        latents: z_i of shape (batch, *latent_shapes[i - 1]), or ε_i for space="noise".
+        decode: the "mean" of p_β0(x | z) or a "sample" of it; None: the mean where there is one.
+        max_memory: bytes that the decoder may need, > 0; batches of more than 16 that need more are decoded in parts.
+        space: the coordinates of `latents`.
+    """
+    check_decode(decode)
+
+    def state(rows: slice) -> Any:
+        topdown = TopDown(generator, rows.stop - rows.start)
+        return topdown.descend(tuple(z[rows] for z in latents), space, to_observation=True).state
+
+    n = len(latents[0])
+    parts = [slice(0, n)]
+    if n > _NEVER_SPLIT:
+        needed = forward_memory(lambda: generator.likelihood(state(slice(0, 2))), 2, generator)
+        parts = equal_parts(n, needed, max_memory)
+    decoded = [decode_state(generator, state(rows), decode) for rows in parts]
+    return decoded[0] if len(parts) == 1 else torch.cat(decoded)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
-from energy_prior import validate
-from energy_prior._util import check_count, evaluating, frozen, reproducible
+from energy_prior._util import check_count
 from energy_prior.checkpoint import (
     check_generator_fits,
     check_state_fits,
@@ -23,9 +22,10 @@ from energy_prior.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from energy_prior.checks import arguments as validate
+from energy_prior.checks.generator import probe_generator
 from energy_prior.energies import build_energies, default_energies, describe_energies
 from energy_prior.errors import ArgumentError
-from energy_prior.generator import HierarchicalGenerator
 from energy_prior.langevin import (
     ChainOptions,
     ChainSettings,
@@ -34,9 +34,11 @@ from energy_prior.langevin import (
     TrajectoryRecorder,
 )
 from energy_prior.learning import LearnMethods
-from energy_prior.model import JointModel
+from energy_prior.model import JointModel, check_decode, decode_latents
+from energy_prior.process import evaluating, frozen, reproducible
+from energy_prior.protocol import HierarchicalGenerator
 from energy_prior.scoring import ScoreMethods
-from energy_prior.topdown import Decode, Space, TopDown, ancestral, ancestral_noise, check_decode, decode_latents
+from energy_prior.topdown import Decode, Space, TopDown, ancestral, ancestral_noise
 
 
 class JointEBMPrior(ScoreMethods, LearnMethods):
@@ -91,7 +93,7 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
         self.space: Space = space
         object.__setattr__(self, "generator", generator)  # not a submodule: see the class docstring
         with torch.no_grad(), frozen(generator):
-            probe = validate.probe_generator(generator)
+            probe = probe_generator(generator)
         self.x_shape = probe.x_shape
         self._fitted_on: str | None = None
         reference = probe.latents[0]
@@ -309,7 +311,7 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
         check_generator_fits(path, config, generator, weights=not joint)
         if energies is None:
             step_size = tensors["step_size"]  # its dtype is that of the latents
-            device = generator.conditional(generator.start(1)).loc.device
+            device = TopDown(generator, 1).reference.device
             energies = build_energies(config["energies"]).to(device, step_size.dtype)
         prior = cls(generator, energies, space=config["space"])
         if joint:

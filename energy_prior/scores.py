@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from energy_prior.errors import DivergenceError
-from energy_prior.generator import HierarchicalGenerator
+from energy_prior.protocol import HierarchicalGenerator
 from energy_prior.topdown import TopDown
 
 

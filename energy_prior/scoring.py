@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from energy_prior import validate
-from energy_prior._util import check_count, evaluating
+from energy_prior._util import check_count
+from energy_prior.checks import arguments as validate
 from energy_prior.errors import ArgumentError, ShapeError
-from energy_prior.generator import HierarchicalGenerator
 from energy_prior.langevin import ChainOptions, ChainSettings
 from energy_prior.model import JointModel
+from energy_prior.process import evaluating
+from energy_prior.protocol import HierarchicalGenerator
 from energy_prior.scores import ANOMALY_SCORES, ScoreTerms, calibrated
+from energy_prior.topdown import TopDown
 
 
 class ScoreMethods:
@@ -33,7 +35,7 @@ class ScoreMethods:
     def reference(self) -> Tensor:
         """A tensor with the latents' dtype and device."""
         with torch.no_grad(), evaluating(self.generator):
-            return self.generator.conditional(self.generator.start(1)).loc
+            return TopDown(self.generator, 1).reference
 
     def log_joint(
         self,

@@ -1,4 +1,7 @@
-"""The top-down pass that follows from a generator's five calls: z_i = μ_i(z_{>i}) + σ_i(z_{>i}) ε_i, with any layers held."""
+"""The top-down pass that follows from a generator's calls: z_i = T(ε_i; p_β(z_i | z_{>i})), with any layers held.
+
+This file alone knows how noise becomes z and z becomes noise under a conditional: z_i = μ_i(z_{>i}) + σ_i(z_{>i}) ε_i.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +12,93 @@ __all__ = [
     "TopDown",
     "ancestral",
     "ancestral_noise",
-    "check_decode",
-    "decode_latents",
+    "check_conditional",
+    "decode_state",
     "infer_top_down",
     "inferred_descent",
+    "parameters",
+    "to_latent",
+    "to_noise",
 ]
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 from torch.utils._pytree import tree_map
 
-from energy_prior._util import normal_like, plain_normal, reproducible, sum_event
-from energy_prior.cost import equal_parts, forward_memory
-from energy_prior.errors import ArgumentError
-from energy_prior.generator import HierarchicalGenerator, Inferred
+from energy_prior._util import normal_like, plain_normal, sum_event
+from energy_prior.errors import ArgumentError, GeneratorError
+from energy_prior.process import reproducible
+from energy_prior.protocol import HierarchicalGenerator, Inferred
 
 Space = Literal["noise", "latent"]
 """Coordinates of a chain: ε with z = T_β(ε), "noise", or z itself, "latent"."""
 
-_NEVER_SPLIT = 16
-
 Decode = Literal["mean", "sample"]
 """What stands for x: the mean of p_β0(x | z), or a draw of it."""
+
+
+# --------------------------------------------------------------------------------------- noise to z and back, one conditional
+
+
+def to_latent(conditional: Distribution, noise: Tensor) -> Tensor:
+    """z = μ + σ ε, of the conditional's shape (batch, *latent_shape)."""
+    c = _normal(conditional)
+    return c.loc + c.scale * noise
+
+
+def to_noise(conditional: Distribution, z: Tensor) -> Tensor:
+    """ε = (z − μ)/σ, the inverse of `to_latent`."""
+    c = _normal(conditional)
+    return (z - c.loc) / c.scale
+
+
+def parameters(conditional: Distribution) -> tuple[Tensor, ...]:
+    """The tensors that a conditional is made of, each of its shape (batch, *latent_shape)."""
+    c = _normal(conditional)
+    return c.loc, c.scale
+
+
+def check_conditional(conditional: Any, layer: int, shape: torch.Size, batch: int) -> None:
+    """A Normal with loc and scale of shape (batch, *shape), finite, scale above 0; else a `GeneratorError` says what it is."""
+    if not _supported(conditional):
+        raise GeneratorError(
+            f"generator.conditional: expected a torch.distributions.Normal for layer {layer}, got {type(conditional).__name__}."
+        )
+    if conditional.loc.shape != (batch, *shape):
+        raise GeneratorError(
+            f"generator.conditional: layer {layer} (1 is nearest the data) has shape {tuple(conditional.loc.shape)}, but "
+            f"latent_shapes[{layer - 1}] and a batch of {batch} say {(batch, *shape)}. latent_shapes runs from z_1 to z_L; "
+            "start() must give the state of z_L, the top."
+        )
+    if not (torch.isfinite(conditional.loc).all() and torch.isfinite(conditional.scale).all()):
+        raise GeneratorError(f"generator.conditional: loc or scale of layer {layer} is not finite for a draw of the prior.")
+    if not (conditional.scale > 0).all():
+        raise GeneratorError(
+            f"generator.conditional: scale of layer {layer} must be above 0, got {float(conditional.scale.min()):.3g}."
+        )
+
+
+def _supported(conditional: Any) -> TypeGuard[Normal]:
+    return isinstance(conditional, Normal)
+
+
+def _normal(conditional: Any) -> Normal:
+    return conditional  # what `check_conditional` has let in
+
+
+def _mapped(conditional: Distribution, function: Callable[[Tensor], Tensor]) -> Distribution:
+    """The same kind of conditional with `function` of each of its tensors."""
+    c = _normal(conditional)
+    return plain_normal(function(c.loc), function(c.scale))
+
+
+# ----------------------------------------------------------------------------------------------------------------- the pass
 
 
 @dataclass(frozen=True)
@@ -50,7 +112,7 @@ class Descent:
     """
 
     latents: tuple[Tensor, ...]
-    conditionals: tuple[Normal, ...]
+    conditionals: tuple[Distribution, ...]
     state: Any = None
 
     def log_prior(self, layer: int) -> Tensor:
@@ -62,8 +124,8 @@ class Descent:
         return torch.stack([self.log_prior(i + 1) for i in range(len(self.latents))], dim=1)
 
     def noise(self) -> tuple[Tensor, ...]:
-        """ε_i = (z_i − μ_i) / σ_i, the inverse of T_β, layer by layer."""
-        return tuple((z - c.loc) / c.scale for z, c in zip(self.latents, self.conditionals, strict=True))
+        """ε_1, …, ε_L, the inverse of T_β, layer by layer."""
+        return tuple(to_noise(c, z) for z, c in zip(self.latents, self.conditionals, strict=True))
 
 
 class TopDown:
@@ -88,32 +150,26 @@ class TopDown:
         self.held = {layer: z.clone() if z.is_inference() else z for layer, z in (held or {}).items()}
         self.layers = len(generator.latent_shapes)
         self.free = tuple(i for i in range(1, self.layers + 1) if i not in self.held)
-        self._above: dict[int, Normal] = {}
+        self._above: dict[int, Distribution] = {}
         self._state = generator.start(batch_size)
         for layer in range(self.layers, 0, -1):
-            self._above[layer] = generator.conditional(self._state)
+            self._above[layer] = generator.conditional(self._state, layer)
             if layer in self.free:
                 break
-            self._state = generator.descend(self._state, self.held[layer])
-        self.reference = next(iter(self._above.values())).loc
+            self._state = generator.descend(self._state, self.held[layer], layer)
+        self.reference = parameters(self._above[self.layers])[0]
 
-    def apart(self) -> TopDown:
-        """The same pass with no two of its tensors in one memory (of a state: where it is tensors, or tuples, lists, dicts)."""
-        known: set[int] = set()
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> TopDown:
+        """The same pass with `function` of its tensors (of a state: where it is tensors, or tuples, lists, dicts)."""
 
-        def own(value: Any) -> Any:
+        def each(value: Any) -> Any:
             if type(value) is Normal:
-                return plain_normal(own(value.loc), own(value.scale))
-            if not isinstance(value, Tensor):
-                return value
-            place = value.untyped_storage().data_ptr()
-            value = value.clone() if place in known else value
-            known.add(place)
-            return value
+                return _mapped(value, function)
+            return function(value) if isinstance(value, Tensor) else value
 
         copied = copy.copy(self)
         for name in ("held", "_state", "_above"):
-            setattr(copied, name, tree_map(own, getattr(self, name)))
+            setattr(copied, name, tree_map(each, getattr(self, name)))
         return copied
 
     @property
@@ -122,7 +178,7 @@ class TopDown:
         return tuple((self.batch_size, *self.generator.latent_shapes[i - 1]) for i in self.free)
 
     @property
-    def top(self) -> Normal:
+    def top(self) -> Distribution:
         """p_β(z_i | z_{>i}) of the highest free layer."""
         return self._above[self.free[-1]]
 
@@ -145,12 +201,11 @@ class TopDown:
         state = self._state
         for layer in range(self.free[-1] if self.free else 0, 0, -1):
             if layer not in conditionals:
-                conditionals[layer] = self.generator.conditional(state)
+                conditionals[layer] = self.generator.conditional(state, layer)
             if layer in value:
-                c = conditionals[layer]
-                latents[layer] = c.loc + c.scale * value[layer] if space == "noise" else value[layer]
+                latents[layer] = to_latent(conditionals[layer], value[layer]) if space == "noise" else value[layer]
             if layer > 1 or to_observation:
-                state = self.generator.descend(state, latents[layer])
+                state = self.generator.descend(state, latents[layer], layer)
         order = range(1, self.layers + 1)
         return Descent(
             latents=tuple(latents[i] for i in order),
@@ -184,7 +239,7 @@ def ancestral_noise(topdown: TopDown) -> list[Tensor]:
 def infer_top_down(
     generator: HierarchicalGenerator,
     batch_size: int,
-    posterior: Callable[[int, Any], tuple[Tensor, Tensor]],
+    posterior: Callable[[Any, Distribution, int], tuple[Tensor, Tensor]],
     rng: torch.Generator | None,
 ) -> Inferred:
     """z ~ ∏_i q(z_i | z_{>i}, x) by an inference network that goes down through the generator, with that pass.
@@ -192,22 +247,23 @@ def infer_top_down(
     Args:
         generator: the generator.
         batch_size: number of observations.
-        posterior: layer, counted from the top (0, …, L − 1), and the state above it -> a reparameterised draw of
-            q(z_i | z_{>i}, x), and its log q, (batch,), nats.
+        posterior: of (state above layer i, p_β(z_i | z_{>i}), i), i = L, …, 1 -> a reparameterised draw of q(z_i | z_{>i}, x),
+            and its log q, (batch,), nats.
         rng: random number generator that the draws obey; None: torch's global stream.
     """
     latents: list[Tensor] = []
     log_q: list[Tensor] = []
-    conditionals: list[Normal] = []
+    conditionals: list[Distribution] = []
+    layers = len(generator.latent_shapes)
     state = generator.start(batch_size)
-    with reproducible(rng, generator.conditional(state).loc.device):
-        for layer in range(len(generator.latent_shapes)):
-            conditionals.insert(0, generator.conditional(state))
-            z, log_density = posterior(layer, state)
+    with reproducible(rng, parameters(generator.conditional(state, layers))[0].device):
+        for layer in range(layers, 0, -1):
+            conditionals.insert(0, generator.conditional(state, layer))
+            z, log_density = posterior(state, conditionals[0], layer)
             latents.insert(0, z)
             log_q.insert(0, log_density)
-            state = generator.descend(state, z)
-    return Inferred(tuple(latents), torch.stack(log_q, dim=1), "top_down", tuple(conditionals), state)
+            state = generator.descend(state, z, layer)
+    return Inferred(tuple(latents), torch.stack(log_q, dim=1), tuple(conditionals), state)
 
 
 def inferred_descent(generator: HierarchicalGenerator, inferred: Inferred) -> Descent:
@@ -218,44 +274,9 @@ def inferred_descent(generator: HierarchicalGenerator, inferred: Inferred) -> De
     return topdown.descend(inferred.latents, "latent", to_observation=True)
 
 
-def check_decode(decode: Any) -> None:
-    """One of `Decode`, or None."""
-    if decode not in (None, *get_args(Decode)):
-        raise ArgumentError(f'decode: expected "mean", "sample" or None, got {decode!r}.')
-
-
-def decode_latents(
-    generator: HierarchicalGenerator,
-    latents: Sequence[Tensor],
-    decode: Decode | None = None,
-    max_memory: float = 2.0**30,
-    *,
-    space: Space = "latent",
-) -> Tensor:
-    """Observations of given latents (z_1, …, z_L), (batch, *x_shape), by one top-down pass.
-
-    Args:
-        generator: the hierarchical generator.
-        latents: z_i of shape (batch, *latent_shapes[i - 1]), or ε_i for space="noise".
-        decode: the "mean" of p_β0(x | z) or a "sample" of it; None: the mean where there is one.
-        max_memory: bytes that the decoder may need, > 0; batches of more than 16 that need more are decoded in parts.
-        space: the coordinates of `latents`.
-    """
-    check_decode(decode)
-
-    def likelihood(rows: slice) -> Distribution:
-        topdown = TopDown(generator, rows.stop - rows.start)
-        return topdown.likelihood(topdown.descend(tuple(z[rows] for z in latents), space, to_observation=True))
-
-    n = len(latents[0])
-    parts = [slice(0, n)]
-    if n > _NEVER_SPLIT:
-        parts = equal_parts(n, forward_memory(lambda: likelihood(slice(0, 2)), 2, generator), max_memory)
-    decoded = [_decoded(likelihood(rows), decode) for rows in parts]
-    return decoded[0] if len(parts) == 1 else torch.cat(decoded)
-
-
-def _decoded(likelihood: Distribution, decode: Decode | None) -> Tensor:
+def decode_state(generator: HierarchicalGenerator, state: Any, decode: Decode | None = None) -> Tensor:
+    """x of the state below z_1: the mean of p_β0(x | z), or a draw; None: the mean where there is one, (batch, *x_shape)."""
+    likelihood = generator.likelihood(state)
     if decode == "sample":
         return likelihood.sample()
     try:

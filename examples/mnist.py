@@ -27,7 +27,7 @@ from energy_prior import JointEBMPrior, LadderVAE, MLPEnergy, fit_elbo, plots
 from energy_prior.cli import launched_accelerator
 from energy_prior.data import load_images
 from energy_prior.evaluate import effective_sample_size, excess_ratio, frechet_distance
-from energy_prior.topdown import decode_latents
+from energy_prior.model import decode_latents
 from energy_prior.training import map_batches
 
 

@@ -35,7 +35,7 @@ from energy_prior import JointEBMPrior, ResidualVAE, fit_elbo, plots
 from energy_prior.adapters import NVAEAdapter, load_checkpoint, load_weights
 from energy_prior.cli import launched_accelerator
 from energy_prior.data import ImageStream, load_images
-from energy_prior.topdown import decode_latents
+from energy_prior.model import decode_latents
 from energy_prior.training import map_batches
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from energy_prior import DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy
 from energy_prior.langevin import ChainSettings, InjectedNoise
-from energy_prior.topdown import TopDown, decode_latents
+from energy_prior.model import decode_latents
+from energy_prior.topdown import TopDown
 
 
 def trained_looking(dtype: torch.dtype = torch.float32, space: str = "noise", nets: str = "mlp") -> JointEBMPrior:

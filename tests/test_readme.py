@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from energy_prior import LadderVAE
-from energy_prior.demo import load_demo_data
+from energy_prior.cli.demo import load_demo_data
 
 ROOT = Path(__file__).parent.parent
 

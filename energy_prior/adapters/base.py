@@ -35,6 +35,7 @@ class Adapter(nn.Module):
     latent_shapes: tuple[torch.Size, ...]
     x_shape: torch.Size
     x_range: tuple[float, float] = (0.0, 1.0)
+    autocast = True
 
     def __init__(self, model: nn.Module, parts: Sequence[str], source: str) -> None:
         super().__init__()

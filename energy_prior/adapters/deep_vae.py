@@ -11,30 +11,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from energy_prior._util import draw, plain_normal, reproducible, sum_event, there
+from energy_prior._util import draw, not_none, plain_normal, sum_event
 from energy_prior.adapters.base import Adapter
-from energy_prior.distributions import DiscretizedLogistic, DiscretizedLogisticMixture, Observed
 from energy_prior.errors import GeneratorError
-from energy_prior.generator import Inferred
+from energy_prior.generators.likelihoods import DiscretizedLogistic, DiscretizedLogisticMixture, Observed
+from energy_prior.process import reproducible
+from energy_prior.protocol import Inferred
 from energy_prior.topdown import infer_top_down
 
 _PARTS = ("stages", "likelihood", "input_shape", "pad", "lambda_init", "skip_stochastic")
 
 
 class _State(NamedTuple):
-    """Above stage `stage` (0 is nearest the data): the stage's input, None at the top, its skip connections, and p."""
+    """Above a stage: its input, None at the top, its skip connections, and the number of observations."""
 
-    stage: int
     features: Tensor | None
     skips: tuple[Tensor, ...] | None
-    conditional: Normal | None
+    batch: int
 
 
 class DeepVAEAdapter(Adapter):
     """A `VAE` or `LVAE` of JakobHavtorn/hvae-oodd, with deterministic skip connections or without.
 
-        VAE:   q(z | x) = q(z_1 | x) ∏_i q(z_i | z_{<i}, x)      "bottom_up"
-        LVAE:  q(z | x) = q(z_L | x) ∏_i q(z_i | z_{>i}, x)      "top_down"
+        VAE:   q(z | x) = q(z_1 | x) ∏_i q(z_i | z_{<i}, x)  (bottom-up)
+        LVAE:  q(z | x) = q(z_L | x) ∏_i q(z_i | z_{>i}, x)  (top-down)
 
     Observations are in [0, 1]. Where the model has a `lambda_init`, which changes them first, densities are those of what it
     makes of them, and so are means and samples, as the model's own are. A BIVA, which the repository itself calls not correctly
@@ -57,30 +57,26 @@ class DeepVAEAdapter(Adapter):
 
     def start(self, batch_size: int) -> _State:
         """The state above the top stage, whose prior may be learned."""
-        top = self.model.stages[-1].stochastic
-        logits = top.prior_logits.expand(batch_size, *top.prior_logits.shape)
-        return _State(len(self.model.stages) - 1, None, None, self._bounded(top, *top.logits_to_mu_and_sigma(logits)))
+        return _State(None, None, batch_size)
 
-    def conditional(self, state: _State) -> Normal:
-        """p(z_i | z_{>i}) of the next stage."""
-        if state.conditional is None:
-            raise GeneratorError("state: there is no stage below z_1; call likelihood(state).")
-        return state.conditional
+    def conditional(self, state: _State, layer: int) -> Normal:
+        """p(z_i | z_{>i}) of stage i."""
+        module = self.model.stages[layer - 1].stochastic
+        if state.features is None:
+            logits = module.prior_logits.expand(state.batch, *module.prior_logits.shape)
+            return self._bounded(module, *module.logits_to_mu_and_sigma(logits))
+        return self._bounded(module, *module.compute_params(state.features, inference=False))
 
-    def descend(self, state: _State, z: Tensor) -> _State:
+    def descend(self, state: _State, z: Tensor, layer: int) -> _State:
         """Through the stage's deterministic blocks. They empty the list of skip connections that they are given: a copy."""
-        stage = self.model.stages[state.stage]
+        stage = self.model.stages[layer - 1]
         skips = None if state.skips is None else list(state.skips)
         features, skips = stage.p_deterministic(stage.p_projection(z), skips)
-        below = tuple(skips) if self.model.skip_stochastic else None
-        if state.stage == 0:
-            return _State(-1, features, below, None)
-        lower = self.model.stages[state.stage - 1].stochastic
-        return _State(state.stage - 1, features, below, self._bounded(lower, *lower.compute_params(features, inference=False)))
+        return _State(features, tuple(skips) if self.model.skip_stochastic else None, state.batch)
 
     def likelihood(self, state: _State) -> Distribution:
         """p(x | z) by the model's likelihood module."""
-        features = there(state.features)
+        features = not_none(state.features)
         if self.model.pad is not None:
             features = F.pad(features, self.model.unpad)
         module = self.model.likelihood
@@ -105,12 +101,12 @@ class DeepVAEAdapter(Adapter):
             latents = tuple(here.z.to(x.dtype) for here in found)
             exact = (plain_normal(self._exact(here.dist.loc), self._exact(here.dist.scale)) for here in found)
             log_q = torch.stack([sum_event(q.log_prob(z)) for q, z in zip(exact, latents, strict=True)], dim=1)
-            return Inferred(latents, log_q, "bottom_up")
+            return Inferred(latents, log_q)
 
-        def posterior(layer: int, state: _State) -> tuple[Tensor, Tensor]:
-            stage, module = self.model.stages[state.stage], self.model.stages[state.stage].stochastic
-            merged = stage.merge(found[state.stage].h, aux=state.features)
-            return draw(self._bounded(module, *module.compute_params(merged, inference=True)))
+        def posterior(state: _State, p: Any, layer: int) -> tuple[Tensor, Tensor]:
+            stage = self.model.stages[layer - 1]
+            merged = stage.merge(found[layer - 1].h, aux=state.features)
+            return draw(self._bounded(stage.stochastic, *stage.stochastic.compute_params(merged, inference=True)))
 
         return infer_top_down(self, len(x), posterior, rng)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["NVAEAdapter"]
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,9 @@ from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
 from energy_prior._util import check_positive, draw, plain_normal
 from energy_prior.adapters.base import Adapter
-from energy_prior.distributions import DiscretizedLogisticMixture, Observed
 from energy_prior.errors import GeneratorError
-from energy_prior.generator import Inferred
+from energy_prior.generators.likelihoods import DiscretizedLogisticMixture, Observed
+from energy_prior.protocol import Inferred
 from energy_prior.topdown import infer_top_down
 
 _PARTS = (
@@ -41,14 +41,6 @@ _PARTS += (
     "crop_output",
     "input_size",
 )
-
-
-class _State(NamedTuple):
-    """Above group `group` (0 is the top): the decoder's features, and p of the group; None below the last one."""
-
-    group: int
-    features: Tensor
-    conditional: Normal | None
 
 
 class NVAEAdapter(Adapter):
@@ -100,35 +92,31 @@ class NVAEAdapter(Adapter):
         """What no part of it says."""
         return f"prior_temperature={self.prior_temperature}, num_bits={getattr(self.model, 'num_bits', 8)}"
 
-    def start(self, batch_size: int) -> _State:
-        """The learned features above the top group, whose prior is N(0, (1.01 t)²)."""
-        features = self.model.prior_ftr0.expand(batch_size, -1, -1, -1)
-        zero = features.new_zeros(batch_size, *self.latent_shapes[-1])
-        return _State(0, features, self._normal(zero, zero, self.prior_temperature))
+    def start(self, batch_size: int) -> Tensor:
+        """The learned features above the top group."""
+        return self.model.prior_ftr0.expand(batch_size, -1, -1, -1)
 
-    def conditional(self, state: _State) -> Normal:
-        """p(z_i | z_{>i}) of the next group."""
-        if state.conditional is None:
-            raise GeneratorError("state: there is no group below z_1; call likelihood(state).")
-        return state.conditional
+    def conditional(self, state: Tensor, layer: int) -> Normal:
+        """p(z_i | z_{>i}) of group i from the features above it; N(0, (1.01 t)²) for the top one."""
+        if layer == len(self.latent_shapes):
+            zero = state.new_zeros(len(state), *self.latent_shapes[-1])
+            return self._normal(zero, zero, self.prior_temperature)
+        loc, log_scale = self.model.dec_sampler[self._group(layer) - 1](state).chunk(2, dim=1)
+        return self._normal(loc, log_scale, self.prior_temperature)
 
-    def descend(self, state: _State, z: Tensor) -> _State:
+    def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
         """Through the group's combiner, and the cells on to the next group."""
         if self.model.vanilla_vae:
-            return _State(1, z, None)
-        combiner, *cells = self._cells[state.group + 1]
-        features = combiner(state.features, z)
+            return z
+        combiner, *cells = self._cells[self._group(layer) + 1]
+        features = combiner(state, z)
         for cell in cells:
             features = cell(features)
-        group = state.group + 1
-        if group == len(self.latent_shapes):
-            return _State(group, features, None)
-        loc, log_scale = self.model.dec_sampler[group - 1](features).chunk(2, dim=1)
-        return _State(group, features, self._normal(loc, log_scale, self.prior_temperature))
+        return features
 
-    def likelihood(self, state: _State) -> Distribution:
+    def likelihood(self, state: Tensor) -> Distribution:
         """p(x | z) by the image tower, which runs only here."""
-        features = self.model.stem_decoder(state.features) if self.model.vanilla_vae else state.features
+        features = self.model.stem_decoder(state) if self.model.vanilla_vae else state
         for cell in self.model.post_process:
             features = cell(features)
         edge = self._border
@@ -147,12 +135,12 @@ class NVAEAdapter(Adapter):
                 features = cell(features)
         top = self.model.enc0(features)
 
-        def posterior(group: int, state: _State) -> tuple[Tensor, Tensor]:
-            side = top
+        def posterior(state: Tensor, p: Any, layer: int) -> tuple[Tensor, Tensor]:
+            group, side = self._group(layer), top
             if group:
                 combine, features = sides[-group]
-                side = combine(features, state.features)
-            z, log_q = draw(self.posterior(state, side))
+                side = combine(features, state)
+            z, log_q = draw(self.posterior(state, side, layer))
             for flow in self.model.nf_cells[group * self.model.num_flows : (group + 1) * self.model.num_flows]:
                 z, log_det = flow(z, side)
                 log_q = log_q - log_det.to(log_q.dtype).flatten(1).sum(1)
@@ -160,13 +148,18 @@ class NVAEAdapter(Adapter):
 
         return infer_top_down(self, len(x), posterior, rng)
 
-    def posterior(self, state: _State, features: Tensor) -> Normal:
+    def posterior(self, state: Tensor, features: Tensor, layer: int) -> Normal:
         """q(z_i | z_{>i}, x) before any flow: residual to the prior's parameters before they are clamped, or on its own."""
-        loc, log_scale = self.model.enc_sampler[state.group](features).chunk(2, dim=1)
-        if state.group and self.model.res_dist:
-            shift, log_factor = self.model.dec_sampler[state.group - 1](state.features).chunk(2, dim=1)
+        group = self._group(layer)
+        loc, log_scale = self.model.enc_sampler[group](features).chunk(2, dim=1)
+        if group and self.model.res_dist:
+            shift, log_factor = self.model.dec_sampler[group - 1](state).chunk(2, dim=1)
             loc, log_scale = shift + loc, log_factor + log_scale
         return self._normal(loc, log_scale, 1.0)
+
+    def _group(self, layer: int) -> int:
+        """Place of group `layer` in the model's lists, which run from the top."""
+        return len(self.latent_shapes) - layer
 
     def _normal(self, loc: Tensor, log_scale: Tensor, temperature: float) -> Normal:
         scale = torch.exp(5 * torch.tanh(self._exact(log_scale) / 5)) + 0.01

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
-from energy_prior._util import draw, plain_normal, there
+from energy_prior._util import draw, not_none, plain_normal
 from energy_prior.adapters.base import Adapter
-from energy_prior.distributions import DiscretizedLogisticMixture, Observed
-from energy_prior.errors import ArgumentError, GeneratorError
-from energy_prior.generator import Inferred
+from energy_prior.errors import ArgumentError
+from energy_prior.generators.likelihoods import DiscretizedLogisticMixture, Observed
+from energy_prior.protocol import Inferred
 from energy_prior.topdown import infer_top_down
 
 # Mean and standard deviation of a set's pixels, 0 … 255, with which its encoder was trained.
@@ -30,9 +30,8 @@ _PIXELS = {
 
 
 class _State(NamedTuple):
-    """Above block `block` (0 is the top): features by resolution, and those of the block, before and after its prior."""
+    """Above a block: features by resolution, and those of the block, before and after its prior, with p(z_i | z_{>i})."""
 
-    block: int
     by_resolution: Mapping[int, Tensor]
     before: Tensor | None
     after: Tensor | None
@@ -49,7 +48,8 @@ class VDVAEAdapter(Adapter):
 
     Args:
         model: the model, in evaluation mode, with its weights (`energy_prior.adapters.load_weights`).
-        prior_temperature: t > 0, factor on every σ of the prior, or one per block from the top: `forward_uncond_samples(n, t)`.
+        prior_temperature: t > 0, factor on every σ of the prior, or (t_1, …, t_L), one per layer, z_1 nearest the data first: the
+            reverse of what the repository's `forward_uncond_samples(n, t)` takes.
         pixels: mean and standard deviation of pixels, 0 … 255, that the encoder was trained with; None: those that the
             repository has for `model.H.dataset`.
 
@@ -85,17 +85,16 @@ class VDVAEAdapter(Adapter):
         """The learned features of every resolution above the top block."""
         return self._at(0, {b.shape[2]: b.expand(batch_size, -1, -1, -1) for b in self.model.decoder.bias_xs})
 
-    def conditional(self, state: _State) -> Normal:
-        """p(z_i | z_{>i}) of the next block."""
-        if state.conditional is None:
-            raise GeneratorError("state: there is no block below z_1; call likelihood(state).")
-        return state.conditional
+    def conditional(self, state: _State, layer: int) -> Normal:
+        """p(z_i | z_{>i}) of block i, which comes with what the block makes of its features before it sees z."""
+        return not_none(state.conditional)
 
-    def descend(self, state: _State, z: Tensor) -> _State:
+    def descend(self, state: _State, z: Tensor, layer: int) -> _State:
         """Through the block, into a new dictionary of features: the repository's own code writes into the one it is given."""
-        block = self.model.decoder.dec_blocks[state.block]
+        place = self._place(layer)
+        block = self.model.decoder.dec_blocks[place]
         features = block.resnet(state.after + block.z_proj(z))
-        return self._at(state.block + 1, {**state.by_resolution, block.base: features})
+        return self._at(place + 1, {**state.by_resolution, block.base: features})
 
     def likelihood(self, state: _State) -> Distribution:
         """p(x | z): a mixture of discretised logistics."""
@@ -109,20 +108,28 @@ class VDVAEAdapter(Adapter):
         """z ~ q(z_i | z_{>i}, x), top-down."""
         mean, deviation = self.pixels
         activations = self.model.encoder(((255 * x - mean) / deviation).permute(0, 2, 3, 1))
-        blocks = self.model.decoder.dec_blocks
-        return infer_top_down(self, len(x), lambda i, state: draw(self.posterior(state, activations[blocks[i].base])), rng)
 
-    def posterior(self, state: _State, activations: Tensor) -> Normal:
+        def posterior(state: _State, p: Any, layer: int) -> tuple[Tensor, Tensor]:
+            return draw(self.posterior(state, activations, layer))
+
+        return infer_top_down(self, len(x), posterior, rng)
+
+    def posterior(self, state: _State, activations: Mapping[int, Tensor], layer: int) -> Normal:
         """q(z_i | z_{>i}, x) from the encoder's activations at the block's resolution."""
-        block = self.model.decoder.dec_blocks[state.block]
-        loc, log_scale = block.enc(torch.cat([there(state.before), activations], dim=1)).chunk(2, dim=1)
+        block = self.model.decoder.dec_blocks[self._place(layer)]
+        features = torch.cat([not_none(state.before), activations[block.base]], dim=1)
+        loc, log_scale = block.enc(features).chunk(2, dim=1)
         return plain_normal(self._exact(loc), self._exact(log_scale).exp())
 
+    def _place(self, layer: int) -> int:
+        """Of block `layer` in the model's list, which runs from the top."""
+        return len(self.latent_shapes) - layer
+
     def _at(self, index: int, by_resolution: Mapping[int, Tensor]) -> _State:
-        """The state above block `index`, with what the block makes of the features before it sees z."""
+        """The state above block `index` of the model's list, with what the block makes of the features before it sees z."""
         blocks = self.model.decoder.dec_blocks
         if index == len(blocks):
-            return _State(index, by_resolution, None, None, None)
+            return _State(by_resolution, None, None, None)
         block = blocks[index]
         any_of = next(iter(by_resolution.values()))
         before = by_resolution.get(block.base)
@@ -133,8 +140,8 @@ class VDVAEAdapter(Adapter):
             factor = block.base // block.mixin
             before = before + above.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
         loc, log_scale, residual = block.prior(before).split([block.zdim, block.zdim, before.shape[1]], dim=1)
-        scale = (self._exact(log_scale) + math.log(self.prior_temperature[index])).exp()
-        return _State(index, by_resolution, before, before + residual, plain_normal(self._exact(loc), scale))
+        scale = (self._exact(log_scale) + math.log(self.prior_temperature[len(blocks) - 1 - index])).exp()
+        return _State(by_resolution, before, before + residual, plain_normal(self._exact(loc), scale))
 
     def _target(self, x: Tensor) -> Tensor:
         """Pixels in [−1, 1] as the likelihood sees them."""
@@ -166,6 +173,6 @@ def _check_temperature(value: Any, layers: int) -> tuple[float, ...]:
     found = found.expand(layers) if found.ndim == 0 else found
     if found.shape != (layers,) or not (found.isfinite() & (found > 0)).all():
         raise ArgumentError(
-            f"prior_temperature: expected a number above 0, or {layers} of them (the top layer first), got {value!r}."
+            f"prior_temperature: expected a number above 0, or {layers} of them (that of z_1 first), got {value!r}."
         )
     return tuple(found.tolist())

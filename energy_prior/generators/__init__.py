@@ -5,5 +5,5 @@ from __future__ import annotations
 __all__ = ["LadderVAE", "PixelLikelihood", "ResidualVAE"]
 
 from energy_prior.generators.ladder import LadderVAE
-from energy_prior.generators.pixels import PixelLikelihood
+from energy_prior.generators.likelihoods import PixelLikelihood
 from energy_prior.generators.residual import ResidualVAE

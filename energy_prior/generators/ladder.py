@@ -6,29 +6,22 @@ __all__ = ["LadderVAE"]
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
-from energy_prior._util import check_count, draw, plain_normal, reproducible
+from energy_prior._util import check_count, draw, plain_normal
 from energy_prior.errors import ArgumentError, ShapeError
-from energy_prior.generator import Inferred
-from energy_prior.generators.pixels import Likelihood, PixelLikelihood, check_x
+from energy_prior.generators.likelihoods import Likelihood, PixelLikelihood, check_x
+from energy_prior.process import reproducible
+from energy_prior.protocol import Inferred
 
 Nets = Literal["mlp", "conv"]
 
 _LOG_SCALE_LIMIT = 5.0
-
-
-class _State(NamedTuple):
-    """Where the top-down pass stands: the conditional of the next layer, and z_1 once there is none."""
-
-    layer: int
-    conditional: Normal | None
-    z: Tensor | None
 
 
 class LadderVAE(nn.Module):
@@ -61,6 +54,8 @@ class LadderVAE(nn.Module):
         (torch.Size([16]), torch.Size([8]))
     """
 
+    autocast = True
+
     def __init__(
         self,
         x_shape: Sequence[int],
@@ -92,28 +87,23 @@ class LadderVAE(nn.Module):
         self.decoder = make(shapes[1], torch.Size((pixels.channels, *self.x_shape[1:])), hidden, depth)
         self.pixels = pixels
 
-    def start(self, batch_size: int) -> _State:
-        """The state above z_L: p(z_L) = N(0, I)."""
-        zero = self.pixels.log_sigma.new_zeros(batch_size, *self.latent_shapes[-1])
-        return _State(len(self.latent_shapes), plain_normal(zero, torch.ones_like(zero)), None)
+    def start(self, batch_size: int) -> Tensor:
+        """The state above z_L: zeros, the mean of p(z_L) = N(0, I)."""
+        return self.pixels.log_sigma.new_zeros(batch_size, *self.latent_shapes[-1])
 
-    def conditional(self, state: _State) -> Normal:
-        """p_β(z_i | z_{i+1}) at this state."""
-        if state.conditional is None:
-            raise ArgumentError("state: there is no layer below z_1; call likelihood(state).")
-        return state.conditional
+    def conditional(self, state: Tensor, layer: int) -> Normal:
+        """p_β(z_i | z_{i+1}) of layer i; the state is z_{i+1}."""
+        if layer == len(self.latent_shapes):
+            return plain_normal(state, torch.ones_like(state))
+        return _normal(self.prior[layer - 1](state).to(state.dtype))
 
-    def descend(self, state: _State, z: Tensor) -> _State:
-        """Takes z_i in; the new state holds p_β(z_{i−1} | z_i), or z_1 for the decoder."""
-        if state.layer == 1:
-            return _State(0, None, z)
-        return _State(state.layer - 1, _normal(self.prior[state.layer - 2](z).to(z.dtype)), None)
+    def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
+        """The state below z_i is z_i itself."""
+        return z
 
-    def likelihood(self, state: _State) -> Distribution:
+    def likelihood(self, state: Tensor) -> Distribution:
         """p_β0(x | z_1); the decoder runs here, so a pass that needs no image never pays for it."""
-        if state.z is None:
-            raise ArgumentError("state: the likelihood needs the state below z_1; descend through every layer first.")
-        return self.pixels(self.decoder(state.z).to(state.z.dtype))  # autocast may have made it bf16
+        return self.pixels(self.decoder(state).to(state.dtype))  # autocast may have made it bf16
 
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
         """A reparameterised draw z ~ q_ω(z | x), bottom-up: log_q[:, i − 1] = log q(z_i | z_{i−1}), with z_0 = x.
@@ -131,7 +121,7 @@ class LadderVAE(nn.Module):
                 below, log_density = draw(_normal(net(below).to(x.dtype)))
                 latents.append(below)
                 log_q.append(log_density)
-        return Inferred(tuple(latents), torch.stack(log_q, dim=1), "bottom_up")
+        return Inferred(tuple(latents), torch.stack(log_q, dim=1))
 
 
 def _check_arguments(x_shape: torch.Size, latent_dims: Sequence[int], nets: str) -> None:

@@ -6,7 +6,7 @@ __all__ = ["ResidualVAE"]
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from energy_prior._util import check_count, check_positive, draw, plain_normal
 from energy_prior.errors import ArgumentError, ShapeError
-from energy_prior.generator import Inferred
-from energy_prior.generators.pixels import Likelihood, PixelLikelihood, check_x
+from energy_prior.generators.likelihoods import Likelihood, PixelLikelihood, check_x
+from energy_prior.protocol import Inferred
 from energy_prior.topdown import infer_top_down
 
 _LOG_SCALE_LIMIT = 5.0
 _NORM_GROUPS = 8
-
-
-class _State(NamedTuple):
-    """Above group `group` (0 is the top): the decoder's features, and p of the group; None below the last one."""
-
-    group: int
-    features: Tensor
-    conditional: Normal | None
 
 
 class ResidualVAE(nn.Module):
@@ -69,6 +61,8 @@ class ResidualVAE(nn.Module):
         >>> vae.latent_shapes[0], vae.latent_shapes[-1], len(vae.latent_shapes)
         (torch.Size([8, 16, 16]), torch.Size([8, 8, 8]), 6)
     """
+
+    autocast = True
 
     def __init__(
         self,
@@ -140,30 +134,27 @@ class ResidualVAE(nn.Module):
         for part in (self.stem, *self.shrink, *self.side, *self.cells, *self.grow):
             part.compile(*args, **kwargs)
 
-    def start(self, batch_size: int) -> _State:
-        """The learned features above the top group, whose prior is N(0, t²)."""
-        features = self.top.expand(batch_size, -1, -1, -1).contiguous(memory_format=torch.channels_last)
-        zero = features.new_zeros(batch_size, *self.latent_shapes[-1])
-        return _State(0, features, plain_normal(zero, torch.full_like(zero, self.prior_temperature)))
+    def start(self, batch_size: int) -> Tensor:
+        """The learned features above the top group."""
+        return self.top.expand(batch_size, -1, -1, -1).contiguous(memory_format=torch.channels_last)
 
-    def conditional(self, state: _State) -> Normal:
-        """p_β(z_i | z_{>i}) of the next group."""
-        if state.conditional is None:
-            raise ArgumentError("state: there is no group below z_1; call likelihood(state).")
-        return state.conditional
+    def conditional(self, state: Tensor, layer: int) -> Normal:
+        """p_β(z_i | z_{>i}) of group i from the features above it; N(0, t²) for the top one."""
+        group = self._group(layer)
+        if group == 0:
+            zero = state.new_zeros(len(state), *self.latent_shapes[-1])
+            return plain_normal(zero, torch.full_like(zero, self.prior_temperature))
+        loc, raw = self.prior[group - 1](state).to(self.top.dtype).chunk(2, dim=1)
+        return plain_normal(loc, self.prior_temperature * _scale(raw))
 
-    def descend(self, state: _State, z: Tensor) -> _State:
+    def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
         """Adds z_i to the features, and goes through the cells on to the next group."""
-        features = self._through(self.cells[state.group], state.features + self.enter[state.group](z))
-        group = state.group + 1
-        if group == len(self.latent_shapes):
-            return _State(group, features, None)
-        loc, raw = self.prior[group - 1](features).to(z.dtype).chunk(2, dim=1)
-        return _State(group, features, plain_normal(loc, self.prior_temperature * _scale(raw)))
+        group = self._group(layer)
+        return self._through(self.cells[group], state + self.enter[group](z))
 
-    def likelihood(self, state: _State) -> Distribution:
+    def likelihood(self, state: Tensor) -> Distribution:
         """p_β0(x | z); the image tower runs here, so a pass that needs no image never pays for it."""
-        features = state.features
+        features = state
         for part in self.grow:
             features = self._through(part, features)
         return self.pixels(self.head(features).to(self.top.dtype))  # autocast may have made it bf16
@@ -178,13 +169,17 @@ class ResidualVAE(nn.Module):
         check_x(x, self.x_shape)
         sides = self._sides(x)
 
-        def posterior(group: int, state: _State) -> tuple[Tensor, Tensor]:
-            p = self.conditional(state)
-            shift, raw = self.posterior[group](torch.cat([sides[group], state.features], 1)).to(x.dtype).chunk(2, dim=1)
+        def posterior(state: Tensor, p: Any, layer: int) -> tuple[Tensor, Tensor]:
+            group = self._group(layer)
+            shift, raw = self.posterior[group](torch.cat([sides[group], state], 1)).to(x.dtype).chunk(2, dim=1)
             sigma = p.scale / self.prior_temperature
             return draw(plain_normal(p.loc + sigma * shift, sigma * _scale(raw)))
 
         return infer_top_down(self, len(x), posterior, rng)
+
+    def _group(self, layer: int) -> int:
+        """Place of group `layer` in the module lists, which run from the top."""
+        return len(self.latent_shapes) - layer
 
     def _sides(self, x: Tensor) -> list[Tensor]:
         """The encoder's features for every group, from the top."""

@@ -12,12 +12,12 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from energy_prior._util import there
+from energy_prior._util import not_none
 from energy_prior.errors import DivergenceError
-from energy_prior.langevin.backends import STEPPERS, Stepper
+from energy_prior.langevin.backends.compiled import STEPPERS, Stepper
+from energy_prior.langevin.backends.graph import graphed
+from energy_prior.langevin.backends.triton import fused_position
 from energy_prior.langevin.density import ChainState, JointDensity, Precision, by_parts, matrix_products, whole
-from energy_prior.langevin.fused import fused_position
-from energy_prior.langevin.graphs import graphed
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource
 from energy_prior.langevin.step import Carry, End, Rules, Scheme, Trace, coefficients, end_at
 
@@ -149,7 +149,7 @@ def run_chain(
                 since = _accepted(carries)
                 on_step(t, _whole_state(carries), since / every)
                 accepted = accepted + since
-                carries = [c._replace(accepted=torch.zeros_like(there(c.accepted))) for c in carries]
+                carries = [c._replace(accepted=torch.zeros_like(not_none(c.accepted))) for c in carries]
     final = stepper.draws(parts, rules, noise, steps, 1, gains) if last < steps else [()] * len(parts)
     ends = stepper.each(stepper.finish, parts, repeat(rules), carries, final)
     watch.finish(steps, ends, _step_size(carries))
@@ -160,7 +160,7 @@ def run_chain(
         step_size=_step_size(carries),
         state=_whole_state(carries) if rules.measured else None,
         acceptance=(accepted + _accepted(carries)) / share if rules.measured else None,
-        tamed=None if taming is None else whole([(there(end.cut) / share,) for end in ends])[0],
+        tamed=None if taming is None else whole([(not_none(end.cut) / share,) for end in ends])[0],
         energy=torch.cat(paths) if trace else None,
     )
 
@@ -175,7 +175,7 @@ def run_fused(
     noise: InjectedNoise | None,
     max_memory: float,
 ) -> ChainResult:
-    """`run_chain` for plain chains, each part in one launch of the kernel of `energy_prior.langevin.fused`, or in a few.
+    """`run_chain` for plain chains, each part in one launch of the kernel of `energy_prior.langevin.backends.triton`, or in a few.
 
     Raises:
         DivergenceError: if the end of the chain is not finite; the step is that of the end.
@@ -212,7 +212,7 @@ def run_graphed(
     noise: InjectedNoise | None,
     stepper: Stepper,
 ) -> ChainResult | None:
-    """`run_chain` for plain chains, each part recorded as a CUDA graph (`energy_prior.langevin.graphs`).
+    """`run_chain` for plain chains, each part recorded as a CUDA graph (`energy_prior.langevin.backends.graph`).
 
     Returns:
         None, with a warning, if they cannot be recorded.
@@ -238,7 +238,7 @@ def run_graphed(
         position=whole([end.position for end in ends]),
         latents=whole([end.latents for end in ends]),
         step_size=s,
-        tamed=None if rules.taming is None else whole([(there(end.cut) / steps,) for end in ends])[0],
+        tamed=None if rules.taming is None else whole([(not_none(end.cut) / steps,) for end in ends])[0],
     )
 
 
@@ -249,12 +249,12 @@ def _step_size(carries: Sequence[Carry]) -> Tensor:
 
 def _accepted(carries: Sequence[Carry]) -> Tensor:
     """Sum of the acceptance probabilities that the carries hold, (batch,)."""
-    return whole([(there(c.accepted),) for c in carries])[0]
+    return whole([(not_none(c.accepted),) for c in carries])[0]
 
 
 def _energy(traces: Sequence[Trace]) -> Tensor:
     """Of the whole batch, (steps, batch)."""
-    return torch.cat([there(trace.energy) for trace in traces], 1)
+    return torch.cat([not_none(trace.energy) for trace in traces], 1)
 
 
 def _whole_state(carries: Sequence[Carry]) -> ChainState:
@@ -265,7 +265,7 @@ def _whole_state(carries: Sequence[Carry]) -> ChainState:
     return ChainState(
         position=whole([s.position for s in states]),
         negative_energy=torch.cat([s.negative_energy for s in states]),
-        log_density=torch.cat([there(s.log_density) for s in states]),
+        log_density=torch.cat([not_none(s.log_density) for s in states]),
         gradient=whole([s.gradient for s in states]),
     )
 

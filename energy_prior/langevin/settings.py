@@ -15,11 +15,11 @@ from typing_extensions import TypedDict
 
 from energy_prior._util import check_count, check_positive, check_settings
 from energy_prior.errors import ArgumentError, BackendWarning
-from energy_prior.langevin.backends import Backend, chosen_backend, stepper_for
+from energy_prior.langevin.backends.compiled import Backend, chosen_backend, stepper_for
+from energy_prior.langevin.backends.graph import why_not_graphed
+from energy_prior.langevin.backends.triton import why_not_fused
 from energy_prior.langevin.chain import ChainResult, StepCallback, run_chain, run_fused, run_graphed
 from energy_prior.langevin.density import JointDensity, Precision, by_parts, latents_at, whole
-from energy_prior.langevin.fused import why_not_fused
-from energy_prior.langevin.graphs import why_not_graphed
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
 from energy_prior.langevin.step import Rules, Scheme
 from energy_prior.topdown import Space

@@ -33,7 +33,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from energy_prior._util import sum_event, there
+from energy_prior._util import not_none, sum_event
 from energy_prior.langevin.density import ChainState, JointDensity, Precision, by_parts
 from energy_prior.langevin.noise import NoiseSource
 from energy_prior.topdown import Space
@@ -186,7 +186,7 @@ def finish(density: JointDensity, rules: Rules, carry: Carry, last: Sequence[Dra
     position, energy, cut = carry.state.position, carry.state.negative_energy, carry.cut
     for draw in last:
         position = propose(position, carry.drift, carry.coefficients, draw.noise)
-        cut = None if cut is None else cut + there(carry.was_cut)
+        cut = None if cut is None else cut + not_none(carry.was_cut)
     end = end_at(density, position, None if last else energy)
     return End(end.position, end.latents, cut, end.health)  # torch 2.5 cannot compile `_replace`
 
@@ -205,23 +205,23 @@ def step(density: JointDensity, rules: Rules, carry: Carry, draw: Draw) -> tuple
     proposal = propose(old.position, carry.drift, c, draw.noise)
     new = density.evaluate(proposal, with_density=rules.measured, precision=rules.precision)
     drift, was_cut = _drift(new, c, rules)
-    cut = None if rules.taming is None else there(carry.cut) + there(carry.was_cut)
+    cut = None if rules.taming is None else not_none(carry.cut) + not_none(carry.was_cut)
     sound = health(new, density_of_zero_is_bad=not rules.adjust)
     if not rules.measured:
         return Carry(new, drift, was_cut, c, s, None, None, cut), sound
     log_alpha = log_acceptance(old, new, drift, c, draw.noise, rules.temperature)
     acceptance = log_alpha.exp().clamp(max=1.0)
     if rules.adjust:
-        accept = there(draw.uniform).log() < log_alpha
+        accept = not_none(draw.uniform).log() < log_alpha
         new = _select(accept, new, old)
         drift = tuple(_pick(accept, a, b) for a, b in zip(drift, carry.drift))
-        was_cut = None if was_cut is None else _pick(accept, was_cut, there(carry.was_cut))
+        was_cut = None if was_cut is None else _pick(accept, was_cut, not_none(carry.was_cut))
     if rules.adapt:
-        s = s * torch.exp(there(draw.gain) * (acceptance - rules.target_acceptance))
+        s = s * torch.exp(not_none(draw.gain) * (acceptance - rules.target_acceptance))
         s = s.clamp(max=2 * math.sqrt(rules.temperature)) if rules.scheme == "crank_nicolson" else s
         c = coefficients(s, rules.scheme, density.space, rules.temperature)
         drift, was_cut = _drift(new, c, rules)
-    return Carry(new, drift, was_cut, c, s, acceptance, there(carry.accepted) + acceptance, cut), sound
+    return Carry(new, drift, was_cut, c, s, acceptance, not_none(carry.accepted) + acceptance, cut), sound
 
 
 def _drift(state: ChainState, c: StepCoefficients, rules: Rules) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -321,11 +321,11 @@ def log_acceptance(
     log α = [log p̃(y') − log p̃(y)]/T + ½‖n‖² − ½‖n'‖², where n' = (y − c₀ y' − c₁ g(y'))/τ would lead back, with
     `new_gradient` as g(y'). A proposal of density zero has log α = −∞.
     """
-    ratio = (there(new.log_density) - there(old.log_density)) / temperature
+    ratio = (not_none(new.log_density) - not_none(old.log_density)) / temperature
     for y, y_new, g_new, n in zip(old.position, new.position, new_gradient, noise, strict=True):
         back = (y - _match(c.keep, y) * y_new - _match(c.drift, y) * g_new) / _match(c.noise, y)
         ratio = ratio + 0.5 * (sum_event(n**2) - sum_event(back**2))
-    return torch.where(torch.isneginf(there(new.log_density)), there(new.log_density), ratio)
+    return torch.where(torch.isneginf(not_none(new.log_density)), not_none(new.log_density), ratio)
 
 
 def _select(accept: Tensor, new: ChainState, old: ChainState) -> ChainState:
@@ -333,7 +333,7 @@ def _select(accept: Tensor, new: ChainState, old: ChainState) -> ChainState:
     return ChainState(
         position=tuple(_pick(accept, a, b) for a, b in zip(new.position, old.position)),
         negative_energy=_pick(accept, new.negative_energy, old.negative_energy),
-        log_density=_pick(accept, there(new.log_density), there(old.log_density)),
+        log_density=_pick(accept, not_none(new.log_density), not_none(old.log_density)),
         gradient=tuple(_pick(accept, a, b) for a, b in zip(new.gradient, old.gradient)),
     )
 

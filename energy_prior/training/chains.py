@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from energy_prior import validate
-from energy_prior._util import frozen, inferrer
+from energy_prior.checks import arguments as validate
 from energy_prior.errors import ArgumentError
 from energy_prior.langevin import ChainResult, ChainSettings, sample_density, tune_step_size
-from energy_prior.langevin.backends import ChosenBackend, chosen_backend
+from energy_prior.langevin.backends.compiled import ChosenBackend, chosen_backend
 from energy_prior.langevin.settings import LARGEST_STEP
 from energy_prior.model import JointModel
+from energy_prior.process import frozen
+from energy_prior.protocol import find_infer
 from energy_prior.topdown import TopDown, ancestral
 from energy_prior.training.config import FitConfig
 
@@ -97,7 +98,7 @@ class TrainingChains:
         model = self.model
         self._choose_backend(len(x), self.config.posterior_steps)
         with self._full_precision(), torch.no_grad(), frozen(model.generator, *model.energies):
-            start = validate.checked_infer(model.generator, x).latents if inferrer(model.generator) else None
+            start = validate.checked_infer(model.generator, x).latents if find_infer(model.generator) else None
             settings = ChainSettings(
                 steps=self.config.posterior_steps, taming=self.config.taming, backend=self.backend or "eager"
             )

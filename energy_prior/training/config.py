@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from energy_prior._util import check_count, check_positive
 from energy_prior.errors import ArgumentError
-from energy_prior.langevin.backends import StepBackend
+from energy_prior.langevin.backends.compiled import StepBackend
 from energy_prior.langevin.settings import USUAL_ACCEPTANCE
 
 Method = Literal["nce", "multi_stage_nce", "two_stage", "variational", "joint"]

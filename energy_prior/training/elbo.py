@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from energy_prior import validate
-from energy_prior._util import check_count, check_positive, check_settings, evaluating, reproducible, training_mode, unvalidated
+from energy_prior._util import check_count, check_positive, check_settings
+from energy_prior.checks import arguments as validate
+from energy_prior.checks.generator import probe_generator
 from energy_prior.errors import ArgumentError, DivergenceError, GeneratorError
-from energy_prior.generator import HierarchicalGenerator
+from energy_prior.process import evaluating, reproducible, training_mode, unvalidated
+from energy_prior.protocol import HierarchicalGenerator
 from energy_prior.topdown import inferred_descent
+from energy_prior.training.batches import Batches
 from energy_prior.training.config import RunConfig
-from energy_prior.training.data import Batches
-from energy_prior.training.engine import Engine
+from energy_prior.training.distributed import Engine
 from energy_prior.training.loop import Group, description, run_loop
 
 if TYPE_CHECKING:
@@ -152,7 +154,7 @@ def fit_elbo(
         raise ArgumentError(f"config: expected an ElboConfig or None, got {type(config).__name__}.")
     config = dataclasses.replace(config or ElboConfig(), **settings)
     with torch.no_grad(), evaluating(generator):
-        probe = validate.probe_generator(generator)
+        probe = probe_generator(generator)
     reference = probe.latents[0]
     if validation is not None:
         validate.check_observations("validation", validation, probe.x_shape, reference, generator)

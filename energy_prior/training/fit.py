@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from energy_prior._util import check_settings, inferrer, training_mode, unvalidated
+from energy_prior._util import check_settings
 from energy_prior.checkpoint import digest, fingerprint
 from energy_prior.errors import ArgumentError, CheckpointError, DivergenceError, GeneratorError
+from energy_prior.process import training_mode, unvalidated
+from energy_prior.protocol import find_infer
+from energy_prior.training.batches import Batches
 from energy_prior.training.config import JOINT_METHODS, FitConfig, Method, check_method
-from energy_prior.training.data import Batches
-from energy_prior.training.engine import Engine
+from energy_prior.training.distributed import Engine
 from energy_prior.training.loop import description, run_loop
 from energy_prior.training.rules import FitTask
 
@@ -135,7 +137,7 @@ def _check_trainable(generator: Any, method: Method) -> None:
             + ("is no nn.Module." if not isinstance(generator, nn.Module) else "has no parameter that requires a gradient.")
             + ' Use "nce" or "two_stage", which leave it as it is.'
         )
-    if method == "variational" and inferrer(generator) is None:
+    if method == "variational" and find_infer(generator) is None:
         raise GeneratorError(
             f'generator: method="variational" needs infer(x), which {type(generator).__name__} does not have; use "joint".'
         )

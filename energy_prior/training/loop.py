@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 from energy_prior._util import require_extra
 from energy_prior.checkpoint import digest
 from energy_prior.errors import ArgumentError, DivergenceError, TrainingWarning
+from energy_prior.training.batches import Batches
 from energy_prior.training.config import RunConfig
-from energy_prior.training.data import Batches
-from energy_prior.training.engine import Engine
-from energy_prior.training.rundir import RunFolder
+from energy_prior.training.distributed import Engine
+from energy_prior.training.run_dir import RunFolder
 from energy_prior.training.schedule import warmup_cosine
 
 _SHOWN = ("loss", "elbo", "validation_elbo", "gap", "max_energy", "acceptance", "step_size")

@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from energy_prior import validate
-from energy_prior._util import frozen, inferrer
 from energy_prior.checkpoint import fingerprint
+from energy_prior.checks import arguments as validate
 from energy_prior.energies import Energy
 from energy_prior.errors import ArgumentError, DivergenceError, TrainingWarning
 from energy_prior.model import JointModel, PosteriorDraw
+from energy_prior.process import frozen
+from energy_prior.protocol import find_infer
 from energy_prior.topdown import TopDown
 from energy_prior.training import diagnostics
+from energy_prior.training.batches import Batches
 from energy_prior.training.chains import TrainingChains
 from energy_prior.training.config import JOINT_METHODS, LANGEVIN_METHODS, FitConfig, Method
-from energy_prior.training.data import Batches
-from energy_prior.training.engine import Engine
+from energy_prior.training.distributed import Engine
 from energy_prior.training.loop import Group
 from energy_prior.training.objectives import (
     energy_penalty,
@@ -240,7 +241,7 @@ class FitTask:
     def _posterior(self, x: Tensor) -> PosteriorDraw:
         """Posterior draws as the method has them: Langevin ("joint"), reparameterised ("variational"), or plain."""
         generator = self.prior.generator
-        if self.method == "joint" or inferrer(generator) is None:
+        if self.method == "joint" or find_infer(generator) is None:
             return PosteriorDraw(self.chains.posterior(x), None)
         if self.method == "variational":
             inferred = validate.checked_infer(generator, x)

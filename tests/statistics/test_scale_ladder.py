@@ -12,8 +12,8 @@ from ladders import ScaleLadder
 from torch import Tensor
 
 from energy_prior import JointEBMPrior
-from energy_prior._util import frozen
 from energy_prior.langevin import ChainSettings, ChainState, JointDensity, sample_density
+from energy_prior.process import frozen
 from energy_prior.topdown import TopDown
 
 CHAINS = 20_000

@@ -11,8 +11,8 @@ from ladders import LinearLadder
 from torch import Tensor, nn
 
 from energy_prior import JointEBMPrior, LadderVAE
-from energy_prior._util import frozen
 from energy_prior.langevin import ChainState, JointDensity, Scheme, coefficients, propose
+from energy_prior.process import frozen
 from energy_prior.topdown import TopDown
 
 CHAINS = 20_000

@@ -1,0 +1,1 @@
+"""The command line, `energy-prior`: one file per command."""

@@ -1,0 +1,7 @@
+"""Image sets: from folders, parquet files or the Hugging Face hub; one tensor, or a stream."""
+
+from __future__ import annotations
+
+__all__ = ["ImageStream", "Images", "load_images"]
+
+from energy_prior.data.images import Images, ImageStream, load_images

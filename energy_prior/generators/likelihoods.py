@@ -1,0 +1,315 @@
+"""Likelihoods of images: the discretised logistic, P(x) = F((x + δ/2 − μ)/s) − F((x − δ/2 − μ)/s), and its mixtures."""
+
+from __future__ import annotations
+
+__all__ = ["DiscretizedLogistic", "DiscretizedLogisticMixture", "Likelihood", "Observed", "PixelLikelihood", "check_x"]
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Distribution, Independent, Normal, constraints
+
+from energy_prior._util import check_count, check_positive
+from energy_prior.errors import ArgumentError, ShapeError
+
+Likelihood = Literal["gaussian", "bernoulli", "discretized_logistic", "mixture"]
+
+
+class DiscretizedLogistic(Distribution):
+    """A logistic distribution on the grid low, low + δ, …, high of `levels` values, its tails on the two end values.
+
+    P(x) = F((x + δ/2 − μ)/s) − F((x − δ/2 − μ)/s), F the logistic function, with −∞ and +∞ for the outer edges of the end
+    values (Salimans, Karpathy, Chen and Kingma, "PixelCNN++", ICLR 2017, eq. 2, with one component). Probabilities sum to 1.
+
+    Args:
+        loc: μ, in the data's units.
+        scale: s > 0, in the data's units; broadcasts against `loc`.
+        levels: number of grid values, at least 2 (256 for 8-bit images).
+        low: the lowest grid value.
+        high: the highest grid value.
+        floor: added to every probability, as some public models do (the sum is then above 1).
+    """
+
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        levels: int = 256,
+        low: float = 0.0,
+        high: float = 1.0,
+        floor: float = 0.0,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.loc, self.scale = torch.broadcast_tensors(loc, scale)
+        self.levels, self.low, self.high, self.floor = levels, low, high, floor
+        self.step = (high - low) / (levels - 1)
+        super().__init__(self.loc.shape, validate_args=validate_args)
+
+    @property
+    def arg_constraints(self) -> dict[str, constraints.Constraint]:
+        """Real `loc`, positive `scale`."""
+        return {"loc": constraints.real, "scale": constraints.positive}
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Values between the ends; off-grid values are scored by the bin of width δ around them."""
+        return constraints.interval(self.low, self.high)
+
+    @property
+    def mean(self) -> Tensor:
+        """μ, clamped to the grid's range: the centre of the distribution, not the exact mean of the clipped one."""
+        return self.loc.clamp(self.low, self.high)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log P(value), nats; log-space throughout, so that it stays finite however far `value` is from μ."""
+        if self._validate_args:
+            self._validate_sample(value)
+        edge = self.step / 2
+        log_p = _log_bin(value, self.loc, self.scale, self.step, self.low + edge, self.high - edge)
+        return torch.logaddexp(log_p, torch.full_like(log_p, math.log(self.floor))) if self.floor else log_p
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """A draw, on the grid."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return _draw(self.loc.expand(shape), self.scale, self.step, self.low, self.levels)
+
+
+class DiscretizedLogisticMixture(Distribution):
+    """A mixture of discretised logistics per pixel, with the later colours conditioned on the earlier ones.
+
+    P(x) = Σ_m π_m ∏_c P_m(x_c | x_{<c}), each factor a discretised logistic (as `DiscretizedLogistic`) with locations
+
+        μ_1,   μ_2 + c_1 x_1,   μ_3 + c_2 x_1 + c_3 x_2
+
+    (Salimans, Karpathy, Chen and Kingma, "PixelCNN++", ICLR 2017, eq. 2 and 3). The bins are evaluated in log space, so that
+    log P stays finite however far x is from every component.
+
+    Args:
+        logits: unnormalised log π_m, (batch, M, height, width).
+        loc: μ, in the data's units, (batch, M, C, height, width), C = 1 or 3 channels.
+        log_scale: log s, of the same shape.
+        coefficients: c_1, c_2, c_3, of the same shape; None: channels do not depend on each other.
+        levels: number of grid values, at least 2 (256 for 8-bit images).
+        low: the lowest grid value.
+        high: the highest grid value.
+        top: value above which x counts as the highest level, and takes the whole upper tail; None: half a bin below `high`.
+            Public models differ here.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        loc: Tensor,
+        log_scale: Tensor,
+        coefficients: Tensor | None = None,
+        *,
+        levels: int = 256,
+        low: float = -1.0,
+        high: float = 1.0,
+        top: float | None = None,
+    ) -> None:
+        self.logits, self.loc, self.log_scale, self.coefficients = logits, loc, log_scale, coefficients
+        self.levels, self.low, self.high = levels, low, high
+        self.step = (high - low) / (levels - 1)
+        self.top = high - self.step / 2 if top is None else top
+        super().__init__(loc.shape[:1], torch.Size((loc.shape[2], *loc.shape[3:])), validate_args=False)
+
+    @property
+    def arg_constraints(self) -> dict[str, constraints.Constraint]:
+        """None are checked."""
+        return {}
+
+    @classmethod
+    def from_channels(
+        cls, parameters: Tensor, *, colours: int = 3, levels: int = 256, top: float | None = None
+    ) -> DiscretizedLogisticMixture:
+        """From the channels of a network: M logits, then per colour M of μ, log s and, for RGB, c, as public models have it.
+
+        log s is kept above −7, c is the tanh of its channels, and x is in [−1, 1].
+
+        Args:
+            parameters: (batch, 10·M, height, width), or (batch, 3·M, height, width) for one colour.
+            colours: 3 or 1.
+            levels: as above.
+            top: as above.
+        """
+        kinds = 3 if colours == 3 else 2
+        mixtures = parameters.shape[1] // (1 + colours * kinds)
+        logits, rest = parameters[:, :mixtures], parameters[:, mixtures:]
+        loc, log_scale, *raw = rest.unflatten(1, (colours, kinds * mixtures)).transpose(1, 2).split(mixtures, dim=1)
+        return cls(logits, loc, log_scale.clamp(min=-7.0), raw[0].tanh() if raw else None, levels=levels, top=top)
+
+    @property
+    def mean(self) -> Tensor:
+        """Σ_m π_m μ_m, the locations of each component in turn clamped to the range: not the mean of the clipped tails."""
+        components = self._chained(lambda loc, scale: loc.clamp(self.low, self.high))
+        return (self.logits.softmax(1).unsqueeze(2) * components).sum(1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log P(x), (batch,), nats, for x of shape (batch, C, height, width)."""
+        x = value.unsqueeze(1)
+        loc = self.loc
+        if self.coefficients is not None:
+            c1, c2, c3 = self.coefficients.unbind(2)
+            red, green = x[:, :, 0], x[:, :, 1]
+            loc = loc + torch.stack([torch.zeros_like(c1), c1 * red, c2 * red + c3 * green], 2)
+        bins = _log_bin(x, loc, self.log_scale.exp(), self.step, self.low + self.step / 2, self.top)
+        return torch.logsumexp(bins.sum(2) + self.logits.log_softmax(1), 1).flatten(1).sum(1)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """A draw, on the grid, (batch, C, height, width)."""
+        if sample_shape:
+            return torch.stack([self.sample(sample_shape[1:]) for _ in range(sample_shape[0])])
+        gumbel = -torch.empty_like(self.logits).exponential_().log()
+        chosen = (self.logits + gumbel).argmax(1, keepdim=True).unsqueeze(2)
+        components = self._chained(lambda loc, scale: _draw(loc, scale, self.step, self.low, self.levels))
+        return components.gather(1, chosen.expand(-1, -1, components.shape[2], -1, -1)).squeeze(1)
+
+    def _chained(self, colour: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Channel after channel of every component, (batch, M, C, height, width): each from its location and scale."""
+        channels: list[Tensor] = []
+        for i, (loc, scale) in enumerate(zip(self.loc.unbind(2), self.log_scale.exp().unbind(2), strict=True)):
+            if self.coefficients is not None and i:
+                first = i * (i - 1) // 2  # c_1 for green, c_2 and c_3 for blue
+                loc = loc + sum(self.coefficients[:, :, first + j] * channels[j] for j in range(i))
+            channels.append(colour(loc, scale))
+        return torch.stack(channels, 2)
+
+
+class Observed(Distribution):
+    """A model's own distribution of `into(x)`, seen from observations x: log_prob(x) = base.log_prob(into(x)).
+
+    For a density there is no Jacobian in it, so that a figure is in the model's own units, as the model counts it.
+
+    Args:
+        base: distribution with batch_shape (batch,).
+        into: from observations to the model's units.
+        out: back again, for means and samples.
+    """
+
+    def __init__(self, base: Distribution, into: Callable[[Tensor], Tensor], out: Callable[[Tensor], Tensor]) -> None:
+        self.base, self.into, self.out = base, into, out
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    @property
+    def arg_constraints(self) -> dict[str, constraints.Constraint]:
+        """None are checked."""
+        return {}
+
+    @property
+    def mean(self) -> Tensor:
+        """The base's mean, as an observation."""
+        return self.out(self.base.mean)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p of observations, (batch,), nats."""
+        return self.base.log_prob(self.into(value))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """A draw of the base, as an observation."""
+        return self.out(self.base.sample(torch.Size(sample_shape)))
+
+
+class PixelLikelihood(nn.Module):
+    """p_β0(x | z) from a decoder's output, (batch, `channels`, …).
+
+    "gaussian" and "discretized_logistic" have a mean inside `x_range` and one scale for all pixels, "bernoulli" has logits,
+    "mixture" is a `DiscretizedLogisticMixture` of images with 1 or 3 channels.
+
+    Args:
+        x_shape: shape of an observation, without the batch.
+        name: one of these four.
+        sigma: scale in the data's units, > 0, for "gaussian" and "discretized_logistic"; None: one number, learned.
+        x_range: lowest and highest value of x.
+        levels: grid values between them for the discretised ones (256 for 8-bit images).
+        mixtures: components of "mixture".
+
+    Attributes:
+        channels: what the decoder has to put out in place of x's first dimension.
+
+    Raises:
+        ArgumentError, ShapeError: if a value is impossible; the message says which.
+    """
+
+    def __init__(
+        self,
+        x_shape: Sequence[int],
+        name: Likelihood,
+        *,
+        sigma: float | None = None,
+        x_range: tuple[float, float] = (0.0, 1.0),
+        levels: int = 256,
+        mixtures: int = 5,
+    ) -> None:
+        super().__init__()
+        x_range = (float(x_range[0]), float(x_range[1]))
+        if len(x_shape) == 0 or min(x_shape) < 1:
+            raise ShapeError(f"x_shape: expected one or more positive sizes, got {tuple(x_shape)}.")
+        if name not in get_args(Likelihood):
+            raise ArgumentError(f"likelihood: expected one of {get_args(Likelihood)}, got {name!r}.")
+        if not x_range[0] < x_range[1]:
+            raise ArgumentError(f"x_range: expected (lowest, highest), got {x_range}.")
+        if name == "bernoulli" and x_range != (0.0, 1.0):
+            raise ArgumentError(f'x_range: likelihood="bernoulli" needs (0, 1), got {x_range}.')
+        if name == "mixture" and (len(x_shape) != 3 or x_shape[0] not in (1, 3)):
+            raise ShapeError(f'x_shape: likelihood="mixture" needs (1 or 3, height, width), got {tuple(x_shape)}.')
+        self.x_shape, self.name, self.x_range = torch.Size(x_shape), name, x_range
+        self.levels, self.mixtures = check_count("levels", levels, least=2), check_count("mixtures", mixtures)
+        self.channels = (10 if x_shape[0] == 3 else 3) * mixtures if name == "mixture" else x_shape[0]
+        fixed = 0.1 * (x_range[1] - x_range[0]) if sigma is None else check_positive("sigma", sigma)
+        learned = sigma is None and name in ("gaussian", "discretized_logistic")
+        self.log_sigma = nn.Parameter(torch.tensor(math.log(fixed)), requires_grad=learned)
+
+    def extra_repr(self) -> str:
+        """What tells one likelihood from another."""
+        return f"{self.name}, x_range={self.x_range}, levels={self.levels}, mixtures={self.mixtures}"
+
+    def forward(self, parameters: Tensor) -> Distribution:
+        """The distribution, batch_shape (batch,), event_shape `x_shape`."""
+        low, high = self.x_range
+        if self.name == "mixture":
+            base = DiscretizedLogisticMixture.from_channels(parameters, colours=self.x_shape[0], levels=self.levels)
+            half = (high - low) / 2
+            return Observed(base, lambda x: (x - low) / half - 1, lambda y: low + half * (y + 1))
+        dimensions = len(self.x_shape)
+        if self.name == "bernoulli":
+            return Independent(Bernoulli(logits=parameters, validate_args=False), dimensions, validate_args=False)
+        mean = low + (high - low) * torch.sigmoid(parameters)
+        sigma = self.log_sigma.exp().expand_as(mean)
+        if self.name == "gaussian":
+            pixel: Distribution = Normal(mean, sigma, validate_args=False)
+        else:
+            pixel = DiscretizedLogistic(mean, sigma, self.levels, low, high, validate_args=False)
+        return Independent(pixel, dimensions, validate_args=False)
+
+
+def check_x(x: Tensor, x_shape: torch.Size) -> None:
+    """Observations of an inference model are (batch, *x_shape)."""
+    if x.shape[1:] != x_shape:
+        raise ShapeError(f"x: expected shape (batch, {', '.join(map(str, x_shape))}), got {tuple(x.shape)}.")
+
+
+def _log_bin(value: Tensor, loc: Tensor, scale: Tensor, step: float, bottom: float, top: float) -> Tensor:
+    """log of the logistic's mass in the bin of width `step` around `value`; below `bottom` and above `top` with the whole tail.
+
+    In log space throughout: F(u) − F(l) = F(u) F(−l) (1 − e^{l − u}) for every l < u.
+    """
+    upper = (value + step / 2 - loc) / scale
+    lower = (value - step / 2 - loc) / scale
+    inside = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-step / scale))
+    return torch.where(value < bottom, F.logsigmoid(upper), torch.where(value > top, F.logsigmoid(-lower), inside))
+
+
+def _draw(loc: Tensor, scale: Tensor, step: float, low: float, levels: int) -> Tensor:
+    """A draw of the logistic, rounded to the grid."""
+    limits = torch.finfo(loc.dtype)
+    u = torch.rand_like(loc).clamp(limits.tiny, 1 - limits.eps)
+    continuous = loc + scale * (u.log() - torch.log1p(-u))
+    return ((continuous - low) / step).round().clamp(0, levels - 1) * step + low

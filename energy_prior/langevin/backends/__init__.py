@@ -1,0 +1,1 @@
+"""Ways of making Langevin steps, one file each."""

@@ -1,0 +1,101 @@
+"""The generator's side of the contract: p_β(z) = p(z_L) ∏_{i<L} p_βi(z_i | z_{>i}) and p_β0(x | z), one layer at a time."""
+
+from __future__ import annotations
+
+__all__ = ["HierarchicalGenerator", "Inferred", "find_infer"]
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from energy_prior.errors import GeneratorError
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """A draw z ~ q_ω(z | x) of the inference model.
+
+    Attributes:
+        latents: (z_1, …, z_L), `latents[0]` = z_1 nearest the data; z_i of shape (batch, *latent_shapes[i - 1]).
+            Reparameterised: gradients reach the inference model when gradients are on.
+        log_q: log q_ω of each layer as the model factorises it, (batch, L), nats; column i − 1 is that of z_i.
+        conditionals: for an inference model that goes down through the generator: p_β(z_i | z_{>i}) of z_1, …, z_L as it met
+            them, so that training need not go down again. None: it does.
+        state: with `conditionals`, the state below z_1.
+
+    Raises:
+        GeneratorError: if `conditionals` is the word that an earlier form of this class asked for there.
+    """
+
+    latents: tuple[Tensor, ...]
+    log_q: Tensor
+    conditionals: tuple[Distribution, ...] | None = None
+    state: Any = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.conditionals, str):
+            raise GeneratorError(
+                f"Inferred: expected p(z_i | z_(>i)) of every layer or None as third argument, got {self.conditionals!r}. The "
+                "kind of factorisation is no longer asked for: write Inferred(latents, log_q)."
+            )
+
+
+@runtime_checkable
+class HierarchicalGenerator(Protocol):
+    """What a hierarchical VAE must offer: its top-down pass, one layer at a time.
+
+    The library derives everything else (ancestral sampling, the map from noise to latents, log p_β(z), Langevin with
+    any layers held fixed, decoding) from these calls:
+
+        state = start(batch)
+        for i = L, …, 1:  p_β(z_i | z_{>i}) = conditional(state, i);  state = descend(state, z_i, i)
+        p_β0(x | z) = likelihood(state)
+
+    A `state` is whatever the model itself has between two layers: features, or the last z; the library only hands it back.
+    `descend` must return a *new* state and leave the one it was given untouched; `conditional` and `likelihood` only read
+    and are deterministic. Layers are numbered as in Cui, Wu and Han (CVPR 2023): z_1 is nearest the data, z_L is the top.
+    `energy_prior.check_generator` tests an implementation and names what is wrong in words.
+
+    Optional, beside these:
+
+    - `infer(x, *, rng=None) -> Inferred` draws z ~ q_ω(z | x). Without it, the library samples the posterior by Langevin.
+    - `x_range`, the lowest and highest value of an observation: data outside it give a `DataWarning`.
+    - `posterior_log_prob(x, latents) -> Tensor`, log q_ω of given latents per layer, (batch, L): `check_generator` holds the
+      log q of `infer` to it, which tests the log-determinants of a flow.
+    - `autocast = True` says that the model's own calls give parameters of distributions in the dtype of its weights under
+      `torch.autocast` too: mixed precision in training then reaches it. Without it, it is trained in full precision.
+    """
+
+    @property
+    def latent_shapes(self) -> tuple[torch.Size, ...]:
+        """Shapes of z_1, …, z_L without the batch dimension."""
+        ...
+
+    def start(self, batch_size: int) -> Any:
+        """The state above z_L, for `batch_size` observations."""
+        ...
+
+    def conditional(self, state: Any, layer: int) -> Distribution:
+        """p_β(z_i | z_{>i}) of layer i = `layer`, 1 … L, at the state above it.
+
+        A `torch.distributions.Normal` with loc and scale of shape (batch, *latent_shapes[layer - 1]), scale > 0.
+        """
+        ...
+
+    def descend(self, state: Any, z: Tensor, layer: int) -> Any:
+        """Take z_i of layer i = `layer` in and go one layer down; returns a new state."""
+        ...
+
+    def likelihood(self, state: Any) -> Distribution:
+        """p_β0(x | z) at the state below z_1: batch_shape (batch,), log_prob in nats per observation."""
+        ...
+
+
+def find_infer(generator: Any) -> Callable[..., Any] | None:
+    """The generator's `infer`, or None if it has none."""
+    infer = getattr(generator, "infer", None)
+    return infer if callable(infer) else None

@@ -1,0 +1,94 @@
+"""The command line, the demo's path at reduced size, and what importing the package costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import energy_prior
+from energy_prior.cli import main
+from energy_prior.cli.demo import DemoSettings, load_demo_data, run_demo
+
+
+def test_demo_quick_writes_its_files_and_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    assert main(["demo", "--quick", "--unknown", "3", "--seed", "1", "--out", str(tmp_path / "out")]) == 0
+    torch.set_num_threads(threads)
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["langevin.png", "report.json", "samples.png", "scores.png"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["unknown_digit"] == 3
+    assert report["images"]["unknown"] == 183
+    printed = capsys.readouterr().out
+    for words in ("Gaussian prior", "joint prior", "AUROC", "'calibrated'", "only show that everything runs"):
+        assert words in printed
+    assert f"{report['scores']['calibrated']['auroc']:.3f}" in printed
+
+
+def test_demo_is_reproducible_and_leaves_the_global_stream() -> None:
+    settings = DemoSettings(unknown=1, seed=4, progress=False).quick()
+    before = torch.get_rng_state()
+    first, second = run_demo(settings, None), run_demo(settings, None)
+    assert torch.equal(torch.get_rng_state(), before)
+    for report in (first, second):
+        del report["seconds"]
+    assert first == second
+
+
+def test_demo_data_are_disjoint_and_leave_the_unknown_digit_out() -> None:
+    data = load_demo_data(7, 0)
+    total = sum(len(part) for part in (data.train, data.validation, data.test, data.unknown))
+    assert total == 1797
+    assert not (data.train_labels == 7).any()
+    assert not (data.test_labels == 7).any()
+    assert torch.equal(load_demo_data(7, 0).test, data.test)
+    assert not torch.equal(load_demo_data(7, 1).test, data.test)
+    assert float(data.train.min()) == 0
+    assert float(data.train.max()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["demo", "--unknown", "12"], "unknown: expected a digit from 0 to 9, got 12"),
+        (["demo", "--device", "cuda:99"], "--device cuda:99: not available here"),
+        (["demo", "--device", "abacus"], "--device abacus: not available here"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--quick", "--out", str(tmp_path / "file")]) == 2
+    assert "file" in capsys.readouterr().err
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["demo", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+    assert energy_prior.__version__ in capsys.readouterr().out
+
+
+def test_import_is_light_and_everything_exported_exists() -> None:
+    """Nothing heavy beyond torch at import: no scikit-learn, matplotlib, scipy or datasets."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import energy_prior; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}; "
+        "print(sorted(new & {'sklearn', 'matplotlib', 'scipy', 'datasets', 'pandas', 'tensorboard', 'accelerate'}))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
+    assert found.stdout.strip() == "[]"
+    for name in energy_prior.__all__:
+        assert hasattr(energy_prior, name)

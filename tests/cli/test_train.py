@@ -1,0 +1,194 @@
+"""`energy-prior train`: a recipe from a file or from flags, checked before the first step, run, killed and run on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_data import picture, write_parquet
+from torch import nn
+
+from energy_prior import ArgumentError, CheckpointError, JointEBMPrior, LadderVAE
+from energy_prior.cli import main
+from energy_prior.cli.train import load_run, read_recipe, settings_help
+from energy_prior.training import ElboConfig, FitConfig
+
+RECIPE = """
+data: {{source: {data}, validation: 6}}
+generator: {{latent_dims: [3, 2], hidden: 8}}
+elbo: {{iterations: 4, learning_rate: 1e-3, batch_size: 8, progress: false}}
+fit:
+  - {{method: nce, iterations: 4, batch_size: 8, progress: false}}
+  - {{method: two_stage, iterations: 3, batch_size: 8, steps: 3, progress: false}}
+out: {out}
+seed: 3
+"""
+
+
+def make_factory(x_shape: tuple[int, ...], width: int) -> nn.Module:
+    """What "generator.factory" may name."""
+    return LadderVAE(x_shape, latent_dims=(width, 2), hidden=8)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    images = [picture(10 * i % 255, (6, 6)) for i in range(30)]
+    data = write_parquet(tmp_path / "set", images)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.format(data=data, out=tmp_path / "out"))
+    return file
+
+
+def test_a_recipe_from_a_file_and_flags(recipe: Path) -> None:
+    read = read_recipe(recipe, ["fit.0.learning_rate=5e-4", "fit.2.method=joint", "elbo.kl_warmup=null", "seed=9"])
+    assert read.elbo == ElboConfig(iterations=4, learning_rate=1e-3, batch_size=8, progress=False)
+    assert [method for method, _ in read.fit] == ["nce", "two_stage", "joint"]
+    assert read.fit[0][1].learning_rate == 5e-4
+    assert read.fit[2][1] == FitConfig()
+    assert read.seed == 9
+    bare = read_recipe(None, ["data.source=somewhere", "elbo=null", "generator.factory=a:b"])
+    assert bare.elbo is None
+    assert bare.fit == (("nce", FitConfig()),)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("fit.0.learning_rat=1", "learning_rat: not a setting of fit.0. Did you mean 'learning_rate'"),
+        ("fit.0.learning_rate=-1", "fit.0.learning_rate: expected a finite number above 0, got -1"),
+        ("fit.0.method=gan", r"fit.0.method: expected one of \('nce'"),
+        ("fit.5.method=nce", "expected a number from 0 to 2 after the list's name, got '5'"),
+        ("fit=nce", "fit: expected a list of fits"),
+        ("elbo.kl_warmup=9", "elbo.kl_warmup: expected fewer than iterations = 4"),
+        ("data.validation=0", "data.validation: expected a whole number"),
+        ("data.source=", "data.source: expected a folder or the name of a set on the hub, got None"),
+        ("generator.width=3", "generator.width: not an argument of LadderVAE. There are latent_dims"),
+        ("elbo=null", "elbo: null says that the generator comes trained, but LadderVAE does not"),
+        ("generator.latent_dims=8", "generator.latent_dims: expected a list of sizes, one per layer, got 8"),
+        ("generator.latent_dims=[0]", "generator.latent_dims: expected a whole number of at least 1"),
+        ("model=vae", "model: not a section of a recipe"),
+        ("seed", "--set: expected KEY=VALUE, got 'seed'"),
+        ("seed.a=1", "seed.a: 'a' would be inside 3, which is no section"),
+        ("elbo=[", "elbo: not valid YAML"),
+    ],
+)
+def test_a_wrong_setting_is_named_before_anything_runs(recipe: Path, override: str, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        read_recipe(recipe, [override])
+    assert not (recipe.parent / "out").exists()
+
+
+def test_train_writes_everything_and_goes_on(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = recipe.parent / "out"
+    assert main(["train", str(recipe)]) == 0
+    assert {p.name for p in out.iterdir()} == {
+        "elbo", "fit-0-nce", "fit-1-two_stage", "generator.safetensors", "prior.safetensors", "report.json", "samples.png"
+    }  # fmt: skip
+    first = load_file(out / "prior.safetensors")
+    report = json.loads((out / "report.json").read_text())
+    assert set(report) == {"images", "elbo", "fit-0-nce", "fit-1-two_stage"}
+    assert main(["train", str(recipe)]) == 0, "all of it is there: it ends at once, with the same files"
+    again = load_file(out / "prior.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+    vae = LadderVAE((1, 6, 6), latent_dims=(3, 2), hidden=8)
+    vae.load_state_dict(load_file(out / "generator.safetensors"))
+    assert JointEBMPrior.load(out / "prior.safetensors", vae).sample(2).shape == (2, 1, 6, 6)
+    again_here = load_run(out)
+    seed = torch.Generator().manual_seed(0)
+    assert torch.equal(
+        again_here.sample(2, rng=seed), JointEBMPrior.load(out / "prior.safetensors", vae).sample(2, rng=seed.manual_seed(0))
+    )
+    assert main(["train", str(recipe), "--set", "elbo.iterations=5"]) == 2
+    assert "cannot go on like this: iterations was 4, now 5" in capsys.readouterr().err
+
+
+def test_a_generator_of_ones_own(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["--set", "generator={factory: 'test_recipe:make_factory', width: 4}"]
+    assert main(["train", str(recipe), *own, "--out", str(recipe.parent / "own"), "--seed", "1", "--device", "cpu"]) == 0
+    for factory, message in (
+        ("nowhere:f", "cannot import"),
+        ("f", 'expected "module:function"'),
+        ("builtins:print", "nn.Module"),
+        ("test_recipe:make_factory", "raised TypeError for images of shape (1, 6, 6) and {}"),
+    ):
+        made = ["--set", f"generator={{factory: '{factory}'}}", "--out", str(recipe.parent / "x")]
+        assert main(["train", str(recipe), *made]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_factory_in_the_present_folder(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the command is run in a project's own folder."""
+    code = "from energy_prior import LadderVAE\n\ndef make(x_shape):\n    return LadderVAE(x_shape, (3, 2), hidden=8)\n"
+    (recipe.parent / "my_own_models.py").write_text(code)
+    monkeypatch.chdir(recipe.parent)
+    path = list(sys.path)
+    assert main(["train", str(recipe), "--set", "generator={factory: 'my_own_models:make'}", "--out", "here"]) == 0
+    assert load_run("here").sample(2, steps=1).shape == (2, 1, 6, 6)
+    assert sys.path == path
+
+
+def test_a_folder_that_holds_no_run(recipe: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="No checkpoint at"):
+        load_run(recipe.parent)
+    save_file({"a": torch.zeros(1)}, recipe.parent / "generator.safetensors")
+    with pytest.raises(CheckpointError, match="was not written by"):
+        load_run(recipe.parent)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("fit.1.batch_size=25", "fit.1.batch_size: expected at most the 24 images that a process trains on, got 25"),
+        ("elbo.batch_size=99", "elbo.batch_size: expected at most the 24 images"),
+        ("data.size=0", "data.size: expected a whole number"),
+        ("data.source=/nowhere", "data.source: there is no folder '/nowhere'"),
+    ],
+)
+def test_data_are_checked_before_the_first_step(
+    recipe: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(recipe), "--set", override]) == 2
+    assert message in capsys.readouterr().err
+    assert not (recipe.parent / "out" / "elbo").exists()
+
+
+def test_an_out_that_is_a_file(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe), "--out", str(recipe)]) == 2
+    assert "out: expected a folder to write to, but" in capsys.readouterr().err
+
+
+def test_too_few_images(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe), "--set", "data.validation=30"]) == 2
+    assert "data.validation: expected fewer than the 30 images, got 30" in capsys.readouterr().err
+    assert main(["train", str(recipe.parent / "none.yaml")]) == 2
+    assert "There is no file" in capsys.readouterr().err
+
+
+def test_every_setting_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    import dataclasses
+
+    assert main(["train", "--settings"]) == 0
+    text = capsys.readouterr().out
+    assert text.strip() == settings_help()
+    for kind in (ElboConfig, FitConfig):
+        for field in dataclasses.fields(kind):
+            line: Any = next(line for line in text.splitlines() if line.strip().startswith(f"{field.name}:"))
+            assert len(line.partition("#")[2].strip()) > 10, field.name
+
+
+@pytest.mark.parametrize("name", ["2024_01_15", "0755", "runs #2", "on", "1e3", "null"])
+def test_a_folder_is_named_as_it_is_written(name: str) -> None:
+    """A flag is text, not YAML; in a recipe such names need quotes, and other values are refused."""
+    assert read_recipe(None, ["data.source=x"], {"out": name}).out == name
+    if name != "1e3":  # which is a number in a recipe, quoted or not
+        assert read_recipe(None, ["data.source=x", f"out='{name}'"]).out == name
+
+
+def test_an_out_that_is_no_text() -> None:
+    with pytest.raises(ArgumentError, match="out: expected text, got 20240115. Put it in quotes."):
+        read_recipe(None, ["data.source=x", "out=2024_01_15"])
