@@ -165,9 +165,9 @@ def plain_chain(
             leaves = [t.detach().requires_grad_() for t in z]
             with torch.enable_grad():
                 state = generator.start(len(z[0]))
-                log_density = generator.conditional(state).log_prob(leaves[1]).sum(1)
-                state = generator.descend(state, leaves[1])
-                log_density = log_density + generator.conditional(state).log_prob(leaves[0]).sum(1)
+                log_density = generator.conditional(state, 2).log_prob(leaves[1]).sum(1)
+                state = generator.descend(state, leaves[1], 2)
+                log_density = log_density + generator.conditional(state, 1).log_prob(leaves[0]).sum(1)
                 for f, t in zip(energies, leaves, strict=True):
                     log_density = log_density + f(t)
                 gradient = torch.autograd.grad(log_density.sum(), leaves)
@@ -184,8 +184,8 @@ def torchebm_chain(generator: Any, energies: Sequence[nn.Module], start: Sequenc
         def forward(self, x: Tensor) -> Tensor:
             z1, z2 = x[:, :128], x[:, 128:]
             state = generator.start(len(x))
-            log_density = generator.conditional(state).log_prob(z2).sum(1) + energies[0](z1) + energies[1](z2)
-            return -log_density - generator.conditional(generator.descend(state, z2)).log_prob(z1).sum(1)
+            log_density = generator.conditional(state, 2).log_prob(z2).sum(1) + energies[0](z1) + energies[1](z2)
+            return -log_density - generator.conditional(generator.descend(state, z2, 2), 1).log_prob(z1).sum(1)
 
     sampler = LangevinDynamics(Density(), step_size=0.5 * STEP**2)
     x = torch.cat(list(start), 1)

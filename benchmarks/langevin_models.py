@@ -4,8 +4,6 @@ from __future__ import annotations
 
 __all__ = ["DeepConv", "Published", "StiffLadder", "weights_of"]
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
@@ -45,24 +43,24 @@ class Published(nn.Module):
             nn.init.normal_(net[-2].weight, std=1.0)  # type: ignore[arg-type]
         return nets
 
-    def start(self, batch_size: int) -> tuple[int, Tensor]:
+    def start(self, batch_size: int) -> Tensor:
         """Above z_2."""
-        return 2, self.decoder.weight.new_zeros(batch_size, 100)
+        return self.decoder.weight.new_zeros(batch_size, 100)
 
-    def conditional(self, state: tuple[int, Tensor]) -> Normal:
-        """p(z_2), then p(z_1 | z_2)."""
-        if state[0] == 2:
-            return Normal(state[1], torch.ones_like(state[1]), validate_args=False)
-        loc, log_scale = state[1].chunk(2, 1)
+    def conditional(self, state: Tensor, layer: int) -> Normal:
+        """p(z_2), or p(z_1 | z_2)."""
+        if layer == 2:
+            return Normal(state, torch.ones_like(state), validate_args=False)
+        loc, log_scale = self.prior(state).chunk(2, 1)
         return Normal(loc, log_scale.exp(), validate_args=False)
 
-    def descend(self, state: tuple[int, Tensor], z: Tensor) -> tuple[int, Tensor]:
-        """One layer down."""
-        return (1, self.prior(z)) if state[0] == 2 else (0, z)
+    def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
+        """The state is the last z."""
+        return z
 
-    def likelihood(self, state: tuple[int, Tensor]) -> Independent:
+    def likelihood(self, state: Tensor) -> Independent:
         """N(W z_1, 0.3²)."""
-        return Independent(Normal(self.decoder(state[1]), 0.3, validate_args=False), 1, validate_args=False)
+        return Independent(Normal(self.decoder(state), 0.3, validate_args=False), 1, validate_args=False)
 
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
         """A reparameterised draw."""
@@ -72,12 +70,7 @@ class Published(nn.Module):
             q = Normal(loc, scale.exp(), validate_args=False)
             latents.append(loc + q.scale * torch.randn(loc.shape, generator=rng, dtype=loc.dtype, device=loc.device))
             log_q.append(q.log_prob(latents[-1]).sum(1))
-        return Inferred(tuple(latents), torch.stack(log_q, 1), "top_down")
-
-
-class _Level(NamedTuple):
-    layer: int
-    h: Tensor
+        return Inferred(tuple(latents), torch.stack(log_q, 1))
 
 
 class DeepConv(nn.Module):
@@ -101,23 +94,23 @@ class DeepConv(nn.Module):
             nn.Conv2d(width, 3, 3, padding=1),
         )  # fmt: skip
 
-    def start(self, batch_size: int) -> _Level:
+    def start(self, batch_size: int) -> Tensor:
         """The learned map above z_8."""
-        return _Level(8, self.top.expand(batch_size, -1, -1, -1))
+        return self.top.expand(batch_size, -1, -1, -1)
 
-    def conditional(self, state: _Level) -> Normal:
+    def conditional(self, state: Tensor, layer: int) -> Normal:
         """p(z_i | z_{>i})."""
-        loc, log_scale = self.parameters_of[state.layer - 1](state.h).chunk(2, 1)
+        loc, log_scale = self.parameters_of[layer - 1](state).chunk(2, 1)
         return Normal(loc, torch.exp(torch.tanh(log_scale)), validate_args=False)
 
-    def descend(self, state: _Level, z: Tensor) -> _Level:
+    def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
         """A residual cell; twice as large below z_5."""
-        h = state.h + self.cells[state.layer - 1](torch.cat([state.h, z], 1))
-        return _Level(state.layer - 1, nn.functional.interpolate(h, scale_factor=2.0) if state.layer == 5 else h)
+        h = state + self.cells[layer - 1](torch.cat([state, z], 1))
+        return nn.functional.interpolate(h, scale_factor=2.0) if layer == 5 else h
 
-    def likelihood(self, state: _Level) -> Independent:
+    def likelihood(self, state: Tensor) -> Independent:
         """The image tower runs here."""
-        mean = torch.sigmoid(self.tower(nn.functional.interpolate(state.h, scale_factor=2.0)))
+        mean = torch.sigmoid(self.tower(nn.functional.interpolate(state, scale_factor=2.0)))
         return Independent(Normal(mean, 0.1, validate_args=False), 3, validate_args=False)
 
 
@@ -137,23 +130,21 @@ class StiffLadder(nn.Module):
         self.maps = nn.ParameterList(nn.Parameter(torch.randn(self.DIM, self.DIM, generator=g) / 2) for _ in range(2))
         self.energies = [Tilt(torch.randn(self.DIM, generator=g), curvature) for curvature in (1.0, 0.5, 0.5)]
 
-    def start(self, batch_size: int) -> tuple[int, Tensor]:
+    def start(self, batch_size: int) -> Tensor:
         """Above z_3."""
-        return 3, self.maps[0].new_zeros(batch_size, self.DIM)
+        return self.maps[0].new_zeros(batch_size, self.DIM)
 
-    def conditional(self, state: tuple[int, Tensor]) -> Normal:
-        """N(μ_i, σ_i²)."""
-        layer, loc = state
-        return Normal(loc, torch.full_like(loc, self.SIGMAS[layer - 1]), validate_args=False)
+    def conditional(self, state: Tensor, layer: int) -> Normal:
+        """N(μ_i, σ_i²); the state is μ_i."""
+        return Normal(state, torch.full_like(state, self.SIGMAS[layer - 1]), validate_args=False)
 
-    def descend(self, state: tuple[int, Tensor], z: Tensor) -> tuple[int, Tensor]:
+    def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
         """A linear map."""
-        layer = state[0] - 1
-        return layer, z if layer == 0 else z @ self.maps[layer - 1].T
+        return z if layer == 1 else z @ self.maps[layer - 2].T
 
-    def likelihood(self, state: tuple[int, Tensor]) -> Independent:
+    def likelihood(self, state: Tensor) -> Independent:
         """N(z_1, 0.1²)."""
-        return Independent(Normal(state[1], 0.1, validate_args=False), 1, validate_args=False)
+        return Independent(Normal(state, 0.1, validate_args=False), 1, validate_args=False)
 
     def tilted(self) -> tuple[Tensor, Tensor]:
         """Mean and covariance of ε = (ε_1, ε_2, ε_3) under the joint prior."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,14 +11,6 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from energy_prior import Inferred
-
-
-class State(NamedTuple):
-    """Number of the layer whose conditional comes next (0: below z_1), the z above it, and the batch size."""
-
-    layer: int
-    z: Tensor | None
-    batch: int
 
 
 class QuadraticEnergy(nn.Module):
@@ -64,23 +55,20 @@ class LinearLadder(nn.Module):
         m = draw(d, d)  # type: ignore[operator]
         return QuadraticEnergy((0.3 * m @ m.T / d + 0.2 * torch.eye(d)).to(dtype), (0.7 * draw(d)).to(dtype), 0.4)  # type: ignore[operator]
 
-    def start(self, batch_size: int) -> State:
-        return State(self.layers, None, batch_size)
+    def start(self, batch_size: int) -> Tensor:
+        return self.out.new_zeros(batch_size, self.dims[-1])
 
-    def conditional(self, state: State) -> Normal:
-        if state.z is None:
-            zero = self.out.new_zeros(state.batch, self.dims[-1])
-            return Normal(zero, torch.ones_like(zero))
-        i = state.layer - 1
-        loc = state.z @ self.a[i].T + self.b[i]
-        return Normal(loc, self.s[i].expand_as(loc))
+    def conditional(self, state: Tensor, layer: int) -> Normal:
+        if layer == self.layers:
+            return Normal(state, torch.ones_like(state))
+        loc = state @ self.a[layer - 1].T + self.b[layer - 1]
+        return Normal(loc, self.s[layer - 1].expand_as(loc))
 
-    def descend(self, state: State, z: Tensor) -> State:
-        return State(state.layer - 1, z, state.batch)
+    def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
+        return z
 
-    def likelihood(self, state: State) -> Independent:
-        assert state.z is not None
-        loc = state.z @ self.out.T
+    def likelihood(self, state: Tensor) -> Independent:
+        loc = state @ self.out.T
         return Independent(Normal(loc, torch.full_like(loc, self.tau)), 1)
 
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
@@ -90,7 +78,7 @@ class LinearLadder(nn.Module):
             z = q.loc + q.scale * torch.randn(q.loc.shape, generator=rng, dtype=x.dtype)
             latents.append(z)
             log_q.append(q.log_prob(z).sum(1))
-        return Inferred(tuple(latents), torch.stack(log_q, 1), "top_down")
+        return Inferred(tuple(latents), torch.stack(log_q, 1))
 
     # ---------------------------------------------------------------- closed forms, float64, z stacked as (z_1, …, z_L)
 
@@ -190,7 +178,7 @@ class PairsLadder(LinearLadder):
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
         """z = x, exactly."""
         latents = tuple(x.split(self.dims, dim=1))
-        return Inferred(latents, x.new_zeros(len(x), self.layers), "top_down")
+        return Inferred(latents, x.new_zeros(len(x), self.layers))
 
 
 class GaussianLadder(LinearLadder):
@@ -209,7 +197,7 @@ class GaussianLadder(LinearLadder):
         """A reparameterised draw, top-down."""
         z2, log_q2 = _draw(x, *self.q2)
         z1, log_q1 = _draw(torch.cat([z2, x], 1), *self.q1)
-        return Inferred((z1, z2), torch.stack([log_q1, log_q2], 1), "top_down")
+        return Inferred((z1, z2), torch.stack([log_q1, log_q2], 1))
 
 
 def _draw(given: Tensor, gain: Tensor, root: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,21 +264,19 @@ class ScaleLadder(nn.Module):
         self.dummy = nn.Parameter(torch.zeros((), dtype=torch.float64))
         self.energies = [WildEnergy(1.2, 0.6, 0.05), WildEnergy(-0.9, 0.5, 0.0)]
 
-    def start(self, batch_size: int) -> State:
-        return State(2, None, batch_size)
+    def start(self, batch_size: int) -> Tensor:
+        return self.dummy.new_zeros(batch_size, 1)
 
-    def conditional(self, state: State) -> Normal:
-        if state.z is None:
-            zero = torch.zeros(state.batch, 1, dtype=torch.float64)
-            return Normal(zero, torch.ones_like(zero))
-        return Normal(self.slope * state.z, torch.exp(self.spread * state.z))
+    def conditional(self, state: Tensor, layer: int) -> Normal:
+        if layer == 2:
+            return Normal(state, torch.ones_like(state))
+        return Normal(self.slope * state, torch.exp(self.spread * state))
 
-    def descend(self, state: State, z: Tensor) -> State:
-        return State(state.layer - 1, z, state.batch)
+    def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
+        return z
 
-    def likelihood(self, state: State) -> Independent:
-        assert state.z is not None
-        return Independent(Normal(state.z, torch.ones_like(state.z)), 1)
+    def likelihood(self, state: Tensor) -> Independent:
+        return Independent(Normal(state, torch.ones_like(state)), 1)
 
     def moments(self, held: dict[int, float] | None = None, x: float | None = None) -> Tensor:
         """E[z_1], E[z_2], E[z_1²], E[z_2²], E[z_1 z_2] of the joint prior or posterior by quadrature on a grid of ε."""
