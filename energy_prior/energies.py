@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
 
-from energy_prior._util import check_count, check_positive
+from energy_prior.checks.arguments import check_count, check_positive
 from energy_prior.errors import ArgumentError, CheckpointError, ShapeError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "softplus": nn.Softplus, "tanh": nn.Tanh}

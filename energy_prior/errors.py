@@ -15,7 +15,18 @@ __all__ = [
     "MissingExtraError",
     "ShapeError",
     "TrainingWarning",
+    "called_from",
+    "origin",
+    "warn",
 ]
+
+import sys
+import warnings
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_PACKAGE = str(Path(__file__).parent)
 
 
 class EnergyPriorError(Exception):
@@ -74,3 +85,41 @@ class DivergenceError(EnergyPriorError, ArithmeticError):
         super().__init__(message)
         self.layer = layer
         self.step = step
+
+
+# ----------------------------------------------------------------------------------------------------------------- warnings
+
+
+class Origin(NamedTuple):
+    """A line of the user's that called into the library."""
+
+    file: str
+    line: int
+    module: str
+    registry: dict[Any, Any]
+
+
+origin: ContextVar[Origin | None] = ContextVar("energy_prior_origin", default=None)
+"""Where the call came from that a thread of the library works for; None in the user's own threads."""
+
+
+def called_from() -> Origin:
+    """The line that called into the library: the caller of the outermost frame that is in it."""
+    known = origin.get()
+    if known is not None:
+        return known
+    frame: Any = sys._getframe(1)
+    outermost = frame
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(_PACKAGE):
+            outermost = frame
+        frame = frame.f_back
+    user = outermost.f_back or outermost
+    name = user.f_globals.get("__name__", "__main__")
+    return Origin(user.f_code.co_filename, user.f_lineno, name, user.f_globals.setdefault("__warningregistry__", {}))
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warns, at the line of the user's that called into the library."""
+    at = called_from()
+    warnings.warn_explicit(message, category, at.file, at.line, at.module, at.registry)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from energy_prior._util import check_count
+from energy_prior.checks.arguments import check_count
 from energy_prior.errors import ArgumentError
 from energy_prior.langevin import tune_step_size
 from energy_prior.langevin.settings import USUAL_ACCEPTANCE

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
-from energy_prior._util import check_count
 from energy_prior.checkpoint import (
     check_generator_fits,
     check_state_fits,
@@ -23,6 +22,7 @@ from energy_prior.checkpoint import (
     write_checkpoint,
 )
 from energy_prior.checks import arguments as validate
+from energy_prior.checks.arguments import check_count
 from energy_prior.checks.generator import probe_generator
 from energy_prior.energies import build_energies, default_energies, describe_energies
 from energy_prior.errors import ArgumentError

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from energy_prior._util import check_count
 from energy_prior.checks import arguments as validate
+from energy_prior.checks.arguments import check_count
 from energy_prior.errors import ArgumentError, ShapeError
 from energy_prior.langevin import ChainOptions, ChainSettings
 from energy_prior.model import JointModel

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
-from energy_prior._util import check_positive, draw, plain_normal
+from energy_prior._util import draw, plain_normal
 from energy_prior.adapters.base import Adapter
+from energy_prior.checks.arguments import check_positive
 from energy_prior.errors import GeneratorError
 from energy_prior.generators.likelihoods import DiscretizedLogisticMixture, Observed
 from energy_prior.protocol import Inferred

@@ -93,7 +93,7 @@ def launched_accelerator(*, cpu: bool = False) -> Iterator[Any]:
     """
     import os
 
-    from energy_prior._util import require_extra
+    from energy_prior.checks.arguments import require_extra
 
     if not any(name in os.environ for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")):
         yield None
@@ -108,7 +108,7 @@ def launched_accelerator(*, cpu: bool = False) -> Iterator[Any]:
 def _demo(options: argparse.Namespace) -> int:
     import torch
 
-    from energy_prior._util import check_device
+    from energy_prior.checks.arguments import check_device
     from energy_prior.cli.demo import DemoSettings, run_demo
 
     check_device("--device", options.device)

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from energy_prior._util import check_count, check_device, check_settings, require_extra
 from energy_prior.checkpoint import check_state_fits, read_tensors, write_whole
+from energy_prior.checks.arguments import check_count, check_device, check_settings, require_extra
 from energy_prior.data import load_images
 from energy_prior.errors import ArgumentError, CheckpointError
 from energy_prior.generators import LadderVAE

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from energy_prior._util import check_count, first_line, require_extra
+from energy_prior._util import first_line
+from energy_prior.checks.arguments import check_count, require_extra
 from energy_prior.errors import ArgumentError
 
 _IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

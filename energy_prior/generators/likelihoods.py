@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal, constraints
 
-from energy_prior._util import check_count, check_positive
+from energy_prior.checks.arguments import check_count, check_positive
 from energy_prior.errors import ArgumentError, ShapeError
 
 Likelihood = Literal["gaussian", "bernoulli", "discretized_logistic", "mixture"]

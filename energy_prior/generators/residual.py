@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 from torch.utils.checkpoint import checkpoint
 
-from energy_prior._util import check_count, check_positive, draw, plain_normal
+from energy_prior._util import draw, plain_normal
+from energy_prior.checks.arguments import check_count, check_positive
 from energy_prior.errors import ArgumentError, ShapeError
 from energy_prior.generators.likelihoods import Likelihood, PixelLikelihood, check_x
 from energy_prior.protocol import Inferred

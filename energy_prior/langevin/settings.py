@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from energy_prior._util import check_count, check_positive, check_settings
+from energy_prior.checks.arguments import check_count, check_positive, check_settings
 from energy_prior.errors import ArgumentError, BackendWarning
 from energy_prior.langevin.backends.compiled import Backend, chosen_backend, stepper_for
 from energy_prior.langevin.backends.graph import why_not_graphed

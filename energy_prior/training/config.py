@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from energy_prior._util import check_count, check_positive
+from energy_prior.checks.arguments import check_count, check_positive
 from energy_prior.errors import ArgumentError
 from energy_prior.langevin.backends.compiled import StepBackend
 from energy_prior.langevin.settings import USUAL_ACCEPTANCE

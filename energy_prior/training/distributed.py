@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from energy_prior._util import check_count, require_extra
+from energy_prior.checks.arguments import check_count, require_extra
 from energy_prior.errors import ArgumentError, DistributedError
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from energy_prior._util import check_count, check_positive, check_settings
 from energy_prior.checks import arguments as validate
+from energy_prior.checks.arguments import check_count, check_positive, check_settings
 from energy_prior.checks.generator import probe_generator
 from energy_prior.errors import ArgumentError, DivergenceError, GeneratorError
 from energy_prior.process import evaluating, reproducible, training_mode, unvalidated

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from energy_prior._util import check_settings
 from energy_prior.checkpoint import digest, fingerprint
+from energy_prior.checks.arguments import check_settings
 from energy_prior.errors import ArgumentError, CheckpointError, DivergenceError, GeneratorError
 from energy_prior.process import training_mode, unvalidated
 from energy_prior.protocol import find_infer

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from energy_prior._util import require_extra
 from energy_prior.checkpoint import digest
+from energy_prior.checks.arguments import require_extra
 from energy_prior.errors import ArgumentError, DivergenceError, TrainingWarning
 from energy_prior.training.batches import Batches
 from energy_prior.training.config import RunConfig
