@@ -41,18 +41,18 @@ def check_generator(
 ) -> tuple[str, ...]:
     """Tests a generator as it stands (in its present train/eval mode) on a few observations, and leaves no trace on it.
 
-    By itself a generator is held to the protocol, and log q of `infer` to the μ and σ of the draws that it makes. With the model's own
-    calls, which must not go through the generator, it is held to the model: both sides run on the same noise, and the first
-    layer at which they part is named. The noise is handed to the model's own normal draws, whatever their order, so the calls
-    need no seed. What is compared is exact up to rounding: relative 1e-4 in float32, 1e-9 in float64.
+    By itself a generator is held to the protocol, and log q of `infer` to the μ and σ of the draws that it makes. With the
+    model's own calls, which must not go through the generator, it is held to the model: both sides run on the same noise, and
+    the first layer at which they part is named. The noise is handed to the model's own normal draws, whatever their order, so
+    the calls need no seed. What is compared is exact up to rounding: relative 1e-4 in float32, 1e-9 in float64.
 
     Args:
         generator: the generator, or an adapter of yours.
         x: two or more observations of the kind it was trained on, (batch, *x_shape).
-        reconstruct: of x: the model's forward pass: the mean of p(x | z) at a draw z ~ q(z | x), (batch, *x_shape) in x's units; or
-            log p(x | z), (batch,), nats; or what has `log_prob`, such as a distribution.
-        sample: of n = len(x): the model's own sampler: means, or draws, of p(x | z) at z ~ p(z); or log p(x | z) of the given x,
-            (n,), nats; or what has `log_prob`.
+        reconstruct: of x: the model's forward pass: the mean of p(x | z) at a draw z ~ q(z | x), (batch, *x_shape) in the units
+            of x; or log p(x | z), (batch,), nats; or what has `log_prob`, such as a distribution.
+        sample: of n = len(x): the model's own sampler: means, or draws, of p(x | z) at z ~ p(z); or log p(x | z) of the x given
+            here, (n,), nats; or what has `log_prob`.
         kl: of x: KL(q ‖ p), or log q − log p at the draw, nats, of every layer: (batch, L), z_1 first, or a list of L tensors
             (batch, …), whose elements are summed; or their sum, (batch,).
 

@@ -40,8 +40,8 @@ def check_infer(generator: HierarchicalGenerator, x: Tensor) -> str | None:
     for layer, (a, b) in enumerate(zip(first.latents, other.latents, strict=True), start=1):
         if torch.equal(a, b):
             return (
-                f"infer: different seeds give the same draw of z_{layer}. It must draw z ~ q(z | x) from torch's random stream, "
-                "neither return a mean nor set a seed of its own."
+                f"infer: different seeds give the same draw of z_{layer}. It must draw z ~ q(z | x) from torch's random "
+                "stream, neither return a mean nor set a seed of its own."
             )
         if torch.equal(first.log_q[:, layer - 1], other.log_q[:, layer - 1]):
             return f"infer: log_q of layer {layer} is the same for different draws. It must be log q at the drawn z_{layer}."
@@ -53,7 +53,7 @@ def check_infer(generator: HierarchicalGenerator, x: Tensor) -> str | None:
                 f"{layer}). Is there batch norm in train mode? Call generator.eval()."
             )
         if torch.equal(b[:1].expand(b.shape), b):
-            return f"infer: equal observations of one batch get the same z_{layer}. Draw noise of shape (batch, …), not one for all."
+            return f"infer: equal observations of one batch get the same z_{layer}. Draw noise of shape (batch, …) for it."
     if first.conditionals is not None:
         return _same_pass(generator, first, x)
     return None
@@ -255,14 +255,14 @@ def check_log_q(generator: Any, x: Tensor, reading: Reading) -> str | None:
             why = f"It is that of z_{other}: the columns of log_q go from z_1 to z_L, as the latents do."
         elif near(ratio, ratio[:1].expand_as(ratio), floor=0.0):
             why = (
-                f"It is {float(ratio[0]):.6g} times that (1/{float(1 / ratio[0]):.6g}; a z_{first} has {sizes[first]} elements): log q "
-                "is the sum over all elements of the layer, no mean, in nats."
+                f"It is 1/{float(1 / ratio[0]):.6g} of that, and a z_{first} has {sizes[first]} elements: log q is their sum, not "
+                "their mean, in nats."
             )
         else:
             why = "Is it at another z, of another σ, or is the log-determinant of a flow left out, or its sign wrong?"
         return (
-            f"log q of layer {', '.join(map(str, wrong))}: infer says {said:.6g} for the first observation at layer {first}, but "
-            f"its z_{first} is drawn from a Gaussian of which log q is {expected:.6g}. {why}"
+            f"log q of layer {', '.join(map(str, wrong))}: infer says {said:.6g} for the first observation at layer {first}, "
+            f"but its z_{first} is drawn from a Gaussian of which log q is {expected:.6g}. {why}"
         )
     if callable(getattr(generator, "posterior_log_prob", None)):
         return _same_as_given(generator, x, drawn)

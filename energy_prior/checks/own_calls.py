@@ -173,8 +173,8 @@ def _per_layer(result: Any, x: Tensor, layers: int) -> Tensor:
         return result.detach().to(x).reshape(len(x), -1)
     got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
     raise ArgumentError(
-        f"kl: expected ({len(x)}, {layers}), nats per observation and layer, z_1 first; a list of {layers} tensors ({len(x)}, …), "
-        f"whose elements are summed; or ({len(x)},), their sum. Got {got}."
+        f"kl: expected ({len(x)}, {layers}), nats per observation and layer, z_1 first; a list of {layers} tensors "
+        f"({len(x)}, …), whose elements are summed; or ({len(x)},), their sum. Got {got}."
     )
 
 
@@ -216,7 +216,7 @@ def _judged(
             said = f"{name}: every z agrees with the model's own; its observation is drawn, and was not compared: give its mean"
             return _Verdict(True, layers, said)
         raise ArgumentError(
-            f"{name}: it draws the observation itself, with random numbers that cannot be replayed. Give its mean, or log p(x | z)."
+            f"{name}: it draws the observation, with random numbers that cannot be replayed. Give its mean, or log p(x | z)."
         )
     known = "Every z agrees" if followed == layers else f"{followed} of {layers} layers were seen to agree, none to differ"
     return _Verdict(False, followed, f"{name}: the model and the generator part below z_1. {known}, but {differs}")
@@ -245,8 +245,8 @@ def _best(
             return best.said
     if best is None:
         raise ArgumentError(
-            f"{name}: it draws normal numbers of shapes {[tuple(s) for s in counting.drawn]}, which are not those of the layers, "
-            f"{[tuple(s) for s in shapes.values()]}. It must draw z as the model does, a batch of {len(x)}, with torch."
+            f"{name}: it draws normal numbers of shapes {[tuple(s) for s in counting.drawn]}, which are not those of the "
+            f"layers, {[tuple(s) for s in shapes.values()]}. It must draw z as the model does, a batch of {len(x)}, with torch."
         )
     raise GeneratorError(best.said)
 

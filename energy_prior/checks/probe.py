@@ -26,6 +26,10 @@ _CALLS = {
     "descend": ("state", "z", "layer"),
     "likelihood": ("state",),
 }
+_OLDER = (
+    " This is an earlier form of the protocol. The layer is an argument now, L (the top), …, 1 (nearest the data), so that states "
+    "need no counter or tag."
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ def probe_generator(generator: Any) -> Probe:
     except EnergyPriorError:
         raise
     except Exception as error:
+        kinds = {p.dtype for _, p in _named_parameters(generator) if p.is_floating_point()}
+        if kinds and kinds <= {torch.float16, torch.bfloat16}:
+            raise GeneratorError(_half_precision("the model", kinds.pop())) from error
         order = _order_that_works(generator)
         if order:
             raise GeneratorError(f"layer order: {order}") from error
@@ -81,12 +88,7 @@ def check_signatures(generator: Any) -> None:
             signature.bind(*arguments)
         except TypeError:
             older = arguments[-1] == "layer" and len(signature.parameters) == len(arguments) - 1
-            why = (
-                " This is an earlier form of the protocol. The layer is said now, L (the top), …, 1 (nearest the data), so that "
-                "states need no counter or tag."
-                if older
-                else ""
-            )
+            why = _OLDER if older else ""
             raise GeneratorError(
                 f"generator.{name}: expected {name}({', '.join(arguments)}), got {name}{signature}.{why}"
             ) from None
@@ -133,11 +135,14 @@ def _probe(generator: Any) -> Probe:
 
 def _check_dtype(parameter: Tensor, layer: int) -> None:
     if parameter.dtype not in (torch.float32, torch.float64):
-        raise GeneratorError(
-            f"generator.conditional: expected layer {layer} in torch.float32 or torch.float64, got {parameter.dtype}. Log "
-            "densities are of hundreds of nats, and Langevin follows their small differences: half precision holds neither. "
-            "Convert the model with model.float()."
-        )
+        raise GeneratorError(_half_precision(f"layer {layer}", parameter.dtype))
+
+
+def _half_precision(what: str, dtype: torch.dtype) -> str:
+    return (
+        f"generator.conditional: expected {what} in torch.float32 or torch.float64, got {dtype}. Log densities are of hundreds of "
+        "nats, and Langevin follows their small differences: half precision holds neither. Convert the model with model.float()."
+    )
 
 
 class _Renumbered:
