@@ -206,8 +206,8 @@ def check_reaches(generator: HierarchicalGenerator, x: Tensor) -> str | None:
         if not changed and not any(g is not None and bool((g != 0).any()) for g in gradients.values()):
             targets = "any layer below it or the observation" if layer > 1 else "the observation"
             return (
-                f"dependence: changing z_{layer} does not change {targets}. Does descend use the z that it is given? (A model with "
-                "zero-initialised layers shows this before training: check a trained one.)"
+                f"dependence: changing z_{layer} does not change {targets}. Does descend use the z that it is given? (A model "
+                "with zero-initialised layers shows this before training: check a trained one.)"
             )
     return None
 

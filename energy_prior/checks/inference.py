@@ -255,8 +255,8 @@ def check_log_q(generator: Any, x: Tensor, reading: Reading) -> str | None:
             why = f"It is that of z_{other}: the columns of log_q go from z_1 to z_L, as the latents do."
         elif near(ratio, ratio[:1].expand_as(ratio), floor=0.0):
             why = (
-                f"It is 1/{float(1 / ratio[0]):.6g} of that, and a z_{first} has {sizes[first]} elements: log q is their sum, not "
-                "their mean, in nats."
+                f"It is 1/{float(1 / ratio[0]):.6g} of that, and a z_{first} has {sizes[first]} elements: log q is their sum, "
+                "not their mean, in nats."
             )
         else:
             why = "Is it at another z, of another σ, or is the log-determinant of a flow left out, or its sign wrong?"

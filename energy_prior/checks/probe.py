@@ -27,8 +27,8 @@ _CALLS = {
     "likelihood": ("state",),
 }
 _OLDER = (
-    " This is an earlier form of the protocol. The layer is an argument now, L (the top), …, 1 (nearest the data), so that states "
-    "need no counter or tag."
+    " This is an earlier form of the protocol. The layer is an argument now, L (the top), …, 1 (nearest the data), so that "
+    "states need no counter or tag."
 )
 
 
@@ -140,8 +140,9 @@ def _check_dtype(parameter: Tensor, layer: int) -> None:
 
 def _half_precision(what: str, dtype: torch.dtype) -> str:
     return (
-        f"generator.conditional: expected {what} in torch.float32 or torch.float64, got {dtype}. Log densities are of hundreds of "
-        "nats, and Langevin follows their small differences: half precision holds neither. Convert the model with model.float()."
+        f"generator.conditional: expected {what} in torch.float32 or torch.float64, got {dtype}. Log densities are of hundreds "
+        "of nats, and Langevin follows their small differences: half precision holds neither. Convert the model with "
+        "model.float()."
     )
 
 
