@@ -163,8 +163,11 @@ def check_rows(generator: HierarchicalGenerator, x: Tensor) -> str | None:
         if not all(near(a[:1], b[:1], 0.01) for a, b in zip(parameters(p), parameters(q), strict=True)):
             what = f"conditional: layer {layer} of an observation"
     if what is None:
-        likelihood = log_likelihood(generator, here.state, x)[:1]
-        if not near(likelihood, log_likelihood(generator, there.state, torch.cat([x[:1], x[1:].flip(0)]))[:1]):
+        likelihood = log_likelihood(generator, here.state, x)
+        twice = _pass(generator, [torch.cat([z, z]) for z in latents])
+        others = log_likelihood(generator, there.state, torch.cat([x[:1], x[1:].flip(0)]))
+        same_size = near(likelihood[:1], others[:1])
+        if not same_size or not near(likelihood, log_likelihood(generator, twice.state, torch.cat([x, x]))[: len(x)]):
             what = "likelihood: that of an observation"
     if what is None:
         return None
