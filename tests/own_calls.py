@@ -1,4 +1,4 @@
-"""The stand-ins' own forward passes and samplers, as the public models have theirs: draws where they come, no adapter in them."""
+"""The forward passes and samplers of the stand-ins, as the public models have theirs: draws where they come, no adapter."""
 
 from __future__ import annotations
 
