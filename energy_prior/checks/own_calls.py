@@ -17,6 +17,7 @@ from energy_prior._util import sum_event
 from energy_prior.checks.inference import Reading, kl_terms
 from energy_prior.checks.parting import Match, match_draw, match_observation, match_value, read_result
 from energy_prior.checks.replay import Replay, Step, plans
+from energy_prior.checks.tolerance import relative
 from energy_prior.errors import ArgumentError, GeneratorError
 from energy_prior.process import RandomStream
 from energy_prior.protocol import HierarchicalGenerator, Inferred
@@ -83,7 +84,9 @@ def compare_sample(generator: HierarchicalGenerator, x: Tensor, sample: Callable
         state, trail = generator.start(n), _Trail(layers)
         for layer in range(layers, 0, -1):
             conditional = generator.conditional(state, layer)
-            found = match_draw(steps.get(layer, []), *parameters(conditional))
+            found = match_draw(
+                steps.get(layer, []), *parameters(conditional), clearly=10 * relative(x.dtype)
+            )  # one layer's rounding
             if found.kind == "other" and not trail.parted:
                 found = found._replace(why=found.why + _instead(generator, state, layer, steps[layer]))
             trail.add(layer, found)
