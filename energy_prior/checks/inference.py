@@ -243,7 +243,7 @@ def _run(generator: Any, x: Tensor, given: Mapping[int, Tensor]) -> tuple[Inferr
 
 def _numbers(draw: int, shape: torch.Size, x: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(draw + 1)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
+    return torch.randn(shape, generator=generator).to(x)  # of single precision, which any model keeps
 
 
 def _is_affine(z: Tensor, loc: Tensor, scale: Tensor, noise: Tensor) -> bool:

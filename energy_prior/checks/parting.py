@@ -33,6 +33,7 @@ class Match(NamedTuple):
         why: how it is another one.
         followed: "same" at a step that is no bare ε; "other" by far more than rounding, beside such steps.
         certain: "other" by so little that it can only be an error in μ or σ.
+        distance: how far they are apart, in units of σ.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Match(NamedTuple):
     why: str = ""
     followed: bool = False
     certain: bool = False
+    distance: float = 0.0
 
 
 def match_draw(steps: Sequence[Step], loc: Tensor, scale: Tensor, clearly: float = _CLEARLY) -> Match:
@@ -70,7 +72,7 @@ def match_draw(steps: Sequence[Step], loc: Tensor, scale: Tensor, clearly: float
             clear = max(float(shift.max()), float((ratio - 1).abs().max())) > clearly
             certain = clear and ((same_loc and close) or (same_scale and telling))
             why = _difference(step, loc, scale, same_loc, same_scale)
-            best = distance, Match("other", None, why, clear and telling, certain)
+            best = distance, Match("other", None, why, clear and telling, certain, distance)
     return Match("unknown") if best is None else best[1]
 
 
@@ -81,7 +83,7 @@ def match_value(steps: Sequence[Step], z: Tensor) -> Match:
     if not any(step.shifted for step in steps):
         return Match("unknown")
     off = min(float((step.value - z).abs().max()) for step in steps if step.shifted)
-    return Match("other", None, f"z is off by up to {off:.3g}", certain=False)
+    return Match("other", None, f"z is off by up to {off:.3g}", distance=off)
 
 
 def _same_loc(a: Tensor, b: Tensor, scale: Tensor) -> bool:
