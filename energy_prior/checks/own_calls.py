@@ -156,8 +156,19 @@ def _follow_infer(reading: Reading, steps: Mapping[int, list[Step]], layers: int
             found = match_draw(steps.get(layer, []), reading.loc[layer], reading.scale[layer].abs())
         else:
             found = match_value(steps.get(layer, []), reading.inferred.latents[layer - 1].detach())
-        trail.add(layer, found._replace(why=f"{found.why}, in q(z_{layer} | …, x)"))
+        swapped = _instead_of_infer(reading, layer, steps) if found.kind == "other" and not trail.parted else ""
+        trail.add(layer, found._replace(why=f"{found.why}, in q(z_{layer} | …, x){swapped}"))
     return trail
+
+
+def _instead_of_infer(reading: Reading, layer: int, steps: Mapping[int, list[Step]]) -> str:
+    """Which other layer of `infer` the model's draw of `layer` is, if it is one."""
+    for other, loc in reading.loc.items():
+        if other == layer or loc.shape != reading.noise[layer].shape:
+            continue
+        if match_draw(steps[layer], loc, reading.scale[other].abs()).kind == "same":
+            return f" (it is what infer has as z_{other}: are z_{layer} and z_{other} swapped in its latents?)"
+    return ""
 
 
 def _swapped(generator: HierarchicalGenerator, inferred: Inferred, result: Any, x: Tensor) -> str:
@@ -193,10 +204,9 @@ def compare_kl(generator: Any, x: Tensor, kl: Callable[[Tensor], Any], reading: 
             within = [(theirs[:, 0] - ours.sum(1)).abs() <= slack.sum(1) for ours in (drawn, analytic)]
             if any(bool(w.all()) for w in within):
                 return _Verdict(True, True, layers, 0.0, "kl: the sum over layers agrees")
-            said = f"the model says {float(theirs[0, 0]):.6g} nats in all for the first observation, the generator "
-            return _Verdict(
-                False, True, trail.agreed, -trail.distance, f"kl: {said}{_values(drawn.sum(1), analytic.sum(1))}.{part}"
-            )
+            said = f"kl: the model says {float(theirs[0, 0]):.6g} nats in all for the first observation, the generator "
+            said += f"{_values(drawn.sum(1), analytic.sum(1))}.{part}"
+            return _Verdict(False, True, trail.agreed, -trail.distance, said)
         fits = [(theirs - ours).abs() <= slack for ours in (drawn, analytic)]
         right = [bool(fits[0][:, i].all() | fits[1][:, i].all()) for i in range(layers)]
         if all(right):
@@ -266,12 +276,11 @@ def _judged(name: str, likelihood: Distribution, result: Any, x: Tensor, again: 
     if is_drawn:
         said = f"{name}: it draws the observation, with random numbers that cannot be replayed. Give its mean, or log p(x | z)."
         return _Verdict(False, False, trail.agreed, -trail.distance, said)
-    known = (
-        "Every z agrees" if trail.agreed == layers else f"{trail.agreed} of {layers} layers were seen to agree, none to differ"
-    )
-    return _Verdict(
-        False, True, trail.agreed, 0.0, f"{name}: the model and the generator part below z_1. {known}, but {differs}"
-    )
+    known = "Every z agrees"
+    if trail.agreed < layers:
+        known = f"{trail.agreed} of {layers} layers were seen to agree, none to differ"
+    said = f"{name}: the model and the generator part below z_1. {known}, but {differs}"
+    return _Verdict(False, True, trail.agreed, 0.0, said)
 
 
 def _differs(name: str, likelihood: Distribution, result: Any, x: Tensor) -> str | None:
