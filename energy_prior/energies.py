@@ -185,6 +185,7 @@ def describe_energies(energies: Iterable[nn.Module]) -> list[dict[str, Any]]:
     """What a checkpoint says of each energy, enough to build the built-in ones again; others are only named."""
     described: list[dict[str, Any]] = []
     for energy in energies:
+        energy = getattr(energy, "_orig_mod", energy)  # what torch.compile wraps
         kind = type(energy)
         if isinstance(energy, Energy) and BUILT_IN.get(kind.__name__) is kind:
             described.append({"kind": kind.__name__, "latent_shape": list(energy.latent_shape), **energy.config})

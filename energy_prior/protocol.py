@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["HierarchicalGenerator", "Inferred", "find_infer"]
+__all__ = ["CALLS", "HierarchicalGenerator", "Inferred", "find_infer", "unwrapped"]
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from energy_prior.errors import GeneratorError
+
+CALLS = ("start", "conditional", "descend", "likelihood")
+"""The calls that every generator has."""
 
 
 @dataclass(frozen=True)
@@ -99,3 +102,26 @@ def find_infer(generator: Any) -> Callable[..., Any] | None:
     """The generator's `infer`, or None if it has none."""
     infer = getattr(generator, "infer", None)
     return infer if callable(infer) else None
+
+
+def unwrapped(generator: Any) -> Any:
+    """The object whose own methods the generator's calls are: the model inside `torch.compile(model)`, for instance.
+
+    Where a wrapper passes attributes on, its calls are bound to the model inside; a wrapper with a call of its own is kept.
+
+    Raises:
+        GeneratorError: for `DataParallel` and other wrappers that hide the calls of the model in their `module`.
+    """
+    inside = getattr(generator, "module", None)
+    if not hasattr(generator, "conditional") and hasattr(inside, "conditional"):
+        raise GeneratorError(
+            f"generator: {type(generator).__name__} hides the calls of the model inside it. Pass its `.module`, "
+            "the model itself."
+        )
+    owners = [getattr(getattr(generator, name, None), "__self__", None) for name in CALLS]
+    if callable(getattr(generator, "infer", None)):
+        owners.append(getattr(generator.infer, "__self__", None))
+    owner = owners[0]
+    if owner is None or isinstance(owner, type) or any(other is not owner for other in owners):
+        return generator
+    return owner

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 __all__ = [
+    "as_observations",
     "check_calls",
+    "check_dtype",
     "check_energies",
     "check_count",
     "check_device",
@@ -17,6 +19,7 @@ __all__ = [
     "check_positive",
     "check_same_place",
     "check_settings",
+    "check_share",
     "check_sizes",
     "checked_infer",
     "energy_modules",
@@ -32,20 +35,29 @@ import importlib
 import math
 import operator
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from energy_prior._util import first_line
-from energy_prior.errors import ArgumentError, DataWarning, DivergenceError, GeneratorError, MissingExtraError, ShapeError
+from energy_prior.errors import ArgumentError, DataWarning, DivergenceError, GeneratorError, MissingExtraError, ShapeError, warn
 from energy_prior.protocol import HierarchicalGenerator, Inferred
 
 _RANGE_SLACK = 0.05
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Latents are float32 or float64; else a `GeneratorError` says what to do."""
+    if dtype not in (torch.float32, torch.float64):
+        raise GeneratorError(
+            f"generator: its latents are {dtype}, whose precision or range does not hold log densities of hundreds of nats. "
+            "Convert the model with generator.float()."
+        )
 
 
 def check_calls(generator: Any) -> None:
@@ -65,7 +77,8 @@ def check_calls(generator: Any) -> None:
 
 
 def check_same_place(generator: Tensor, energies: Tensor) -> None:
-    """The generator and the energies have one dtype and device."""
+    """The generator and the energies have one dtype, float32 or float64, and device."""
+    check_dtype(generator.dtype)
     if (generator.dtype, generator.device) != (energies.dtype, energies.device):
         raise ArgumentError(
             f"generator: it is {generator.dtype} on {generator.device}, but the energies are {energies.dtype} on "
@@ -154,24 +167,46 @@ def check_latents(name: str, latents: Any, shapes: Sequence[torch.Size], referen
         batch = check_tensor(f"{name}[{layer - 1}] (z_{layer})", z, shape, reference, batch)
 
 
-def check_given(given: Mapping[int, Tensor], shapes: Sequence[torch.Size], reference: Tensor, batch: int) -> None:
-    """Layer numbers 1 … L with their values."""
+def check_given(given: Mapping[int, Tensor], shapes: Sequence[torch.Size], reference: Tensor, batch: int) -> dict[int, Tensor]:
+    """Layer numbers 1 … L, as Python's own, with their values."""
     if not isinstance(given, Mapping):
         raise ArgumentError(f"given: expected a mapping from layer number to z, got {type(given).__name__}.")
-    for layer, z in given.items():
-        if whole_number(layer) is None or not 1 <= layer <= len(shapes):
+    checked: dict[int, Tensor] = {}
+    for key, z in given.items():
+        layer = whole_number(key)
+        if layer is None or not 1 <= layer <= len(shapes):
             raise ArgumentError(
-                f"given: expected layer numbers from 1 (nearest the data) to {len(shapes)} (the top), got {layer!r}."
+                f"given: expected layer numbers from 1 (nearest the data) to {len(shapes)} (the top), got {key!r}."
             )
         check_tensor(f"given[{layer}]", z, shapes[layer - 1], reference, batch)
+        checked[layer] = z
+    return checked
 
 
-def check_observations(name: str, x: Any, x_shape: Sequence[int], reference: Tensor, generator: Any = None) -> None:
-    """A batch of finite observations, (batch, *x_shape); warns if they are not in the range that `generator` says."""
+def as_observations(name: str, x: Any, x_shape: Sequence[int], reference: Tensor, generator: Any = None) -> Tensor:
+    """A batch of finite observations, (batch, *x_shape), like `reference`; warns if they leave the generator's `x_range`.
+
+    A numpy array, or anything else with `__array__`, of floating-point numbers is converted to the dtype and device of
+    `reference`; a tensor has to have them.
+    """
+    if not isinstance(x, Tensor) and hasattr(x, "__array__"):
+        array = np.asarray(x)
+        if array.dtype.kind != "f":
+            raise ArgumentError(
+                f"{name}: expected floating-point numbers, got an array of {array.dtype}. Convert it, and scale it to the "
+                "range that the model wants."
+            )
+        x = torch.tensor(array, dtype=reference.dtype, device=reference.device)
     check_tensor(name, x, x_shape, reference, None)
     what = range_fault(x, generator)
     if what is not None:
-        warnings.warn(f"{name}: {what}", DataWarning, stacklevel=3)
+        warn(f"{name}: {what}", DataWarning)
+    return x
+
+
+def check_observations(name: str, x: Any, x_shape: Sequence[int], reference: Tensor, generator: Any = None) -> None:
+    """As `as_observations`, for tensors."""
+    as_observations(name, x, x_shape, reference, generator)
 
 
 def range_fault(x: Tensor, generator: Any) -> str | None:
@@ -193,11 +228,12 @@ def range_fault(x: Tensor, generator: Any) -> str | None:
 
 def check_k(k: Any, layers: int) -> int:
     """k of L^{>k}: a whole number from 0 to L."""
-    if whole_number(k) is None or not 0 <= k <= layers:
+    number = whole_number(k)
+    if number is None or not 0 <= number <= layers:
         raise ArgumentError(
             f"k: expected a whole number from 0 to {layers}, the number of layers nearest the data to redraw, got {k!r}."
         )
-    return int(k)
+    return number
 
 
 def checked_infer(generator: HierarchicalGenerator, x: Tensor) -> Inferred:
@@ -292,6 +328,14 @@ def check_not_negative(name: str, value: Any) -> float:
     number = real_number(value)
     if number is None or number < 0:
         raise ArgumentError(f"{name}: expected a finite number of at least 0, got {value!r}.")
+    return number
+
+
+def check_share(name: str, value: Any) -> float:
+    """A number between 0 and 1, of any kind, as Python's own."""
+    number = real_number(value)
+    if number is None or not 0 < number < 1:
+        raise ArgumentError(f"{name}: expected a number between 0 and 1, got {value!r}.")
     return number
 
 

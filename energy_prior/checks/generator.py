@@ -63,6 +63,7 @@ def _probe(generator: Any) -> Probe:
         conditional = generator.conditional(state, layer)
         check_conditional(conditional, layer, shapes[layer - 1], _PROBE_BATCH)
         first = parameters(conditional)[0]
+        validate.check_dtype(first.dtype)
         if latents and (first.dtype, first.device) != (latents[0].dtype, latents[0].device):
             raise GeneratorError(
                 f"generator.conditional: layer {layer} is {first.dtype} on {first.device}, the layer above "
