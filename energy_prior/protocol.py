@@ -118,10 +118,8 @@ def unwrapped(generator: Any) -> Any:
             f"generator: {type(generator).__name__} hides the calls of the model inside it. Pass its `.module`, "
             "the model itself."
         )
-    owners = [getattr(getattr(generator, name, None), "__self__", None) for name in CALLS]
-    if callable(getattr(generator, "infer", None)):
-        owners.append(getattr(generator.infer, "__self__", None))
-    owner = owners[0]
-    if owner is None or isinstance(owner, type) or any(other is not owner for other in owners):
-        return generator
-    return owner
+    infer = find_infer(generator)
+    calls = [getattr(generator, name, None) for name in CALLS] + ([] if infer is None else [infer])
+    owner = getattr(calls[0], "__self__", None)
+    whole = owner is not None and not isinstance(owner, type) and (find_infer(owner) is None) == (infer is None)
+    return owner if whole and all(getattr(call, "__self__", None) is owner for call in calls) else generator
