@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from energy_prior.checks.arguments import check_count
 from energy_prior.errors import ArgumentError
-from energy_prior.langevin import tune_step_size
-from energy_prior.langevin.settings import USUAL_ACCEPTANCE
+from energy_prior.langevin import USUAL_ACCEPTANCE, tune_step_size
 from energy_prior.model import JointModel
 from energy_prior.process import reproducible
 from energy_prior.protocol import HierarchicalGenerator
@@ -99,8 +98,8 @@ class LearnMethods(nn.Module):
             raise ArgumentError(f"target_acceptance: expected a number between 0 and 1, got {target_acceptance!r}.")
         check_count("batch_size", batch_size)
         with self._quiet(rng) as model:
-            density = model.density(batch_size)
-            tuned = tune_step_size(density, start_step_size=model.step_size, target_acceptance=target_acceptance)
+            target = model.target(batch_size)
+            tuned = tune_step_size(target, start_step_size=model.step_size, target_acceptance=target_acceptance)
             self.step_size.fill_(tuned)
         return tuned
 

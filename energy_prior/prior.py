@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
+from energy_prior._util import not_none
 from energy_prior.checkpoint import (
     check_generator_fits,
     check_state_fits,
@@ -31,7 +32,7 @@ from energy_prior.langevin import (
     ChainSettings,
     NoiseSource,
     Trajectory,
-    TrajectoryRecorder,
+    sample_target,
 )
 from energy_prior.learning import LearnMethods
 from energy_prior.model import JointModel, check_decode, decode_latents
@@ -49,7 +50,7 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
     Layers are numbered as in the paper: z_1 is nearest the data, z_L is the top; `latents[0]` is z_1. A higher f_i means
     more probable. All densities, energies and scores are in nats per observation.
 
-    Methods that run a chain take its options as keywords: `steps`, `step_size`, `adjust`, `temperature`, `scheme`, `taming`,
+    Methods that run a chain take its options as keywords: `steps`, `step_size`, `adjust`, `temperature`, `scheme`, `max_drift`,
     `backend`, `precision`, `max_memory` (see `energy_prior.langevin.ChainSettings`). Methods that draw random numbers take
     `rng`: the same seed gives the same result (for the same batch size), None uses torch's global stream, and an
     explicit `rng` leaves that stream untouched.
@@ -173,7 +174,7 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
         with self._quiet(rng) as model:
             if prior == "generator":
                 return ancestral(self.generator, n).latents
-            return model.run(model.parts(n, settings.max_memory, given), settings, start=start, noise=noise)
+            return model.run(model.target(n, given), settings, start=start, noise=noise)
 
     def trajectory(
         self,
@@ -203,12 +204,11 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
             raise ArgumentError(f"every: expected at most steps = {settings.steps}, got {every}.")
         self._check_chain(n, given, start)
         with self._quiet(rng) as model:
-            parts = model.parts(n, settings.max_memory, given)
-            if not parts[0].topdown.free:
+            target = model.target(n, given)
+            if not target.free:
                 raise ArgumentError("given: every layer is held, so there is nothing to follow; leave one free.")
-            recorder = TrajectoryRecorder(parts)
-            model.run(parts, settings, start=start, noise=noise, on_step=recorder, every=every)
-            return recorder.trajectory()
+            run = sample_target(target, settings, default_step_size=model.step_size, start=start, noise=noise, every=int(every))
+            return not_none(not_none(run.result).trajectory)
 
     def sample_posterior(
         self,
