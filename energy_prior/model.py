@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["JointModel", "PosteriorDraw"]
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,14 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from energy_prior._util import not_none
 from energy_prior.checks.arguments import checked_infer
-from energy_prior.errors import ChainWarning, DivergenceError
-from energy_prior.langevin import ChainSettings, JointDensity, NoiseSource, StepCallback, sample_density
-from energy_prior.langevin.cost import equal_parts, evaluation_cost, forward_memory
+from energy_prior.errors import DivergenceError
+from energy_prior.langevin import ChainSettings, NoiseSource, Target, Trajectory, sample_target, warn_if_stuck
+from energy_prior.langevin.cost import equal_parts, forward_memory
 from energy_prior.protocol import HierarchicalGenerator, find_infer
 from energy_prior.topdown import Decode, Space, TopDown, ancestral, ancestral_noise, decode_state
 
-_HARDLY_MOVES = 0.05
 _NEVER_SPLIT = 16
 
 
@@ -54,49 +53,22 @@ class JointModel:
         """log p_β(z_i | z_{>i}), (batch, L), nats."""
         return TopDown(self.generator, len(latents[0])).descend(tuple(latents), "latent").log_priors()
 
-    def density(self, n: int, held: Mapping[int, Tensor] | None = None, x: Tensor | None = None) -> JointDensity:
+    def target(self, n: int, held: Mapping[int, Tensor] | None = None, x: Tensor | None = None) -> Target:
         """p(z_free | z_held) of n draws, or the posterior of n observations x."""
-        return JointDensity(TopDown(self.generator, n, held), list(self.energies), self.space, x)
-
-    def parts(
-        self, n: int, max_memory: float, held: Mapping[int, Tensor] | None = None, x: Tensor | None = None
-    ) -> tuple[JointDensity, ...]:
-        """`density`, in as many equal parts of the batch as an evaluation of each needs to keep at most `max_memory` bytes."""
-
-        def of(rows: slice) -> JointDensity:
-            fixed = {i: z[rows] for i, z in (held or {}).items()}
-            return self.density(rows.stop - rows.start, fixed, None if x is None else x[rows])
-
-        if len(held or {}) == len(self.energies):  # nothing is free, so there is no gradient
-            return (of(slice(0, n)),)
-        cost = evaluation_cost(of(slice(0, min(n, 2))))
-        return tuple(of(rows) for rows in equal_parts(n, cost.memory, max_memory))
+        return Target(self.generator, list(self.energies), self.space, n, held or {}, x)
 
     def run(
         self,
-        parts: Sequence[JointDensity],
+        target: Target,
         settings: ChainSettings,
         *,
         start: Sequence[Tensor] | None = None,
         noise: NoiseSource | None = None,
-        on_step: StepCallback | None = None,
-        every: int = 1,
     ) -> tuple[Tensor, ...]:
-        """A chain on the parts of a density; all latents at its end."""
-        step_size = self.step_size
-        chain = sample_density(
-            parts, settings, default_step_size=step_size, start=start, noise=noise, on_step=on_step, every=every
-        )
-        accepted = chain.result.acceptance if chain.result else None
-        if accepted is not None and on_step is None and float(accepted.mean()) < _HARDLY_MOVES:
-            warnings.warn(
-                f"Metropolis–Hastings accepted {float(accepted.mean()):.1%} of the chains' steps, so they are hardly away from "
-                "where they started. Use a smaller step_size or more steps; if it is as low at every step_size, an energy is "
-                "too steep to sample.",
-                ChainWarning,
-                stacklevel=4,
-            )
-        return chain.latents
+        """Chains on a target; all latents at their end."""
+        draw = sample_target(target, settings, default_step_size=self.step_size, start=start, noise=noise)
+        warn_if_stuck(draw.result)
+        return draw.latents
 
     def sample(
         self,
@@ -108,7 +80,7 @@ class JointModel:
         noise: NoiseSource | None = None,
     ) -> tuple[Tensor, ...]:
         """n draws (z_1, …, z_L) of p(z_free | z_held) by Langevin, from `start`, else ancestral."""
-        return self.run(self.parts(n, settings.max_memory, held), settings, start=start, noise=noise)
+        return self.run(self.target(n, held), settings, start=start, noise=noise)
 
     def sample_posterior(
         self,
@@ -121,7 +93,22 @@ class JointModel:
         """Langevin on p(z | x), from `start`, else from q_ω where there is one, else ancestral."""
         if start is None and find_infer(self.generator) is not None:
             start = checked_infer(self.generator, x).latents
-        return self.run(self.parts(len(x), settings.max_memory, x=x), settings, start=start, noise=noise)
+        return self.run(self.target(len(x), x=x), settings, start=start, noise=noise)
+
+    def trajectory(
+        self,
+        n: int,
+        every: int,
+        settings: ChainSettings,
+        *,
+        held: Mapping[int, Tensor] | None = None,
+        start: Sequence[Tensor] | None = None,
+        noise: NoiseSource | None = None,
+    ) -> Trajectory:
+        """n chains on p(z_free | z_held) with a frame at the start and after every `every` steps."""
+        target = self.target(n, held)
+        draw = sample_target(target, settings, default_step_size=self.step_size, start=start, noise=noise, every=every)
+        return not_none(not_none(draw.result).trajectory)
 
     def posterior_draw(self, x: Tensor, settings: ChainSettings) -> PosteriorDraw:
         """z ~ q_ω(z | x) where the generator has `infer`, else a Langevin draw of the posterior."""

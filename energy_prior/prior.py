@@ -39,8 +39,7 @@ from energy_prior.checks.arguments import (
 from energy_prior.checks.generator import probe_generator
 from energy_prior.energies import build_energies, default_energies, describe_energies
 from energy_prior.errors import ArgumentError, ShapeError
-from energy_prior.langevin import ChainOptions, ChainSettings, NoiseSource, Trajectory, TrajectoryRecorder, tune_step_size
-from energy_prior.langevin.settings import USUAL_ACCEPTANCE
+from energy_prior.langevin import USUAL_ACCEPTANCE, ChainOptions, ChainSettings, NoiseSource, Trajectory, tune_step_size
 from energy_prior.model import JointModel
 from energy_prior.process import evaluating, exclusive, frozen, full_precision, reproducible
 from energy_prior.protocol import HierarchicalGenerator, unwrapped
@@ -328,10 +327,7 @@ class JointEBMPrior(nn.Module):
         if len(given or {}) == len(self.energies):
             raise ArgumentError("given: every layer is held, so there is nothing to follow; leave one free.")
         with self._call(rng) as model:
-            parts = model.parts(n, settings.max_memory, given)
-            recorder = TrajectoryRecorder(parts)
-            model.run(parts, settings, start=start, noise=noise, on_step=recorder, every=every)
-            return recorder.trajectory()
+            return model.trajectory(n, every, settings, held=given, start=start, noise=noise)
 
     # ----------------------------------------------------------------------------------------------------------- densities
 
@@ -600,8 +596,9 @@ class JointEBMPrior(nn.Module):
         target_acceptance = check_share("target_acceptance", target_acceptance)
         batch_size = check_count("batch_size", batch_size)
         with self._call(rng) as model:
-            density = model.density(batch_size)
-            tuned = tune_step_size(density, start_step_size=model.step_size, target_acceptance=target_acceptance)
+            tuned = tune_step_size(
+                model.target(batch_size), start_step_size=model.step_size, target_acceptance=target_acceptance
+            )
             self.step_size.fill_(tuned)
         return tuned
 

@@ -14,9 +14,14 @@ from torch import Tensor
 
 from energy_prior.checks import arguments as validate
 from energy_prior.errors import ArgumentError
-from energy_prior.langevin import ChainResult, ChainSettings, sample_density, tune_step_size
-from energy_prior.langevin.backends.compiled import ChosenBackend, chosen_backend
-from energy_prior.langevin.settings import LARGEST_STEP
+from energy_prior.langevin import (
+    LARGEST_STEP,
+    ChainResult,
+    ChainSettings,
+    choose_backend,
+    sample_target,
+    tune_step_size,
+)
 from energy_prior.model import JointModel
 from energy_prior.process import frozen
 from energy_prior.protocol import find_infer
@@ -47,7 +52,7 @@ class TrainingChains:
             self.device = TopDown(model.generator, 1).reference.device
         self.step_size = config.step_size or step_size
         self.posterior_step_size = step_size
-        self.backend: ChosenBackend | None = None
+        self.backend: str | None = None
         self.bank: tuple[Tensor, ...] | None = None
         self.last: ChainResult | None = None
         self.last_posterior: ChainResult | None = None
@@ -57,9 +62,8 @@ class TrainingChains:
         """Starts both step sizes at the one with the target acceptance on the prior as it is."""
         model = self.model
         with self._full_precision(), torch.no_grad(), frozen(model.generator, *model.energies):
-            density = model.density(_TUNING_BATCH)
             self.step_size = tune_step_size(
-                density, start_step_size=self.step_size, target_acceptance=self.config.target_acceptance
+                model.target(_TUNING_BATCH), start_step_size=self.step_size, target_acceptance=self.config.target_acceptance
             )
         self.posterior_step_size = self.step_size
 
@@ -100,10 +104,10 @@ class TrainingChains:
         with self._full_precision(), torch.no_grad(), frozen(model.generator, *model.energies):
             start = validate.checked_infer(model.generator, x).latents if find_infer(model.generator) else None
             settings = ChainSettings(
-                steps=self.config.posterior_steps, taming=self.config.taming, backend=self.backend or "eager"
+                steps=self.config.posterior_steps, max_drift=self.config.taming, backend=self.backend or "eager"
             )
-            density = model.parts(len(x), settings.max_memory, x=x)
-            draw = sample_density(density, settings, default_step_size=self.posterior_step_size, start=start)
+            target = model.target(len(x), x=x)
+            draw = sample_target(target, settings, default_step_size=self.posterior_step_size, start=start)
         self.last_posterior = draw.result
         if draw.result is not None:
             mean = float(draw.result.step_size.log().mean().exp())
@@ -117,14 +121,14 @@ class TrainingChains:
             settings = ChainSettings(
                 steps=steps,
                 step_size=self.step_size,
-                taming=config.taming,
+                max_drift=config.taming,
                 backend=self.backend or "eager",
             )
-            density = model.parts(len(start[0]), settings.max_memory)
-            draw = sample_density(density, settings, default_step_size=self.step_size, start=start, trace=True)
-            if draw.result is not None and draw.result.state is not None:
+            target = model.target(len(start[0]))
+            draw = sample_target(target, settings, default_step_size=self.step_size, start=start, trace=True)
+            if draw.result is not None and draw.result.drift_norm is not None:
                 size = sum(y[0].numel() for y in draw.result.position)
-                self.drift_norm = density[0].drift_norm(draw.result.state).mean() / math.sqrt(size)
+                self.drift_norm = draw.result.drift_norm.mean() / math.sqrt(size)
         self.last = draw.result
         if config.step_size is None and draw.result is not None and draw.result.acceptance is not None:
             accepted = float(draw.result.acceptance.mean())
@@ -140,21 +144,21 @@ class TrainingChains:
         """How this run's chains make their steps, by the first of them; kept in checkpoints: a resumed run does not switch."""
         if self.backend is None:
             with self._full_precision(), torch.no_grad(), frozen(self.model.generator, *self.model.energies):
-                density = self.model.density(min(rows, 2))
-                self.backend = chosen_backend(self.config.backend, density, rows, self.config.iterations * steps)
+                target = self.model.target(rows)
+                self.backend = choose_backend(self.config.backend, target, self.config.iterations * steps)
 
     def figures(self) -> dict[str, Tensor]:
         """Of the last chains: acceptance, share of tamed steps, and drift norm per √dimension."""
         figures: dict[str, Tensor] = {}
-        if self.last is not None and self.last.acceptance is not None and self.last.state is not None:
+        if self.last is not None and self.last.acceptance is not None:
             figures["acceptance"] = self.last.acceptance.mean()
             figures["drift_norm"] = self.drift_norm
-            if self.last.tamed is not None:
-                figures["tamed"] = self.last.tamed.mean()
+            if self.last.cut_share is not None:
+                figures["tamed"] = self.last.cut_share.mean()
         if self.last_posterior is not None and self.last_posterior.acceptance is not None:
             figures["posterior_acceptance"] = self.last_posterior.acceptance.mean()
-            if self.last_posterior.tamed is not None:
-                figures["posterior_tamed"] = self.last_posterior.tamed.mean()
+            if self.last_posterior.cut_share is not None:
+                figures["posterior_tamed"] = self.last_posterior.cut_share.mean()
         return figures
 
     def state(self) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from typing import Any, ClassVar, Literal, get_args
 
 from energy_prior.checks.arguments import check_count, check_positive
 from energy_prior.errors import ArgumentError
-from energy_prior.langevin.backends.compiled import StepBackend
-from energy_prior.langevin.settings import USUAL_ACCEPTANCE
+from energy_prior.langevin import USUAL_ACCEPTANCE
 
 Method = Literal["nce", "multi_stage_nce", "two_stage", "variational", "joint"]
 """The learning rules; `JointEBMPrior.fit` says what each does."""
+
+StepBackend = Literal["auto", "eager", "compiled"]
+"""Backends whose chains can be measured on the way."""
 
 METHODS: tuple[Method, ...] = get_args(Method)
 JOINT_METHODS: tuple[Method, ...] = ("variational", "joint")
