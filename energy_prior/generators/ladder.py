@@ -119,7 +119,7 @@ class LadderVAE(nn.Module):
         return Inferred(tuple(latents), torch.stack(log_q, dim=1))
 
     def _normal(self, parameters: Tensor) -> Normal:
-        """N(loc, scale²) from (batch, 2·d, …), |log scale| softly kept below 5, in the dtype of the weights (autocast or not)."""
+        """N(loc, scale²) from (batch, 2·d, …), |log scale| softly kept below 5, in the weights' dtype under autocast too."""
         loc, raw = parameters.to(self.pixels.log_sigma.dtype).chunk(2, dim=1)
         log_scale = _LOG_SCALE_LIMIT * torch.tanh(raw / _LOG_SCALE_LIMIT)
         return plain_normal(loc, log_scale.exp())

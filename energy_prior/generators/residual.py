@@ -91,9 +91,7 @@ class ResidualVAE(nn.Module):
         groups, downsample = _check_scales(self.x_shape, groups, downsample)
         latent_channels, channels = check_count("latent_channels", latent_channels), check_count("channels", channels)
         cells, tower_cells = check_count("cells", cells), check_count("tower_cells", tower_cells, least=0)
-        self.pixels = PixelLikelihood(
-            self.x_shape, likelihood, sigma=sigma, x_range=x_range, levels=levels, mixtures=mixtures
-        )
+        self.pixels = PixelLikelihood(self.x_shape, likelihood, sigma=sigma, x_range=x_range, levels=levels, mixtures=mixtures)
         self.x_range = self.pixels.x_range
         scales = len(groups)
         sizes = [tuple(n // 2 ** (downsample + s) for n in self.x_shape[1:]) for s in range(scales)]
