@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from zoo import ADAPTERS, EVERY, images, likelihood_at_ones
 from energy_prior import JointEBMPrior, check_generator
 from energy_prior.checks.arguments import checked_infer
 from energy_prior.langevin import InjectedNoise
-from energy_prior.topdown import TopDown, ancestral, inferred_descent
+from energy_prior.topdown import TopDown, ancestral, inferred_descent, parameters
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -59,7 +60,7 @@ def test_distributions_are_in_the_dtype_of_the_weights_under_autocast(name: str,
         topdown = TopDown(generator, 3)
         likelihood = generator.likelihood(topdown.descend(inferred.latents, "latent", to_observation=True).state)
         log_likelihood = likelihood.log_prob(x)
-    found = [t for d in descents for c in d.conditionals for t in (c.loc, c.scale, c.log_prob(torch.zeros_like(c.loc)))]
+    found = [t for d in descents for c in d.conditionals for t in (*parameters(c), c.log_prob(parameters(c)[0]))]
     found += [*inferred.latents, inferred.log_q, log_likelihood, likelihood.sample(), *parameters_of(likelihood)]
     assert {t.dtype for t in found} == {dtype}
 
@@ -95,9 +96,10 @@ def test_another_default_device_changes_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_a_prior_on_it(name: str, tmp_path: Path) -> None:
     generator = EVERY[name]()
-    x = images(generator, 8)
+    x = images(generator, 4)
     prior = JointEBMPrior(generator)
-    prior.fit(x, iterations=3, batch_size=4, progress=False)
+    for f in prior.energies:
+        torch.nn.init.normal_(f.net[-1].weight, std=0.1)  # type: ignore[union-attr,index]
     assert prior.sample(2, steps=2).shape == (2, *generator.x_shape)
     assert torch.isfinite(prior.sample(2, steps=2, decode="sample")).all()
     assert torch.isfinite(prior.llr_score(x, 1, steps=2, num_samples=1)).all()
@@ -105,6 +107,19 @@ def test_a_prior_on_it(name: str, tmp_path: Path) -> None:
     again = JointEBMPrior.load(tmp_path / "prior.safetensors", generator)
     z = prior.sample_latents(2, steps=0)
     assert torch.equal(again.negative_energy(z), prior.negative_energy(z))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
+def test_training_energies_on_it(name: str) -> None:
+    generator = EVERY[name]()
+    prior = JointEBMPrior(generator)
+    before = [p.clone() for p in prior.energies.parameters()]
+    result = prior.fit(images(generator, 8), iterations=3, batch_size=4, progress=False)
+    assert math.isfinite(result.history[-1]["loss"])
+    assert all(bool(torch.isfinite(p).all()) for p in prior.energies.parameters())
+    assert not all(torch.equal(p, q) for p, q in zip(before, prior.energies.parameters(), strict=True))
+    assert torch.isfinite(prior.sample(2, steps=2)).all()
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if not name.startswith(("deep vae", "ladder"))])
