@@ -20,6 +20,7 @@ __all__ = [
     "check_same_place",
     "check_settings",
     "check_share",
+    "check_shape",
     "check_sizes",
     "checked_infer",
     "energy_modules",
@@ -284,9 +285,26 @@ def check_count(name: str, value: Any, *, least: int = 1) -> int:
 
 def check_sizes(name: str, values: Any, *, least: int = 1) -> tuple[int, ...]:
     """Whole numbers of at least `least`, from any iterable of any kind of integers, as Python's own."""
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+    found = _elements(values)
+    if found is None:
         raise ArgumentError(f"{name}: expected a sequence of whole numbers, got {values!r}.")
-    return tuple(check_count(name, value, least=least) for value in values)
+    return tuple(check_count(name, value, least=least) for value in found)
+
+
+def check_shape(name: str, values: Any) -> torch.Size:
+    """A shape without the batch: one or more sizes of at least 1, from any iterable of any kind of integers."""
+    found = _elements(values)
+    sizes = [whole_number(value) or 0 for value in found or ()]
+    if not sizes or min(sizes) < 1:
+        raise ShapeError(f"{name}: expected one or more positive sizes, got {values if found is None else found!r}.")
+    return torch.Size(sizes)
+
+
+def _elements(values: Any) -> tuple[Any, ...] | None:
+    """The elements of an iterable; None if it is text, or cannot be iterated (arrays and tensors without dimensions too)."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+        return None
+    return tuple(values)
 
 
 def whole_number(value: Any) -> int | None:
