@@ -175,6 +175,24 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
                 return ancestral(self.generator, n).latents
             return model.run(model.parts(n, settings.max_memory, given), settings, start=start, noise=noise)
 
+    def decode(
+        self, latents: Sequence[Tensor], *, decode: Decode | None = None, rng: torch.Generator | None = None
+    ) -> Tensor:
+        """Observations of given latents, by the generator's likelihood.
+
+        Args:
+            latents: (z_1, …, z_L), z_i of shape (batch, *latent_shapes[i - 1]).
+            decode: "mean" of p_β0(x | z) or a "sample" of it; None: the mean where the likelihood has one.
+            rng: random number generator.
+
+        Returns:
+            (batch, *x_shape).
+        """
+        check_decode(decode)
+        self._check_latents("latents", latents)
+        with self._quiet(rng):
+            return decode_latents(self.generator, latents, decode)
+
     def trajectory(
         self,
         n: int,
