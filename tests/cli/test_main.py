@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import energy_prior
-from energy_prior.cli import main
 from energy_prior.cli.demo import DemoSettings, load_demo_data, run_demo
+from energy_prior.cli.main import main
 
 
 def test_demo_quick_writes_its_files_and_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

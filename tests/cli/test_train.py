@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from pictures import picture, write_parquet
 from safetensors.torch import load_file, save_file
-from test_data import picture, write_parquet
 from torch import nn
 
 from energy_prior import ArgumentError, CheckpointError, JointEBMPrior, LadderVAE
-from energy_prior.cli import main
-from energy_prior.cli.train import load_run, read_recipe, settings_help
+from energy_prior.cli.main import main
+from energy_prior.cli.recipe import read_recipe, settings_help
+from energy_prior.cli.train import load_run
 from energy_prior.training import ElboConfig, FitConfig
 
 RECIPE = """

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from pictures import picture, write_parquet
 from PIL import Image
 
 from energy_prior import ArgumentError
@@ -19,23 +19,6 @@ from energy_prior.data import ImageStream, load_images
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
-
-
-def picture(value: int, size: tuple[int, int] = (6, 4), mode: str = "L") -> Image.Image:
-    return Image.new(mode, size, value if mode == "L" else (value, 0, 255))
-
-
-def write_parquet(folder: Path, images: list[Image.Image], split: str = "train", **columns: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-
-    def encoded(image: Image.Image) -> dict[str, Any]:
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        return {"bytes": buffer.getvalue(), "path": None}
-
-    rows = {"image": [encoded(i) for i in images], "label": list(range(len(images)))} | columns
-    datasets.Dataset.from_dict(rows).to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
-    return folder
 
 
 @pytest.mark.parametrize("streaming", [False, True])
