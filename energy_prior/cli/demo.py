@@ -77,7 +77,7 @@ class DemoSettings:
 
     def quick(self) -> DemoSettings:
         """The same with few iterations, to see that it runs; the figures mean nothing."""
-        return dataclasses.replace(self, vae_iterations=60, nce_iterations=40, ml_iterations=4, draws=2, repeats=2)
+        return dataclasses.replace(self, vae_iterations=30, nce_iterations=20, ml_iterations=2, draws=1, repeats=1)
 
 
 @dataclasses.dataclass(frozen=True)
