@@ -69,16 +69,18 @@ def write_results(path: Path, rows: Sequence[Row]) -> None:
     temporary.replace(path)
 
 
-_FIGURES = ("langevin", "training", "generators")
-_FIGURE_FILES = ("topdown", "model", "energies", "distributions", "evaluate", "prior", "data", "_util")
+_WITHOUT_FIGURES = ("__init__.py", "cli", "data", "plots.py", "checks", "detectors.py")
 
 
 def code_key(*files: Path, also: str = "") -> str:
-    """Of the code behind figures (docstrings, comments and layout aside) and `files`: results of other code do not count."""
+    """Hash of the package's code that figures depend on and of `files`, docstrings, comments and layout aside.
+
+    Results with another key were made by other code.
+    """
     package = ROOT / "energy_prior"
-    own = [file for folder in _FIGURES for file in sorted((package / folder).rglob("*.py"))]
+    own = [file for file in sorted(package.rglob("*.py")) if file.relative_to(package).parts[0] not in _WITHOUT_FIGURES]
     total = hashlib.sha256(also.encode())
-    for path in (*own, *(package / f"{name}.py" for name in _FIGURE_FILES), *files):
+    for path in (*own, *files):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             body = getattr(node, "body", None)

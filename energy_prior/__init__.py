@@ -52,8 +52,7 @@ from energy_prior.errors import (
     ShapeError,
     TrainingWarning,
 )
-from energy_prior.generators import LadderVAE, ResidualVAE
-from energy_prior.generators.likelihoods import DiscretizedLogisticMixture
+from energy_prior.generators import DiscretizedLogisticMixture, LadderVAE, ResidualVAE
 from energy_prior.langevin import ChainSettings, Trajectory
 from energy_prior.prior import JointEBMPrior
 from energy_prior.protocol import HierarchicalGenerator, Inferred

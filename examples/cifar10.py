@@ -22,33 +22,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from command_line import add_options, default_device
 from features import train_classifier
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from energy_prior import Inferred, JointEBMPrior, MLPEnergy, fit_elbo, plots
-from energy_prior.cli import launched_accelerator
+from energy_prior import Inferred, JointEBMPrior, MLPEnergy, fit_elbo, map_batches, plots
 from energy_prior.data import load_images
 from energy_prior.evaluate import detection, excess_ratio, frechet_distance
-from energy_prior.model import decode_latents
-from energy_prior.training import map_batches
+from energy_prior.training import launched_accelerator
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Reads the command line and runs the example."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="uoft-cs/cifar10", help="a folder, or the name of a set on the Hugging Face hub")
+    add_options(parser, data="uoft-cs/cifar10", out="runs/cifar10")
     parser.add_argument("--unknown", help="images of another kind (SVHN), to score against the test images; their test split")
-    parser.add_argument("--out", default="runs/cifar10", help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--device", default=None, help="cpu, cuda, …; default: a GPU if there is one")
-    parser.add_argument("--quick", action="store_true", help="small nets, few iterations; the figures mean nothing")
     options = parser.parse_args()
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.device = options.device or default_device()
     with launched_accelerator(cpu=options.device == "cpu") as accelerator:  # None unless `accelerate launch` started this
         where = {"device": options.device, "accelerator": accelerator}
-        results = run(options.data, Path(options.out), options.unknown, options.seed, options.quick, **where)
+        results = run(options.data, options.out, options.unknown, options.seed, options.quick, **where)
     if accelerator is None or accelerator.is_main_process:
         print(json.dumps(results, indent=2))
 
@@ -202,7 +196,7 @@ def run(
     plots.image_panels(
         out / "samples.png", {"real": grid("known"), "Gaussian prior": grid("generator"), "joint prior": grid("joint")}
     )
-    frames = [decode_latents(generator, [z[i, :8] for z in chain.latents]).cpu() for i in range(len(chain.steps))]
+    frames = [prior.decode([z[i, :8] for z in chain.latents]).cpu() for i in range(len(chain.steps))]
     plots.chain_strip(out / "long_chain.png", (torch.stack(frames, 1) + 1) / 2, chain.steps, chain.negative_energy.sum(2))
     if scores:
         plots.score_histograms(out / "scores.png", scores, known="known test images", unknown="unknown images")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import write_parquet
 from PIL import Image
 from stand_ins import NVAE
-from test_data import write_parquet
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

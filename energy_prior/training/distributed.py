@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Engine", "map_batches"]
+__all__ = ["Engine", "launched_accelerator", "map_batches"]
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -159,3 +160,22 @@ def map_batches(
     for part in engine.objects(mine):
         parts |= part
     return torch.cat([parts[i] for i in range(len(starts))])
+
+
+@contextlib.contextmanager
+def launched_accelerator(*, cpu: bool = False) -> Iterator[Accelerator | None]:
+    """An `accelerate.Accelerator` if `accelerate launch` or torchrun started this process, else None.
+
+    The processes leave together at the end: gloo aborts a process that goes while its threads still listen.
+
+    Args:
+        cpu: stay on the CPU even where there is a GPU.
+    """
+    if not any(name in os.environ for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")):
+        yield None
+        return
+    accelerator = require_extra("accelerate", "train").Accelerator(cpu=cpu)
+    yield accelerator
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    accelerator.state.destroy_process_group()
