@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from energy_prior.checkpoint import fingerprint
 from energy_prior.checks.arguments import check_count
 from energy_prior.errors import ArgumentError
 from energy_prior.langevin import tune_step_size
 from energy_prior.langevin.settings import USUAL_ACCEPTANCE
 from energy_prior.model import JointModel
-from energy_prior.process import reproducible
 from energy_prior.protocol import HierarchicalGenerator
 
 if TYPE_CHECKING:
@@ -45,9 +45,10 @@ class LearnMethods(nn.Module):
         run_dir: str | os.PathLike[str] | None = None,
         accelerator: Accelerator | None = None,
         rng: torch.Generator | None = None,
+        callback: Callable[[dict[str, float]], object] | None = None,
         **settings: Any,
     ) -> FitResult:
-        """Learns the energies, and in the joint rules the generator too, then tunes `step_size`.
+        """Learns the energies, and in the joint rules the generator too, then tunes `step_size` where the settings give none.
 
         Training again goes on where it stood. The rules, with z⁺ the posterior's draws and z⁻ the prior's:
 
@@ -61,16 +62,24 @@ class LearnMethods(nn.Module):
         The first three leave the generator as it is. The last two train it in place, best from a pretrained one, and then
         `parameters()`, `state_dict()` and `save` hold it too.
 
+        Other threads' calls run between two iterations. Scores of this prior that overlap its `fit` are of the weights of
+        some iteration; the prior has the average of the weights when `fit` returns.
+
         Args:
-            data: all observations, (n, *x_shape), or an iterable that can be run through again and again (a `DataLoader`)
-                giving batches: tensors, or tuples whose first entry is one.
+            data: all observations, (n, *x_shape), a tensor or a floating-point array; or an iterable that can be run through
+                again and again (a `DataLoader`) giving batches: tensors or arrays, tuples whose first entry is one, or dicts
+                with one under "x", "image", "images", "pixel_values", "img", "data", "input" or "inputs", or with one alone
+                of the right shape. Arrays are converted to the model's dtype and device.
             method: the learning rule.
             config: settings; None: the defaults of `energy_prior.training.FitConfig`.
             run_dir: folder for checkpoints of the whole run, TensorBoard and sample grids. The same call after a kill goes
                 on from the last checkpoint, with the weights that it would have had. None: nothing is written.
-            accelerator: an `accelerate.Accelerator`, for several processes, hosts, GPUs and bf16 (extra "train"); None: this
-                process alone.
+            accelerator: an `accelerate.Accelerator`, for several processes, hosts, GPUs and bf16 (extra "train"; bf16 for
+                generators that say `autocast = True`); None: this process alone.
             rng: random number generator.
+            callback: called between two iterations, in every process, with a copy of every new entry of the history (every
+                `log_every` iterations and at checkpoints). What it raises ends the run as Ctrl-C does: the prior holds its
+                last good average.
             **settings: single settings of `FitConfig`, over those in `config`.
 
         Returns:
@@ -78,18 +87,42 @@ class LearnMethods(nn.Module):
 
         Raises:
             ArgumentError, ShapeError: for impossible settings or data (empty, not finite, wrong shape or dtype, fewer than a
-                batch), or a `run_dir` that holds another run.
+                batch), a `run_dir` that holds another run, energies that `save` could not write or "multi_stage_nce" not
+                copy, or weights that another run trains now.
             GeneratorError: if the method cannot work with the generator.
             DivergenceError: if something stops being finite, |f| leaves `max_energy`, or built-in energies stay near their
                 saturation; the prior then holds its last good average.
             DistributedError: if another process dies.
             OSError: if a checkpoint cannot be written; the one before is whole.
         """
-        from energy_prior.training import fit_energies
+        from energy_prior.training import FitHooks, fit_energies
 
-        with reproducible(rng, self.step_size.device):
-            prior = cast("JointEBMPrior", self)
-            return fit_energies(prior, data, method, config, settings, run_dir, accelerator, seeded=rng is not None)
+        def learned() -> None:
+            self.calibration.zero_()  # it was that of other energies
+            self._fitted_on = fingerprint(self.generator)
+
+        prior = cast("JointEBMPrior", self)
+        hooks = FitHooks(
+            started=self.train_jointly,
+            learned=learned,
+            save=prior.save,
+            sample=lambda n, step_size: prior.sample(n, step_size=step_size),
+        )
+        result = fit_energies(
+            prior.model,
+            data,
+            method,
+            config,
+            settings,
+            x_shape=prior.x_shape,
+            hooks=hooks,
+            run_dir=run_dir,
+            accelerator=accelerator,
+            rng=rng,
+            callback=callback,
+        )
+        self.step_size.fill_(result.step_size)
+        return result
 
     def tune_step_size(
         self, *, target_acceptance: float = USUAL_ACCEPTANCE, batch_size: int = 64, rng: torch.Generator | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["HierarchicalGenerator", "Inferred", "find_infer"]
+__all__ = ["HierarchicalGenerator", "Inferred", "find_infer", "unwrapped"]
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,3 +99,14 @@ def find_infer(generator: Any) -> Callable[..., Any] | None:
     """The generator's `infer`, or None if it has none."""
     infer = getattr(generator, "infer", None)
     return infer if callable(infer) else None
+
+
+def unwrapped(generator: Any) -> Any:
+    """The object whose own methods the calls are: the model inside of `torch.compile(model)`.
+
+    Raises:
+        GeneratorError: for a wrapper with the model in its attribute `module`, such as `DataParallel`.
+    """
+    if hasattr(generator, "module") and not hasattr(generator, "conditional"):
+        raise GeneratorError(f"generator: {type(generator).__name__} only wraps a model; pass its attribute .module.")
+    return getattr(generator, "_orig_mod", generator)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 __all__ = [
+    "as_observations",
     "check_calls",
     "check_energies",
     "check_count",
     "check_device",
     "check_flag",
+    "check_full_precision",
     "check_given",
     "check_k",
     "check_latents",
@@ -20,6 +22,7 @@ __all__ = [
     "check_sizes",
     "checked_infer",
     "energy_modules",
+    "is_array",
     "range_fault",
     "real_number",
     "require_extra",
@@ -32,7 +35,6 @@ import importlib
 import math
 import operator
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -42,7 +44,15 @@ import torch
 from torch import Tensor, nn
 
 from energy_prior._util import first_line
-from energy_prior.errors import ArgumentError, DataWarning, DivergenceError, GeneratorError, MissingExtraError, ShapeError
+from energy_prior.errors import (
+    ArgumentError,
+    DataWarning,
+    DivergenceError,
+    GeneratorError,
+    MissingExtraError,
+    ShapeError,
+    warn,
+)
 from energy_prior.protocol import HierarchicalGenerator, Inferred
 
 _RANGE_SLACK = 0.05
@@ -71,6 +81,18 @@ def check_same_place(generator: Tensor, energies: Tensor) -> None:
             f"generator: it is {generator.dtype} on {generator.device}, but the energies are {energies.dtype} on "
             f"{energies.device}. Move both with prior.to(…), not the generator alone."
         )
+
+
+def check_full_precision(generator: Any) -> None:
+    """Refuses a model with weights of half precision, in which log densities of hundreds of nats are too coarse."""
+    if not isinstance(generator, nn.Module):
+        return
+    for name, weight in generator.named_parameters():
+        if weight.is_floating_point() and torch.finfo(weight.dtype).bits < 32:
+            raise GeneratorError(
+                f"generator: expected weights of torch.float32 or torch.float64, got {weight.dtype} ({name}), in which log "
+                "densities of hundreds of nats are too coarse. Convert it with model.float()."
+            )
 
 
 def energy_modules(energies: Any) -> list[nn.Module]:
@@ -120,7 +142,7 @@ def check_tensor(name: str, value: Any, shape: Sequence[int], reference: Tensor,
     """A finite tensor (batch, *shape) with the dtype and device of `reference`; returns its batch size."""
     wanted = f"({'batch' if batch is None else batch}, {', '.join(map(str, shape))})"
     if not isinstance(value, Tensor):
-        hint = " Convert it with torch.from_numpy." if hasattr(value, "__array__") else ""
+        hint = " Convert it with torch.from_numpy." if is_array(value) else ""
         raise ArgumentError(f"{name}: expected a tensor of shape {wanted}, got {type(value).__name__}.{hint}")
     if tuple(value.shape[1:]) != tuple(shape) or value.ndim == 0 or (batch is not None and len(value) != batch):
         raise ShapeError(f"{name}: expected shape {wanted}, got {tuple(value.shape)}.")
@@ -171,7 +193,54 @@ def check_observations(name: str, x: Any, x_shape: Sequence[int], reference: Ten
     check_tensor(name, x, x_shape, reference, None)
     what = range_fault(x, generator)
     if what is not None:
-        warnings.warn(f"{name}: {what}", DataWarning, stacklevel=3)
+        warn(f"{name}: {what}", DataWarning)
+
+
+def as_observations(name: str, value: Any, x_shape: Sequence[int], reference: Tensor, generator: Any = None) -> Tensor:
+    """A batch of observations as a tensor, checked as `check_observations` does.
+
+    An array (numpy's, or what numpy can read as one) of floating-point numbers is converted to the dtype and device of
+    `reference`. A tensor is the caller's to convert: it is returned as it is, or refused.
+
+    Args:
+        name: of the argument, for messages.
+        value: a tensor or an array, (batch, *x_shape).
+        x_shape: shape of an observation.
+        reference: a tensor with the dtype and device that observations must have.
+        generator: the generator, for the range that it says observations have; None: any range.
+
+    Returns:
+        (batch, *x_shape); it may share its memory with an array.
+
+    Raises:
+        ArgumentError, ShapeError: if it is of another kind, shape, dtype or device, or not finite. Arrays of integers are
+            refused: nobody but the caller knows the scale that the model was trained on.
+    """
+    x = _from_array(name, value, reference) if is_array(value) else value
+    check_observations(name, x, x_shape, reference, generator)
+    return x
+
+
+def is_array(value: Any) -> bool:
+    """Whether this is an array, but no tensor."""
+    return hasattr(value, "__array__") and not isinstance(value, Tensor | type)
+
+
+def _from_array(name: str, value: Any, reference: Tensor) -> Tensor:
+    import numpy as np
+
+    array = np.asarray(value)
+    if array.dtype.kind in "iub":
+        raise ArgumentError(
+            f"{name}: expected floating-point numbers, got an array of {array.dtype}. Scale it to the range that the model was "
+            "trained on, such as x / 255 for 8-bit images in [0, 1]."
+        )
+    if array.dtype.kind != "f":
+        raise ArgumentError(f"{name}: expected an array of floating-point numbers, got one of {array.dtype}.")
+    dtype = np.float64 if reference.dtype == torch.float64 else np.float32
+    with np.errstate(over="ignore"):  # what becomes infinite is found by the check
+        array = np.require(array, dtype, ["C_CONTIGUOUS", "WRITEABLE"])
+    return torch.from_numpy(array).to(reference.device, reference.dtype)
 
 
 def range_fault(x: Tensor, generator: Any) -> str | None:

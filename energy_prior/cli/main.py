@@ -5,13 +5,13 @@ from __future__ import annotations
 __all__ = ["launched_accelerator", "main"]
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from energy_prior import __version__
+from energy_prior.training import launched_accelerator
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,29 +80,6 @@ def _train(options: argparse.Namespace) -> int:
         print(f"{name}: {entry}")
     print(f"prior.safetensors, generator.safetensors, samples.png and report.json are in {recipe.out}/")
     return 0
-
-
-@contextlib.contextmanager
-def launched_accelerator(*, cpu: bool = False) -> Iterator[Any]:
-    """An `accelerate.Accelerator` if `accelerate launch` or torchrun started this process, else None.
-
-    The processes leave together at the end: gloo aborts a process that goes while its threads still listen.
-
-    Args:
-        cpu: stay on the CPU even where there is a GPU.
-    """
-    import os
-
-    from energy_prior.checks.arguments import require_extra
-
-    if not any(name in os.environ for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")):
-        yield None
-        return
-    accelerator = require_extra("accelerate", "train").Accelerator(cpu=cpu)
-    yield accelerator
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    accelerator.state.destroy_process_group()
 
 
 def _demo(options: argparse.Namespace) -> int:
