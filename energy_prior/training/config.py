@@ -140,8 +140,8 @@ class FitConfig(RunConfig):
         target_acceptance: MALA acceptance that the tuning of the step size aims at, in (0, 1).
         backend: how the chains' steps are made, as in `energy_prior.langevin.ChainSettings`: "eager", "compiled", or "auto",
             which compiles where the run is so long that it pays.
-        max_drift: longest drift of a training chain's step, per layer, as a multiple of the noise's length, > 0; longer ones are
-            cut to it.
+        max_drift: longest drift of a training chain's step, per layer, as a multiple of the noise's length, > 0; a longer one
+            is cut to it.
         stages: ratio estimates of "multi_stage_nce", each against samples of the prior before it, ≥ 1.
         generator_learning_rate: of the generator's AdamW in the joint rules, > 0, with the same schedule.
         generator_gradient_clip: largest norm of an update's gradient of the generator, > 0.

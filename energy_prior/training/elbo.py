@@ -174,10 +174,10 @@ def fit_elbo(
     engine = Engine(accelerator)
     engine.check_mixed_precision(generator)
     with claimed(rng), being_trained("generator", weights), contextlib.ExitStack() as stack:
+        stack.enter_context(plain_gradients(weights[0].device))
         with torch.no_grad(), evaluating(generator):
             probe = probe_generator(generator)
         reference = probe.latents[0]
-        stack.enter_context(plain_gradients(reference.device))
         if validation is not None:
             validation = as_observations("validation", validation, probe.x_shape, reference, generator)
         engine.agree("generator", [float(p.detach().double().sum()) for p in generator.parameters()])

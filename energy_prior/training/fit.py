@@ -104,10 +104,10 @@ def fit_energies(
     learning = [energies, *([generator] if rule in JOINT_METHODS and isinstance(generator, nn.Module) else [])]
     with claimed(rng), contextlib.ExitStack() as stack:
         for what, module in zip(("energies", "generator"), learning):
-            stack.enter_context(being_trained(what, (p for p in module.parameters() if p.requires_grad)))
+            stack.enter_context(being_trained(what, _trainable(module)))
+        stack.enter_context(plain_gradients(_trainable(energies)[0].device))
         with torch.no_grad(), evaluating(generator):
             reference = TopDown(generator, 1).reference
-        stack.enter_context(plain_gradients(reference.device))
         turns = Turns(engine, rng, reference.device)
         batches = Batches(data, config, generator, x_shape, reference, rank=engine.rank, world=engine.world, seed=turns.seed)
         if batches.whole is not None:
@@ -166,9 +166,11 @@ def _check_learnable(generator: Any, energies: nn.ModuleList, method: Method) ->
     """What learns can learn and be saved: in the joint rules that is the generator too, and "variational" needs infer."""
     for layer, energy in enumerate(energies, start=1):
         check_state_is_tensors(energy, f"energies (f_{layer})", ArgumentError)
+    if not _trainable(energies):
+        raise ArgumentError("energies: none of their parameters requires a gradient, so there is nothing to fit.")
     if method not in JOINT_METHODS:
         return
-    if not isinstance(generator, nn.Module) or not any(p.requires_grad for p in generator.parameters()):
+    if not isinstance(generator, nn.Module) or not _trainable(generator):
         raise GeneratorError(
             f"generator: method={method!r} trains it too, but {type(generator).__name__} "
             + ("is no nn.Module." if not isinstance(generator, nn.Module) else "has no parameter that requires a gradient.")
@@ -181,6 +183,10 @@ def _check_learnable(generator: Any, energies: nn.ModuleList, method: Method) ->
     check_state_is_tensors(generator, "generator", GeneratorError)
 
 
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
 def _check_copies(energies: nn.ModuleList, shapes: Sequence[torch.Size], reference: Tensor) -> None:
     """Each stage of "multi_stage_nce" needs a copy of the energies as they are after an update."""
     for layer, (energy, shape) in enumerate(zip(energies, shapes, strict=True), start=1):
@@ -190,10 +196,10 @@ def _check_copies(energies: nn.ModuleList, shapes: Sequence[torch.Size], referen
             copy.deepcopy(energy)
         except Exception as error:
             raise ArgumentError(
-                f'energies: method="multi_stage_nce" keeps a copy of the energies at every stage, and copy.deepcopy of '
-                f"f_{layer} ({type(energy).__name__}) fails: {first_line(error)}. Use torch.nn.utils.parametrizations.weight_norm "
-                "for torch.nn.utils.weight_norm, keep locks and open files out of the module or give it a __deepcopy__, or use "
-                'method="nce" or "two_stage".'
+                'energies: method="multi_stage_nce" keeps a copy of the energies at every stage, and copy.deepcopy of '
+                f"f_{layer} ({type(energy).__name__}) fails ({first_line(error)}). Use the weight_norm of "
+                "torch.nn.utils.parametrizations for that of torch.nn.utils, keep locks and open files out of the module or "
+                'give it a __deepcopy__, or use method="nce" or "two_stage".'
             ) from error
 
 

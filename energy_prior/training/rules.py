@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from energy_prior._util import not_none
 from energy_prior.checks.arguments import checked_infer
 from energy_prior.energies import Energy
-from energy_prior.errors import ArgumentError, DivergenceError, TrainingWarning, warn
+from energy_prior.errors import DivergenceError, TrainingWarning, warn
 from energy_prior.model import JointModel, PosteriorDraw
 from energy_prior.process import frozen, full_precision
 from energy_prior.protocol import find_infer
@@ -85,8 +85,6 @@ class FitTask:
         self.energies = nn.ModuleList(model.energies)
         self.chains = TrainingChains(model, config, reference)
         energies = [p for p in self.energies.parameters() if p.requires_grad]
-        if not energies:
-            raise ArgumentError("energies: none of their parameters requires a gradient, so there is nothing to fit.")
         rate = not_none(config.learning_rate)
         self.groups: Sequence[Group] = [Group("energies", energies, rate, config.weight_decay, config.gradient_clip)]
         self.buffers = list(self.energies.buffers())
