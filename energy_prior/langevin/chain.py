@@ -117,7 +117,7 @@ def run_chain(
         traced=trace,
         precision=precision,
     )
-    gains = torch.tensor([float(t) ** -0.6 for t in range(1, adapt_steps + 1)], dtype=s.dtype).to(s.device)
+    gains = torch.tensor([float(t) ** -0.6 for t in range(1, adapt_steps + 1)], dtype=s.dtype, device=s.device)
     # what the last step of all arrives at is evaluated only to be measured
     last = steps if rules.measured else max(steps - 1, 0)
     with matrix_products(precision):

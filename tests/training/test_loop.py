@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from runs import X, make, seeded, weights
 from torch import Tensor, nn
 
+from energy_prior import ArgumentError, TrainingWarning, fit_elbo
 from energy_prior.training import (
     RunConfig,
 )
@@ -76,3 +79,62 @@ def test_weights_decay(monkeypatch: pytest.MonkeyPatch) -> None:
     task = Line(0.0, decay=0.5)
     gradients(task, RunConfig(iterations=1, warmup=0, progress=False), numbers(1.0), monkeypatch)
     assert float(task.weight.detach()) == pytest.approx(2.0 * (1 - 0.1 * 0.5))
+
+
+# -------------------------------------------------------------------------------------------------------------- callbacks
+
+
+def test_a_callback_gets_a_copy_of_every_entry(tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+
+    def callback(entry: dict[str, float]) -> None:
+        seen.append(dict(entry))
+        entry.clear()
+
+    options: dict[str, Any] = {"iterations": 9, "log_every": 4, "checkpoint_every": 6, "batch_size": 16, "progress": False}
+    result = make().fit(X, **options, run_dir=tmp_path, callback=callback)
+    assert [entry["iteration"] for entry in seen] == [4, 6, 8, 9]
+    assert seen == result.history
+
+
+def test_a_callback_changes_nothing() -> None:
+    found = []
+    for callback in (None, lambda entry: torch.rand(3)):
+        prior = make()
+        prior.fit(X, iterations=8, log_every=2, batch_size=16, progress=False, rng=seeded(), callback=callback)
+        found.append(weights(prior))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_error_in_a_callback_ends_the_run_and_the_average_is_kept(error: type[BaseException]) -> None:
+    prior = make()
+    before = weights(prior)
+
+    def stops(entry: dict[str, float]) -> None:
+        if entry["iteration"] == 6:
+            raise error
+
+    prior.calibration.fill_(1.0)
+    with pytest.raises(error):
+        prior.fit(X, iterations=20, log_every=2, batch_size=16, progress=False, rng=seeded(), callback=stops)
+    kept = make()
+    kept.fit(X, iterations=20, log_every=2, batch_size=16, progress=False, rng=seeded())
+    assert not torch.equal(weights(prior), before)
+    assert not torch.equal(weights(prior), weights(kept))
+    assert bool((prior.calibration == 0).all()), "it was that of other energies"
+    assert all(p.grad is None and p.requires_grad for p in prior.parameters())
+
+
+def test_a_callback_has_to_be_callable() -> None:
+    with pytest.raises(ArgumentError, match="callback: expected a function of an entry of the history, or None, got int"):
+        make().fit(X, callback=3)  # type: ignore[arg-type]
+    vae = make().generator
+    with pytest.raises(ArgumentError, match="callback: expected a function"):
+        fit_elbo(vae, X, callback="print")  # type: ignore[arg-type]
+
+
+def test_warnings_point_at_the_line_that_called() -> None:
+    with pytest.warns(TrainingWarning) as caught:
+        make().fit(X, "two_stage", iterations=2, step_size=50.0, steps=3, log_every=1, progress=False)
+    assert {warning.filename for warning in caught} == {__file__}
