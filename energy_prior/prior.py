@@ -45,7 +45,7 @@ from energy_prior.process import evaluating, exclusive, frozen, full_precision, 
 from energy_prior.protocol import HierarchicalGenerator, unwrapped
 from energy_prior.scores import ANOMALY_SCORES, ScoreTerms, calibrated, expected_score, llr_scores, log_joint, score_terms
 from energy_prior.topdown import Decode, Space, TopDown
-from energy_prior.training import FitConfig, FitResult, Method, fit_energies
+from energy_prior.training import FitConfig, FitHooks, FitResult, Method, fit_energies
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -540,9 +540,10 @@ class JointEBMPrior(nn.Module):
         run_dir: str | os.PathLike[str] | None = None,
         accelerator: Accelerator | None = None,
         rng: torch.Generator | None = None,
+        callback: Callable[[dict[str, float]], object] | None = None,
         **settings: Any,
     ) -> FitResult:
-        """Learns the energies, and in the joint rules the generator too, then tunes `step_size`.
+        """Learns the energies, and in the joint rules the generator too, then tunes `step_size` where the settings give none.
 
         Training again goes on where it stood. The rules, with z⁺ the posterior's draws and z⁻ the prior's:
 
@@ -556,16 +557,24 @@ class JointEBMPrior(nn.Module):
         The first three leave the generator as it is. The last two train it in place, best from a pretrained one, and then
         `parameters()`, `state_dict()` and `save` hold it too.
 
+        Other threads' calls run between two iterations. Scores of this prior that overlap its `fit` are of the weights of
+        some iteration; the prior has the average of the weights when `fit` returns.
+
         Args:
-            data: all observations, (n, *x_shape), or an iterable that can be run through again and again (a `DataLoader`)
-                giving batches: tensors, or tuples whose first entry is one.
+            data: all observations, (n, *x_shape), a tensor or a floating-point array; or an iterable that can be run through
+                again and again (a `DataLoader`) giving batches: tensors or arrays, tuples whose first entry is one, or dicts
+                with one under "x", "image", "images", "pixel_values", "img", "data", "input" or "inputs", or with one alone
+                of the right shape. Arrays are converted to the model's dtype and device.
             method: the learning rule.
-            config: settings; None: the defaults of `energy_prior.training.FitConfig`.
+            config: settings; None: the defaults of `energy_prior.FitConfig`.
             run_dir: folder for checkpoints of the whole run, TensorBoard and sample grids. The same call after a kill goes
                 on from the last checkpoint, with the weights that it would have had. None: nothing is written.
-            accelerator: an `accelerate.Accelerator`, for several processes, hosts, GPUs and bf16 (extra "train"); None: this
-                process alone.
+            accelerator: an `accelerate.Accelerator`, for several processes, hosts, GPUs and bf16 (extra "train"; bf16 for
+                generators that say `autocast = True`); None: this process alone.
             rng: random number generator.
+            callback: called between two iterations, in every process, with a copy of every new entry of the history (every
+                `log_every` iterations and at checkpoints). What it raises ends the run as Ctrl-C does: the prior holds its
+                last good average.
             **settings: single settings of `FitConfig`, over those in `config`.
 
         Returns:
@@ -573,15 +582,40 @@ class JointEBMPrior(nn.Module):
 
         Raises:
             ArgumentError, ShapeError: for impossible settings or data (empty, not finite, wrong shape or dtype, fewer than a
-                batch), or a `run_dir` that holds another run.
+                batch), a `run_dir` that holds another run, energies that `save` could not write or "multi_stage_nce" not
+                copy, or weights that another run trains now.
             GeneratorError: if the method cannot work with the generator.
             DivergenceError: if something stops being finite, |f| leaves `max_energy`, or built-in energies stay near their
                 saturation; the prior then holds its last good average.
             DistributedError: if another process dies.
             OSError: if a checkpoint cannot be written; the one before is whole.
         """
-        with reproducible(rng, self.device):
-            return fit_energies(self, data, method, config, settings, run_dir, accelerator, seeded=rng is not None)
+
+        def learned() -> None:
+            self.calibration.zero_()  # it was that of other energies
+            self._fitted_on = fingerprint(self.generator)
+
+        hooks = FitHooks(
+            started=self.train_jointly,
+            learned=learned,
+            save=self.save,
+            sample=lambda n, step_size: self.sample(n, step_size=step_size),
+        )
+        result = fit_energies(
+            self.model,
+            data,
+            method,
+            config,
+            settings,
+            x_shape=self.x_shape,
+            hooks=hooks,
+            run_dir=run_dir,
+            accelerator=accelerator,
+            rng=rng,
+            callback=callback,
+        )
+        self.step_size.fill_(result.step_size)
+        return result
 
     def tune_step_size(
         self, *, target_acceptance: float = USUAL_ACCEPTANCE, batch_size: int = 64, rng: torch.Generator | None = None
@@ -698,11 +732,6 @@ class JointEBMPrior(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of latents, observations, energies and scores."""
         return self.step_size.dtype
-
-    @property
-    def reference(self) -> Tensor:
-        """A tensor with the latents' dtype and device."""
-        return self.step_size
 
     @property
     def model(self) -> JointModel:

@@ -10,6 +10,7 @@ __all__ = [
     "check_count",
     "check_device",
     "check_flag",
+    "check_full_precision",
     "check_given",
     "check_k",
     "check_latents",
@@ -24,6 +25,7 @@ __all__ = [
     "check_sizes",
     "checked_infer",
     "energy_modules",
+    "is_array",
     "range_fault",
     "real_number",
     "require_extra",
@@ -87,6 +89,18 @@ def check_same_place(generator: Tensor, energies: Tensor) -> None:
         )
 
 
+def check_full_precision(generator: Any) -> None:
+    """Refuses a model with weights of half precision, in which log densities of hundreds of nats are too coarse."""
+    if not isinstance(generator, nn.Module):
+        return
+    for name, weight in generator.named_parameters():
+        if weight.is_floating_point() and torch.finfo(weight.dtype).bits < 32:
+            raise GeneratorError(
+                f"generator: expected weights of torch.float32 or torch.float64, got {weight.dtype} ({name}), in which log "
+                "densities of hundreds of nats are too coarse. Convert it with model.float()."
+            )
+
+
 def energy_modules(energies: Any) -> list[nn.Module]:
     """The user's energies as a list of modules."""
     if isinstance(energies, str | Mapping) or not isinstance(energies, Iterable):
@@ -134,7 +148,7 @@ def check_tensor(name: str, value: Any, shape: Sequence[int], reference: Tensor,
     """A finite tensor (batch, *shape) with the dtype and device of `reference`; returns its batch size."""
     wanted = f"({'batch' if batch is None else batch}, {', '.join(map(str, shape))})"
     if not isinstance(value, Tensor):
-        hint = " Convert it with torch.from_numpy." if hasattr(value, "__array__") else ""
+        hint = " Convert it with torch.from_numpy." if is_array(value) else ""
         raise ArgumentError(f"{name}: expected a tensor of shape {wanted}, got {type(value).__name__}.{hint}")
     if tuple(value.shape[1:]) != tuple(shape) or value.ndim == 0 or (batch is not None and len(value) != batch):
         raise ShapeError(f"{name}: expected shape {wanted}, got {tuple(value.shape)}.")
@@ -184,30 +198,57 @@ def check_given(given: Mapping[int, Tensor], shapes: Sequence[torch.Size], refer
     return checked
 
 
-def as_observations(name: str, x: Any, x_shape: Sequence[int], reference: Tensor, generator: Any = None) -> Tensor:
-    """A batch of finite observations, (batch, *x_shape), like `reference`; warns if they leave the generator's `x_range`.
-
-    A numpy array, or anything else with `__array__`, of floating-point numbers is converted to the dtype and device of
-    `reference`; a tensor has to have them.
-    """
-    if not isinstance(x, Tensor) and hasattr(x, "__array__"):
-        array = np.asarray(x)
-        if array.dtype.kind != "f":
-            raise ArgumentError(
-                f"{name}: expected floating-point numbers, got an array of {array.dtype}. Convert it, and scale it to the "
-                "range that the model wants."
-            )
-        x = torch.tensor(array, dtype=reference.dtype, device=reference.device)
+def check_observations(name: str, x: Any, x_shape: Sequence[int], reference: Tensor, generator: Any = None) -> None:
+    """A batch of finite observations, (batch, *x_shape), like `reference`; warns if they leave the generator's `x_range`."""
     check_tensor(name, x, x_shape, reference, None)
     what = range_fault(x, generator)
     if what is not None:
         warn(f"{name}: {what}", DataWarning)
+
+
+def as_observations(name: str, value: Any, x_shape: Sequence[int], reference: Tensor, generator: Any = None) -> Tensor:
+    """A batch of observations as a tensor, checked as `check_observations` does.
+
+    An array (numpy's, or what numpy can read as one) of floating-point numbers is converted to the dtype and device of
+    `reference`. A tensor is the caller's to convert: it is returned as it is, or refused.
+
+    Args:
+        name: of the argument, for messages.
+        value: a tensor or an array, (batch, *x_shape).
+        x_shape: shape of an observation.
+        reference: a tensor with the dtype and device that observations must have.
+        generator: the generator, for the range that it says observations have; None: any range.
+
+    Returns:
+        (batch, *x_shape); it may share its memory with an array.
+
+    Raises:
+        ArgumentError, ShapeError: if it is of another kind, shape, dtype or device, or not finite. Arrays of integers are
+            refused: nobody but the caller knows the scale that the model was trained on.
+    """
+    x = _from_array(name, value, reference) if is_array(value) else value
+    check_observations(name, x, x_shape, reference, generator)
     return x
 
 
-def check_observations(name: str, x: Any, x_shape: Sequence[int], reference: Tensor, generator: Any = None) -> None:
-    """As `as_observations`, for tensors."""
-    as_observations(name, x, x_shape, reference, generator)
+def is_array(value: Any) -> bool:
+    """Whether this is an array, but no tensor."""
+    return hasattr(value, "__array__") and not isinstance(value, Tensor | type)
+
+
+def _from_array(name: str, value: Any, reference: Tensor) -> Tensor:
+    array = np.asarray(value)
+    if array.dtype.kind in "iub":
+        raise ArgumentError(
+            f"{name}: expected floating-point numbers, got an array of {array.dtype}. Scale it to the range that the model was "
+            "trained on, such as x / 255 for 8-bit images in [0, 1]."
+        )
+    if array.dtype.kind != "f":
+        raise ArgumentError(f"{name}: expected an array of floating-point numbers, got one of {array.dtype}.")
+    dtype = np.float64 if reference.dtype == torch.float64 else np.float32
+    with np.errstate(over="ignore"):  # what becomes infinite is found by the check
+        array = np.require(array, dtype, ["C_CONTIGUOUS", "WRITEABLE"])
+    return torch.from_numpy(array).to(reference.device, reference.dtype)
 
 
 def range_fault(x: Tensor, generator: Any) -> str | None:
