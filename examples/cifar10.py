@@ -170,7 +170,7 @@ def run(
         "acceptance": float(chain.acceptance[1:].mean()),
         "largest_energy": max(h["max_energy"] for h in fit.history),
         "clipped": fit.clipped,
-        "tamed": fit.tamed,
+        "cut_share": fit.cut_share,
         "warnings": fit.warnings,
     }
 

@@ -1,4 +1,4 @@
-"""The stand-ins' own forward passes and samplers, as the public models have theirs: draws where they come, no adapter in them."""
+"""The own forward passes and samplers of the stand-ins, as the repositories write theirs: what adapters are held to."""
 
 from __future__ import annotations
 

@@ -162,6 +162,7 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
     (lambda p: p.anomaly_score(X, "calibrated"), ArgumentError, r"needs prior.calibrate\(x\)"),
     (lambda p: p.calibrate(X[:1]), ShapeError, "x: expected two or more observations"),
     (lambda p: p.calibrate(X), ArgumentError, "an untrained prior"),
+    (lambda p: p.fit((255 * X).byte().numpy()), ArgumentError, "data: .* got an array of uint8. Scale it to the range"),
     (lambda p: p.fit(X, config={"iterations": 3}), ArgumentError, "config: expected a FitConfig or None, got dict"),  # type: ignore[arg-type]
     (lambda p: p.fit(X, persistent=3, batch_size=4), ArgumentError, "persistent: expected 0 or at least batch_size"),
     (
@@ -169,7 +170,7 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
         ArgumentError,
         "persistent: .* as a batch has, 4, got 3",
     ),
-    (lambda p: p.fit(X, restart=2.0), ArgumentError, r"restart: expected a share in \[0, 1\]"),
+    (lambda p: p.fit(X, restart_probability=2.0), ArgumentError, r"restart_probability: expected a share in \[0, 1\]"),
     (lambda p: fit_elbo(p.generator, X, iterations=10, kl_warmup=10), ArgumentError, "kl_warmup: expected fewer than"),
     (lambda p: p.save(""), ArgumentError, "path: expected a path, got an empty text"),
     (lambda p: p.save("no/such/folder/p.safetensors"), FileNotFoundError, "path: there is no folder 'no/such/folder'"),

@@ -14,10 +14,7 @@ from runs import X, make, seeded, weights
 from torch import Tensor
 
 from energy_prior import ArgumentError, ShapeError
-from energy_prior.training import (
-    Method,
-    RunConfig,
-)
+from energy_prior.training import Method, RunConfig
 from energy_prior.training.batches import Batches
 
 

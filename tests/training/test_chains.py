@@ -6,14 +6,8 @@ import pytest
 import torch
 from runs import X, make, task_of
 
-from energy_prior import (
-    ArgumentError,
-    JointEBMPrior,
-    LadderVAE,
-)
-from energy_prior.training import (
-    FitConfig,
-)
+from energy_prior import ArgumentError, JointEBMPrior, LadderVAE
+from energy_prior.training import FitConfig
 from energy_prior.training.chains import TrainingChains
 
 
@@ -64,3 +58,11 @@ def test_drifts_of_posterior_chains_are_cut() -> None:
     steep.train_jointly()
     _, figures = task_of(steep, "joint", posterior_steps=4).loss(X[:16], 1)
     assert float(figures["posterior_cut_share"]) > 0.5
+
+
+def test_posterior_draws_and_tuning_leave_autocast() -> None:
+    chains = TrainingChains(make().model, FitConfig(posterior_steps=2), X)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        draws = chains.posterior(X[:8]), chains.prior(8, 2), chains.ancestral(8)
+        chains.tune()
+    assert all(z.dtype == torch.float32 for latents in draws for z in latents)

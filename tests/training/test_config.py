@@ -45,7 +45,7 @@ def test_numbers_of_any_kind_become_pythons_own(config: type[RunConfig], kind: s
     chosen = {"batch_size": 8, "warmup": 3, "learning_rate": 0.5, "kl_warmup": 5, "persistent": 16, "step_size": 0.25}
     chosen |= {"restart_probability": 0.5}
     fields = {f.name: chosen.get(f.name, f.default) for f in dataclasses.fields(config)}
-    given = {name: value if isinstance(value, str) else KINDS[kind](value) for name, value in fields.items()}
+    given: dict[str, Any] = {name: value if isinstance(value, str) else KINDS[kind](value) for name, value in fields.items()}
     made = config(**given)
     for name, value in fields.items():
         got = getattr(made, name)

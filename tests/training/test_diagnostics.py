@@ -6,14 +6,8 @@ import pytest
 import torch
 from runs import make, task_of
 
-from energy_prior import (
-    DivergenceError,
-    JointEBMPrior,
-    MLPEnergy,
-)
-from energy_prior.training import (
-    FitConfig,
-)
+from energy_prior import DivergenceError, JointEBMPrior, MLPEnergy
+from energy_prior.training import FitConfig
 from energy_prior.training.diagnostics import check_sound, early_warnings, history_entry
 
 

@@ -7,17 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from runs import X, seeded
-from torch import Tensor
+from runs import X, make, seeded, weights
+from torch import Tensor, nn
 
-from energy_prior import (
-    DivergenceError,
-    LadderVAE,
-    fit_elbo,
-)
-from energy_prior.training import (
-    ElboConfig,
-)
+from energy_prior import DivergenceError, GeneratorError, LadderVAE, fit_elbo
+from energy_prior.training import ElboConfig
 from energy_prior.training.distributed import Engine
 from energy_prior.training.elbo import _ElboTask, elbo
 
@@ -66,3 +60,54 @@ def test_a_validation_elbo_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -
     vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8)
     with pytest.raises(DivergenceError, match="validation ELBO is nan"):
         fit_elbo(vae, X, validation=X, iterations=4, kl_warmup=0, log_every=2, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_of_half_precision_are_refused(dtype: torch.dtype) -> None:
+    vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8).to(dtype)
+    with pytest.raises(GeneratorError, match=rf"weights of torch.float32 or torch.float64, got {dtype} .*model.float\(\)"):
+        fit_elbo(vae, X.to(dtype), iterations=2, progress=False)
+
+
+def test_wrappers() -> None:
+    """A compiled model is trained as the model inside; one that has the model in `module` is refused."""
+    options: dict[str, Any] = {"iterations": 3, "batch_size": 16, "progress": False}
+    plain, inside = (make().generator for _ in range(2))
+    fit_elbo(plain, X, **options, rng=seeded())
+    fit_elbo(torch.compile(inside), X, **options, rng=seeded())  # type: ignore[arg-type]
+    assert torch.equal(weights(plain), weights(inside))  # type: ignore[arg-type]
+    with pytest.raises(GeneratorError, match=r"DataParallel.*\.module"):
+        fit_elbo(nn.DataParallel(inside), X, **options)  # type: ignore[arg-type]
+
+
+def test_a_callback_and_a_short_repr() -> None:
+    seen: list[dict[str, float]] = []
+    vae = make().generator
+    result = fit_elbo(vae, X, iterations=5, log_every=2, batch_size=16, progress=False, callback=seen.append)
+    assert seen == result.history
+    assert [entry["iteration"] for entry in seen] == [2, 4, 5]
+    assert "history" not in repr(result)
+
+
+def test_an_error_in_a_callback_keeps_the_best_weights() -> None:
+    def stops(entry: dict[str, float]) -> None:
+        if entry["iteration"] == 6:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"kl_warmup": 0, "log_every": 2, "batch_size": 16, "warmup": 0, "progress": False}
+    best, stopped = make().generator, make().generator
+    fit_elbo(best, X, **options, iterations=12, validation=X[:8], rng=seeded(), learning_rate=1e-9)
+    with pytest.raises(KeyboardInterrupt):
+        fit_elbo(stopped, X, **options, iterations=12, validation=X[:8], rng=seeded(), callback=stops)
+    assert isinstance(stopped, nn.Module)
+    assert not torch.equal(weights(stopped), weights(best))  # type: ignore[arg-type]
+    assert all(p.requires_grad and p.grad is None for p in stopped.parameters())
+
+
+def test_validation_sets_that_are_arrays() -> None:
+    options: dict[str, Any] = {"iterations": 4, "kl_warmup": 0, "log_every": 2, "batch_size": 16, "progress": False}
+    found = [
+        fit_elbo(make().generator, data, validation=validation, **options, rng=seeded()).validation_elbo
+        for data, validation in ((X, X[:8]), (X.double().numpy(), X[:8].numpy()))
+    ]
+    assert found[0] == found[1]

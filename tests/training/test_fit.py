@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import math
+import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ladders import LinearLadder, QuadraticEnergy
-from runs import X, make, recorded, seeded
+from runs import X, make, recorded, seeded, weights
 from torch import Tensor, nn
 
-from energy_prior import (
-    CheckpointError,
-    DivergenceError,
-    JointEBMPrior,
-    LadderVAE,
-)
+from energy_prior import ArgumentError, CheckpointError, DivergenceError, GeneratorError, JointEBMPrior, LadderVAE, fit_elbo
 from energy_prior.model import JointModel
-from energy_prior.training import (
-    METHODS,
-    FitConfig,
-    Method,
-    fit,
-)
+from energy_prior.training import METHODS, FitConfig, Method, fit
 from energy_prior.training.config import JOINT_METHODS, LANGEVIN_METHODS
 
 
-@pytest.mark.parametrize("method", ["nce", "two_stage"])
+@pytest.mark.parametrize("method", ["nce", pytest.param("two_stage", marks=pytest.mark.slow)])
 def test_the_known_optimum_is_found(method: str) -> None:
     """One layer: the aggregate posterior is N(m, S), so the best quadratic f has 1/S = I + Q and mean (I + Q)⁻¹ h = m."""
 
@@ -252,3 +245,101 @@ def test_a_failed_run_forgets_the_calibration_of_other_energies() -> None:
     with recorded(), pytest.raises(DivergenceError):
         prior.fit(X, "two_stage", **WILD, steps=4, learning_rate=0.05, max_energy=20.0)
     assert bool((prior.calibration == 0).all())
+
+
+# ------------------------------------------------------------------------------------------------------ step size and repr
+
+
+@pytest.mark.parametrize("method", ["nce", "two_stage"])
+def test_a_step_size_that_is_given_stays(method: Method) -> None:
+    prior = make()
+    result = prior.fit(X, method, iterations=4, batch_size=16, steps=3, step_size=np.float64(0.125), progress=False)
+    assert result.step_size == 0.125
+    assert float(prior.step_size) == 0.125
+
+
+def test_a_result_does_not_print_its_history() -> None:
+    result = make().fit(X, iterations=4, log_every=1, batch_size=16, step_size=0.3, progress=False)
+    assert len(result.history) == 4
+    assert "history" not in repr(result)
+    assert "step_size=0.3" in repr(result)
+
+
+# --------------------------------------------------------------------------------------- energies that cannot be copied, saved
+
+
+class WithLock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.w, self.lock = nn.Parameter(torch.zeros(width)), threading.Lock()
+
+    def forward(self, z: Tensor) -> Tensor:
+        with self.lock:
+            return z @ self.w
+
+
+def normed(width: int) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        return nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(width, 1)), nn.Flatten(0))
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [(WithLock, r"f_2 \(WithLock\) fails \(cannot pickle"), (normed, r"f_2 \(Sequential\) fails \(Only Tensors created")],
+)
+def test_energies_that_cannot_be_copied(build: Any, words: str) -> None:
+    """They are refused before the run where stages need a copy, and are no trouble elsewhere."""
+    prior = make([QuadraticEnergy(torch.zeros(3, 3), torch.zeros(3)), build(2)])
+    options: dict[str, Any] = {"iterations": 6, "stages": 3, "batch_size": 16, "steps": 2, "step_size": 0.3, "progress": False}
+    before = weights(prior)
+    with pytest.raises(ArgumentError, match=f'(?s)energies: method="multi_stage_nce" keeps a copy.*{words}.*weight_norm'):
+        prior.fit(X, "multi_stage_nce", **options)
+    assert torch.equal(weights(prior), before)
+    for method in ("nce", "two_stage"):
+        prior.fit(X, method, **options)
+
+
+def test_energies_that_can_be_copied_again() -> None:
+    modern = [nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(d, 1)), nn.Flatten(0)) for d in (3, 2)]
+    options: dict[str, Any] = {"iterations": 6, "stages": 3, "batch_size": 16, "steps": 2, "step_size": 0.3, "progress": False}
+    make(list(modern)).fit(X, "multi_stage_nce", **options)
+
+
+class Extra(nn.Module):
+    """Keeps something beside its tensors."""
+
+    def __init__(self, state: Any = None) -> None:
+        super().__init__()
+        self.state = {"kind": "mine"} if state is None else state
+
+    def get_extra_state(self) -> Any:
+        return self.state
+
+    def set_extra_state(self, state: Any) -> None:
+        self.state = state
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z
+
+
+def test_state_that_no_checkpoint_can_keep(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"iterations": 2, "batch_size": 16, "step_size": 0.3, "progress": False}
+
+    def energies(extra: Extra) -> list[nn.Module]:
+        return [nn.Sequential(extra, nn.Linear(3, 1), nn.Flatten(0)), QuadraticEnergy(torch.zeros(2, 2), torch.zeros(2))]
+
+    with pytest.raises(ArgumentError, match=r"energies \(f_1\): the state of Extra \(0\) holds a dict under '0._extra_state'"):
+        make(energies(Extra())).fit(X, **options)
+    prior = make(energies(Extra(torch.ones(2))))  # a tensor can be kept
+    prior.fit(X, **options)
+    prior.save(tmp_path / "prior")
+    prior = make()
+    prior.generator.note = Extra()  # type: ignore[attr-defined]
+    with pytest.raises(GeneratorError, match=r"generator: the state of Extra \(note\) holds a dict"):
+        prior.fit(X, "variational", **options)
+    assert not prior.trained_jointly
+    vae = prior.generator
+    with pytest.raises(GeneratorError, match=r"generator: the state of Extra \(note\) holds a dict"):
+        fit_elbo(vae, X, iterations=2, batch_size=16, progress=False, run_dir=tmp_path / "run")
+    fit_elbo(vae, X, iterations=2, batch_size=16, progress=False)

@@ -12,9 +12,7 @@ from runs import X, make, seeded, weights
 from torch import Tensor, nn
 
 from energy_prior import ArgumentError, TrainingWarning, fit_elbo
-from energy_prior.training import (
-    RunConfig,
-)
+from energy_prior.training import RunConfig
 from energy_prior.training.distributed import Engine
 from energy_prior.training.loop import Group, run_loop
 from energy_prior.training.turns import Turns

@@ -11,11 +11,7 @@ from ladders import LinearLadder, gaussian
 from torch import Tensor, nn
 
 from energy_prior.topdown import TopDown
-from energy_prior.training import (
-    generator_likelihood,
-    maximum_likelihood,
-    noise_contrastive,
-)
+from energy_prior.training import generator_likelihood, maximum_likelihood, noise_contrastive
 
 
 def test_noise_contrastive_is_the_logistic_loss() -> None:

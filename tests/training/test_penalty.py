@@ -6,9 +6,7 @@ import pytest
 import torch
 from runs import make, task_of
 
-from energy_prior.training import (
-    energy_penalty,
-)
+from energy_prior.training import energy_penalty
 from energy_prior.training.penalty import PenaltyWeight, energy_wall
 
 

@@ -11,15 +11,8 @@ from ladders import GaussianLadder, PairsLadder, QuadraticEnergy, gaussian, kl
 from runs import X, make, seeded, task_of
 from torch import Tensor, nn
 
-from energy_prior import (
-    DivergenceError,
-    JointEBMPrior,
-    MLPEnergy,
-)
-from energy_prior.training import (
-    FitResult,
-    Method,
-)
+from energy_prior import DivergenceError, JointEBMPrior, MLPEnergy
+from energy_prior.training import FitResult, Method
 from energy_prior.training.chains import TrainingChains
 
 
@@ -137,6 +130,7 @@ FAST: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["multi_stage_nce", "two_stage"])
 def test_two_layers_find_the_energies_behind_the_draws(method: Method) -> None:
     ladder = PairsLadder((2, 2), x_dim=4, seed=1)
@@ -148,6 +142,7 @@ def test_two_layers_find_the_energies_behind_the_draws(method: Method) -> None:
     assert kl((mean, covariance), ladder.tilted()) < 0.08 * start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["variational", "joint"])
 def test_joint_rules_find_the_data(method: Method) -> None:
     """KL(data ‖ p(x)) nearly vanishes, with generator, inference model and energies all learning."""

@@ -14,19 +14,8 @@ import torch
 from runs import X, make, recorded, seeded
 from torch import Tensor, nn
 
-from energy_prior import (
-    ArgumentError,
-    CheckpointError,
-    DivergenceError,
-    JointEBMPrior,
-    LadderVAE,
-    MLPEnergy,
-    fit_elbo,
-)
-from energy_prior.training import (
-    METHODS,
-    Method,
-)
+from energy_prior import ArgumentError, CheckpointError, DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy, fit_elbo
+from energy_prior.training import METHODS, Method
 from energy_prior.training.distributed import Engine
 from energy_prior.training.run_dir import RunFolder
 
@@ -327,3 +316,27 @@ def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
     with RunFolder(tmp_path, Engine(), {}).held(), pytest.raises(ArgumentError, match="another run is writing to"):
         make().fit(X, iterations=2, batch_size=16, progress=False, run_dir=tmp_path)
     make().fit(X, iterations=2, batch_size=16, progress=False, run_dir=tmp_path)
+
+
+def test_paths_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make().fit(X, **SETTINGS, run_dir="~/run")
+    assert (tmp_path / "run" / "checkpoint-00000014").is_dir()
+    assert make().fit(X, **SETTINGS, run_dir=tmp_path / "run").resumed_at == 14
+    fit_elbo(make().generator, X, iterations=2, batch_size=16, progress=False, run_dir="~/elbo")
+    assert (tmp_path / "elbo" / "checkpoint-00000002").is_dir()
+    for run in (lambda: make().fit(X, **SETTINGS, run_dir=""), lambda: fit_elbo(make().generator, X, run_dir="")):
+        with pytest.raises(ArgumentError, match="run_dir: expected a path, got an empty text"):
+            run()
+
+
+def test_last_good_weights_go_to_the_users_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def explodes(*_: Any, **__: Any) -> None:
+        raise DivergenceError("as if", step=3)
+
+    monkeypatch.setattr("energy_prior.training.diagnostics.check_sound", explodes)
+    with pytest.raises(DivergenceError, match=f"saved as '{tmp_path / 'run' / 'last_good.safetensors'}' too"):
+        make().fit(X, **SETTINGS, run_dir="~/run")
+    assert (tmp_path / "run" / "last_good.safetensors").is_file()

@@ -18,6 +18,7 @@ from energy_prior.process import exclusive
 from energy_prior.training import FitResult
 
 SHORT: dict[str, Any] = {"iterations": 30, "log_every": 10, "batch_size": 16, "steps": 3, "progress": False}
+FEW: dict[str, Any] = SHORT | {"iterations": 5}
 PATIENCE = 60.0
 
 
@@ -189,7 +190,7 @@ def test_a_random_generator_in_use_is_refused_elsewhere() -> None:
         thread.start()
         thread.join(PATIENCE)
 
-    make().fit(X, **(SHORT | {"iterations": 2}), rng=rng, callback=in_a_thread)
+    make().fit(X, **FEW, rng=rng, callback=in_a_thread)
     assert len(errors) == 1
     assert "rng: another thread's call uses this torch.Generator" in errors[0]
 
@@ -206,7 +207,7 @@ def test_a_fit_inside_a_switch_of_the_callers_learns_the_same(switch: Callable[[
     plain, inside = make(), make()
     for prior, context in ((plain, contextlib.nullcontext()), (inside, switch())):
         with context:
-            prior.fit(X, "variational", **(SHORT | {"iterations": 5}), rng=seeded())
+            prior.fit(X, "variational", **FEW, rng=seeded())
     assert torch.equal(weights(plain), weights(inside))
     assert torch.equal(plain.step_size, inside.step_size)
 
@@ -218,7 +219,7 @@ def test_weights_are_not_old_ones_in_the_callers_autocast() -> None:
     assert isinstance(vae, LadderVAE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         vae.decoder(torch.ones(1, 3))
-        prior.fit(X, "variational", **(SHORT | {"iterations": 5}), generator_learning_rate=0.1)
+        prior.fit(X, "variational", **FEW, generator_learning_rate=0.1)
         inside = vae.decoder(torch.ones(1, 3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(vae.decoder(torch.ones(1, 3)), inside)
