@@ -25,7 +25,7 @@ PUBLIC = {"energy_prior", *(f"energy_prior.{m}" for m in ("adapters", "data", "e
 
 @pytest.fixture(autouse=True)
 def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The examples' folder can be imported, as `python examples/….py` has it; data sets are prepared in a folder of the test."""
+    """As `python examples/….py` has it, the examples' folder can be imported; data sets are prepared in the test's folder."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
