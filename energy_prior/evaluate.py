@@ -118,7 +118,7 @@ def two_sample_accuracy(
     mean, spread = train_a.mean(0), train_a.std(0).clamp_min(1e-12)
     unit = [((t - mean) / spread).cpu().numpy() for t in (train_a, train_b, test_a, test_b)]
     labels = torch.cat([torch.ones(len(train_a)), torch.zeros(len(train_b))]).numpy()
-    net = perceptron((hidden, hidden), alpha=1e-3, batch_size=256, max_iter=epochs, random_state=seed)
+    net = perceptron((hidden, hidden), alpha=1e-3, batch_size=min(256, len(labels)), max_iter=epochs, random_state=seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Stochastic Optimizer: Maximum iterations")
         net.fit(torch.cat([torch.as_tensor(unit[0]), torch.as_tensor(unit[1])]).numpy(), labels)

@@ -119,7 +119,9 @@ def run(options: argparse.Namespace, accelerator: Any = None) -> dict[str, Any]:
 
     # 3. The energies on the frozen generator: a ratio estimate first, then maximum likelihood on persistent chains.
     prior = JointEBMPrior(generator).to(place)
-    size = {"iterations": 4} if quick else {"iterations": 6500, "checkpoint_every": 500}
+    size: dict[str, Any] = {"iterations": 6500, "checkpoint_every": 500}
+    if quick:
+        size = {"iterations": 4, "step_size": 0.3}  # tuning it would take most of the time
     batches = stream(setting.energy_batch)
     prior.fit(batches, "nce", run_dir=out / "nce", **size, **shared)
     fit = prior.fit(batches, "two_stage", run_dir=out / "two_stage", **size, **({"steps": 3} if quick else {}), **shared)
