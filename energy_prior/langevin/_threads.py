@@ -59,8 +59,8 @@ def side_by_side(workers: int, threads: int, function: Callable[[_T, Halt], _R],
         try:
             with torch.no_grad():
                 return function(item, halt)
-        except DivergenceError:
-            raise  # the chain has said where
+        except (DivergenceError, CancelledError):
+            raise  # the chain that diverged has said where the others may stop
         except BaseException:
             halt.request()
             raise

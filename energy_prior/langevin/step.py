@@ -163,19 +163,19 @@ class Draws(NamedTuple):
 
     def each(self, config: StepConfig) -> list[Draw]:
         """What is new in each of these steps."""
-        drawn = []
-        for number in range(self.first, self.first + self.steps):
-            normals = tuple(self.noise.normal(number))
+
+        def draw(number: int) -> Draw:
+            normals = tuple(self.noise.normal(number))  # before the uniform numbers: both may come from one stream
             uniform = self.noise.uniform(number) if config.adjust else None
-            drawn.append(Draw(normals, uniform, self.gains[number - 1] if config.adapt else None))
-        return drawn
+            return Draw(normals, uniform, self.gains[number - 1] if config.adapt else None)
+
+        return [draw(number) for number in range(self.first, self.first + self.steps)]
 
 
 def per_chain(step_size: float | Tensor, position: Sequence[Tensor]) -> Tensor:
     """The step size of every chain at this position, (batch,), from one for all or one for each."""
-    if isinstance(step_size, Tensor):
-        return step_size.to(position[0])
-    return position[0].new_full(position[0].shape[:1], step_size)
+    like = position[0]
+    return step_size.to(like) if isinstance(step_size, Tensor) else like.new_full(like.shape[:1], step_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the chain
@@ -200,14 +200,19 @@ def init(density: JointDensity, config: StepConfig, position: Sequence[Tensor], 
 def step(density: JointDensity, config: StepConfig, state: State, draws: Sequence[Draw]) -> tuple[State, Info]:
     """Steps of every chain of the batch, one for each of `draws`, at least one: propose, evaluate, accept or reject, adapt."""
     rows, states = [], []
-    accepted, cut = None, None
+    accepted = cut = torch.zeros_like(state.step_size)
     for draw in draws:
-        cut = _sum(cut, _counted(state))
+        cut = cut if state.was_cut is None else cut + state.was_cut
         state, check, acceptance = one_step(density, config, state, draw)
-        accepted = _sum(accepted, acceptance)
+        accepted = accepted if acceptance is None else accepted + acceptance
         rows.append(check)
         states.append(state)
-    return state, Info(torch.stack(rows), _energy(states, config), accepted, cut)
+    return state, Info(
+        finite_check=torch.stack(rows),
+        energy=_energy(states, config),
+        accepted=accepted if config.measured else None,
+        cut=None if config.max_drift is None else cut,
+    )
 
 
 def finalize(density: JointDensity, config: StepConfig, state: State, draws: Sequence[Draw]) -> tuple[End, Info]:
@@ -215,7 +220,7 @@ def finalize(density: JointDensity, config: StepConfig, state: State, draws: Seq
     position, energy, cut = state.position, state.negative_energy, None
     for draw in draws:
         position, energy = propose(position, state.drift, state.coefficients, draw.noise), None
-        cut = _counted(state)
+        cut = None if state.was_cut is None else state.was_cut.to(state.step_size.dtype)
     return end_at(density, position, energy), Info(cut=cut)
 
 
@@ -285,15 +290,6 @@ def _select(accept: Tensor, new: State, old: State) -> State:
 
 def _energy(states: Sequence[State], config: StepConfig) -> Tensor | None:
     return torch.stack([not_none(state.negative_energy).sum(1) for state in states]) if config.traced else None
-
-
-def _counted(state: State) -> Tensor | None:
-    """1 where the drift of the next step is a cut one, (batch,)."""
-    return None if state.was_cut is None else state.was_cut.to(state.step_size.dtype)
-
-
-def _sum(total: Tensor | None, new: Tensor | None) -> Tensor | None:
-    return new if total is None or new is None else total + new
 
 
 def _finite_check(at: Evaluation, *, density_of_zero_is_bad: bool) -> Tensor:
