@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from energy_prior import ArgumentError, DivergenceError, GeneratorError, JointEBMPrior, LadderVAE, MLPEnergy
 from energy_prior.langevin import ChainSettings, InjectedNoise
+from energy_prior.model import JointModel
 from energy_prior.topdown import TopDown
 
 
@@ -243,18 +244,21 @@ def test_drift_norm_is_the_gradient_of_log_density_in_latent_space() -> None:
 
 def test_memory_does_not_grow_with_the_steps() -> None:
     """A chain holds a bounded number of tensors, whatever its length."""
-    model = trained_looking().model
+    vae = LadderVAE((1, 4, 4), latent_dims=(3,), hidden=8)
 
     def tensors_alive(steps: int) -> int:
-        seen = []
+        seen, calls = [], []
 
-        def count(step: int, *_: object) -> None:
-            if step == steps:
-                gc.collect()
-                seen.append(sum(type(o) is Tensor for o in gc.get_objects()))
+        class Counts(nn.Module):
+            def forward(self, z: Tensor) -> Tensor:
+                calls.append(None)
+                if len(calls) == steps:
+                    gc.collect()
+                    seen.append(sum(type(o) is Tensor for o in gc.get_objects()))
+                return z.sum(1)
 
         with torch.no_grad():
-            model.run([model.density(2)], ChainSettings(steps=steps), on_step=count)
+            JointModel(vae, nn.ModuleList([Counts()]), "noise", 0.3).sample(2, ChainSettings(steps=steps, adjust=True))
         return seen[0]
 
     assert tensors_alive(320) - tensors_alive(40) < 40
