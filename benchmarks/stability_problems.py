@@ -22,7 +22,7 @@ from energy_prior import JointEBMPrior, LadderVAE, fit_elbo
 from energy_prior.data import load_images
 from energy_prior.evaluate import excess_ratio, frechet_distance
 from energy_prior.langevin import ChainSettings, Target, sample_target
-from energy_prior.topdown import ancestral
+from energy_prior.topdown import TopDown, ancestral
 from energy_prior.training.config import JOINT_METHODS, LANGEVIN_METHODS, Method
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
