@@ -1,4 +1,4 @@
-"""The own forward passes and samplers of the stand-ins, as the repositories write theirs: what adapters are held to."""
+"""The forward passes and samplers of the stand-ins, as the public models have theirs: draws where they come, no adapter."""
 
 from __future__ import annotations
 

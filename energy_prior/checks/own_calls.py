@@ -89,8 +89,7 @@ def compare_reconstruct(generator: Any, x: Tensor, reconstruct: Callable[[Tensor
         verdict = _judged("reconstruct", generator.likelihood(state), result, x, again, first, followed, layers)
         if verdict.agrees or first[0]:
             return verdict
-        swapped = _swapped(generator, reading.inferred, lambda p: match_observation(p, read_result("", result, x), x, again))
-        return verdict._replace(said=verdict.said + swapped)
+        return verdict._replace(said=f"{verdict.said}.{_swapped(generator, reading.inferred, result, x)}")
 
     return _best("reconstruct", lambda: reconstruct(x), _noise_of(reading, layers), x, _orders(reading, layers), judge)
 
@@ -109,7 +108,7 @@ def _follow_infer(reading: Reading, steps: Mapping[int, list[Step]]) -> tuple[tu
     return (0, Match("same")), followed
 
 
-def _swapped(generator: HierarchicalGenerator, inferred: Inferred, differs: Callable[[Distribution], str | None]) -> str:
+def _swapped(generator: HierarchicalGenerator, inferred: Inferred, result: Any, x: Tensor) -> str:
     """Two layers of `infer` that, exchanged, make the observation right."""
     shapes = generator.latent_shapes
     for i, j in combinations(range(len(shapes)), 2):
@@ -117,8 +116,8 @@ def _swapped(generator: HierarchicalGenerator, inferred: Inferred, differs: Call
             latents = list(inferred.latents)
             latents[i], latents[j] = latents[j], latents[i]
             descent = TopDown(generator, len(latents[0])).descend(latents, "latent", to_observation=True)
-            if differs(generator.likelihood(descent.state)) is None:
-                return f" With z_{i + 1} and z_{j + 1} of infer exchanged it does not: are these layers swapped in its latents?"
+            if _differs("reconstruct", generator.likelihood(descent.state), result, x) is None:
+                return f" With z_{i + 1} and z_{j + 1} of infer exchanged they agree: are they swapped in its latents?"
     return ""
 
 
@@ -197,20 +196,19 @@ def _judged(
     layers: int,
 ) -> _Verdict:
     """One run: the first layer that parts, and the observation."""
-    outcome = read_result(name, result, x)
-
-    def draw() -> Tensor:
-        return _on_fixed_numbers(likelihood.sample, Replay())
-
-    differs = match_observation(likelihood, outcome, x, draw)
+    differs = _differs(name, likelihood, result, x)
     layer, match = first
     if differs is None and not match.certain:
         return _Verdict(True, layers, f"{name}: the observation agrees with the model's own, on the same noise")
     if layer:
-        above = f"They agree from z_{layers} down to z_{layer + 1}; " if layer < layers and name == "sample" else ""
-        inside = f" Look at descend(…, layer={layer + 1}) and conditional(…, layer={layer})." if name == "sample" else ""
-        said = f"{name}: the model and the generator first part at layer {layer}. {above}on the same noise {match.why}.{inside}"
+        above, inside = "", ""
+        if name == "sample":
+            above = f"z_{layers} … z_{layer + 1} agree; " if layer < layers else ""
+            before = f"descend(…, layer={layer + 1})" if layer < layers else "start"
+            inside = f" Look at {before} and conditional(…, layer={layer})."
+        said = f"{name}: the model and the generator first part at layer {layer}: {above}on the same noise {match.why}.{inside}"
         return _Verdict(False, followed, said)
+    outcome = read_result(name, result, x)
     if outcome.kind == "x" and not torch.equal(read_result(name, again(), x).value, outcome.value):
         if followed == layers:
             said = f"{name}: every z agrees with the model's own; its observation is drawn, and was not compared: give its mean"
@@ -220,6 +218,13 @@ def _judged(
         )
     known = "Every z agrees" if followed == layers else f"{followed} of {layers} layers were seen to agree, none to differ"
     return _Verdict(False, followed, f"{name}: the model and the generator part below z_1. {known}, but {differs}")
+
+
+def _differs(name: str, likelihood: Distribution, result: Any, x: Tensor) -> str | None:
+    """How p(x | z) differs from what the model's call gave; draws of both are made from the same numbers."""
+    return match_observation(
+        likelihood, read_result(name, result, x), x, lambda: _on_fixed_numbers(likelihood.sample, Replay(), x.device)
+    )
 
 
 def _best(
@@ -232,14 +237,16 @@ def _best(
 ) -> str:
     """Runs the model's call with the noise in every order that its draws allow; one in which all agrees is enough."""
     counting = Replay()
-    _on_fixed_numbers(call, counting)
+    _on_fixed_numbers(call, counting, x.device)
     shapes = {i: n.shape for i, n in noise.items()}
     best: _Verdict | None = None
     for plan in plans(counting.drawn, shapes, orders):
         replay = Replay(noise, plan)
-        result = _on_fixed_numbers(call, replay)
+        result = _on_fixed_numbers(call, replay, x.device)
         with torch.no_grad():
-            verdict = judge(result, replay.steps, lambda plan=plan: _on_fixed_numbers(call, Replay(noise, plan, seed=1), 1))
+            verdict = judge(
+                result, replay.steps, lambda plan=plan: _on_fixed_numbers(call, Replay(noise, plan, seed=1), x.device, 1)
+            )
         best = verdict if best is None or verdict[:2] > best[:2] else best
         if best.agrees:
             return best.said
@@ -251,8 +258,7 @@ def _best(
     raise GeneratorError(best.said)
 
 
-def _on_fixed_numbers(call: Callable[[], Any], replay: Replay, seed: int = 0) -> Any:
-    device = next((n.device for n in replay.noise.values()), torch.device("cpu"))
+def _on_fixed_numbers(call: Callable[[], Any], replay: Replay, device: torch.device, seed: int = 0) -> Any:
     with torch.no_grad(), RandomStream(_SEED + seed, device).active(), replay:
         return call()
 

@@ -59,7 +59,7 @@ class Replay(TorchDispatchMode):
         super().__init__()
         self.drawn: list[torch.Size] = []
         self.steps: dict[int, list[Step]] = {}
-        self.noise, self._plan, self._given, self._seed = noise or {}, plan or Plan({}), given or {}, seed
+        self._noise, self._plan, self._given, self._seed = noise or {}, plan or Plan({}), given or {}, seed
         self._others: dict[torch.Size, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -96,7 +96,7 @@ class Replay(TorchDispatchMode):
             noise = self._given[number].to(target).reshape(target.shape)
         elif number in self._plan.layers:
             layers = self._plan.layers[number]
-            noise = _laid_out([self.noise[i] for i in layers], self._plan.layout).to(target).reshape(target.shape)
+            noise = _laid_out([self._noise[i] for i in layers], self._plan.layout).to(target).reshape(target.shape)
         else:
             noise = self._other(target)
         target.copy_(loc + scale * noise)
@@ -105,7 +105,7 @@ class Replay(TorchDispatchMode):
         return target
 
     def _begin(self, layer: int, target: Tensor, loc: Any, scale: Any, alone: bool) -> None:
-        noise = self.noise[layer]
+        noise = self._noise[layer]
         zero, one = torch.zeros_like(noise), torch.ones_like(noise)
         self.steps[layer] = [Step(zero, one, noise, shifted=False)]
         if not alone:
