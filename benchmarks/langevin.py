@@ -311,7 +311,7 @@ def two_stage_training(quick: bool) -> dict[str, float]:
         original = TrainingChains.run
 
         def run(self: TrainingChains, start: Sequence[Tensor], steps: int) -> tuple[Tensor, ...]:
-            z = plain_chain(self.model.generator, self.model.energies, start, steps, self.step_size)
+            z = plain_chain(self.model.generator, list(self.model.energies), start, steps, self.step_size)
             return tuple(z)
 
         TrainingChains.run = run

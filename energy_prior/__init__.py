@@ -16,6 +16,7 @@ __all__ = [
     "Energy",
     "EnergyPriorError",
     "FitConfig",
+    "FitResult",
     "GeneratorError",
     "HierarchicalGenerator",
     "Inferred",
@@ -23,6 +24,7 @@ __all__ = [
     "LadderVAE",
     "MLPEnergy",
     "MissingExtraError",
+    "ScoreTerms",
     "ResidualVAE",
     "ShapeError",
     "TrainingWarning",
@@ -54,6 +56,7 @@ from energy_prior.generators import DiscretizedLogisticMixture, LadderVAE, Resid
 from energy_prior.langevin import ChainSettings, Trajectory
 from energy_prior.prior import JointEBMPrior
 from energy_prior.protocol import HierarchicalGenerator, Inferred
-from energy_prior.training import FitConfig, fit_elbo, map_batches
+from energy_prior.scores import ScoreTerms
+from energy_prior.training import FitConfig, FitResult, fit_elbo, map_batches
 
 __version__ = "0.1.0"

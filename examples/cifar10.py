@@ -70,21 +70,23 @@ class TwoLayers(nn.Module):
             nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Tanh(),
         )  # fmt: skip
 
-    def start(self, batch_size: int) -> tuple[str, Tensor]:
-        """Above z_2: the parameters of N(0, I)."""
-        return "z_2", next(self.parameters()).new_zeros(batch_size, 2 * self.latent_shapes[1][0])
+    def start(self, batch_size: int) -> Tensor:
+        """Above z_2: zeros, the mean of p(z_2) = N(0, I)."""
+        return next(self.parameters()).new_zeros(batch_size, *self.latent_shapes[1])
 
-    def conditional(self, state: tuple[str, Tensor]) -> Normal:
-        """p(z_2), then p(z_1 | z_2)."""
-        return normal(state[1])
+    def conditional(self, state: Tensor, layer: int) -> Normal:
+        """p(z_2), and p(z_1 | z_2); the state is z_2."""
+        if layer == 2:
+            return Normal(state, torch.ones_like(state), validate_args=False)
+        return normal(self.prior1(state))
 
-    def descend(self, state: tuple[str, Tensor], z: Tensor) -> tuple[str, Tensor]:
-        """One layer down; below z_1 the state is z_1 itself, and the decoder waits for `likelihood`."""
-        return ("z_1", self.prior1(z)) if state[0] == "z_2" else ("x", z)
+    def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
+        """The state below z_i: z_i itself."""
+        return z
 
-    def likelihood(self, state: tuple[str, Tensor]) -> Independent:
-        """N(g(z_1), σ²) for every pixel."""
-        mean = self.decoder(state[1]).float()  # autocast may have made it bf16, in which σ would be rounded too
+    def likelihood(self, state: Tensor) -> Independent:
+        """N(g(z_1), σ²) for every pixel; the decoder runs here, so chains that need no image never pay for it."""
+        mean = self.decoder(state).float()  # autocast may have made it bf16, in which σ would be rounded too
         return Independent(Normal(mean, self.sigma, validate_args=False), 3, validate_args=False)
 
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
@@ -95,7 +97,7 @@ class TwoLayers(nn.Module):
             below = q.loc + q.scale * torch.randn(q.loc.shape, generator=rng, dtype=q.loc.dtype, device=q.loc.device)
             latents.append(below)
             log_q.append(q.log_prob(below).sum(1))
-        return Inferred(tuple(latents), torch.stack(log_q, 1), "bottom_up")
+        return Inferred(tuple(latents), torch.stack(log_q, 1))
 
 
 def mlp(inner: int, hidden: int, depth: int, out: int) -> nn.Sequential:
@@ -170,7 +172,7 @@ def run(
         "acceptance": float(chain.acceptance[1:].mean()),
         "largest_energy": max(h["max_energy"] for h in fit.history),
         "clipped": fit.clipped,
-        "tamed": fit.tamed,
+        "cut_share": fit.cut_share,
         "warnings": fit.warnings,
     }
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 __all__ = [
+    "as_observations",
     "check_calls",
+    "check_dtype",
     "check_energies",
     "check_count",
     "check_device",
     "check_flag",
+    "check_full_precision",
     "check_given",
     "check_k",
     "check_latents",
@@ -17,9 +20,12 @@ __all__ = [
     "check_positive",
     "check_same_place",
     "check_settings",
+    "check_share",
+    "check_shape",
     "check_sizes",
     "checked_infer",
     "energy_modules",
+    "is_array",
     "range_fault",
     "real_number",
     "require_extra",
@@ -32,20 +38,29 @@ import importlib
 import math
 import operator
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from energy_prior._util import first_line
-from energy_prior.errors import ArgumentError, DataWarning, DivergenceError, GeneratorError, MissingExtraError, ShapeError
+from energy_prior.errors import ArgumentError, DataWarning, DivergenceError, GeneratorError, MissingExtraError, ShapeError, warn
 from energy_prior.protocol import HierarchicalGenerator, Inferred
 
 _RANGE_SLACK = 0.05
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Latents are float32 or float64; else a `GeneratorError` says what to do."""
+    if dtype not in (torch.float32, torch.float64):
+        raise GeneratorError(
+            f"generator: its latents are {dtype}, whose precision or range does not hold log densities of hundreds of nats. "
+            "Convert the model with generator.float()."
+        )
 
 
 def check_calls(generator: Any) -> None:
@@ -65,12 +80,25 @@ def check_calls(generator: Any) -> None:
 
 
 def check_same_place(generator: Tensor, energies: Tensor) -> None:
-    """The generator and the energies have one dtype and device."""
+    """The generator and the energies have one dtype, float32 or float64, and device."""
+    check_dtype(generator.dtype)
     if (generator.dtype, generator.device) != (energies.dtype, energies.device):
         raise ArgumentError(
             f"generator: it is {generator.dtype} on {generator.device}, but the energies are {energies.dtype} on "
             f"{energies.device}. Move both with prior.to(…), not the generator alone."
         )
+
+
+def check_full_precision(generator: Any) -> None:
+    """Refuses a model with weights of half precision, in which log densities of hundreds of nats are too coarse."""
+    if not isinstance(generator, nn.Module):
+        return
+    for name, weight in generator.named_parameters():
+        if weight.is_floating_point() and torch.finfo(weight.dtype).bits < 32:
+            raise GeneratorError(
+                f"generator: expected weights of torch.float32 or torch.float64, got {weight.dtype} ({name}), in which log "
+                "densities of hundreds of nats are too coarse. Convert it with model.float()."
+            )
 
 
 def energy_modules(energies: Any) -> list[nn.Module]:
@@ -120,7 +148,7 @@ def check_tensor(name: str, value: Any, shape: Sequence[int], reference: Tensor,
     """A finite tensor (batch, *shape) with the dtype and device of `reference`; returns its batch size."""
     wanted = f"({'batch' if batch is None else batch}, {', '.join(map(str, shape))})"
     if not isinstance(value, Tensor):
-        hint = " Convert it with torch.from_numpy." if hasattr(value, "__array__") else ""
+        hint = " Convert it with torch.from_numpy." if is_array(value) else ""
         raise ArgumentError(f"{name}: expected a tensor of shape {wanted}, got {type(value).__name__}.{hint}")
     if tuple(value.shape[1:]) != tuple(shape) or value.ndim == 0 or (batch is not None and len(value) != batch):
         raise ShapeError(f"{name}: expected shape {wanted}, got {tuple(value.shape)}.")
@@ -154,24 +182,73 @@ def check_latents(name: str, latents: Any, shapes: Sequence[torch.Size], referen
         batch = check_tensor(f"{name}[{layer - 1}] (z_{layer})", z, shape, reference, batch)
 
 
-def check_given(given: Mapping[int, Tensor], shapes: Sequence[torch.Size], reference: Tensor, batch: int) -> None:
-    """Layer numbers 1 … L with their values."""
+def check_given(given: Mapping[int, Tensor], shapes: Sequence[torch.Size], reference: Tensor, batch: int) -> dict[int, Tensor]:
+    """Layer numbers 1 … L, as Python's own, with their values."""
     if not isinstance(given, Mapping):
         raise ArgumentError(f"given: expected a mapping from layer number to z, got {type(given).__name__}.")
-    for layer, z in given.items():
-        if whole_number(layer) is None or not 1 <= layer <= len(shapes):
+    checked: dict[int, Tensor] = {}
+    for key, z in given.items():
+        layer = whole_number(key)
+        if layer is None or not 1 <= layer <= len(shapes):
             raise ArgumentError(
-                f"given: expected layer numbers from 1 (nearest the data) to {len(shapes)} (the top), got {layer!r}."
+                f"given: expected layer numbers from 1 (nearest the data) to {len(shapes)} (the top), got {key!r}."
             )
         check_tensor(f"given[{layer}]", z, shapes[layer - 1], reference, batch)
+        checked[layer] = z
+    return checked
 
 
 def check_observations(name: str, x: Any, x_shape: Sequence[int], reference: Tensor, generator: Any = None) -> None:
-    """A batch of finite observations, (batch, *x_shape); warns if they are not in the range that `generator` says."""
+    """A batch of finite observations, (batch, *x_shape), like `reference`; warns if they leave the generator's `x_range`."""
     check_tensor(name, x, x_shape, reference, None)
     what = range_fault(x, generator)
     if what is not None:
-        warnings.warn(f"{name}: {what}", DataWarning, stacklevel=3)
+        warn(f"{name}: {what}", DataWarning)
+
+
+def as_observations(name: str, value: Any, x_shape: Sequence[int], reference: Tensor, generator: Any = None) -> Tensor:
+    """A batch of observations as a tensor, checked as `check_observations` does.
+
+    An array (numpy's, or what numpy can read as one) of floating-point numbers is converted to the dtype and device of
+    `reference`. A tensor is the caller's to convert: it is returned as it is, or refused.
+
+    Args:
+        name: of the argument, for messages.
+        value: a tensor or an array, (batch, *x_shape).
+        x_shape: shape of an observation.
+        reference: a tensor with the dtype and device that observations must have.
+        generator: the generator, for the range that it says observations have; None: any range.
+
+    Returns:
+        (batch, *x_shape); it may share its memory with an array.
+
+    Raises:
+        ArgumentError, ShapeError: if it is of another kind, shape, dtype or device, or not finite. Arrays of integers are
+            refused: nobody but the caller knows the scale that the model was trained on.
+    """
+    x = _from_array(name, value, reference) if is_array(value) else value
+    check_observations(name, x, x_shape, reference, generator)
+    return x
+
+
+def is_array(value: Any) -> bool:
+    """Whether this is an array, but no tensor."""
+    return hasattr(value, "__array__") and not isinstance(value, Tensor | type)
+
+
+def _from_array(name: str, value: Any, reference: Tensor) -> Tensor:
+    array = np.asarray(value)
+    if array.dtype.kind in "iub":
+        raise ArgumentError(
+            f"{name}: expected floating-point numbers, got an array of {array.dtype}. Scale it to the range that the model was "
+            "trained on, such as x / 255 for 8-bit images in [0, 1]."
+        )
+    if array.dtype.kind != "f":
+        raise ArgumentError(f"{name}: expected an array of floating-point numbers, got one of {array.dtype}.")
+    dtype = np.float64 if reference.dtype == torch.float64 else np.float32
+    with np.errstate(over="ignore"):  # what becomes infinite is found by the check
+        array = np.require(array, dtype, ["C_CONTIGUOUS", "WRITEABLE"])
+    return torch.from_numpy(array).to(reference.device, reference.dtype)
 
 
 def range_fault(x: Tensor, generator: Any) -> str | None:
@@ -193,11 +270,12 @@ def range_fault(x: Tensor, generator: Any) -> str | None:
 
 def check_k(k: Any, layers: int) -> int:
     """k of L^{>k}: a whole number from 0 to L."""
-    if whole_number(k) is None or not 0 <= k <= layers:
+    number = whole_number(k)
+    if number is None or not 0 <= number <= layers:
         raise ArgumentError(
             f"k: expected a whole number from 0 to {layers}, the number of layers nearest the data to redraw, got {k!r}."
         )
-    return int(k)
+    return number
 
 
 def checked_infer(generator: HierarchicalGenerator, x: Tensor) -> Inferred:
@@ -248,9 +326,26 @@ def check_count(name: str, value: Any, *, least: int = 1) -> int:
 
 def check_sizes(name: str, values: Any, *, least: int = 1) -> tuple[int, ...]:
     """Whole numbers of at least `least`, from any iterable of any kind of integers, as Python's own."""
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+    found = _elements(values)
+    if found is None:
         raise ArgumentError(f"{name}: expected a sequence of whole numbers, got {values!r}.")
-    return tuple(check_count(name, value, least=least) for value in values)
+    return tuple(check_count(name, value, least=least) for value in found)
+
+
+def check_shape(name: str, values: Any) -> torch.Size:
+    """A shape without the batch: one or more sizes of at least 1, from any iterable of any kind of integers."""
+    found = _elements(values)
+    sizes = [whole_number(value) or 0 for value in found or ()]
+    if not sizes or min(sizes) < 1:
+        raise ShapeError(f"{name}: expected one or more positive sizes, got {values if found is None else found!r}.")
+    return torch.Size(sizes)
+
+
+def _elements(values: Any) -> tuple[Any, ...] | None:
+    """The elements of an iterable; None if it is text, or cannot be iterated (arrays and tensors without dimensions too)."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+        return None
+    return tuple(values)
 
 
 def whole_number(value: Any) -> int | None:
@@ -292,6 +387,14 @@ def check_not_negative(name: str, value: Any) -> float:
     number = real_number(value)
     if number is None or number < 0:
         raise ArgumentError(f"{name}: expected a finite number of at least 0, got {value!r}.")
+    return number
+
+
+def check_share(name: str, value: Any) -> float:
+    """A number between 0 and 1, of any kind, as Python's own."""
+    number = real_number(value)
+    if number is None or not 0 < number < 1:
+        raise ArgumentError(f"{name}: expected a number between 0 and 1, got {value!r}.")
     return number
 
 

@@ -95,7 +95,7 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[s
             "last": result.history[-1],
             "step_size": result.step_size,
             "clipped": result.clipped,
-            "tamed": result.tamed,
+            "cut_share": result.cut_share,
             "warnings": result.warnings,
         }
     if accelerator is None or accelerator.is_main_process:

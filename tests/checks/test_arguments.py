@@ -56,7 +56,7 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
     # observations
     (lambda p: p.anomaly_score(X[:, :, :3]), ShapeError, r"x: expected shape \(batch, 1, 4, 4\), got \(4, 1, 3, 4\)"),
     (lambda p: p.anomaly_score(X.double()), ArgumentError, "x: expected torch.float32"),
-    (lambda p: p.anomaly_score(X.numpy()), ArgumentError, "x: expected a tensor of shape .* got ndarray"),  # type: ignore[arg-type]
+    (lambda p: p.anomaly_score(X.tolist()), ArgumentError, "x: expected a tensor of shape .* got list"),
     (lambda p: p.anomaly_score(X[:0]), ShapeError, "x: expected at least one observation"),
     (lambda p: p.llr_score(NAN, 1), ArgumentError, "x: expected finite values, got 1 that are NaN or infinite"),
     (lambda p: p.sample_posterior(NAN), ArgumentError, "x: expected finite values"),
@@ -162,7 +162,7 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
     (lambda p: p.anomaly_score(X, "calibrated"), ArgumentError, r"needs prior.calibrate\(x\)"),
     (lambda p: p.calibrate(X[:1]), ShapeError, "x: expected two or more observations"),
     (lambda p: p.calibrate(X), ArgumentError, "an untrained prior"),
-    (lambda p: p.fit(X.numpy()), ArgumentError, "data: .* got ndarray. Convert it with torch.from_numpy"),  # type: ignore[arg-type]
+    (lambda p: p.fit((255 * X).byte().numpy()), ArgumentError, "data: .* got an array of uint8. Scale it to the range"),
     (lambda p: p.fit(X, config={"iterations": 3}), ArgumentError, "config: expected a FitConfig or None, got dict"),  # type: ignore[arg-type]
     (lambda p: p.fit(X, persistent=3, batch_size=4), ArgumentError, "persistent: expected 0 or at least batch_size"),
     (
@@ -170,11 +170,12 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
         ArgumentError,
         "persistent: .* as a batch has, 4, got 3",
     ),
-    (lambda p: p.fit(X, restart=2.0), ArgumentError, r"restart: expected a share in \[0, 1\]"),
+    (lambda p: p.fit(X, restart_probability=2.0), ArgumentError, r"restart_probability: expected a share in \[0, 1\]"),
     (lambda p: fit_elbo(p.generator, X, iterations=10, kl_warmup=10), ArgumentError, "kl_warmup: expected fewer than"),
+    (lambda p: p.save(""), ArgumentError, "path: expected a path, got an empty text"),
     (lambda p: p.save("no/such/folder/p.safetensors"), FileNotFoundError, "path: there is no folder 'no/such/folder'"),
     (lambda p: p.save("tests"), IsADirectoryError, "path: 'tests' is a folder"),
-    (lambda p: JointEBMPrior.load(p.generator, "p"), ArgumentError, "path: expected a file's path, got LadderVAE"),  # type: ignore[arg-type]
+    (lambda p: JointEBMPrior.load(p.generator, "p"), ArgumentError, "path: expected a path, got LadderVAE"),  # type: ignore[arg-type]
     # construction
     (lambda p: JointEBMPrior(p.generator, "latent"), ArgumentError, "energies: .* got str; space is a keyword"),  # type: ignore[arg-type]
     (lambda p: make(energies=[torch.sum, torch.sum]), ArgumentError, "energies: expected an nn.Module for f_1, got"),

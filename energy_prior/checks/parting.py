@@ -1,0 +1,190 @@
+"""Where two sides that ran on the same numbers part: a layer's draw, or the observation."""
+
+from __future__ import annotations
+
+__all__ = ["Match", "Outcome", "match_draw", "match_observation", "read_result"]
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from energy_prior._util import sum_event
+from energy_prior.checks.replay import Step
+from energy_prior.checks.tolerance import near, relative, same_log_density
+from energy_prior.errors import ArgumentError
+
+_ELEMENT_FACTOR = 10.0
+_NEAR_SCALE = 1.33  # a scale that is off by less than this, at the right mean, is a scale with an error in it
+
+
+# ------------------------------------------------------------------------------------------------------------------- draws
+
+
+class Match(NamedTuple):
+    """What a model has made of a layer's noise, beside what the generator makes of it.
+
+    Attributes:
+        kind: "same", "other", or "unknown" where the model's code could not be followed.
+        z: the model's z_i, where it is the same.
+        why: how it is another one.
+        certain: this alone shows that they differ; else only if results differ too.
+    """
+
+    kind: str
+    z: Tensor | None = None
+    why: str = ""
+    certain: bool = False
+
+
+def match_draw(steps: Sequence[Step], loc: Tensor, scale: Tensor) -> Match:
+    """Looks for loc + scale ε among the steps that a model's noise went through."""
+    if not steps:
+        return Match("unknown")
+    loc, scale = loc.detach(), scale.detach()
+    best: tuple[float, Match] | None = None
+    for step in steps:
+        same_loc, same_scale = _same_loc(step.loc, loc, scale), _same_scale(step.scale, scale)
+        if same_loc and same_scale:
+            return Match("same", step.value)
+        if not step.shifted:
+            continue
+        ratio = step.scale / scale
+        close = bool(((ratio > 1 / _NEAR_SCALE) & (ratio < _NEAR_SCALE)).all())
+        telling = bool((step.scale != 1).any())
+        certain = (same_loc and close) or (same_scale and telling)
+        distance = float(((step.loc - loc).abs() / scale).mean() + ratio.abs().log().abs().mean())
+        if best is None or distance < best[0]:
+            best = distance, Match("other", None, _difference(step, loc, scale, same_loc, same_scale), certain)
+    return Match("unknown") if best is None else best[1]
+
+
+def match_value(steps: Sequence[Step], z: Tensor) -> Match:
+    """Looks for a z among the steps that a model's noise went through."""
+    if any(near(step.value, z) for step in steps):
+        return Match("same", z)
+    if not any(step.shifted for step in steps):
+        return Match("unknown")
+    off = min(float((step.value - z).abs().max()) for step in steps if step.shifted)
+    return Match("other", None, f"z is off by up to {off:.3g}", certain=False)
+
+
+def _same_loc(a: Tensor, b: Tensor, scale: Tensor) -> bool:
+    r = relative(b.dtype)
+    return bool(((a - b).abs() <= r * float(b.abs().max()) + _ELEMENT_FACTOR * r * scale).all())
+
+
+def _same_scale(a: Tensor, b: Tensor) -> bool:
+    return bool(((a.abs() - b).abs() <= _ELEMENT_FACTOR * relative(b.dtype) * b).all())
+
+
+def _difference(step: Step, loc: Tensor, scale: Tensor, same_loc: bool, same_scale: bool) -> str:
+    """The model's μ and σ of a layer beside the generator's, in words."""
+    said = [] if same_loc else [f"μ is off by up to {float((step.loc - loc).abs().max()):.3g}"]
+    if not same_scale:
+        said.append(_scale_difference(scale, step.scale.abs()))
+    return " and ".join(said)
+
+
+def _scale_difference(ours: Tensor, theirs: Tensor) -> str:
+    ratio = ours / theirs
+    middle = float(ratio.median())
+    for what, value in (
+        (f"{middle:.6g} times the model's", middle * theirs),
+        ("the square root of the model's", theirs.sqrt()),
+        ("the square of the model's", theirs.square()),
+        ("exp where the model has softplus", theirs.expm1()),
+        ("softplus where the model has exp", theirs.log1p()),
+    ):
+        if _same_scale(value, ours):
+            return f"the generator's σ is {what}"
+    return f"the generator's σ is from {float(ratio.min()):.4g} to {float(ratio.max()):.4g} times the model's"
+
+
+# ------------------------------------------------------------------------------------------------------------ observations
+
+
+class Outcome(NamedTuple):
+    """What one of the model's calls gave: observations, (batch, *x_shape), or log p(x | z), (batch,), nats."""
+
+    kind: str
+    value: Tensor
+
+
+def read_result(name: str, result: Any, x: Tensor) -> Outcome:
+    """An observation or a log density from whatever the model's own call gives.
+
+    Raises:
+        ArgumentError: if it is neither.
+    """
+    if callable(getattr(result, "log_prob", None)):
+        result = sum_event(torch.as_tensor(result.log_prob(x)))
+    elif hasattr(result, "__array__") and not isinstance(result, Tensor):
+        result = torch.as_tensor(result)
+    if isinstance(result, Tensor) and result.is_floating_point():
+        value = result.detach().to(x)
+        if value.shape == x.shape:
+            return Outcome("x", value)
+        if value.shape == x.shape[:1]:
+            return Outcome("log p", value)
+    got = f"{result.dtype} of shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+    raise ArgumentError(
+        f"{name}: expected observations {tuple(x.shape)}, means or draws, in the units of x; or log p(x | z) of x, "
+        f"({len(x)},), nats; or something with log_prob. Got {got}."
+    )
+
+
+def match_observation(likelihood: Distribution, outcome: Outcome, x: Tensor, draw: Callable[[], Tensor]) -> str | None:
+    """How p(x | z) of the generator differs from what the model's call gave; None: it does not."""
+    log_prob = likelihood.log_prob(x).detach()
+    elements = x[0].numel()
+    if outcome.kind == "log p":
+        if same_log_density(outcome.value, log_prob, elements):
+            return None
+        ours, theirs, off = float(log_prob[0]), float(outcome.value[0]), log_prob - outcome.value
+        constant = near(off, off[:1].expand_as(off), floor=0.0)
+        return (
+            f"log p(x | z) of the first observation is {theirs:.6g} by the model, {ours:.6g} by the generator"
+            + (f", {float(off[0]) / elements:.4g} nats per element more in every observation" if constant else "")
+            + ". Are x and σ in the model's units (data scaling), and is it a sum over elements?"
+        )
+    named = dict(_tensors(likelihood, x))
+    if any(near(outcome.value, value) for value in named.values()):
+        return None
+    if same_log_density(sum_event(outcome.value), log_prob, elements):  # log p of every element
+        return None
+    if near(outcome.value, draw()):
+        return None
+    mean = named.get("mean")
+    if mean is None:
+        return "the observation is no draw, and no parameter, of the generator's likelihood"
+    return f"the observation is off by up to {float((mean - outcome.value).abs().max()):.3g}{_affine_hint(mean, outcome.value)}"
+
+
+def _tensors(likelihood: Any, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Mean, and parameters of the shape of an observation, of a distribution and of what it is built on."""
+    for name in ("mean", "loc", "probs", "logits"):
+        try:
+            value = getattr(likelihood, name, None)
+        except NotImplementedError:
+            continue
+        if isinstance(value, Tensor) and value.shape == x.shape:
+            yield name, value.detach()
+    for name in ("base_dist", "base"):
+        if isinstance(getattr(likelihood, name, None), Distribution):
+            yield from ((key, value) for key, value in _tensors(getattr(likelihood, name), x) if key != "mean")
+
+
+def _affine_hint(ours: Tensor, theirs: Tensor) -> str:
+    """Says so where one is a multiple of the other, plus a constant."""
+    a, b = ours.flatten().double(), theirs.flatten().double()
+    a0, b0 = a - a.mean(), b - b.mean()
+    if float(b0.abs().max()) == 0:
+        return ""
+    slope = float((a0 @ b0) / (b0 @ b0))
+    shift = float(a.mean() - slope * b.mean())
+    if not near((slope * b + shift).to(ours.dtype), ours.flatten()):
+        return ""
+    return f": the generator's is {slope:.4g} times the model's {'+' if shift >= 0 else '−'} {abs(shift):.4g} (data scaling?)"
