@@ -53,14 +53,27 @@ def labelled(folder: Path, size: int, channels: int) -> Path:
 
 
 CASES = [
-    ("mnist.py", 28, 1, {"samples.png", "long_chain.png", "results.json", "prior.safetensors"}),
-    ("mnist_toy.py", 28, 1, {"samples.png", "transitions.png", "results.json"}),
-    ("cifar10.py", 32, 3, {"samples.png", "long_chain.png", "scores.png", "results.json", "prior.safetensors"}),
+    pytest.param("mnist_toy.py", 28, 1, {"samples.png", "transitions.png", "results.json"}, id="mnist_toy"),
+    pytest.param(
+        "mnist.py",
+        28,
+        1,
+        {"samples.png", "long_chain.png", "results.json", "prior.safetensors"},
+        id="mnist",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        "cifar10.py",
+        32,
+        3,
+        {"samples.png", "long_chain.png", "scores.png", "results.json", "prior.safetensors"},
+        id="cifar10",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("script", "size", "channels", "files"), CASES, ids=[c[0] for c in CASES])
+@pytest.mark.parametrize(("script", "size", "channels", "files"), CASES)
 def test_quick(script: str, size: int, channels: int, files: set[str], tmp_path: Path) -> None:
     data = labelled(tmp_path / "set", size, channels)
     extra = ["--unknown", str(write_parquet(tmp_path / "other", images(20, 30, 3, 1), "test"))] if channels == 3 else []
