@@ -57,6 +57,7 @@ def side_by_side(workers: int, threads: int, function: Callable[[_T, Halt], _R],
     def call(item: _T) -> _R:
         origin.set(at)
         try:
+            halt.check(0)
             with torch.no_grad():
                 return function(item, halt)
         except (DivergenceError, CancelledError):

@@ -177,9 +177,9 @@ def test_an_unmeasured_chain_evaluates_once_per_step(monkeypatch: pytest.MonkeyP
     made: list[int] = []
 
     class Counted(Eager):
-        def init(self, *arguments: Any) -> Any:
+        def init(self, density: Any, config: Any, position: Any, step_size: Any) -> Any:
             made.append(1)
-            return super().init(*arguments)
+            return super().init(density, config, position, step_size)
 
         def step(self, density: Any, config: Any, state: Any, draws: Any) -> Any:
             made.append(draws.steps)
@@ -237,10 +237,10 @@ def test_memory_does_not_grow_with_the_steps(options: dict[str, Any]) -> None:
     target, alive = target_of(prior, 2), [0]
 
     class Looks(Eager):
-        def finalize(self, *arguments: Any) -> Any:
+        def finalize(self, density: Any, config: Any, state: Any, draws: Any) -> Any:
             gc.collect()
             alive.append(sum(type(o) is Tensor for o in gc.get_objects()))
-            return super().finalize(*arguments)
+            return super().finalize(density, config, state, draws)
 
     config = StepConfig("crank_nicolson", measured="adjust" in options, **options)
     for steps in (40, 320):

@@ -219,7 +219,7 @@ def test_a_backend_that_refuses_is_replaced_with_a_warning_at_the_users_line() -
     class Refuses(Eager):
         name, fallback = "graph", "compiled"
 
-        def refusal(self, *_: Any) -> str:
+        def refusal(self, density: Any, config: Any, noise: Any) -> str:
             return "it needs a CUDA device"
 
     class Takes(Eager):
