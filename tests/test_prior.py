@@ -662,10 +662,10 @@ def test_a_wrapper_with_a_call_of_its_own_is_kept() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_refused(dtype: torch.dtype) -> None:
-    with pytest.raises(GeneratorError, match=rf"its latents are {dtype}, .*generator.float\(\)"):
+    with pytest.raises(GeneratorError, match=rf"in torch.float32 or torch.float64, got {dtype}.*model.float\(\)"):
         JointEBMPrior(LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8).to(dtype))
     prior = trained_looking().to(dtype)
-    with pytest.raises(GeneratorError, match=f"its latents are {dtype}"):
+    with pytest.raises(GeneratorError, match=f"expected latents in torch.float32 or torch.float64, got {dtype}"):
         prior.sample(2)
 
 

@@ -10,7 +10,6 @@ __all__ = [
     "check_count",
     "check_device",
     "check_flag",
-    "check_full_precision",
     "check_given",
     "check_k",
     "check_latents",
@@ -54,12 +53,13 @@ from energy_prior.protocol import HierarchicalGenerator, Inferred
 _RANGE_SLACK = 0.05
 
 
-def check_dtype(dtype: torch.dtype) -> None:
-    """Latents are float32 or float64; else a `GeneratorError` says what to do."""
+def check_dtype(what: str, dtype: torch.dtype) -> None:
+    """A model computes in float32 or float64; else a `GeneratorError` says why, and what to do."""
     if dtype not in (torch.float32, torch.float64):
         raise GeneratorError(
-            f"generator: its latents are {dtype}, whose precision or range does not hold log densities of hundreds of nats. "
-            "Convert the model with generator.float()."
+            f"generator: expected {what} in torch.float32 or torch.float64, got {dtype}. Log densities are of hundreds of nats, "
+            "and Langevin follows their small differences: half precision holds neither. Convert the model with "
+            "model.float()."
         )
 
 
@@ -81,24 +81,12 @@ def check_calls(generator: Any) -> None:
 
 def check_same_place(generator: Tensor, energies: Tensor) -> None:
     """The generator and the energies have one dtype, float32 or float64, and device."""
-    check_dtype(generator.dtype)
+    check_dtype("latents", generator.dtype)
     if (generator.dtype, generator.device) != (energies.dtype, energies.device):
         raise ArgumentError(
             f"generator: it is {generator.dtype} on {generator.device}, but the energies are {energies.dtype} on "
             f"{energies.device}. Move both with prior.to(…), not the generator alone."
         )
-
-
-def check_full_precision(generator: Any) -> None:
-    """Refuses a model with weights of half precision, in which log densities of hundreds of nats are too coarse."""
-    if not isinstance(generator, nn.Module):
-        return
-    for name, weight in generator.named_parameters():
-        if weight.is_floating_point() and torch.finfo(weight.dtype).bits < 32:
-            raise GeneratorError(
-                f"generator: expected weights of torch.float32 or torch.float64, got {weight.dtype} ({name}), in which log "
-                "densities of hundreds of nats are too coarse. Convert it with model.float()."
-            )
 
 
 def energy_modules(energies: Any) -> list[nn.Module]:

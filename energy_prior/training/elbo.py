@@ -19,7 +19,7 @@ from energy_prior._util import not_none
 from energy_prior.checks.arguments import (
     as_observations,
     check_count,
-    check_full_precision,
+    check_dtype,
     check_not_negative,
     check_path,
     check_positive,
@@ -159,7 +159,9 @@ def fit_elbo(
     generator = unwrapped(generator)
     if not isinstance(generator, nn.Module) or not callable(getattr(generator, "infer", None)):
         raise GeneratorError(f"generator: expected an nn.Module with infer(x), got {type(generator).__name__}.")
-    check_full_precision(generator)
+    for name, weight in generator.named_parameters():
+        if weight.is_floating_point():
+            check_dtype(name, weight.dtype)
     check_settings(ElboConfig, settings, "a setting of fit_elbo")
     if config is not None and not isinstance(config, ElboConfig):
         raise ArgumentError(f"config: expected an ElboConfig or None, got {type(config).__name__}.")
