@@ -67,7 +67,7 @@ class Engine:
             yield
             return
         with self._accelerator.autocast():
-            torch.clear_autocast_cache()  # inside of an autocast of the caller's it would keep bf16 copies of older weights
+            torch.clear_autocast_cache()  # it is not the outermost autocast, and would keep bf16 copies of older weights
             yield
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:

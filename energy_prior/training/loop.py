@@ -266,7 +266,8 @@ class _Loop:
         factor = warmup_cosine(iteration - 1, config.warmup_iterations, config.iterations)
         for settings, group in zip(self.optimizer.param_groups, task.groups, strict=True):
             settings["lr"] = group.learning_rate * factor
-        with torch.device("cpu"):  # where AdamW counts its steps, whatever the default device
+        # the first step makes AdamW's count of steps, which has to be on the CPU whatever the default device
+        with contextlib.nullcontext() if self.optimizer.state else torch.device("cpu"):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         task.updated(iteration)

@@ -78,7 +78,7 @@ def test_data_loaders_and_tuples() -> None:
 
 ARRAY = X.double().numpy()
 BYTES = (255 * ARRAY).astype(np.uint8)
-READ_ONLY = ARRAY.copy()
+READ_ONLY = ARRAY.astype(np.float32)
 READ_ONLY.flags.writeable = False
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runs import X, make, task_of
+from runs import TwoLayers, X, make, task_of
+from torch import Tensor
 
 from energy_prior import ArgumentError, JointEBMPrior, LadderVAE
 from energy_prior.training import FitConfig
@@ -61,8 +62,17 @@ def test_drifts_of_posterior_chains_are_cut() -> None:
 
 
 def test_posterior_draws_and_tuning_leave_autocast() -> None:
-    chains = TrainingChains(make().model, FitConfig(posterior_steps=2), X)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        draws = chains.posterior(X[:8]), chains.prior(8, 2), chains.ancestral(8)
+    """For a generator whose distributions take the dtype of autocast."""
+    model, x = JointEBMPrior(TwoLayers()).model, torch.randn(8, 8)
+
+    def numbers() -> list[Tensor]:
+        torch.manual_seed(1)
+        chains = TrainingChains(model, FitConfig(posterior_steps=2), x)
         chains.tune()
-    assert all(z.dtype == torch.float32 for latents in draws for z in latents)
+        draws = [*chains.posterior(x), *chains.prior(8, 2), *chains.ancestral(8)]
+        return [*draws, torch.tensor(chains.step_size), *chains.figures().values()]
+
+    plain = numbers()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = numbers()
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import os
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,21 @@ def test_a_generator_that_takes_autocast_gets_it(bf16: Any, monkeypatch: pytest.
         fit_elbo(vae, X, iterations=3, batch_size=16, progress=False, accelerator=bf16)
     assert said == []
     assert seen.count(True) == 3, "one for each update; the looks are in full precision"
+
+
+@pytest.mark.parametrize("outside", [contextlib.nullcontext, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
+def test_an_update_does_not_see_the_weights_before_it(outside: Callable[[], Any]) -> None:
+    """Autocast keeps bf16 copies of the weights until the outermost one ends, and the caller may have opened one."""
+    found = []
+    for keeps in (False, True):
+        accelerator: Any = types.SimpleNamespace(num_processes=1, process_index=0, mixed_precision="bf16")
+        accelerator.autocast = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16, cache_enabled=keeps)
+        vae = make().generator
+        with outside():
+            options: dict[str, Any] = {"iterations": 5, "batch_size": 16, "learning_rate": 0.05, "progress": False}
+            fit_elbo(vae, X, **options, accelerator=accelerator, rng=seeded())
+        found.append(weights(vae))  # type: ignore[arg-type]
+    assert torch.equal(*found)
 
 
 def test_posterior_draws_leave_mixed_precision(bf16: Any, monkeypatch: pytest.MonkeyPatch) -> None:
