@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from energy_prior.checks.arguments import check_path
+from energy_prior.checks.settings import check_path
 from energy_prior.errors import CheckpointError
 from energy_prior.protocol import unwrapped
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
 
-from energy_prior.checks.arguments import check_flag, check_positive, check_shape, check_sizes
+from energy_prior.checks.settings import check_flag, check_positive, check_shape, check_sizes
 from energy_prior.errors import ArgumentError, CheckpointError, ShapeError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "softplus": nn.Softplus, "tanh": nn.Tanh}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from energy_prior.checks.arguments import require_extra
+from energy_prior.checks.settings import require_extra
 from energy_prior.errors import ArgumentError, ShapeError
 
 

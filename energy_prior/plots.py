@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from energy_prior.checks.arguments import check_path, require_extra
+from energy_prior.checks.settings import check_path, require_extra
 from energy_prior.evaluate import detection
 
 

@@ -25,18 +25,16 @@ from energy_prior.checkpoint import (
 )
 from energy_prior.checks.arguments import (
     as_observations,
-    check_count,
     check_energies,
     check_given,
     check_k,
     check_latents,
-    check_path,
     check_same_place,
-    check_share,
     checked_infer,
     energy_modules,
 )
 from energy_prior.checks.generator import probe_generator
+from energy_prior.checks.settings import check_count, check_path, check_share
 from energy_prior.energies import build_energies, default_energies, describe_energies
 from energy_prior.errors import ArgumentError, ShapeError
 from energy_prior.langevin import USUAL_ACCEPTANCE, ChainOptions, ChainSettings, NoiseSource, Trajectory, tune_step_size

@@ -14,7 +14,7 @@ from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
 from energy_prior._util import draw, plain_normal
 from energy_prior.adapters.base import Adapter
-from energy_prior.checks.arguments import check_positive
+from energy_prior.checks.settings import check_positive
 from energy_prior.errors import GeneratorError
 from energy_prior.generators.likelihoods import DiscretizedLogisticMixture, InModelUnits
 from energy_prior.protocol import Inferred

@@ -14,7 +14,7 @@ from torch.distributions import Distribution, Normal
 
 from energy_prior._util import draw, not_none, plain_normal
 from energy_prior.adapters.base import Adapter
-from energy_prior.checks.arguments import real_number
+from energy_prior.checks.settings import real_number
 from energy_prior.errors import ArgumentError
 from energy_prior.generators.likelihoods import DiscretizedLogisticMixture, InModelUnits
 from energy_prior.protocol import Inferred

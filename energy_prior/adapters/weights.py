@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from energy_prior._util import first_line
 from energy_prior.adapters.base import without_compile
 from energy_prior.checkpoint import check_state_fits
-from energy_prior.checks.arguments import check_path
+from energy_prior.checks.settings import check_path
 from energy_prior.errors import CheckpointError
 
 _PLAIN: list[Any] = [argparse.Namespace]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from energy_prior import plots
-from energy_prior.checks.arguments import check_device, check_path, require_extra
+from energy_prior.checks.settings import check_device, check_path, require_extra
 from energy_prior.errors import ArgumentError
 from energy_prior.evaluate import detection, excess_ratio, frechet_distance, two_sample_accuracy
 from energy_prior.generators import LadderVAE

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from energy_prior.checks.arguments import check_count, check_device, check_path, check_settings, require_extra
+from energy_prior.checks.settings import check_count, check_device, check_path, check_settings, require_extra
 from energy_prior.errors import ArgumentError
 from energy_prior.generators import LadderVAE
 from energy_prior.training import ElboConfig, FitConfig

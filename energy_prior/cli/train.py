@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from energy_prior import plots
 from energy_prior.checkpoint import check_state_fits, read_tensors, write_whole
-from energy_prior.checks.arguments import check_path
+from energy_prior.checks.settings import check_path
 from energy_prior.cli.recipe import DataSettings, Recipe, build_generator, read_recipe, settings_help
 from energy_prior.data import load_images
 from energy_prior.errors import ArgumentError, CheckpointError

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from energy_prior.checks.arguments import check_count
+from energy_prior.checks.settings import check_count
 from energy_prior.data.source import find_columns, open_split, read_label, read_rows, to_tensor
 from energy_prior.errors import ArgumentError
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from energy_prior._util import first_line
-from energy_prior.checks.arguments import check_path, require_extra
+from energy_prior.checks.settings import check_path, require_extra
 from energy_prior.errors import ArgumentError
 
 _IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from energy_prior.checks.arguments import check_count
+from energy_prior.checks.settings import check_count
 from energy_prior.data.source import find_columns, open_split, read_rows, to_tensor
 from energy_prior.errors import ArgumentError
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
 from energy_prior._util import draw, plain_normal
-from energy_prior.checks.arguments import check_count, check_sizes
+from energy_prior.checks.settings import check_count, check_sizes
 from energy_prior.errors import ArgumentError, ShapeError
 from energy_prior.generators.likelihoods import Likelihood, PixelLikelihood, check_x
 from energy_prior.process import reproducible

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal, constraints
 
-from energy_prior.checks.arguments import check_count, check_positive, check_shape, real_number
+from energy_prior.checks.settings import check_count, check_positive, check_shape, real_number
 from energy_prior.errors import ArgumentError, ShapeError
 
 Likelihood = Literal["gaussian", "bernoulli", "discretized_logistic", "mixture"]

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from typing_extensions import TypedDict
 
-from energy_prior.checks.arguments import check_count, check_flag, check_positive, check_settings
+from energy_prior.checks.settings import check_count, check_flag, check_positive, check_settings
 from energy_prior.errors import ArgumentError
 from energy_prior.langevin import backends
 from energy_prior.langevin.density import Precision

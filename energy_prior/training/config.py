@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from energy_prior.checks.arguments import check_count, check_flag, check_not_negative, check_positive, real_number
+from energy_prior.checks.settings import check_count, check_flag, check_not_negative, check_positive, real_number
 from energy_prior.errors import ArgumentError
 from energy_prior.langevin import USUAL_ACCEPTANCE
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from energy_prior.checks.arguments import check_count, is_array, require_extra, whole_number
+from energy_prior.checks.arguments import is_array
+from energy_prior.checks.settings import check_count, require_extra, whole_number
 from energy_prior.errors import ArgumentError, DistributedError, TrainingWarning, warn
 from energy_prior.training.batches import observations_of
 

@@ -16,17 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from energy_prior._util import not_none
-from energy_prior.checks.arguments import (
-    as_observations,
-    check_count,
-    check_dtype,
-    check_not_negative,
-    check_path,
-    check_positive,
-    check_settings,
-    checked_infer,
-)
+from energy_prior.checks.arguments import as_observations, check_dtype, checked_infer
 from energy_prior.checks.generator import probe_generator
+from energy_prior.checks.settings import check_count, check_not_negative, check_path, check_positive, check_settings
 from energy_prior.errors import ArgumentError, DivergenceError, GeneratorError
 from energy_prior.process import claimed, evaluating, reproducible, training_mode
 from energy_prior.protocol import HierarchicalGenerator, unwrapped

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from energy_prior._util import first_line
 from energy_prior.checkpoint import digest, fingerprint
-from energy_prior.checks.arguments import check_path, check_settings
+from energy_prior.checks.settings import check_path, check_settings
 from energy_prior.errors import ArgumentError, CheckpointError, DivergenceError, GeneratorError
 from energy_prior.model import JointModel
 from energy_prior.process import claimed, evaluating, training_mode

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from energy_prior.checkpoint import digest
-from energy_prior.checks.arguments import require_extra
+from energy_prior.checks.settings import require_extra
 from energy_prior.errors import ArgumentError, DivergenceError, TrainingWarning, warn
 from energy_prior.process import random_state, set_random_state
 from energy_prior.training.batches import Batches

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from energy_prior.checkpoint import read_tensors, write_whole
-from energy_prior.checks.arguments import check_path
+from energy_prior.checks.settings import check_path
 from energy_prior.errors import ArgumentError, CheckpointError
 from energy_prior.training.distributed import Engine
 

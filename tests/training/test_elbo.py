@@ -65,7 +65,7 @@ def test_a_validation_elbo_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_models_of_half_precision_are_refused(dtype: torch.dtype) -> None:
     vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8).to(dtype)
-    with pytest.raises(GeneratorError, match=rf"weights of torch.float32 or torch.float64, got {dtype} .*model.float\(\)"):
+    with pytest.raises(GeneratorError, match=rf"in torch.float32 or torch.float64, got {dtype}.*model.float\(\)"):
         fit_elbo(vae, X.to(dtype), iterations=2, progress=False)
 
 
