@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from energy_prior import JointEBMPrior, LadderVAE, fit_elbo
 from energy_prior.data import load_images
 from energy_prior.evaluate import excess_ratio, frechet_distance
-from energy_prior.langevin import JointDensity, RandomNoise, run_chain
+from energy_prior.langevin import ChainSettings, Target, sample_target
 from energy_prior.topdown import TopDown, ancestral
 from energy_prior.training.config import JOINT_METHODS, LANGEVIN_METHODS, Method
 
@@ -252,17 +252,15 @@ def plain_loop(problem: Problem, method: Method, iterations: int, largest: float
     weights = [p for f in energies for p in f.parameters()]
     weights += [p for p in generator.parameters() if p.requires_grad] if joint else []
     optimizer = torch.optim.Adam(weights, lr=2e-4)
-    space, step, scheme = "noise", 0.3, "euler"
+    step = 0.3
 
     def chain(start: Sequence[Tensor], x: Tensor | None, s: float) -> tuple[tuple[Tensor, ...], float]:
         with torch.no_grad():
-            topdown = TopDown(generator, len(start[0]))
-            density = JointDensity(topdown, energies, space, x)  # type: ignore[arg-type]
-            source = RandomNoise(topdown.shapes, topdown.reference)
-            position = topdown.position(start, space)  # type: ignore[arg-type]
-            result = run_chain(density, position, steps=20, step_size=s, noise=source, scheme=scheme, measure=True)  # type: ignore[arg-type]
-            assert result.acceptance is not None  # noqa: S101
-            return topdown.descend(result.position, space).latents, float(result.acceptance.mean())  # type: ignore[arg-type]
+            target = Target(generator, energies, "noise", len(start[0]), x=x)
+            settings = ChainSettings(steps=20, step_size=s, scheme="euler", adjust=False, backend="eager")
+            draw = sample_target(target, settings, default_step_size=s, start=start, measure=True)
+            assert draw.result is not None and draw.result.acceptance is not None  # noqa: S101, PT018
+            return draw.latents, float(draw.result.acceptance.mean())
 
     def f(latents: Sequence[Tensor], nets: Sequence[nn.Module] = energies) -> Tensor:
         return torch.stack([net(z) for net, z in zip(nets, latents, strict=True)], 1)
@@ -282,13 +280,9 @@ def plain_loop(problem: Problem, method: Method, iterations: int, largest: float
                 negative, accepted = chain(prior_draw, None, step)
             elif previous is not None:
                 with torch.no_grad():
-                    topdown = TopDown(generator, len(x))
-                    density = JointDensity(topdown, previous, "noise")
-                    source = RandomNoise(topdown.shapes, topdown.reference)
-                    end = run_chain(
-                        density, topdown.position(prior_draw, "noise"), steps=20, step_size=0.3, noise=source, scheme="euler"
-                    )
-                    negative = topdown.descend(end.position, "noise").latents
+                    target = Target(generator, previous, "noise", len(x))
+                    settings = ChainSettings(steps=20, step_size=0.3, scheme="euler", adjust=False, backend="eager")
+                    negative = sample_target(target, settings, default_step_size=0.3, start=prior_draw).latents
             if method == "joint":
                 positive, _ = chain([z.detach() for z in positive], x, 0.1)
             if not joint:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from ladders import LinearLadder, QuadraticEnergy
 from torch import Tensor, nn
 
 from energy_prior import DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy
-from energy_prior.langevin import ChainSettings, InjectedNoise
+from energy_prior.langevin import InjectedNoise
 from energy_prior.model import decode_latents
 from energy_prior.topdown import TopDown
 
@@ -194,25 +193,6 @@ def test_drift_norm_is_the_gradient_of_log_density_in_latent_space() -> None:
     leaves = [z[0].clone().requires_grad_() for z in run.latents]
     gradient = torch.autograd.grad(prior.log_density(leaves).sum(), leaves)
     torch.testing.assert_close(run.drift_norm[0], torch.cat(gradient, 1).norm(dim=1))
-
-
-def test_memory_does_not_grow_with_the_steps() -> None:
-    """A chain holds a bounded number of tensors, whatever its length."""
-    model = trained_looking().model
-
-    def tensors_alive(steps: int) -> int:
-        seen = []
-
-        def count(step: int, *_: object) -> None:
-            if step == steps:
-                gc.collect()
-                seen.append(sum(type(o) is Tensor for o in gc.get_objects()))
-
-        with torch.no_grad():
-            model.run([model.density(2)], ChainSettings(steps=steps), on_step=count)
-        return seen[0]
-
-    assert tensors_alive(320) - tensors_alive(40) < 40
 
 
 def test_parameters_stay_clean() -> None:

@@ -11,7 +11,7 @@ from ladders import LinearLadder
 from torch import Tensor, nn
 
 from energy_prior import JointEBMPrior, LadderVAE
-from energy_prior.langevin import ChainState, JointDensity, Scheme, coefficients, propose
+from energy_prior.langevin import Evaluation, JointDensity, Scheme, coefficients, propose
 from energy_prior.process import frozen
 from energy_prior.topdown import TopDown
 
@@ -104,7 +104,7 @@ def test_a_state_that_is_stationary_for_a_linear_tilt() -> None:
     ladder = LinearLadder((2,), seed=1)
     density = JointDensity(TopDown(ladder, 1), [Linear()])
     at = torch.full((1, 2), 0.6, dtype=torch.float64)
-    state: ChainState = density.evaluate([at])
+    state: Evaluation = density.evaluate([at])
     for s in (0.1, 1.0, 1.9):
         c = coefficients(torch.tensor(s, dtype=torch.float64), "crank_nicolson", "noise")
         torch.testing.assert_close(propose(state.position, state.gradient, c, [torch.zeros_like(at)])[0], at)
