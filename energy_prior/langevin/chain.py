@@ -89,7 +89,7 @@ def run_chain(
     """
     # the last steps of an unmeasured chain need no density where they arrive
     last = steps if config.measured else steps - min(steps, backend.tail(steps))
-    gains = torch.tensor([float(t) ** -0.6 for t in range(1, adapt_steps + 1)], dtype=start[0].dtype).to(start[0].device)
+    gains = torch.tensor([float(t) ** -0.6 for t in range(1, adapt_steps + 1)], dtype=start[0].dtype, device=start[0].device)
     with matrix_products(config.precision):
         state, info = backend.init(density, config, start, step_size)
         sums, watch = _Sums(state.step_size), _FiniteWatch(density)
