@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["ROOT", "Row", "code_key", "mean_row", "provenance", "run_missing", "write_results"]
+__all__ = ["ROOT", "Row", "code_key", "machine", "mean_row", "provenance", "run_missing", "write_results"]
 
 import ast
 import concurrent.futures
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -51,9 +52,24 @@ def provenance() -> dict[str, Any]:
     return {
         "command": " ".join(["python", *(_as_seen_from_root(a) for a in sys.argv)]),
         "commit": commit or None,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}",
+        "machine": machine(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES},
     }
+
+
+def machine() -> str:
+    """The processor with its units for bf16, the number of cores, and the system."""
+    name, flags = platform.machine(), set[str]()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = f"{value.strip()} ({platform.machine()})"
+            elif key.strip() == "flags":
+                flags.update(value.split())
+    found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
+    bf16 = f"with {' and '.join(found)}" if found else "without avx512_bf16 and amx_bf16"
+    return f"{name}, {bf16}, {os.cpu_count()} CPU cores, {platform.system()}"
 
 
 def _as_seen_from_root(argument: str) -> str:

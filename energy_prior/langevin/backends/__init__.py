@@ -131,6 +131,6 @@ def unevaluated(density: JointDensity, config: StepConfig, position: Sequence[Te
 
     Where all chains have one step size, its coefficients are numbers on the host, in float64.
     """
-    s = torch.as_tensor(step_size, dtype=torch.float64)
+    s = step_size if isinstance(step_size, Tensor) else torch.tensor(step_size, dtype=torch.float64, device="cpu")
     c = coefficients(s, config.scheme, density.space, config.temperature)
     return State(tuple(position), None, None, (), (), None, c, per_chain(step_size, position))

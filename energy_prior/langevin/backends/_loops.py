@@ -61,9 +61,10 @@ def ahead(config: StepConfig, draws: Draws) -> Ahead:
         source = Stacked(normals, torch.stack([not_none(d.uniform) for d in eight]) if config.adjust else None)
     table = None
     if config.adapt:
-        table = torch.zeros(LONGEST, dtype=draws.gains.dtype)
+        table = torch.zeros(LONGEST, dtype=draws.gains.dtype, device=draws.gains.device)
         table[: draws.steps] = draws.gains[draws.first - 1 : draws.first - 1 + draws.steps]
-    first, steps = (torch.tensor(number, dtype=torch.int32) for number in (draws.first, draws.steps))
+    numbers = draws.first, draws.steps
+    first, steps = (torch.tensor(number, dtype=torch.int32, device=draws.gains.device) for number in numbers)
     return Ahead(source, table, first, steps)
 
 

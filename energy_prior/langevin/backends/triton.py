@@ -86,7 +86,7 @@ class _KernelNoise:
     """Numbers that the kernel draws itself, by seed and row; here are the seed, and the ancestral start of the whole batch."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], like: Tensor) -> None:
-        self.seed, self.first_row = int(torch.randint(2**62, ())), 0
+        self.seed, self.first_row = int(torch.randint(2**62, (), device="cpu")), 0
         self._shapes, self._like = shapes, like
 
     def normal(self, step: int) -> tuple[Tensor, ...]:

@@ -54,7 +54,7 @@ def noise_for(prior: JointEBMPrior, steps: int) -> InjectedNoise:
         ("graph", conv, "noise", {}),
         ("triton", mlp, "noise", {}),
         ("triton", mlp, "noise", {"scheme": "euler", "temperature": 1.3}),
-        ("compiled", mlp, "noise", {"adjust": True}),
+        ("compiled", mlp, "noise", {"adjust": True, "steps": 20}),
         ("compiled", mlp, "noise", {}),
     ],
     ids=str,
