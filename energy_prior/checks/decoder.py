@@ -52,7 +52,7 @@ def check_likelihood(generator: HierarchicalGenerator, x: Tensor) -> str | None:
         return (
             f"likelihood: log_prob of {len(x)} observations has shape {tuple(log_prob.shape)}, expected ({len(x)},), nats each."
         )
-    if not torch.isfinite(log_prob).all():
+    if not torch.isfinite(log_prob).all() and not _finite_where_inferred(generator, x):
         return "likelihood: log_prob of the observations is not finite. Are they in the range that the model was trained on?"
     if torch.equal(log_prob, log_prob[:1].expand_as(log_prob)) and not torch.equal(x, x[:1].expand_as(x)):
         return (
@@ -60,6 +60,15 @@ def check_likelihood(generator: HierarchicalGenerator, x: Tensor) -> str | None:
             "must be log p(x | z) of each observation, summed over that observation's elements, (batch,), nats."
         )
     return None
+
+
+def _finite_where_inferred(generator: HierarchicalGenerator, x: Tensor) -> bool:
+    """A draw of the prior may make x impossible; one of the posterior may not."""
+    infer = find_infer(generator)
+    if infer is None:
+        return False
+    with torch.no_grad():
+        return bool(torch.isfinite(log_likelihood(generator, _pass(generator, infer(x).latents).state, x)).all())
 
 
 def check_deterministic(generator: HierarchicalGenerator, x: Tensor) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["compare_kl", "compare_reconstruct", "compare_sample"]
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -32,6 +33,40 @@ class _Verdict(NamedTuple):
     said: str
 
 
+@dataclass
+class _Trail:
+    """The layers of one run, as they are drawn.
+
+    Attributes:
+        layers: their number.
+        parted: the first one that the two sides draw otherwise; 0: none was seen.
+        agreed: how many were seen to agree before it.
+        why: how it differs.
+        certain: that it does, even if the observation should not show it: the model's code was followed elsewhere, or the
+            difference is too small to be chance.
+    """
+
+    layers: int
+    parted: int = 0
+    agreed: int = 0
+    why: str = ""
+    _small: bool = False
+    _clear: bool = False
+    _followed: bool = False
+
+    def add(self, layer: int, found: Match) -> None:
+        """The next layer."""
+        if found.kind == "same":
+            self.agreed += not self.parted
+            self._followed |= found.followed
+        elif found.kind == "other" and not self.parted:
+            self.parted, self.why, self._small, self._clear = layer, found.why, found.certain, found.followed
+
+    @property
+    def certain(self) -> bool:
+        return self.parted > 0 and (self._small or (self._clear and self._followed))
+
+
 # ------------------------------------------------------------------------------------------------------------------ sample
 
 
@@ -45,15 +80,15 @@ def compare_sample(generator: HierarchicalGenerator, x: Tensor, sample: Callable
     noise = {i + 1: _numbers(i, (n, *shape), x) for i, shape in enumerate(generator.latent_shapes)}
 
     def judge(result: Any, steps: Mapping[int, list[Step]], again: Callable[[], Any]) -> _Verdict:
-        state, first, followed = generator.start(n), (0, Match("same")), 0
+        state, trail = generator.start(n), _Trail(layers)
         for layer in range(layers, 0, -1):
             conditional = generator.conditional(state, layer)
             found = match_draw(steps.get(layer, []), *parameters(conditional))
-            if found.kind == "other" and not first[0]:
-                first = (layer, found._replace(why=found.why + _instead(generator, state, layer, steps[layer])))
-            followed += found.kind == "same" and not first[0]
+            if found.kind == "other" and not trail.parted:
+                found = found._replace(why=found.why + _instead(generator, state, layer, steps[layer]))
+            trail.add(layer, found)
             state = generator.descend(state, to_latent(conditional, noise[layer]) if found.z is None else found.z, layer)
-        return _judged("sample", generator.likelihood(state), result, x, again, first, followed, layers)
+        return _judged("sample", generator.likelihood(state), result, x, again, trail)
 
     return _best("sample", lambda: sample(n), noise, x, (range(layers, 0, -1), range(1, layers + 1)), judge)
 
@@ -84,28 +119,26 @@ def compare_reconstruct(generator: Any, x: Tensor, reconstruct: Callable[[Tensor
     layers = len(generator.latent_shapes)
 
     def judge(result: Any, steps: Mapping[int, list[Step]], again: Callable[[], Any]) -> _Verdict:
-        first, followed = _follow_infer(reading, steps)
+        trail = _follow_infer(reading, steps, layers)
         state = inferred_descent(generator, reading.inferred).state
-        verdict = _judged("reconstruct", generator.likelihood(state), result, x, again, first, followed, layers)
-        if verdict.agrees or first[0]:
+        verdict = _judged("reconstruct", generator.likelihood(state), result, x, again, trail)
+        if verdict.agrees or trail.parted:
             return verdict
         return verdict._replace(said=f"{verdict.said}.{_swapped(generator, reading.inferred, result, x)}")
 
     return _best("reconstruct", lambda: reconstruct(x), _noise_of(reading, layers), x, _orders(reading, layers), judge)
 
 
-def _follow_infer(reading: Reading, steps: Mapping[int, list[Step]]) -> tuple[tuple[int, Match], int]:
-    """The first layer, as they are drawn, that the model draws otherwise than `infer`, and how many agree before it."""
-    followed = 0
+def _follow_infer(reading: Reading, steps: Mapping[int, list[Step]], layers: int) -> _Trail:
+    """What the model makes of the noise beside what `infer` makes of it, in the order in which it draws."""
+    trail = _Trail(layers)
     for layer in reading.order:
         if layer in reading.loc:
             found = match_draw(steps.get(layer, []), reading.loc[layer], reading.scale[layer].abs())
         else:
             found = match_value(steps.get(layer, []), reading.inferred.latents[layer - 1].detach())
-        if found.kind == "other":
-            return (layer, found._replace(why=f"{found.why}, in q(z_{layer} | …, x)")), followed
-        followed += found.kind == "same"
-    return (0, Match("same")), followed
+        trail.add(layer, found._replace(why=f"{found.why}, in q(z_{layer} | …, x)"))
+    return trail
 
 
 def _swapped(generator: HierarchicalGenerator, inferred: Inferred, result: Any, x: Tensor) -> str:
@@ -135,8 +168,8 @@ def compare_kl(generator: Any, x: Tensor, kl: Callable[[Tensor], Any], reading: 
 
     def judge(result: Any, steps: Mapping[int, list[Step]], again: Callable[[], Any]) -> _Verdict:
         theirs = _per_layer(result, x, layers)
-        first, _ = _follow_infer(reading, steps)
-        part = "" if not first[0] else f" The draws part first at layer {first[0]}: {first[1].why}."
+        trail = _follow_infer(reading, steps, layers)
+        part = f" The draws part first at layer {trail.parted}: {trail.why}." if trail.parted else ""
         if theirs.shape[1] != layers:
             within = [(theirs[:, 0] - ours.sum(1)).abs() <= slack.sum(1) for ours in (drawn, analytic)]
             if any(bool(w.all()) for w in within):
@@ -185,39 +218,32 @@ def _values(drawn: Tensor, analytic: Tensor) -> str:
 # -------------------------------------------------------------------------------------------------------------- both sides
 
 
-def _judged(
-    name: str,
-    likelihood: Distribution,
-    result: Any,
-    x: Tensor,
-    again: Callable[[], Any],
-    first: tuple[int, Match],
-    followed: int,
-    layers: int,
-) -> _Verdict:
+def _judged(name: str, likelihood: Distribution, result: Any, x: Tensor, again: Callable[[], Any], trail: _Trail) -> _Verdict:
     """One run: the first layer that parts, and the observation."""
-    differs = _differs(name, likelihood, result, x)
-    layer, match = first
-    if differs is None and not match.certain:
+    differs, layer, layers = _differs(name, likelihood, result, x), trail.parted, trail.layers
+    if differs is None and not trail.certain:
         return _Verdict(True, layers, f"{name}: the observation agrees with the model's own, on the same noise")
-    if layer:
+    outcome = read_result(name, result, x)
+    is_drawn = outcome.kind == "x" and not torch.equal(read_result(name, again(), x).value, outcome.value)
+    if layer and (trail.certain or not is_drawn):
         above, inside = "", ""
         if name == "sample":
             above = f"z_{layers} … z_{layer + 1} agree; " if layer < layers else ""
             before = f"descend(…, layer={layer + 1})" if layer < layers else "start"
             inside = f" Look at {before} and conditional(…, layer={layer})."
-        said = f"{name}: the model and the generator first part at layer {layer}: {above}on the same noise {match.why}.{inside}"
-        return _Verdict(False, followed, said)
-    outcome = read_result(name, result, x)
-    if outcome.kind == "x" and not torch.equal(read_result(name, again(), x).value, outcome.value):
-        if followed == layers:
-            said = f"{name}: every z agrees with the model's own; its observation is drawn, and was not compared: give its mean"
-            return _Verdict(True, layers, said)
+        said = f"{name}: the model and the generator first part at layer {layer}: {above}on the same noise {trail.why}.{inside}"
+        return _Verdict(False, trail.agreed, said)
+    if is_drawn and trail.agreed == layers:
+        said = f"{name}: every z agrees with the model's own; its observation is drawn, and was not compared: give its mean"
+        return _Verdict(True, layers, said)
+    if is_drawn:
         raise ArgumentError(
             f"{name}: it draws the observation, with random numbers that cannot be replayed. Give its mean, or log p(x | z)."
         )
-    known = "Every z agrees" if followed == layers else f"{followed} of {layers} layers were seen to agree, none to differ"
-    return _Verdict(False, followed, f"{name}: the model and the generator part below z_1. {known}, but {differs}")
+    known = (
+        "Every z agrees" if trail.agreed == layers else f"{trail.agreed} of {layers} layers were seen to agree, none to differ"
+    )
+    return _Verdict(False, trail.agreed, f"{name}: the model and the generator part below z_1. {known}, but {differs}")
 
 
 def _differs(name: str, likelihood: Distribution, result: Any, x: Tensor) -> str | None:

@@ -17,6 +17,7 @@ from energy_prior.checks.tolerance import near, relative, same_log_density
 from energy_prior.errors import ArgumentError
 
 _ELEMENT_FACTOR = 10.0
+_CLEARLY = 5e-3  # of σ: above the rounding of many layers in a row, below an error of 1 %
 _NEAR_SCALE = 1.33  # a scale that is off by less than this, at the right mean, is a scale with an error in it
 
 
@@ -30,12 +31,14 @@ class Match(NamedTuple):
         kind: "same", "other", or "unknown" where the model's code could not be followed.
         z: the model's z_i, where it is the same.
         why: how it is another one.
-        certain: this alone shows that they differ; else only if results differ too.
+        followed: "same" at a step that is no bare ε; "other" by far more than rounding, beside such steps.
+        certain: "other" by so little that it can only be an error in μ or σ.
     """
 
     kind: str
     z: Tensor | None = None
     why: str = ""
+    followed: bool = False
     certain: bool = False
 
 
@@ -48,16 +51,18 @@ def match_draw(steps: Sequence[Step], loc: Tensor, scale: Tensor) -> Match:
     for step in steps:
         same_loc, same_scale = _same_loc(step.loc, loc, scale), _same_scale(step.scale, scale)
         if same_loc and same_scale:
-            return Match("same", step.value)
+            return Match("same", step.value, followed=step.shifted and bool((step.scale != 1).any()))
         if not step.shifted:
             continue
         ratio = step.scale / scale
         close = bool(((ratio > 1 / _NEAR_SCALE) & (ratio < _NEAR_SCALE)).all())
         telling = bool((step.scale != 1).any())
         certain = (same_loc and close) or (same_scale and telling)
-        distance = float(((step.loc - loc).abs() / scale).mean() + ratio.abs().log().abs().mean())
+        shift = (step.loc - loc).abs() / (scale + _CLEARLY * loc.abs().max())
+        distance = float(shift.mean() + ratio.abs().log().abs().mean())
         if best is None or distance < best[0]:
-            best = distance, Match("other", None, _difference(step, loc, scale, same_loc, same_scale), certain)
+            clearly = telling and max(float(shift.max()), float((ratio - 1).abs().max())) > _CLEARLY
+            best = distance, Match("other", None, _difference(step, loc, scale, same_loc, same_scale), clearly, certain)
     return Match("unknown") if best is None else best[1]
 
 

@@ -30,7 +30,8 @@ def near(a: Tensor, b: Tensor, floor: float = 1.0) -> bool:
     if a.shape != b.shape:
         return False
     a, b = a.detach(), b.detach()
-    largest = float(torch.maximum(a.abs().max(), b.abs().max())) if a.numel() else 0.0
+    finite = torch.maximum(a.abs(), b.abs()).nan_to_num(0.0, 0.0, 0.0)  # of sizes only
+    largest = float(finite.max()) if a.numel() else 0.0
     r = relative(a.dtype)
     return bool(torch.allclose(a, b, rtol=r, atol=0.1 * r * (largest + floor), equal_nan=True))
 
@@ -47,7 +48,7 @@ def same_log_density(a: Tensor, b: Tensor, elements: int, rounding: Tensor | flo
     """Sums of `elements` log densities of order 1, (batch,), nats; `rounding` is what else they may differ by."""
     a, b = a.detach(), b.detach()
     allowed = relative(a.dtype) * (torch.maximum(a.abs(), b.abs()) + elements) + rounding
-    return a.shape == b.shape and bool(((a - b).abs() <= allowed).all())
+    return a.shape == b.shape and bool((((a - b).abs() <= allowed) | (a == b) | (a.isnan() & b.isnan())).all())
 
 
 def gaussian_rounding(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
