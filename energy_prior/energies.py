@@ -171,7 +171,11 @@ BUILT_IN: dict[str, type[MLPEnergy] | type[ConvEnergy]] = {"MLPEnergy": MLPEnerg
 
 
 def default_energies(latent_shapes: Sequence[Sequence[int]]) -> nn.ModuleList:
-    """One energy per layer, in the order z_1, …, z_L: convolutional for (channels, height, width) maps, else an MLP."""
+    """One energy per layer, in the order z_1, …, z_L: convolutional for (channels, height, width) maps, else an MLP.
+
+    Args:
+        latent_shapes: shapes of z_1, …, z_L without the batch.
+    """
     return nn.ModuleList(
         ConvEnergy(shape) if len(shape) == 3 and min(shape[1:]) > 1 else MLPEnergy(shape) for shape in latent_shapes
     )

@@ -20,7 +20,7 @@ from energy_prior.checks.arguments import as_observations, check_dtype, checked_
 from energy_prior.checks.generator import probe_generator
 from energy_prior.checks.settings import check_count, check_not_negative, check_path, check_positive, check_settings
 from energy_prior.errors import ArgumentError, DivergenceError, GeneratorError
-from energy_prior.process import claimed, evaluating, reproducible, training_mode
+from energy_prior.process import claimed, evaluating, exclusive, reproducible, training_mode
 from energy_prior.protocol import HierarchicalGenerator, unwrapped
 from energy_prior.topdown import inferred_descent
 from energy_prior.training.batches import Batches
@@ -162,29 +162,31 @@ def fit_elbo(
     if run_dir is not None:
         run_dir = check_path("run_dir", run_dir)
         check_state_is_tensors(generator, "generator", GeneratorError)
-    weights = [p for p in generator.parameters() if p.requires_grad]
-    if not weights:
-        raise GeneratorError("generator: none of its parameters requires a gradient, so there is nothing to fit.")
     engine = Engine(accelerator)
     engine.check_mixed_precision(generator)
-    with claimed(rng), being_trained("generator", weights), contextlib.ExitStack() as stack:
-        stack.enter_context(plain_gradients(weights[0].device))
-        with torch.no_grad(), evaluating(generator):
-            probe = probe_generator(generator)
-        reference = probe.latents[0]
-        if validation is not None:
-            validation = as_observations("validation", validation, probe.x_shape, reference, generator)
-        engine.agree("generator", [float(p.detach().double().sum()) for p in generator.parameters()])
-        engine.agree("settings", config.resumable())
-        turns = Turns(engine, rng, reference.device)
-        seed = turns.seed
-        batches = Batches(data, config, generator, probe.x_shape, reference, rank=engine.rank, world=engine.world, seed=seed)
-        if batches.whole is not None:
-            engine.agree("data", batches.fingerprint())
-        stack.enter_context(training_mode(generator))
-        with turns.turn():
-            task = _ElboTask(generator, validation, config, engine)
-        identity = description(generator, "generator") | ({"seed": seed} if rng is not None else {})
+    with claimed(rng), contextlib.ExitStack() as stack:
+        with exclusive():  # scores of other threads freeze parameters while they run
+            weights = [p for p in generator.parameters() if p.requires_grad]
+            if not weights:
+                raise GeneratorError("generator: none of its parameters requires a gradient, so there is nothing to fit.")
+            stack.enter_context(being_trained("generator", weights))
+            stack.enter_context(plain_gradients(weights[0].device))
+            with torch.no_grad(), evaluating(generator):
+                probe = probe_generator(generator)
+            x_shape, reference = probe.x_shape, probe.latents[0]
+            if validation is not None:
+                validation = as_observations("validation", validation, x_shape, reference, generator)
+            engine.agree("generator", [float(p.detach().double().sum()) for p in generator.parameters()])
+            engine.agree("settings", config.resumable())
+            turns = Turns(engine, rng, reference.device)
+            seed = turns.seed
+            batches = Batches(data, config, generator, x_shape, reference, rank=engine.rank, world=engine.world, seed=seed)
+            if batches.whole is not None:
+                engine.agree("data", batches.fingerprint())
+            stack.enter_context(training_mode(generator))
+            with turns.turn():
+                task = _ElboTask(generator, validation, config, engine)
+            identity = description(generator, "generator") | ({"seed": seed} if rng is not None else {})
         try:
             record = run_loop(task, batches, config, engine, turns, run_dir=run_dir, identity=identity, callback=callback)
         finally:

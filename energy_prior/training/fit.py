@@ -20,7 +20,7 @@ from energy_prior.checkpoint import digest, fingerprint
 from energy_prior.checks.settings import check_path, check_settings
 from energy_prior.errors import ArgumentError, CheckpointError, DivergenceError, GeneratorError
 from energy_prior.model import JointModel
-from energy_prior.process import claimed, evaluating, training_mode
+from energy_prior.process import claimed, evaluating, exclusive, training_mode
 from energy_prior.protocol import find_infer
 from energy_prior.topdown import TopDown
 from energy_prior.training.batches import Batches
@@ -99,39 +99,42 @@ def fit_energies(
     folder = None if run_dir is None else check_path("run_dir", run_dir)
     engine = Engine(accelerator)
     generator, energies = model.generator, nn.ModuleList(model.energies)
-    _check_learnable(generator, energies, rule)
-    engine.check_mixed_precision(generator)
-    learning = [energies, *([generator] if rule in JOINT_METHODS and isinstance(generator, nn.Module) else [])]
     with claimed(rng), contextlib.ExitStack() as stack:
-        for what, module in zip(("energies", "generator"), learning):
-            stack.enter_context(being_trained(what, _trainable(module)))
-        stack.enter_context(plain_gradients(_trainable(energies)[0].device))
-        with torch.no_grad(), evaluating(generator):
-            reference = TopDown(generator, 1).reference
-        turns = Turns(engine, rng, reference.device)
-        batches = Batches(data, config, generator, x_shape, reference, rank=engine.rank, world=engine.world, seed=turns.seed)
-        if batches.whole is not None:
-            engine.agree("data", batches.fingerprint())
-        with turns.turn():
-            start = fingerprint(generator)
-            if rule == "multi_stage_nce":
-                _check_copies(energies, generator.latent_shapes, reference)
-            task = FitTask(model, batches, rule, config, engine, hooks, reference)
-            state = digest(energies.state_dict(), repr((rule, config.resumable(), model.step_size)))
-        engine.agree("generator", start)
-        engine.agree("energies", state)
-        identity = {
-            "latents": [list(shape) for shape in generator.latent_shapes],
-            "space": model.space,
-            **({"seed": turns.seed} if rng is not None else {}),
-            **description(energies, "energies"),
-        }
-        if rule not in JOINT_METHODS:
-            identity["weights of the generator"] = start
-        if isinstance(generator, nn.Module):
-            identity |= description(generator, "generator")
-        for module in learning:
-            stack.enter_context(training_mode(module))
+        with exclusive():  # scores of other threads freeze parameters while they run
+            _check_learnable(generator, energies, rule)
+            engine.check_mixed_precision(generator)
+            learning = [energies, *([generator] if rule in JOINT_METHODS and isinstance(generator, nn.Module) else [])]
+            for what, module in zip(("energies", "generator"), learning):
+                stack.enter_context(being_trained(what, _trainable(module)))
+            stack.enter_context(plain_gradients(_trainable(energies)[0].device))
+            with torch.no_grad(), evaluating(generator):
+                reference = TopDown(generator, 1).reference
+            turns = Turns(engine, rng, reference.device)
+            batches = Batches(
+                data, config, generator, x_shape, reference, rank=engine.rank, world=engine.world, seed=turns.seed
+            )
+            if batches.whole is not None:
+                engine.agree("data", batches.fingerprint())
+            with turns.turn():
+                start = fingerprint(generator)
+                if rule == "multi_stage_nce":
+                    _check_copies(energies, generator.latent_shapes, reference)
+                task = FitTask(model, batches, rule, config, engine, hooks, reference)
+                state = digest(energies.state_dict(), repr((rule, config.resumable(), model.step_size)))
+            engine.agree("generator", start)
+            engine.agree("energies", state)
+            identity = {
+                "latents": [list(shape) for shape in generator.latent_shapes],
+                "space": model.space,
+                **({"seed": turns.seed} if rng is not None else {}),
+                **description(energies, "energies"),
+            }
+            if rule not in JOINT_METHODS:
+                identity["weights of the generator"] = start
+            if isinstance(generator, nn.Module):
+                identity |= description(generator, "generator")
+            for module in learning:
+                stack.enter_context(training_mode(module))
         try:
             record = run_loop(task, batches, config, engine, turns, run_dir=folder, identity=identity, callback=callback)
         except BaseException as error:

@@ -79,7 +79,7 @@ def test_a_recipe_from_a_file_and_flags(recipe: Path) -> None:
         ("data.source=", "data.source: expected a folder or the name of a set on the hub, got None"),
         ("generator.width=3", "generator.width: not an argument of LadderVAE. There are latent_dims"),
         ("elbo=null", "elbo: null says that the generator comes trained, but LadderVAE does not"),
-        ("generator.latent_dims=8", "generator.latent_dims: expected a list of sizes, one per layer, got 8"),
+        ("generator.latent_dims=8", "generator.latent_dims: expected a sequence of whole numbers, got 8"),
         ("generator.latent_dims=[0]", "generator.latent_dims: expected a whole number of at least 1"),
         ("model=vae", "model: not a section of a recipe"),
         ("seed", "--set: expected KEY=VALUE, got 'seed'"),

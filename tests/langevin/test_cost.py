@@ -11,7 +11,6 @@ from torch import nn
 
 from energy_prior import LadderVAE
 from energy_prior.langevin.cost import equal_parts, evaluation_cost
-from energy_prior.model import decode_latents
 
 
 def test_the_cost_of_an_evaluation_is_counted() -> None:
@@ -60,6 +59,6 @@ def test_decoding_in_parts_gives_the_same_images(monkeypatch: pytest.MonkeyPatch
     with torch.no_grad():
         for memory in (1e9, 2e4):
             sizes.clear()
-            images.append(decode_latents(prior.generator, latents, None, memory))
+            images.append(prior.decode(latents, max_memory=memory))
     torch.testing.assert_close(*images, rtol=1e-10, atol=1e-10)
     assert max(sizes) < 40, "the last call decoded in parts"

@@ -73,10 +73,9 @@ def test_a_density_is_evaluated_without_its_layers_above() -> None:
 
 def test_the_gradient_is_that_of_the_log_density() -> None:
     """Beside the Gaussian of noise space."""
-    prior = lively(mlp())
     x = torch.rand(N, 6).double()
     for space in ("noise", "latent"):
-        prior.space = space
+        prior = lively(mlp(), space=space)
         with frozen(prior, prior.generator):
             density = target_of(prior, x=x).density()
             position = tuple(torch.randn(N, d).double() for d in (4, 3))

@@ -80,7 +80,7 @@ def test_scores_of_every_k(prior: JointEBMPrior, data: st.DataObject) -> None:
     assert torch.isfinite(llr).all()
     if k == 0:
         assert torch.equal(llr, torch.zeros_like(llr))
-    else:
+    elif k < layers:  # L^{>L} draws no posterior, so that its random numbers are others
         same_draw = prior.log_joint(x, 0, rng=seeds[1], **options) - prior.log_joint(x, k, rng=seeds[2], **options)
         torch.testing.assert_close(llr, same_draw, rtol=1e-3, atol=1e-3)
 
