@@ -266,7 +266,7 @@ class _Loop:
         factor = warmup_cosine(iteration - 1, config.warmup_iterations, config.iterations)
         for settings, group in zip(self.optimizer.param_groups, task.groups, strict=True):
             settings["lr"] = group.learning_rate * factor
-        # the first step makes AdamW's count of steps, which has to be on the CPU whatever the default device
+        # older torch makes AdamW's count of steps, at the first one, on the default device; it belongs on the CPU
         with contextlib.nullcontext() if self.optimizer.state else torch.device("cpu"):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

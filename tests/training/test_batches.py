@@ -70,8 +70,8 @@ def test_batches_go_on_where_they_stood(loader: bool) -> None:
 def test_data_loaders_and_tuples() -> None:
     dataset = torch.utils.data.TensorDataset(X, torch.zeros(64))
     loader = torch.utils.data.DataLoader(dataset, batch_size=16)
-    assert len(make().fit(loader, iterations=6, progress=False).history) == 1
-    assert len(make().fit([X[:8], X[:8]], iterations=6, progress=False).history) == 1
+    assert len(make().fit(loader, iterations=6, step_size=0.3, progress=False).history) == 1
+    assert len(make().fit([X[:8], X[:8]], iterations=6, step_size=0.3, progress=False).history) == 1
 
 
 # -------------------------------------------------------------------------------------------------------- arrays and dicts

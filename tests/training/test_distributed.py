@@ -90,7 +90,7 @@ def test_mixed_precision_leaves_the_chains_alone(method: Method, monkeypatch: py
 
     monkeypatch.setattr(JointDensity, "evaluate", spy)
     prior = make()
-    settings: dict[str, Any] = {"iterations": 4, "steps": 4, "posterior_steps": 4, "stages": 2, "progress": False}
+    settings: dict[str, Any] = {"iterations": 4, "steps": 4, "posterior_steps": 2, "stages": 2, "progress": False}
     result = prior.fit(X, method, accelerator=accelerator, **settings)
     assert not any(seen)
     assert all(math.isfinite(value) for value in result.history[-1].values())
@@ -170,7 +170,7 @@ POINTS = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.parametrize("method", ["nce", "two_stage", "variational", "joint"])
 def test_a_generator_that_knows_nothing_of_autocast_is_trained_in_full_precision(method: Method, bf16: Any) -> None:
-    options: dict[str, Any] = {"iterations": 4, "steps": 3, "posterior_steps": 2, "batch_size": 16, "progress": False}
+    options: dict[str, Any] = {"iterations": 4, "steps": 3, "posterior_steps": 2, "step_size": 0.3, "progress": False}
     found = []
     for accelerator in (None, bf16):
         torch.manual_seed(0)

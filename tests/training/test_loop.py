@@ -99,7 +99,7 @@ def test_a_callback_changes_nothing() -> None:
     found = []
     for callback in (None, lambda entry: torch.rand(3)):
         prior = make()
-        prior.fit(X, iterations=8, log_every=2, batch_size=16, progress=False, rng=seeded(), callback=callback)
+        prior.fit(X, iterations=8, log_every=2, batch_size=16, step_size=0.3, progress=False, rng=seeded(), callback=callback)
         found.append(weights(prior))
     assert torch.equal(*found)
 
@@ -115,9 +115,9 @@ def test_an_error_in_a_callback_ends_the_run_and_the_average_is_kept(error: type
 
     prior.calibration.fill_(1.0)
     with pytest.raises(error):
-        prior.fit(X, iterations=20, log_every=2, batch_size=16, progress=False, rng=seeded(), callback=stops)
+        prior.fit(X, iterations=20, log_every=2, batch_size=16, step_size=0.3, progress=False, rng=seeded(), callback=stops)
     kept = make()
-    kept.fit(X, iterations=20, log_every=2, batch_size=16, progress=False, rng=seeded())
+    kept.fit(X, iterations=20, log_every=2, batch_size=16, step_size=0.3, progress=False, rng=seeded())
     assert not torch.equal(weights(prior), before)
     assert not torch.equal(weights(prior), weights(kept))
     assert bool((prior.calibration == 0).all()), "it was that of other energies"

@@ -26,6 +26,7 @@ SETTINGS: dict[str, Any] = {
     "posterior_steps": 4,
     "log_every": 4,
     "checkpoint_every": 5,
+    "step_size": 0.3,  # tuning takes longer than such a run
     "progress": False,
 }
 
@@ -33,6 +34,9 @@ SETTINGS: dict[str, Any] = {
 def everything(prior: JointEBMPrior) -> dict[str, Tensor]:
     assert isinstance(prior.generator, nn.Module)
     return {**prior.state_dict(), **{f"g.{k}": v for k, v in prior.generator.state_dict().items()}}
+
+
+QUICK: list[Any] = [("nce", None), ("multi_stage_nce", None), ("two_stage", 0)]
 
 
 class Killed(BaseException):
@@ -51,13 +55,15 @@ def killed_after(saves: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunFolder, "save", save)
 
 
-@pytest.mark.parametrize("persistent", [0, None])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "persistent"),
+    [pytest.param(m, p, marks=pytest.mark.slow) for m in METHODS for p in (0, None) if (m, p) not in QUICK] + QUICK,
+)
 def test_a_stopped_run_goes_on_bit_by_bit(
     method: Method, persistent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make()
-    settings: dict[str, Any] = SETTINGS | {"persistent": persistent, "accumulate": 2}
+    settings: dict[str, Any] = SETTINGS | {"persistent": persistent, "accumulate": 2, "step_size": None}
     expected = whole.fit(X, method, **settings, run_dir=tmp_path / "a", rng=seeded())
     assert expected.resumed_at is None
     with monkeypatch.context() as patch:
