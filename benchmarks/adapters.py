@@ -193,10 +193,10 @@ def with_energies(generator: Any) -> JointEBMPrior:
 def full_pass(generator: Any, noise: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """The model's own way from noise to latents (z_1 first) and an image."""
     state, latents = generator.start(len(noise[0])), []
-    for eps in reversed(noise):
-        p = generator.conditional(state)
-        latents.insert(0, p.loc + p.scale * eps)
-        state = generator.descend(state, latents[0])
+    for layer in range(len(noise), 0, -1):
+        p = generator.conditional(state, layer)
+        latents.insert(0, p.loc + p.scale * noise[layer - 1])
+        state = generator.descend(state, latents[0], layer)
     return latents, generator.likelihood(state).mean
 
 

@@ -53,7 +53,7 @@ def main() -> None:
     log = out / "demo_seeds.partial.jsonl"
     jobs = {f"seed {s.seed} digit {s.unknown}": s for s in settings}
     done: dict[str, dict[str, Any]] = {}
-    for name, report in run_missing(jobs, _run, log, code_key(ROOT / "energy_prior" / "demo.py"), options.workers):
+    for name, report in run_missing(jobs, _run, log, code_key(ROOT / "energy_prior" / "cli" / "demo.py"), options.workers):
         done[name] = report
         print(_line(report), flush=True)
     reports = [done[name] for name in jobs]

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from langevin_models import DeepConv, Published, StiffLadder, weights_of
 from measure import added_memory, alternate, apart, goal_rows, ratio_picture, ratio_table
-from results import ROOT, write_results
+from results import ROOT, machine, write_results
 from torch import Tensor, nn
 
 from energy_prior import ConvEnergy, DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy
@@ -103,7 +103,10 @@ def main() -> None:
     rows = goal_rows(GOALS, figures, why)
     out = Path(tempfile.mkdtemp()) if quick else ROOT / "docs" / "results"
     write_results(out / "langevin.json", rows)
-    text = "`python benchmarks/langevin.py`: ratios of times within one run; its docstring says what is compared."
+    text = (
+        "`python benchmarks/langevin.py`: ratios of times within one run; its docstring says what is compared. "
+        f"Measured on: {machine()}. The rows against a plain loop and torchebm, and those of bf16, depend on the processor."
+    )
     (out / "langevin.md").write_text(ratio_table("Langevin", text, rows))
     ratio_picture(out / "langevin.png", rows)
     print((out / "langevin.md").read_text())
@@ -273,10 +276,10 @@ def deep_conv(quick: bool) -> dict[str, float]:
                 with torch.enable_grad():
                     state, tilt = generator.start(batch), torch.zeros(batch)
                     for layer in range(8, 0, -1):
-                        p = generator.conditional(state)
+                        p = generator.conditional(state, layer)
                         z = p.loc + p.scale * leaves[layer - 1]
                         tilt = tilt + prior.energies[layer - 1](z)
-                        state = generator.descend(state, z)
+                        state = generator.descend(state, z, layer)
                     generator.likelihood(state).mean  # noqa: B018
                     gradient = torch.autograd.grad(tilt.sum(), leaves)
                 a = STEP**2
@@ -311,7 +314,7 @@ def two_stage_training(quick: bool) -> dict[str, float]:
         original = TrainingChains.run
 
         def run(self: TrainingChains, start: Sequence[Tensor], steps: int) -> tuple[Tensor, ...]:
-            z = plain_chain(self.model.generator, self.model.energies, start, steps, self.step_size)
+            z = plain_chain(self.model.generator, list(self.model.energies), start, steps, self.step_size)
             return tuple(z)
 
         TrainingChains.run = run

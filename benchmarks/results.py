@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["ROOT", "Row", "code_key", "mean_row", "provenance", "run_missing", "write_results"]
+__all__ = ["ROOT", "Row", "code_key", "machine", "mean_row", "provenance", "run_missing", "write_results"]
 
 import ast
 import concurrent.futures
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -51,9 +52,24 @@ def provenance() -> dict[str, Any]:
     return {
         "command": " ".join(["python", *(_as_seen_from_root(a) for a in sys.argv)]),
         "commit": commit or None,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {platform.system()}",
+        "machine": machine(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES},
     }
+
+
+def machine() -> str:
+    """The processor with its units for bf16, the number of cores, and the system."""
+    name, flags = platform.machine(), set[str]()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = f"{value.strip()} ({platform.machine()})"
+            elif key.strip() == "flags":
+                flags.update(value.split())
+    found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
+    bf16 = f"with {' and '.join(found)}" if found else "without avx512_bf16 and amx_bf16"
+    return f"{name}, {bf16}, {os.cpu_count()} CPU cores, {platform.system()}"
 
 
 def _as_seen_from_root(argument: str) -> str:
@@ -69,16 +85,18 @@ def write_results(path: Path, rows: Sequence[Row]) -> None:
     temporary.replace(path)
 
 
-_FIGURES = ("langevin", "training", "generators")
-_FIGURE_FILES = ("topdown", "model", "energies", "distributions", "evaluate", "prior", "data", "_util")
+_WITHOUT_FIGURES = ("__init__.py", "cli", "data", "plots.py", "checks", "detectors.py")
 
 
 def code_key(*files: Path, also: str = "") -> str:
-    """Of the code behind figures (docstrings, comments and layout aside) and `files`: results of other code do not count."""
+    """Hash of the package's code that figures depend on and of `files`, docstrings, comments and layout aside.
+
+    Results with another key were made by other code.
+    """
     package = ROOT / "energy_prior"
-    own = [file for folder in _FIGURES for file in sorted((package / folder).rglob("*.py"))]
+    own = [file for file in sorted(package.rglob("*.py")) if file.relative_to(package).parts[0] not in _WITHOUT_FIGURES]
     total = hashlib.sha256(also.encode())
-    for path in (*own, *(package / f"{name}.py" for name in _FIGURE_FILES), *files):
+    for path in (*own, *files):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             body = getattr(node, "body", None)

@@ -158,7 +158,7 @@ def run(job: Job) -> dict[str, Any]:
         "acceptance": acceptance,
         "clipped": result.clipped["energies"] if result else None,
         "clipped_generator": result.clipped.get("generator") if result else None,
-        "tamed": result.tamed if result else None,
+        "tamed": result.cut_share if result else None,
         "warnings": len(result.warnings) if result else None,
     }
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from energy_prior import JointEBMPrior, LadderVAE, fit_elbo
 from energy_prior.data import load_images
 from energy_prior.evaluate import excess_ratio, frechet_distance
-from energy_prior.langevin import JointDensity, RandomNoise, run_chain
+from energy_prior.langevin import ChainSettings, Target, sample_target
 from energy_prior.topdown import TopDown, ancestral
 from energy_prior.training.config import JOINT_METHODS, LANGEVIN_METHODS, Method
 
@@ -252,17 +252,20 @@ def plain_loop(problem: Problem, method: Method, iterations: int, largest: float
     weights = [p for f in energies for p in f.parameters()]
     weights += [p for p in generator.parameters() if p.requires_grad] if joint else []
     optimizer = torch.optim.Adam(weights, lr=2e-4)
-    space, step, scheme = "noise", 0.3, "euler"
+    step = 0.3
+
+    def run(
+        nets: Sequence[nn.Module], start: Sequence[Tensor], x: Tensor | None, s: float, *, measure: bool
+    ) -> tuple[tuple[Tensor, ...], float]:
+        with torch.no_grad():
+            target = Target(generator, nets, "noise", len(start[0]), x=x)  # type: ignore[arg-type]
+            settings = ChainSettings(steps=20, step_size=s, scheme="euler", adjust=False, backend="eager")
+            draw = sample_target(target, settings, default_step_size=s, start=start, measure=measure)
+        accepted = None if draw.result is None else draw.result.acceptance
+        return draw.latents, 1.0 if accepted is None else float(accepted.mean())
 
     def chain(start: Sequence[Tensor], x: Tensor | None, s: float) -> tuple[tuple[Tensor, ...], float]:
-        with torch.no_grad():
-            topdown = TopDown(generator, len(start[0]))
-            density = JointDensity(topdown, energies, space, x)  # type: ignore[arg-type]
-            source = RandomNoise(topdown.shapes, topdown.reference)
-            position = topdown.position(start, space)  # type: ignore[arg-type]
-            result = run_chain(density, position, steps=20, step_size=s, noise=source, scheme=scheme, measure=True)  # type: ignore[arg-type]
-            assert result.acceptance is not None  # noqa: S101
-            return topdown.descend(result.position, space).latents, float(result.acceptance.mean())  # type: ignore[arg-type]
+        return run(energies, start, x, s, measure=True)
 
     def f(latents: Sequence[Tensor], nets: Sequence[nn.Module] = energies) -> Tensor:
         return torch.stack([net(z) for net, z in zip(nets, latents, strict=True)], 1)
@@ -281,14 +284,7 @@ def plain_loop(problem: Problem, method: Method, iterations: int, largest: float
             if method in LANGEVIN_METHODS:
                 negative, accepted = chain(prior_draw, None, step)
             elif previous is not None:
-                with torch.no_grad():
-                    topdown = TopDown(generator, len(x))
-                    density = JointDensity(topdown, previous, "noise")
-                    source = RandomNoise(topdown.shapes, topdown.reference)
-                    end = run_chain(
-                        density, topdown.position(prior_draw, "noise"), steps=20, step_size=0.3, noise=source, scheme="euler"
-                    )
-                    negative = topdown.descend(end.position, "noise").latents
+                negative, _ = run(previous, prior_draw, None, step, measure=False)
             if method == "joint":
                 positive, _ = chain([z.detach() for z in positive], x, 0.1)
             if not joint:

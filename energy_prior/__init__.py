@@ -5,14 +5,18 @@ from __future__ import annotations
 __all__ = [
     "ArgumentError",
     "BackendWarning",
+    "ChainSettings",
     "ChainWarning",
     "CheckpointError",
     "ConvEnergy",
     "DataWarning",
+    "DiscretizedLogisticMixture",
     "DistributedError",
     "DivergenceError",
     "Energy",
     "EnergyPriorError",
+    "FitConfig",
+    "FitResult",
     "GeneratorError",
     "HierarchicalGenerator",
     "Inferred",
@@ -20,6 +24,7 @@ __all__ = [
     "LadderVAE",
     "MLPEnergy",
     "MissingExtraError",
+    "ScoreTerms",
     "ResidualVAE",
     "ShapeError",
     "TrainingWarning",
@@ -28,6 +33,7 @@ __all__ = [
     "check_generator",
     "default_energies",
     "fit_elbo",
+    "map_batches",
 ]
 
 from energy_prior.checks.generator import check_generator
@@ -46,10 +52,11 @@ from energy_prior.errors import (
     ShapeError,
     TrainingWarning,
 )
-from energy_prior.generators import LadderVAE, ResidualVAE
-from energy_prior.langevin import Trajectory
+from energy_prior.generators import DiscretizedLogisticMixture, LadderVAE, ResidualVAE
+from energy_prior.langevin import ChainSettings, Trajectory
 from energy_prior.prior import JointEBMPrior
 from energy_prior.protocol import HierarchicalGenerator, Inferred
-from energy_prior.training import fit_elbo
+from energy_prior.scores import ScoreTerms
+from energy_prior.training import FitConfig, FitResult, fit_elbo, map_batches
 
 __version__ = "0.1.0"

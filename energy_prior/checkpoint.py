@@ -7,8 +7,11 @@ __all__ = [
     "check_generator_fits",
     "check_state_fits",
     "check_unchanged",
+    "canonical_name",
+    "canonical_state",
     "digest",
     "fingerprint",
+    "load_named",
     "read_checkpoint",
     "read_tensors",
     "write_checkpoint",
@@ -18,8 +21,8 @@ __all__ = [
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +30,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from energy_prior.errors import ArgumentError, CheckpointError
+from energy_prior.checks.settings import check_path
+from energy_prior.errors import CheckpointError
+from energy_prior.protocol import unwrapped
 
 FORMAT = "energy-prior"
 FORMAT_VERSION = 1
 _DIGEST_PART = 2**24
+_ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
 def fingerprint(generator: Any) -> str:
@@ -40,31 +46,73 @@ def fingerprint(generator: Any) -> str:
     It depends on names, shapes, dtypes and values, not on the device. Settings are what modules other than torch's own say in
     `extra_repr`: of two models with the same weights one may have another temperature.
     """
+    generator = unwrapped(generator)
     shapes = repr([tuple(shape) for shape in generator.latent_shapes])
     if not isinstance(generator, nn.Module):
         return digest({}, shapes)
-    own = {name: part for name, part in generator.named_modules() if not type(part).__module__.startswith("torch.")}
-    settings = {name: part.extra_repr() for name, part in own.items() if part.extra_repr()}
-    return digest(generator.state_dict(), f"{shapes} {sorted(settings.items())}")
+    own = {
+        canonical_name(name): part for name, part in generator.named_modules() if not type(part).__module__.startswith("torch.")
+    }
+    settings = {name: _ADDRESS.sub("", part.extra_repr()) for name, part in own.items() if part.extra_repr()}
+    return digest(canonical_state(generator), f"{shapes} {sorted(settings.items())}")
+
+
+def canonical_name(name: str) -> str:
+    """A name in a state dict without what `torch.compile` of a part of the module puts into it."""
+    return name.replace("_orig_mod.", "")
+
+
+def canonical_state(module: nn.Module) -> dict[str, Any]:
+    """`module.state_dict()` by canonical names."""
+    return {canonical_name(name): value for name, value in module.state_dict().items()}
+
+
+def load_named(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Loads a state of canonical names."""
+    module.load_state_dict({name: tensors[canonical_name(name)] for name in module.state_dict()})
 
 
 def digest(values: Mapping[str, Any], start: str = "") -> str:
-    """SHA-256 of named tensors and other values, as hexadecimal digits, after that of `start`."""
+    """SHA-256 of named tensors and plain values, as hexadecimal digits, after that of `start`.
+
+    Plain are numbers, text, bytes, None, and lists, tuples and dicts of such; of any other object only its type counts, as its
+    text need not be the same in another process.
+    """
     total = hashlib.sha256(start.encode())
     for name, value in sorted(values.items()):
         total.update(name.encode())
-        if isinstance(value, Tensor):
-            total.update(f"{tuple(value.shape)}{value.dtype}".encode())
-            for part in value.detach().flatten().split(_DIGEST_PART):
-                total.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        else:
-            total.update(repr(value).encode())
+        _digest_value(total, value)
     return total.hexdigest()
+
+
+def _digest_value(total: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        total.update(f"{tuple(value.shape)}{value.dtype}".encode())
+        for part in value.detach().flatten().split(_DIGEST_PART):
+            total.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    elif value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        total.update(repr(value).encode())
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            total.update(repr(key).encode() if isinstance(key, bool | int | float | str) else type(key).__name__.encode())
+            _digest_value(total, item)
+    elif isinstance(value, list | tuple):
+        total.update(f"{type(value).__name__} of {len(value)}".encode())
+        for item in value:
+            _digest_value(total, item)
+    else:
+        total.update(type(value).__qualname__.encode())
 
 
 def write_checkpoint(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Writes a checkpoint whole or not at all: to a temporary file beside `path`, then renamed over it."""
-    values = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    foreign = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if foreign:
+        raise CheckpointError(
+            f"The state {foreign[0]!r} is a {type(tensors[foreign[0]]).__name__}, and a checkpoint holds tensors alone. "
+            "Keep it out of state_dict() (get_extra_state), or make it a buffer."
+        )
+    values = {canonical_name(name): value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     text = json.dumps(dict(config))
     header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "config": text, "digest": digest(values, text)}
     write_whole(path, save(values, metadata=header))
@@ -77,7 +125,7 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         FileNotFoundError, IsADirectoryError: if `path` cannot be a file.
         OSError: if it cannot be written (a full disk); what was at `path` before is untouched.
     """
-    target = Path(path)
+    target = check_path("path", path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"path: there is no folder {os.fspath(target.parent)!r} to write the checkpoint to.")
     if target.is_dir():
@@ -143,9 +191,8 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         FileNotFoundError: if there is no such file.
         CheckpointError: if it is truncated or damaged.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise ArgumentError(f"path: expected a file's path, got {type(path).__name__}.")
-    if not Path(path).is_file():
+    path = check_path("path", path)
+    if not path.is_file():
         raise FileNotFoundError(f"No checkpoint at {os.fspath(path)!r}.")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -191,6 +238,7 @@ def check_state_fits(
     remedy: str = "Pass `energies` built as they were when it was saved.",
 ) -> None:
     """Raises `CheckpointError`, saying what differs and the remedy, if names or shapes of two state dicts do not agree."""
+    expected = {canonical_name(name): value for name, value in expected.items()}
     faults = [f"{name} is missing" for name in expected if name not in got]
     faults += [f"{name} is not expected" for name in got if name not in expected]
     faults += [

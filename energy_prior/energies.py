@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
 
-from energy_prior.checks.arguments import check_count, check_positive
+from energy_prior.checks.settings import check_flag, check_positive, check_shape, check_sizes
 from energy_prior.errors import ArgumentError, CheckpointError, ShapeError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "softplus": nn.Softplus, "tanh": nn.Tanh}
@@ -27,14 +27,20 @@ class Energy(nn.Module):
     `shift` and `scale` bring a layer to unit scale, so that layers of very different width learn at one rate; `fit` sets
     them once, from posterior and prior draws. They are buffers and travel with checkpoints.
 
-    As |f| < s, e^(−L·s) < Z < e^(L·s): the joint prior of L layers can always be normalised. An energy that grows without
-    limit need not have a finite Z where the scales of a layer depend on those above, and its chains now and then find a far
-    place that outweighs all others. Between ±s/4 f is g to 3 %, and its order is that of g as far as the dtype can tell.
-    s is a buffer too, 1e30 for None.
+    As |f| < s, e^(−L·s) < Z < e^(L·s): the joint prior of L layers can always be normalised. With an energy that grows
+    without limit, Z need not be finite where the scales of a layer depend on those above, and a chain may run off to a far
+    region that outweighs all others. Between ±s/4 f equals g to 3 %, and f orders latents as g does, up to rounding. s is a
+    buffer too, 1e30 for None.
 
     Args:
         latent_shape: shape of z without the batch.
         saturation: s in nats, > 0; None: f = g.
+
+    Attributes:
+        config: the settings that a checkpoint keeps: plain values, which JSON can hold.
+
+    Raises:
+        ArgumentError, ShapeError: if a setting is impossible; the message says which.
 
     Shape: (batch, *latent_shape) -> (batch,), nats.
     """
@@ -48,11 +54,10 @@ class Energy(nn.Module):
 
     def __init__(self, latent_shape: Sequence[int], saturation: float | None = None) -> None:
         super().__init__()
-        limit = _NO_SATURATION if saturation is None else check_positive("saturation", saturation)
-        self.register_buffer("saturation", torch.tensor(limit))
-        self.latent_shape = torch.Size(latent_shape)
-        if len(self.latent_shape) == 0 or min(self.latent_shape) < 1:
-            raise ShapeError(f"latent_shape: expected one or more positive sizes, got {tuple(latent_shape)}.")
+        limit = None if saturation is None else check_positive("saturation", saturation)
+        self.config = {"saturation": limit}
+        self.register_buffer("saturation", torch.tensor(_NO_SATURATION if limit is None else limit))
+        self.latent_shape = check_shape("latent_shape", latent_shape)
         self.register_buffer("shift", torch.zeros(self._statistics_shape()))
         self.register_buffer("scale", torch.ones(self._statistics_shape()))
         self.register_buffer("standardized", torch.zeros((), dtype=torch.bool))
@@ -64,7 +69,7 @@ class Energy(nn.Module):
         return (g / torch.hypot(torch.ones_like(g), g / self.saturation)).to(out.dtype)
 
     def extra_repr(self) -> str:
-        """What tells two energies of equal parts apart."""
+        """The saturation; the rest shows in the layers."""
         return f"saturation={float(self.saturation):g}"
 
     def standardize(self, latents: Tensor) -> None:
@@ -107,17 +112,12 @@ class MLPEnergy(Energy):
         saturation: float | None = 100.0,
     ) -> None:
         super().__init__(latent_shape, saturation)
-        self.config = {
-            "hidden": list(hidden),
-            "activation": activation,
-            "spectral_norm": spectral_norm,
-            "saturation": saturation,
-        }
+        hidden, spectral_norm = check_sizes("hidden", hidden), check_flag("spectral_norm", spectral_norm)
         make = _activation(activation)
+        self.config |= {"hidden": list(hidden), "activation": str(activation), "spectral_norm": spectral_norm}
         layers: list[nn.Module] = [nn.Flatten()]
         width = math.prod(self.latent_shape)
         for size in hidden:
-            check_count("hidden", size)
             linear = _scaled(nn.Linear(width, size))
             layers += [with_spectral_norm(linear) if spectral_norm else linear, make()]
             width = size
@@ -145,20 +145,16 @@ class ConvEnergy(Energy):
         spectral_norm: bool = False,
         saturation: float | None = 100.0,
     ) -> None:
-        if len(latent_shape) != 3:
-            raise ShapeError(f"latent_shape: ConvEnergy needs (channels, height, width), got {tuple(latent_shape)}.")
-        super().__init__(latent_shape, saturation)
-        self.config = {
-            "channels": list(channels),
-            "activation": activation,
-            "spectral_norm": spectral_norm,
-            "saturation": saturation,
-        }
+        shape = check_shape("latent_shape", latent_shape)
+        if len(shape) != 3:
+            raise ShapeError(f"latent_shape: ConvEnergy needs (channels, height, width), got {tuple(shape)}.")
+        super().__init__(shape, saturation)
+        channels, spectral_norm = check_sizes("channels", channels), check_flag("spectral_norm", spectral_norm)
         make = _activation(activation)
+        self.config |= {"channels": list(channels), "activation": str(activation), "spectral_norm": spectral_norm}
         layers: list[nn.Module] = []
         width, h, w = self.latent_shape
         for n, size in enumerate(channels):
-            check_count("channels", size)
             stride = (2 if n and h > 1 else 1, 2 if n and w > 1 else 1)
             conv = _scaled(nn.Conv2d(width, size, 3, stride, padding=1))
             layers += [with_spectral_norm(conv) if spectral_norm else conv, make()]
@@ -175,7 +171,11 @@ BUILT_IN: dict[str, type[MLPEnergy] | type[ConvEnergy]] = {"MLPEnergy": MLPEnerg
 
 
 def default_energies(latent_shapes: Sequence[Sequence[int]]) -> nn.ModuleList:
-    """One energy per layer, in the order z_1, …, z_L: convolutional for (channels, height, width) maps, else an MLP."""
+    """One energy per layer, in the order z_1, …, z_L: convolutional for (channels, height, width) maps, else an MLP.
+
+    Args:
+        latent_shapes: shapes of z_1, …, z_L without the batch.
+    """
     return nn.ModuleList(
         ConvEnergy(shape) if len(shape) == 3 and min(shape[1:]) > 1 else MLPEnergy(shape) for shape in latent_shapes
     )
@@ -185,6 +185,7 @@ def describe_energies(energies: Iterable[nn.Module]) -> list[dict[str, Any]]:
     """What a checkpoint says of each energy, enough to build the built-in ones again; others are only named."""
     described: list[dict[str, Any]] = []
     for energy in energies:
+        energy = getattr(energy, "_orig_mod", energy)  # what torch.compile wraps
         kind = type(energy)
         if isinstance(energy, Energy) and BUILT_IN.get(kind.__name__) is kind:
             described.append({"kind": kind.__name__, "latent_shape": list(energy.latent_shape), **energy.config})
@@ -206,8 +207,7 @@ def build_energies(described: Iterable[Mapping[str, Any]]) -> nn.ModuleList:
         if entry["kind"] == "custom":
             raise CheckpointError(
                 f"energies: f_{layer} was a module of your own, {entry.get('name')}; a checkpoint holds its weights but not "
-                "its "
-                "code. Pass energies=[…] to load, built as they were when the prior was saved."
+                "its code. Pass energies=[…] to load, built as they were when the prior was saved."
             )
         try:
             built.append(BUILT_IN[entry["kind"]](**{key: value for key, value in entry.items() if key != "kind"}))
@@ -236,6 +236,6 @@ def _zero_head(width: int) -> nn.Linear:
 
 
 def _activation(name: str) -> Callable[[], nn.Module]:
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ArgumentError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {name!r}.")
     return ACTIVATIONS[name]

@@ -1,4 +1,4 @@
-"""How good samples, scores and chains are: Fréchet distance and its excess, two-sample accuracy, AUROC, AUPRC, ESS."""
+"""Metrics of samples, scores and chains: Fréchet distance, two-sample accuracy, AUROC, AUPRC, effective sample size."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from energy_prior.checks.arguments import require_extra
+from energy_prior.checks.settings import require_extra
 from energy_prior.errors import ArgumentError, ShapeError
 
 
 class Detection(NamedTuple):
-    """How well a score tells unknown from known observations: areas in [0, 1], unknown as the positive class."""
+    """AUROC and AUPRC of a score, in [0, 1], with unknown observations as the positive class."""
 
     auroc: float
     auprc: float
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """‖m_a − m_b‖² + tr(C_a + C_b − 2 (C_a C_b)^{1/2}), the squared 2-Wasserstein distance of two fitted Gaussians.
+    """Fréchet distance of two sets of features, ‖m_a − m_b‖² + tr(C_a + C_b − 2 (C_a C_b)^{1/2}), ≥ 0.
 
-    The FID with any feature net (Heusel et al., NeurIPS 2017); computed in float64.
+    The squared 2-Wasserstein distance of Gaussians with the sets' means m and covariances C; the FID of Heusel et al. (NeurIPS
+    2017) where the features are Inception's. Computed in float64.
 
     Args:
-        features_a: (n, d), n ≥ 2.
-        features_b: (m, d), m ≥ 2.
+        features_a: features of the one set, (n, d), n ≥ 2.
+        features_b: features of the other, (m, d), m ≥ 2.
 
     Raises:
         ShapeError: if they are not two matrices with the same d.
@@ -52,6 +53,8 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 def excess_ratio(joint: float, generator: float, floor: float) -> float:
     """(joint − floor)/(generator − floor) of three Fréchet distances to the same test images at equal sample counts.
 
+    0: samples of the joint prior are as near to the test images as training images are. 1: no better than the generator's.
+
     Args:
         joint: distance of the joint prior's samples.
         generator: distance of samples of the generator's own prior.
@@ -66,13 +69,16 @@ def excess_ratio(joint: float, generator: float, floor: float) -> float:
 
 
 def effective_sample_size(series: Tensor) -> Tensor:
-    """T/(1 + 2 Σ_t ρ_t), how many independent draws one chain of T steps is worth, (d,), in (0, T].
+    """Effective sample size of one chain of T steps, T/(1 + 2 Σ_t ρ_t), in (0, T].
 
     ρ_t is the autocorrelation at lag t, pooled over the chains about their common mean (chains that stay apart count as
-    correlated), and the sum stops where two neighbouring terms add up to less than 0 (Geyer, Statistical Science 1992).
+    correlated). The sum ends where two neighbouring terms add up to less than 0 (Geyer, Statistical Science 1992).
 
     Args:
         series: d quantities along the chains, (T, chains, d), T ≥ 4.
+
+    Returns:
+        (d,), of each quantity.
 
     Raises:
         ShapeError: if the shape is another.
@@ -92,15 +98,15 @@ def effective_sample_size(series: Tensor) -> Tensor:
 def two_sample_accuracy(
     train_a: Tensor, train_b: Tensor, test_a: Tensor, test_b: Tensor, *, hidden: int = 128, epochs: int = 25, seed: int = 0
 ) -> float:
-    """Balanced accuracy of a classifier of A against B on draws that it was not trained on; 0.5 = cannot be told apart.
+    """Classifier two-sample test: balanced accuracy of telling A from B on test draws, in [0, 1]; 0.5: no difference found.
 
-    A classifier two-sample test (Lopez-Paz and Oquab, ICLR 2017) with scikit-learn's two-layer perceptron.
+    After Lopez-Paz and Oquab (ICLR 2017), with scikit-learn's perceptron of two hidden layers.
 
     Args:
-        train_a: (n, d) draws of A to train on; inputs are standardised by these.
-        train_b: (n, d) draws of B, as many.
-        test_a: (m, d) draws of A to test on.
-        test_b: (m', d) draws of B to test on.
+        train_a: draws of A to train on, (n, d); their mean and standard deviation standardise all inputs.
+        train_b: draws of B to train on, (n, d).
+        test_a: draws of A to test on, (m, d).
+        test_b: draws of B to test on, (m', d).
         hidden: width of the two hidden layers.
         epochs: passes over the training draws.
         seed: random state of the classifier.
@@ -112,7 +118,7 @@ def two_sample_accuracy(
     mean, spread = train_a.mean(0), train_a.std(0).clamp_min(1e-12)
     unit = [((t - mean) / spread).cpu().numpy() for t in (train_a, train_b, test_a, test_b)]
     labels = torch.cat([torch.ones(len(train_a)), torch.zeros(len(train_b))]).numpy()
-    net = perceptron((hidden, hidden), alpha=1e-3, batch_size=256, max_iter=epochs, random_state=seed)
+    net = perceptron((hidden, hidden), alpha=1e-3, batch_size=min(256, len(labels)), max_iter=epochs, random_state=seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Stochastic Optimizer: Maximum iterations")
         net.fit(torch.cat([torch.as_tensor(unit[0]), torch.as_tensor(unit[1])]).numpy(), labels)
@@ -120,7 +126,7 @@ def two_sample_accuracy(
 
 
 def detection(known: Tensor, unknown: Tensor) -> Detection:
-    """AUROC and AUPRC (average precision) of a score, higher = more unknown, from scikit-learn.
+    """AUROC and AUPRC (average precision) of a score, higher = more unknown, by scikit-learn.
 
     Args:
         known: scores of known observations, (n,).

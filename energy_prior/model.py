@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-__all__ = ["JointModel", "PosteriorDraw", "check_decode", "decode_latents"]
+__all__ = ["JointModel", "PosteriorDraw"]
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from energy_prior.checks import arguments as validate
-from energy_prior.errors import ArgumentError, ChainWarning
-from energy_prior.langevin import ChainSettings, JointDensity, NoiseSource, StepCallback, sample_density
-from energy_prior.langevin.cost import equal_parts, evaluation_cost, forward_memory
+from energy_prior._util import not_none
+from energy_prior.checks.arguments import checked_infer
+from energy_prior.errors import DivergenceError
+from energy_prior.langevin import ChainSettings, NoiseSource, Target, Trajectory, sample_target, warn_if_stuck
+from energy_prior.langevin.cost import equal_parts, forward_memory
 from energy_prior.protocol import HierarchicalGenerator, find_infer
-from energy_prior.scores import ScoreTerms, score_terms
-from energy_prior.topdown import Decode, Space, TopDown, decode_state
+from energy_prior.topdown import Decode, Space, TopDown, ancestral, ancestral_noise, decode_state
 
-_HARDLY_MOVES = 0.05
 _NEVER_SPLIT = 16
 
 
 class PosteriorDraw(NamedTuple):
-    """z of one posterior draw, and Σ_i log q_ω of it, (batch,), if it came from an inference model."""
+    """z of one posterior draw, and log q_ω of it per layer, (batch, L), if it came from an inference model."""
 
     latents: tuple[Tensor, ...]
     log_q: Tensor | None
@@ -43,7 +41,7 @@ class JointModel:
     """
 
     generator: HierarchicalGenerator
-    energies: Sequence[nn.Module]
+    energies: nn.ModuleList
     space: Space
     step_size: float
 
@@ -55,49 +53,34 @@ class JointModel:
         """log p_β(z_i | z_{>i}), (batch, L), nats."""
         return TopDown(self.generator, len(latents[0])).descend(tuple(latents), "latent").log_priors()
 
-    def density(self, n: int, held: Mapping[int, Tensor] | None = None, x: Tensor | None = None) -> JointDensity:
+    def target(self, n: int, held: Mapping[int, Tensor] | None = None, x: Tensor | None = None) -> Target:
         """p(z_free | z_held) of n draws, or the posterior of n observations x."""
-        return JointDensity(TopDown(self.generator, n, held), self.energies, self.space, x)
-
-    def parts(
-        self, n: int, max_memory: float, held: Mapping[int, Tensor] | None = None, x: Tensor | None = None
-    ) -> tuple[JointDensity, ...]:
-        """`density`, in as many equal parts of the batch as an evaluation of each needs to keep at most `max_memory` bytes."""
-
-        def of(rows: slice) -> JointDensity:
-            fixed = {i: z[rows] for i, z in (held or {}).items()}
-            return self.density(rows.stop - rows.start, fixed, None if x is None else x[rows])
-
-        if len(held or {}) == len(self.energies):  # nothing is free, so there is no gradient
-            return (of(slice(0, n)),)
-        cost = evaluation_cost(of(slice(0, min(n, 2))))
-        return tuple(of(rows) for rows in equal_parts(n, cost.memory, max_memory))
+        return Target(self.generator, list(self.energies), self.space, n, held or {}, x)
 
     def run(
         self,
-        parts: Sequence[JointDensity],
+        target: Target,
         settings: ChainSettings,
         *,
         start: Sequence[Tensor] | None = None,
         noise: NoiseSource | None = None,
-        on_step: StepCallback | None = None,
-        every: int = 1,
     ) -> tuple[Tensor, ...]:
-        """A chain on the parts of a density; all latents at its end."""
-        step_size = self.step_size
-        chain = sample_density(
-            parts, settings, default_step_size=step_size, start=start, noise=noise, on_step=on_step, every=every
-        )
-        accepted = chain.result.acceptance if chain.result else None
-        if accepted is not None and on_step is None and float(accepted.mean()) < _HARDLY_MOVES:
-            warnings.warn(
-                f"Metropolis–Hastings accepted {float(accepted.mean()):.1%} of the chains' steps, so they are hardly away from "
-                "where they started. Use a smaller step_size or more steps; if it is as low at every step_size, an energy is "
-                "too steep to sample.",
-                ChainWarning,
-                stacklevel=4,
-            )
-        return chain.latents
+        """Chains on a target; all latents at their end."""
+        draw = sample_target(target, settings, default_step_size=self.step_size, start=start, noise=noise)
+        warn_if_stuck(draw.result)
+        return draw.latents
+
+    def sample(
+        self,
+        n: int,
+        settings: ChainSettings,
+        *,
+        held: Mapping[int, Tensor] | None = None,
+        start: Sequence[Tensor] | None = None,
+        noise: NoiseSource | None = None,
+    ) -> tuple[Tensor, ...]:
+        """n draws (z_1, …, z_L) of p(z_free | z_held) by Langevin, from `start`, else ancestral."""
+        return self.run(self.target(n, held), settings, start=start, noise=noise)
 
     def sample_posterior(
         self,
@@ -109,63 +92,67 @@ class JointModel:
     ) -> tuple[Tensor, ...]:
         """Langevin on p(z | x), from `start`, else from q_ω where there is one, else ancestral."""
         if start is None and find_infer(self.generator) is not None:
-            start = validate.checked_infer(self.generator, x).latents
-        return self.run(self.parts(len(x), settings.max_memory, x=x), settings, start=start, noise=noise)
+            start = checked_infer(self.generator, x).latents
+        return self.run(self.target(len(x), x=x), settings, start=start, noise=noise)
 
-    def posterior_draw(self, x: Tensor, settings: ChainSettings | None = None) -> PosteriorDraw:
+    def trajectory(
+        self,
+        n: int,
+        every: int,
+        settings: ChainSettings,
+        *,
+        held: Mapping[int, Tensor] | None = None,
+        start: Sequence[Tensor] | None = None,
+        noise: NoiseSource | None = None,
+    ) -> Trajectory:
+        """n chains on p(z_free | z_held) with a frame at the start and after every `every` steps."""
+        target = self.target(n, held)
+        draw = sample_target(target, settings, default_step_size=self.step_size, start=start, noise=noise, every=every)
+        return not_none(not_none(draw.result).trajectory)
+
+    def posterior_draw(self, x: Tensor, settings: ChainSettings) -> PosteriorDraw:
         """z ~ q_ω(z | x) where the generator has `infer`, else a Langevin draw of the posterior."""
         if find_infer(self.generator) is not None:
-            inferred = validate.checked_infer(self.generator, x)
-            return PosteriorDraw(inferred.latents, inferred.log_q.sum(1))
-        return PosteriorDraw(self.sample_posterior(x, settings or ChainSettings()), None)
+            inferred = checked_infer(self.generator, x)
+            return PosteriorDraw(inferred.latents, inferred.log_q)
+        return PosteriorDraw(self.sample_posterior(x, settings), None)
 
-    def redraw(self, x: Tensor, draw: PosteriorDraw, k: int, settings: ChainSettings) -> ScoreTerms:
-        """The terms of L^{>k}(x) at one posterior draw (after Havtorn et al., ICML 2021).
+    def ancestral(self, n: int) -> tuple[Tensor, ...]:
+        """n draws (z_1, …, z_L) of the generator's own prior."""
+        return ancestral(self.generator, n).latents
 
-        Keeps z_{>k} and redraws z_{<=k} ~ p(z_{<=k} | z_{>k}) from the joint prior by Langevin; the pass down to layer
-        k + 1 is computed once, so that a step costs k layers. k = 0 keeps the draw as it is and runs no chain.
+    def decode(self, latents: Sequence[Tensor], decode: Decode | None = None, max_memory: float = 2.0**30) -> Tensor:
+        """Observations of (z_1, …, z_L), (batch, *x_shape), by one top-down pass.
+
+        Args:
+            latents: z_i of shape (batch, *latent_shapes[i - 1]).
+            decode: the "mean" of p_β0(x | z) or a "sample" of it; None: the mean where there is one.
+            max_memory: bytes that the decoder may need, > 0; batches of more than 16 that need more are decoded in parts.
+
+        Raises:
+            DivergenceError: if an observation is not finite.
         """
-        if not k:
-            terms = score_terms(self.generator, self.negative_energy(draw.latents), x, draw.latents, draw.log_q)
-            return terms.checked()
-        held = {layer: draw.latents[layer - 1] for layer in range(k + 1, len(draw.latents) + 1)}
-        latents = self.run(self.parts(len(x), settings.max_memory, held), settings)
-        return score_terms(self.generator, self.negative_energy(latents), x, latents).checked()
+        return self._decode(latents, "latent", decode, max_memory)
 
+    def decode_ancestral(self, n: int, decode: Decode | None = None, max_memory: float = 2.0**30) -> Tensor:
+        """n observations of the generator's own prior, with one pass for latents and observations."""
+        return self._decode(ancestral_noise(TopDown(self.generator, n)), "noise", decode, max_memory)
 
-def check_decode(decode: Any) -> None:
-    """One of `Decode`, or None."""
-    if decode not in (None, *get_args(Decode)):
-        raise ArgumentError(f'decode: expected "mean", "sample" or None, got {decode!r}.')
+    def _decode(self, position: Sequence[Tensor], space: Space, decode: Decode | None, max_memory: float) -> Tensor:
+        def state(rows: slice) -> Any:
+            topdown = TopDown(self.generator, rows.stop - rows.start)
+            return topdown.descend(tuple(p[rows] for p in position), space, to_observation=True).state
 
-
-def decode_latents(
-    generator: HierarchicalGenerator,
-    latents: Sequence[Tensor],
-    decode: Decode | None = None,
-    max_memory: float = 2.0**30,
-    *,
-    space: Space = "latent",
-) -> Tensor:
-    """Observations of given latents (z_1, …, z_L), (batch, *x_shape), by one top-down pass.
-
-    Args:
-        generator: the hierarchical generator.
-        latents: z_i of shape (batch, *latent_shapes[i - 1]), or ε_i for space="noise".
-        decode: the "mean" of p_β0(x | z) or a "sample" of it; None: the mean where there is one.
-        max_memory: bytes that the decoder may need, > 0; batches of more than 16 that need more are decoded in parts.
-        space: the coordinates of `latents`.
-    """
-    check_decode(decode)
-
-    def state(rows: slice) -> Any:
-        topdown = TopDown(generator, rows.stop - rows.start)
-        return topdown.descend(tuple(z[rows] for z in latents), space, to_observation=True).state
-
-    n = len(latents[0])
-    parts = [slice(0, n)]
-    if n > _NEVER_SPLIT:
-        needed = forward_memory(lambda: generator.likelihood(state(slice(0, 2))), 2, generator)
-        parts = equal_parts(n, needed, max_memory)
-    decoded = [decode_state(generator, state(rows), decode) for rows in parts]
-    return decoded[0] if len(parts) == 1 else torch.cat(decoded)
+        n = len(position[0])
+        parts = [slice(0, n)]
+        if n > _NEVER_SPLIT:
+            needed = forward_memory(lambda: self.generator.likelihood(state(slice(0, 2))), 2, self.generator)
+            parts = equal_parts(n, needed, max_memory)
+        decoded = [decode_state(self.generator, state(rows), decode) for rows in parts]
+        x = decoded[0] if len(parts) == 1 else torch.cat(decoded)
+        if not bool(torch.isfinite(x).all()):
+            raise DivergenceError(
+                f"decode: {int((~torch.isfinite(x)).sum())} values of the decoded observations are NaN or infinite, though the "
+                "latents are finite. Look at the generator's likelihood: are its weights finite?"
+            )
+        return x

@@ -1,4 +1,4 @@
-"""Pictures: panels of images, a Langevin run from its start to its end, histograms of scores. Written without a display."""
+"""Plots, written to files: grids of images, Langevin chains, latents along a chain, histograms of scores. No display needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from energy_prior.checks.arguments import require_extra
+from energy_prior.checks.settings import check_path, require_extra
 from energy_prior.evaluate import detection
 
 
@@ -21,28 +21,30 @@ def image_panels(path: str | os.PathLike[str], panels: Mapping[str, Tensor], *, 
     """Grids of images side by side, each under its title.
 
     Args:
-        path: file to write.
+        path: file to write; its suffix sets the format (.png, .pdf, .svg, …).
         panels: title -> images in [0, 1], (n, channels, height, width), 1 or 3 channels.
         columns: images per row of a grid.
     """
+    file = check_path("path", path)
     figure = _figure(3.4 * len(panels), 3.6)
     figure.get_layout_engine().set(wspace=0.06)
     for index, (title, images) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, len(panels), index)
         _show(axes, _grid(images, columns))
         axes.set_title(title)
-    figure.savefig(path, dpi=150)
+    figure.savefig(file, dpi=150)
 
 
 def chain_strip(path: str | os.PathLike[str], frames: Tensor, steps: Tensor, energy: Tensor) -> None:
-    """One row of images per chain, from its ancestral start to its end, above the energy profile of the chains.
+    """One row of decoded images per chain, from its ancestral start to its end, above Σ_i f_i along the chains.
 
     Args:
-        path: file to write.
+        path: file to write; its suffix sets the format (.png, .pdf, .svg, …).
         frames: decoded images in [0, 1], (chains, frames, channels, height, width).
         steps: step number of each frame, (frames,).
-        energy: Σ_i f_i of each frame and chain, (frames, chains), nats.
+        energy: Σ_i f_i(z_i) of each frame and chain, (frames, chains), nats.
     """
+    file = check_path("path", path)
     chains, count = frames.shape[:2]
     figure = _figure(max(0.55 * count + 1.2, 5.0), 0.55 * chains + 3.2)
     top, bottom = figure.subplots(2, 1, height_ratios=[0.55 * chains, 2.0])
@@ -59,22 +61,24 @@ def chain_strip(path: str | os.PathLike[str], frames: Tensor, steps: Tensor, ene
     bottom.set_ylabel("$\\sum_i f_i(z_i)$ in nats")
     bottom.margins(x=0.02)
     bottom.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(file, dpi=150)
 
 
 def latent_transitions(
     path: str | os.PathLike[str], posterior: Sequence[Tensor], chains: Sequence[Tensor], steps: Tensor
 ) -> None:
-    """Langevin chains of the prior on their way, over posterior draws: a row per layer, top layer first, a column per frame.
+    """Latents of prior chains at some steps, over posterior draws: a row per layer, top layer first, a column per frame.
 
-    The picture of Cui, Wu and Han (CVPR 2023) for latents of two dimensions; of wider ones the first two are shown.
+    After the figure of Cui, Wu and Han (CVPR 2023) for two-dimensional latents. Of wider latents the first two dimensions are
+    shown.
 
     Args:
-        path: file to write.
+        path: file to write; its suffix sets the format (.png, .pdf, .svg, …).
         posterior: posterior draws (z_1, …, z_L), each (n, d), d ≥ 2.
         chains: (z_1, …, z_L) of the chains, each (frames, m, d).
         steps: step number of each frame, (frames,).
     """
+    file = check_path("path", path)
     columns = len(steps)
     figure = _figure(1.9 * columns + 0.3, 2.0 * len(posterior) + 0.5)
     grid = figure.subplots(len(posterior), columns, squeeze=False)
@@ -94,20 +98,21 @@ def latent_transitions(
         row[0].set_ylabel(f"$z_{layer}$")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9, markerscale=3)
-    figure.savefig(path, dpi=150)
+    figure.savefig(file, dpi=150)
 
 
 def score_histograms(
     path: str | os.PathLike[str], scores: Mapping[str, tuple[Tensor, Tensor]], *, known: str, unknown: str
 ) -> None:
-    """A histogram per score, known against unknown observations, with its AUROC.
+    """A histogram per score of known and of unknown observations, with its AUROC.
 
     Args:
-        path: file to write.
+        path: file to write; its suffix sets the format (.png, .pdf, .svg, …).
         scores: name -> scores of known and of unknown observations, (n,) and (m,), higher = more unknown.
-        known: legend of the known ones.
-        unknown: legend of the unknown ones.
+        known: label of the known observations.
+        unknown: label of the unknown observations.
     """
+    file = check_path("path", path)
     columns = min(2, len(scores))
     rows = -(-len(scores) // columns)
     figure = _figure(4.6 * columns, 2.6 * rows + 0.4)
@@ -126,16 +131,16 @@ def score_histograms(
         if index == 1:
             handles, labels = axes.get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    figure.savefig(file, dpi=150)
 
 
 def _figure(width: float, height: float) -> Any:
-    """A figure of its own, outside pyplot: no display, no global state."""
+    """A figure without pyplot: no display, no global state; sizes in inches."""
     return require_extra("matplotlib.figure", "examples").Figure(figsize=(width, height), layout="constrained")
 
 
 def _grid(images: Tensor, columns: int) -> Tensor:
-    """(n, c, h, w) in [0, 1] -> one image (H, W, c) with a pixel between."""
+    """(n, c, h, w) in [0, 1] -> one image (H, W, c) of all of them, one pixel apart."""
     images = images.detach().float().clamp(0, 1).cpu()
     rows = math.ceil(len(images) / columns)
     blank = images.new_ones(rows * columns - len(images), *images.shape[1:])
@@ -144,6 +149,7 @@ def _grid(images: Tensor, columns: int) -> Tensor:
 
 
 def _show(axes: Any, image: Tensor) -> None:
+    """Draws an image (H, W, c) without axes."""
     axes.imshow(image.squeeze(-1).numpy(), cmap="gray_r" if image.shape[-1] == 1 else None, vmin=0, vmax=1)
     axes.set_xticks([])
     axes.set_yticks([])

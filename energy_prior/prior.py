@@ -5,9 +5,10 @@ from __future__ import annotations
 __all__ = ["JointEBMPrior"]
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,30 +19,40 @@ from energy_prior.checkpoint import (
     check_state_fits,
     check_unchanged,
     fingerprint,
+    load_named,
     read_checkpoint,
     write_checkpoint,
 )
-from energy_prior.checks import arguments as validate
-from energy_prior.checks.arguments import check_count
-from energy_prior.checks.generator import probe_generator
-from energy_prior.energies import build_energies, default_energies, describe_energies
-from energy_prior.errors import ArgumentError
-from energy_prior.langevin import (
-    ChainOptions,
-    ChainSettings,
-    NoiseSource,
-    Trajectory,
-    TrajectoryRecorder,
+from energy_prior.checks.arguments import (
+    as_observations,
+    check_energies,
+    check_given,
+    check_k,
+    check_latents,
+    check_same_place,
+    checked_infer,
+    energy_modules,
 )
-from energy_prior.learning import LearnMethods
-from energy_prior.model import JointModel, check_decode, decode_latents
-from energy_prior.process import evaluating, frozen, reproducible
-from energy_prior.protocol import HierarchicalGenerator
-from energy_prior.scoring import ScoreMethods
-from energy_prior.topdown import Decode, Space, TopDown, ancestral, ancestral_noise
+from energy_prior.checks.generator import probe_generator
+from energy_prior.checks.settings import check_count, check_path, check_share
+from energy_prior.energies import build_energies, default_energies, describe_energies
+from energy_prior.errors import ArgumentError, ShapeError
+from energy_prior.langevin import USUAL_ACCEPTANCE, ChainOptions, ChainSettings, NoiseSource, Trajectory, tune_step_size
+from energy_prior.model import JointModel
+from energy_prior.process import evaluating, exclusive, frozen, full_precision, reproducible
+from energy_prior.protocol import HierarchicalGenerator, unwrapped
+from energy_prior.scores import ANOMALY_SCORES, ScoreTerms, calibrated, expected_score, llr_scores, log_joint, score_terms
+from energy_prior.topdown import Decode, Space, TopDown
+from energy_prior.training import FitConfig, FitHooks, FitResult, Method, fit_energies
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_FIXED = ("generator", "energies", "space", "x_shape")
+_FIRST_STEP_SIZE = 0.3
 
 
-class JointEBMPrior(ScoreMethods, LearnMethods):
+class JointEBMPrior(nn.Module):
     """The joint latent-space energy-based prior of a hierarchical generator (Cui, Wu and Han, CVPR 2023, eq. 5).
 
         p(z) = exp(Σ_i f_i(z_i)) p_β(z) / Z,   p_β(z) = p(z_L) ∏_{i<L} p_β(z_i | z_{>i})
@@ -49,24 +60,26 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
     Layers are numbered as in the paper: z_1 is nearest the data, z_L is the top; `latents[0]` is z_1. A higher f_i means
     more probable. All densities, energies and scores are in nats per observation.
 
-    Methods that run a chain take its options as keywords: `steps`, `step_size`, `adjust`, `temperature`, `scheme`, `taming`,
-    `backend`, `precision`, `max_memory` (see `energy_prior.langevin.ChainSettings`). Methods that draw random numbers take
+    Methods that run a chain take its options as keywords: `steps`, `step_size`, `adjust`, `temperature`, `scheme`,
+    `max_drift`, `backend`, `precision`, `max_memory` (see `energy_prior.ChainSettings`). Methods that draw random numbers take
     `rng`: the same seed gives the same result (for the same batch size), None uses torch's global stream, and an
-    explicit `rng` leaves that stream untouched.
+    explicit `rng` leaves that stream untouched. Observations are tensors in the model's dtype and on its device, or numpy
+    arrays of floating-point numbers, which are converted to them.
 
     The generator is not a submodule. `parameters()` are the energies'; `state_dict()` holds them (`energies.<i − 1>.…`),
     the tuned `step_size` and the `calibration` of a score; after joint training both hold the generator (`generator.…`)
-    too. `.to()` moves the generator in any case. Sampling and scoring run
-    everything in evaluation mode and leave train/eval flags, `requires_grad` and `.grad` as they were.
+    too. `.to()` moves the generator in any case. Sampling and scoring run everything in evaluation mode and outside of
+    autocast, and leave train/eval flags, `requires_grad` and `.grad` as they were. Calls may come from several threads: one
+    runs at a time, and training lets others through between its iterations (`docs/threads.md`).
 
     Args:
-        generator: any `HierarchicalGenerator`; `check_generator` tests one.
+        generator: any `HierarchicalGenerator`; `check_generator` tests one. Of `torch.compile(model)` it is the model inside.
         energies: one module per layer for z_1, …, z_L, f_i(z_i) -> (batch,), higher = more probable; None: networks fitted
             to the latent shapes, f = 0 until trained.
         space: coordinates of the chains, "noise" (ε with z = T_β(ε): unit scale at every layer) or "latent".
 
     Raises:
-        GeneratorError: if the generator breaks the protocol in a way that a single pass shows.
+        GeneratorError: if the generator breaks the protocol in a way that a single pass shows, or has half-precision weights.
         ArgumentError, ShapeError: if the energies do not fit the generator, or `space` is unknown.
 
     Example:
@@ -74,9 +87,14 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
         >>> prior = JointEBMPrior(LadderVAE((1, 8, 8), latent_dims=(16, 8)))
         >>> prior.sample(4).shape
         torch.Size([4, 1, 8, 8])
+        >>> prior
+        JointEBMPrior(LadderVAE; z_1 (16,) MLPEnergy, z_2 (8,) MLPEnergy; space="noise", step_size=0.3)
     """
 
     generator: HierarchicalGenerator
+    energies: nn.ModuleList
+    space: Space
+    x_shape: torch.Size
     step_size: Tensor
     calibration: Tensor
 
@@ -90,21 +108,24 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
         super().__init__()
         if space not in get_args(Space):
             raise ArgumentError(f"space: expected one of {get_args(Space)}, got {space!r}.")
-        self.space: Space = space
-        object.__setattr__(self, "generator", generator)  # not a submodule: see the class docstring
+        generator = unwrapped(generator)
         with torch.no_grad(), frozen(generator):
             probe = probe_generator(generator)
-        self.x_shape = probe.x_shape
-        self._fitted_on: str | None = None
         reference = probe.latents[0]
         if energies is None:
-            self.energies = default_energies(generator.latent_shapes).to(reference.device, reference.dtype)
+            modules = default_energies(generator.latent_shapes).to(reference.device, reference.dtype)
         else:
-            self.energies = nn.ModuleList(validate.energy_modules(energies))
-            with torch.no_grad(), evaluating(self.energies):
-                validate.check_energies(self.energies, probe.latents)
+            modules = nn.ModuleList(energy_modules(energies))
+            with torch.no_grad(), full_precision(reference.device), evaluating(modules):
+                check_energies(modules, probe.latents)
+        object.__setattr__(self, "generator", generator)  # not a submodule: see the class docstring
+        self.energies, self.space, self.x_shape = modules, space, probe.x_shape
         self.register_buffer("calibration", torch.zeros(2, 3, dtype=reference.dtype, device=reference.device))
-        self.register_buffer("step_size", torch.tensor(0.3, dtype=reference.dtype, device=reference.device))
+        self.register_buffer("step_size", torch.tensor(_FIRST_STEP_SIZE, dtype=reference.dtype, device=reference.device))
+        self._fitted_on: str | None = None
+        self._built = True
+
+    # ------------------------------------------------------------------------------------------------------------- samples
 
     def sample(
         self,
@@ -128,16 +149,19 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
 
         Returns:
             (n, *x_shape).
+
+        Raises:
+            ArgumentError, ShapeError: if an argument does not fit; the message says how.
+            DivergenceError: if the chain diverges, or an observation is not finite.
         """
-        check_decode(decode)
-        settings = self._check_prior(prior, given, chain)
-        self._check_chain(n, given)
-        with self._quiet(rng):
+        _check_decode(decode)
+        settings = _check_prior(prior, given, chain)
+        n = check_count("n", n)
+        given = self._check_given(given, n)
+        with self._call(rng) as model:
             if given or (prior == "joint" and settings.steps):
-                latents = self.sample_latents(n, given=given, prior=prior, **chain)
-                return decode_latents(self.generator, latents, decode, settings.max_memory)
-            noise = ancestral_noise(TopDown(self.generator, n))  # one pass for latents and observations
-            return decode_latents(self.generator, noise, decode, settings.max_memory, space="noise")
+                return model.decode(model.sample(n, settings, held=given), decode, settings.max_memory)
+            return model.decode_ancestral(n, decode, settings.max_memory)
 
     def sample_latents(
         self,
@@ -168,12 +192,105 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
             ArgumentError, ShapeError: if an argument does not fit; the message says how.
             DivergenceError: if the chain diverges; it names the layer and the step.
         """
-        self._check_chain(n, given, start)
-        settings = self._check_prior(prior, given or start or noise, chain)
-        with self._quiet(rng) as model:
+        settings = _check_prior(prior, given or start or noise, chain)
+        n = check_count("n", n)
+        given = self._check_given(given, n)
+        self._check_start(start, n)
+        with self._call(rng) as model:
             if prior == "generator":
-                return ancestral(self.generator, n).latents
-            return model.run(model.parts(n, settings.max_memory, given), settings, start=start, noise=noise)
+                return model.ancestral(n)
+            return model.sample(n, settings, held=given, start=start, noise=noise)
+
+    def sample_posterior(
+        self,
+        x: Any,
+        *,
+        method: Literal["langevin", "infer"] = "langevin",
+        start: Sequence[Tensor] | None = None,
+        noise: NoiseSource | None = None,
+        rng: torch.Generator | None = None,
+        **chain: Unpack[ChainOptions],
+    ) -> tuple[Tensor, ...]:
+        """Draws latents of the posterior under the joint prior, p(z | x) ∝ p_β0(x | z) p_β(z) exp(Σ_i f_i(z_i)).
+
+        Args:
+            x: observations, (batch, *x_shape).
+            method: "langevin": chains on the exact posterior, by default Metropolis-adjusted with step sizes that each
+                chain adapts over its first half; "infer": one draw of the generator's inference model q_ω(z | x).
+            start: latents that the chains start from; None: a draw of q_ω, or ancestral where there is no `infer`.
+            noise: the chain's random numbers (then `start` is needed too); None: drawn from `rng`.
+            rng: random number generator.
+            **chain: chain options.
+
+        Returns:
+            (z_1, …, z_L), z_i of shape (batch, *latent_shapes[i - 1]).
+        """
+        x = self._observations(x)
+        self._check_start(start, len(x))
+        settings = ChainSettings.of(chain)
+        if method not in ("langevin", "infer"):
+            raise ArgumentError(f'method: expected "langevin" or "infer", got {method!r}.')
+        if method == "infer" and (start is not None or noise is not None or chain):
+            raise ArgumentError('method: "infer" runs no chain, so it takes neither start, noise nor options of a chain.')
+        if noise is not None and start is None:
+            raise ArgumentError("noise: give `start` as well; the draw of q that a chain starts from is random too.")
+        with self._call(rng) as model:
+            if method == "infer":
+                return checked_infer(self.generator, x).latents
+            return model.sample_posterior(x, settings, start=start, noise=noise)
+
+    def decode(
+        self,
+        latents: Sequence[Tensor],
+        *,
+        decode: Decode | None = None,
+        rng: torch.Generator | None = None,
+        max_memory: float = 2.0**30,
+    ) -> Tensor:
+        """Observations of given latents, by p_β0(x | z).
+
+        Args:
+            latents: (z_1, …, z_L), z_i of shape (batch, *latent_shapes[i - 1]).
+            decode: "mean" of p_β0(x | z) or a "sample" of it; None: the mean where the likelihood has one.
+            rng: random number generator, for samples.
+            max_memory: bytes that the decoder may need, > 0; larger batches are decoded in parts.
+
+        Returns:
+            (batch, *x_shape).
+
+        Raises:
+            ArgumentError, ShapeError: if an argument does not fit; the message says how.
+            DivergenceError: if an observation is not finite.
+        """
+        _check_decode(decode)
+        settings = ChainSettings(max_memory=max_memory)
+        self._check_latents("latents", latents)
+        with self._call(rng) as model:
+            return model.decode(latents, decode, settings.max_memory)
+
+    def reconstruct(
+        self,
+        x: Any,
+        *,
+        decode: Decode | None = None,
+        rng: torch.Generator | None = None,
+        posterior: ChainOptions | None = None,
+    ) -> Tensor:
+        """Observations as the model sees them: z ~ q_ω(z | x), or a Langevin posterior draw where there is no `infer`, decoded.
+
+        Args:
+            x: observations, (batch, *x_shape).
+            decode: "mean" of p_β0(x | z) or a "sample" of it; None: the mean where the likelihood has one.
+            rng: random number generator.
+            posterior: options of the posterior's chain, for generators without `infer`.
+
+        Returns:
+            (batch, *x_shape).
+        """
+        _check_decode(decode)
+        x, settings = self._observations(x), ChainSettings.of(posterior or {})
+        with self._call(rng) as model:
+            return model.decode(model.posterior_draw(x, settings).latents, decode, settings.max_memory)
 
     def trajectory(
         self,
@@ -199,54 +316,18 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
         """
         chain.setdefault("steps", 2500)
         settings = ChainSettings.of(chain)
-        if check_count("every", every) > settings.steps:
+        every = check_count("every", every)
+        if every > settings.steps:
             raise ArgumentError(f"every: expected at most steps = {settings.steps}, got {every}.")
-        self._check_chain(n, given, start)
-        with self._quiet(rng) as model:
-            parts = model.parts(n, settings.max_memory, given)
-            if not parts[0].topdown.free:
-                raise ArgumentError("given: every layer is held, so there is nothing to follow; leave one free.")
-            recorder = TrajectoryRecorder(parts)
-            model.run(parts, settings, start=start, noise=noise, on_step=recorder, every=every)
-            return recorder.trajectory()
+        n = check_count("n", n)
+        given = self._check_given(given, n)
+        self._check_start(start, n)
+        if len(given or {}) == len(self.energies):
+            raise ArgumentError("given: every layer is held, so there is nothing to follow; leave one free.")
+        with self._call(rng) as model:
+            return model.trajectory(n, every, settings, held=given, start=start, noise=noise)
 
-    def sample_posterior(
-        self,
-        x: Tensor,
-        *,
-        method: Literal["langevin", "infer"] = "langevin",
-        start: Sequence[Tensor] | None = None,
-        noise: NoiseSource | None = None,
-        rng: torch.Generator | None = None,
-        **chain: Unpack[ChainOptions],
-    ) -> tuple[Tensor, ...]:
-        """Draws latents of the posterior under the joint prior, p(z | x) ∝ p_β0(x | z) p_β(z) exp(Σ_i f_i(z_i)).
-
-        Args:
-            x: observations, (batch, *x_shape).
-            method: "langevin": chains on the exact posterior, by default Metropolis-adjusted with step sizes that each
-                chain adapts over its first half; "infer": one draw of the generator's inference model q_ω(z | x).
-            start: latents that the chains start from; None: a draw of q_ω, or ancestral where there is no `infer`.
-            noise: the chain's random numbers (then `start` is needed too); None: drawn from `rng`.
-            rng: random number generator.
-            **chain: chain options.
-
-        Returns:
-            (z_1, …, z_L), z_i of shape (batch, *latent_shapes[i - 1]).
-        """
-        validate.check_observations("x", x, self.x_shape, self.reference, self.generator)
-        self._check_chain(len(x), start=start)
-        settings = ChainSettings.of(chain)
-        if method not in ("langevin", "infer"):
-            raise ArgumentError(f'method: expected "langevin" or "infer", got {method!r}.')
-        if method == "infer" and (start is not None or noise is not None or chain):
-            raise ArgumentError('method: "infer" runs no chain, so it takes neither start, noise nor options of a chain.')
-        if noise is not None and start is None:
-            raise ArgumentError("noise: give `start` as well; the draw of q that a chain starts from is random too.")
-        with self._quiet(rng) as model:
-            if method == "infer":
-                return validate.checked_infer(self.generator, x).latents
-            return model.sample_posterior(x, settings, start=start, noise=noise)
+    # ----------------------------------------------------------------------------------------------------------- densities
 
     def negative_energy(self, latents: Sequence[Tensor]) -> Tensor:
         """f_i(z_i) of every layer, (batch, L), nats; higher = more probable. Differentiable.
@@ -255,7 +336,7 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
             latents: (z_1, …, z_L), z_i of shape (batch, *latent_shapes[i - 1]).
         """
         self._check_latents("latents", latents)
-        with evaluating(self):
+        with full_precision(self.device), evaluating(self):
             return self.model.negative_energy(latents)
 
     def log_density(self, latents: Sequence[Tensor]) -> Tensor:
@@ -264,26 +345,333 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
         Args:
             latents: (z_1, …, z_L), z_i of shape (batch, *latent_shapes[i - 1]).
         """
-        energy = self.negative_energy(latents)
-        with evaluating(self.generator):
-            return energy.sum(1) + self.model.log_prior(latents).sum(1)
+        self._check_latents("latents", latents)
+        with full_precision(self.device), evaluating(self, self.generator):
+            return self.model.negative_energy(latents).sum(1) + self.model.log_prior(latents).sum(1)
+
+    # -------------------------------------------------------------------------------------------------------------- scores
+
+    def log_joint(
+        self,
+        x: Any,
+        k: int = 0,
+        *,
+        num_samples: int = 8,
+        rng: torch.Generator | None = None,
+        posterior: ChainOptions | None = None,
+        **chain: Unpack[ChainOptions],
+    ) -> Tensor:
+        """L^{>k}(x) = E[log p_β0(x|z) + log p_β(z) + Σ_i f_i(z_i)], (batch,), nats, without −log Z.
+
+        The expectation is over z_{>k} ~ q_ω(z_{>k} | x) and z_{<=k} ~ p(z_{<=k} | z_{>k}) under the *joint prior*
+        (Langevin on the k lower layers with z_{>k} held fixed). k = 0: all of z from the posterior; k = L: all of z from
+        the joint prior, and no posterior is drawn. A generator without `infer` takes its posterior draws from Langevin.
+
+        Args:
+            x: observations, (batch, *x_shape).
+            k: number of layers nearest the data that are redrawn from the prior, 0 … L.
+            num_samples: draws that the expectation is averaged over; a single one is noisy.
+            rng: random number generator.
+            posterior: options of the posterior's chain, for generators without `infer`.
+            **chain: options of the prior's chain.
+        """
+        k, num_samples = check_k(k, len(self.energies)), check_count("num_samples", num_samples)
+        x, settings, of_posterior = self._observations(x), ChainSettings.of(chain), ChainSettings.of(posterior or {})
+        with self._call(rng) as model:
+            return log_joint(model, x, k, num_samples, settings, of_posterior)
+
+    def llr_score(
+        self,
+        x: Any,
+        k: int,
+        *,
+        num_samples: int = 8,
+        rng: torch.Generator | None = None,
+        posterior: ChainOptions | None = None,
+        **chain: Unpack[ChainOptions],
+    ) -> Tensor:
+        """LLR^{>k}(x) = L^{>0}(x) − L^{>k}(x), (batch,), nats; higher = more out of distribution (Havtorn et al., ICML 2021).
+
+        Both terms use the same posterior draws, so LLR^{>0} is exactly 0; log Z cancels.
+
+        Args:
+            x: observations, (batch, *x_shape).
+            k: as in `log_joint`.
+            num_samples: draws that the expectation is averaged over; a single one is noisy.
+            rng: random number generator.
+            posterior: options of the posterior's chain, for generators without `infer`.
+            **chain: options of the prior's chain.
+        """
+        k, num_samples = check_k(k, len(self.energies)), check_count("num_samples", num_samples)
+        x, settings, of_posterior = self._observations(x), ChainSettings.of(chain), ChainSettings.of(posterior or {})
+        with self._call(rng) as model:
+            return llr_scores(model, x, [k], num_samples, settings, of_posterior)[:, 0]
+
+    def llr_scores(
+        self,
+        x: Any,
+        *,
+        num_samples: int = 8,
+        rng: torch.Generator | None = None,
+        posterior: ChainOptions | None = None,
+        **chain: Unpack[ChainOptions],
+    ) -> Tensor:
+        """LLR^{>k}(x) for k = 1 … L at the same posterior draws, (batch, L), nats; column k − 1 is LLR^{>k}.
+
+        Args:
+            x: observations, (batch, *x_shape).
+            num_samples: draws that the expectation is averaged over; a single one is noisy.
+            rng: random number generator.
+            posterior: options of the posterior's chain, for generators without `infer`.
+            **chain: options of the prior's chain.
+        """
+        num_samples = check_count("num_samples", num_samples)
+        x, settings, of_posterior = self._observations(x), ChainSettings.of(chain), ChainSettings.of(posterior or {})
+        with self._call(rng) as model:
+            return llr_scores(model, x, range(1, len(self.energies) + 1), num_samples, settings, of_posterior)
+
+    def score_terms(
+        self,
+        x: Any,
+        *,
+        num_samples: int = 8,
+        rng: torch.Generator | None = None,
+        posterior: ChainOptions | None = None,
+    ) -> ScoreTerms:
+        """The terms of L^{>0}(x), each its mean over posterior draws: log p_β0(x|z), and log p_β, log q_ω and f of every layer.
+
+        Args:
+            x: observations, (batch, *x_shape).
+            num_samples: posterior draws; a single one is noisy.
+            rng: random number generator.
+            posterior: options of the posterior's chain, for generators without `infer`.
+
+        Returns:
+            `log_likelihood`, (batch,); `log_prior`, `negative_energy` and, with `infer`, `log_q`, (batch, L) each, nats.
+        """
+        num_samples = check_count("num_samples", num_samples)
+        x, settings = self._observations(x), ChainSettings.of(posterior or {})
+        with self._call(rng) as model:
+            return score_terms(model, x, num_samples, settings)
+
+    def anomaly_score(
+        self,
+        x: Any,
+        method: str = "log_joint",
+        *,
+        num_samples: int = 16,
+        rng: torch.Generator | None = None,
+        posterior: ChainOptions | None = None,
+    ) -> Tensor:
+        """How unlike the training data each observation is, (batch,); higher = more anomalous.
+
+        With z ~ q_ω(z | x) (or Langevin posterior draws), averaged over `num_samples` draws:
+
+            "log_joint"        −L^{>0} = −E[log p_β0(x|z) + log p_β(z) + Σ_i f_i(z_i)], nats (Cui, Wu and Han, CVPR 2023)
+            "calibrated"       −Σ_t (E[t] − m_t)/s_t over the terms t = log p_β0(x|z), log p_β(z) − log q_ω(z|x), Σ_i f_i(z_i),
+                               with their mean m_t and standard deviation s_t on known data (`calibrate`): no term drowns
+                               the others, as the reconstruction does in "log_joint". In standard deviations; without
+                               `infer`, the second term is log p_β(z) alone
+            "negative_energy"  −E[Σ_i f_i(z_i)], nats: how improbable the latents are against the generator's own prior
+            "reconstruction"   −E[log p_β0(x | z)], nats: how badly x is reconstructed
+
+        Args:
+            x: observations, (batch, *x_shape).
+            method: the score's name.
+            num_samples: draws that the expectation is averaged over.
+            rng: random number generator.
+            posterior: options of the posterior's chain, for generators without `infer`.
+        """
+        if method not in (*ANOMALY_SCORES, "calibrated"):
+            raise ArgumentError(f"method: expected one of {sorted((*ANOMALY_SCORES, 'calibrated'))}, got {method!r}.")
+        if method == "calibrated":
+            if not bool((self.calibration[1] > 0).all()):
+                raise ArgumentError('method: "calibrated" needs prior.calibrate(x) on known data that were not trained on.')
+            score = functools.partial(calibrated, calibration=self.calibration)
+        else:
+            score = ANOMALY_SCORES[method]
+        num_samples = check_count("num_samples", num_samples)
+        x, settings = self._observations(x), ChainSettings.of(posterior or {})
+        with self._call(rng) as model:
+            return -expected_score(model, x, score, num_samples, settings)
+
+    def calibrate(
+        self,
+        x: Any,
+        *,
+        num_samples: int = 16,
+        rng: torch.Generator | None = None,
+        posterior: ChainOptions | None = None,
+    ) -> None:
+        """Sets the mean and standard deviation of each term of the "calibrated" anomaly score from known observations.
+
+        Do it after `fit` and again after every further `fit`. `save` keeps it.
+
+        Args:
+            x: observations like the training data but held out from it, (batch, *x_shape); two or more.
+            num_samples: draws that each term is averaged over; use the same for scoring.
+            rng: random number generator.
+            posterior: options of the posterior's chain, for generators without `infer`.
+        """
+        num_samples = check_count("num_samples", num_samples)
+        x, settings = self._observations(x), ChainSettings.of(posterior or {})
+        if len(x) < 2:
+            raise ShapeError("x: expected two or more observations to calibrate on, got one.")
+        with self._call(rng) as model:
+            terms = expected_score(model, x, ScoreTerms.calibration_terms, num_samples, settings)
+            spread = terms.std(0)
+            if not bool((spread > 0).all()):
+                raise ArgumentError(
+                    "x: expected observations on which every term varies; an untrained prior (f = 0) has nothing to calibrate: "
+                    "fit first."
+                )
+            self.calibration.copy_(torch.stack([terms.mean(0), spread]))
+
+    # ------------------------------------------------------------------------------------------------------------ learning
+
+    def fit(
+        self,
+        data: Tensor | Iterable[Any],
+        method: Method | str = "nce",
+        *,
+        config: FitConfig | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
+        accelerator: Accelerator | None = None,
+        rng: torch.Generator | None = None,
+        callback: Callable[[dict[str, float]], object] | None = None,
+        **settings: Any,
+    ) -> FitResult:
+        """Learns the energies, and in the joint rules the generator too, then tunes `step_size` where the settings give none.
+
+        Training again goes on where it stood. The rules, with z⁺ the posterior's draws and z⁻ the prior's:
+
+            "nce"              one classifier of z⁺ ~ q_ω against z⁻ ~ p_β with logit Σ f_i (Aneja et al., NeurIPS 2021)
+            "multi_stage_nce"  `stages` such estimates, each against draws of the prior before it; f is their sum
+            "two_stage"        maximum likelihood, ∂/∂α_i = E[∂f_i(z⁺)] − E[∂f_i(z⁻)], with z⁺ ~ q_ω and z⁻ ~ p(z) by short
+                               Langevin runs (Cui, Wu and Han, CVPR 2023, section 3.3)
+            "variational"      the same, with the generator and its inference model learning too (joint training, z⁺ ~ q_ω)
+            "joint"            the same, with z⁺ by Langevin on p(z | x): maximum likelihood of the whole model
+
+        The first three leave the generator as it is. The last two train it in place, best from a pretrained one, and then
+        `parameters()`, `state_dict()` and `save` hold it too.
+
+        Other threads' calls run between two iterations. Scores of this prior that overlap its `fit` are of the weights of
+        some iteration; the prior has the average of the weights when `fit` returns.
+
+        Args:
+            data: all observations, (n, *x_shape), a tensor or a floating-point array; or an iterable that can be run through
+                again and again (a `DataLoader`) giving batches: tensors or arrays, tuples whose first entry is one, or dicts
+                with one under "x", "image", "images", "pixel_values", "img", "data", "input" or "inputs", or with one alone
+                of the right shape. Arrays are converted to the model's dtype and device.
+            method: the learning rule.
+            config: settings; None: the defaults of `energy_prior.FitConfig`.
+            run_dir: folder for checkpoints of the whole run, TensorBoard and sample grids. The same call after a kill goes
+                on from the last checkpoint, with the weights that it would have had. None: nothing is written.
+            accelerator: an `accelerate.Accelerator`, for several processes, hosts, GPUs and bf16 (extra "train"; bf16 for
+                generators that say `autocast = True`); None: this process alone.
+            rng: random number generator.
+            callback: called between two iterations, in every process, with a copy of every new entry of the history (every
+                `log_every` iterations and at checkpoints). What it raises ends the run as Ctrl-C does: the prior holds its
+                last good average.
+            **settings: single settings of `FitConfig`, over those in `config`.
+
+        Returns:
+            The history of the run.
+
+        Raises:
+            ArgumentError, ShapeError: for impossible settings or data (empty, not finite, wrong shape or dtype, fewer than a
+                batch), a `run_dir` that holds another run, energies that `save` could not write or "multi_stage_nce" not
+                copy, or weights that another run trains now.
+            GeneratorError: if the method cannot work with the generator.
+            DivergenceError: if something stops being finite, |f| leaves `max_energy`, or built-in energies stay near their
+                saturation; the prior then holds its last good average.
+            DistributedError: if another process dies.
+            OSError: if a checkpoint cannot be written; the one before is whole.
+        """
+
+        def learned() -> None:
+            self.calibration.zero_()  # it was that of other energies
+            self._fitted_on = fingerprint(self.generator)
+
+        hooks = FitHooks(
+            started=self.train_jointly,
+            learned=learned,
+            save=self.save,
+            sample=lambda n, step_size: self.sample(n, step_size=step_size),
+        )
+        result = fit_energies(
+            self.model,
+            data,
+            method,
+            config,
+            settings,
+            x_shape=self.x_shape,
+            hooks=hooks,
+            run_dir=run_dir,
+            accelerator=accelerator,
+            rng=rng,
+            callback=callback,
+        )
+        self.step_size.fill_(result.step_size)
+        return result
+
+    def tune_step_size(
+        self, *, target_acceptance: float = USUAL_ACCEPTANCE, batch_size: int = 64, rng: torch.Generator | None = None
+    ) -> float:
+        """Sets `step_size` to the one at which MALA on this prior accepts the share `target_acceptance`, and returns it.
+
+        Args:
+            target_acceptance: share of the proposals, in (0, 1).
+            batch_size: chains that adapt their step size, ≥ 1.
+            rng: random number generator.
+        """
+        target_acceptance = check_share("target_acceptance", target_acceptance)
+        batch_size = check_count("batch_size", batch_size)
+        with self._call(rng) as model:
+            tuned = tune_step_size(
+                model.target(batch_size), start_step_size=model.step_size, target_acceptance=target_acceptance
+            )
+            self.step_size.fill_(tuned)
+        return tuned
+
+    @property
+    def trained_jointly(self) -> bool:
+        """Whether the generator belongs to what is learned and saved; the joint rules of `fit` switch it on."""
+        return "generator" in self._modules
+
+    def train_jointly(self) -> None:
+        """Makes the generator, an `nn.Module`, part of the prior: `parameters()` and `state_dict()` hold it from now on."""
+        if not self.trained_jointly:
+            generator = self.__dict__.pop("generator")
+            self.add_module("generator", generator)
+
+    # --------------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `state_dict()` and the generator's fingerprint to one safetensors file, atomically.
 
         The file holds the energies and the tuned step size; after joint training the generator's weights too.
+
+        Args:
+            path: of the file; `~` is the home folder.
+
+        Raises:
+            CheckpointError: if the generator has changed since the energies were fitted.
+            OSError: if the file cannot be written; what was there before is untouched.
         """
-        now = fingerprint(self.generator)
-        if not self.trained_jointly:  # else the generator is in the file
-            check_unchanged(self._fitted_on, now)
-        config = {
-            "space": self.space,
-            "latent_shapes": [list(shape) for shape in self.generator.latent_shapes],
-            "generator": now,
-            "energies": describe_energies(self.energies),
-            "joint": self.trained_jointly,
-        }
-        write_checkpoint(path, self.state_dict(), config)
+        target = check_path("path", path)
+        with exclusive():
+            now = fingerprint(self.generator)
+            if not self.trained_jointly:  # else the generator is in the file
+                check_unchanged(self._fitted_on, now)
+            config = {
+                "space": self.space,
+                "latent_shapes": [list(shape) for shape in self.generator.latent_shapes],
+                "generator": now,
+                "energies": describe_energies(self.energies),
+                "joint": self.trained_jointly,
+            }
+            write_checkpoint(target, self.state_dict(), config)
 
     @classmethod
     def load(
@@ -306,61 +694,118 @@ class JointEBMPrior(ScoreMethods, LearnMethods):
             CheckpointError: if the file is truncated, foreign, of a future version, or belongs to another generator or to
                 other energies. The message says which.
         """
-        tensors, config = read_checkpoint(path)
+        source = check_path("path", path)
+        generator = unwrapped(generator)
+        tensors, config = read_checkpoint(source)
         joint = bool(config.get("joint"))
-        check_generator_fits(path, config, generator, weights=not joint)
+        check_generator_fits(source, config, generator, weights=not joint)
         if energies is None:
             step_size = tensors["step_size"]  # its dtype is that of the latents
-            device = TopDown(generator, 1).reference.device
+            with torch.no_grad(), frozen(generator):
+                device = TopDown(generator, 1).reference.device
             energies = build_energies(config["energies"]).to(device, step_size.dtype)
         prior = cls(generator, energies, space=config["space"])
         if joint:
             prior.train_jointly()
-            own, saved = (
-                {k: v for k, v in state.items() if k.startswith("generator.")} for state in (prior.state_dict(), tensors)
+            check_state_fits(
+                source,
+                _of_generator(prior.state_dict()),
+                _of_generator(tensors),
+                "this generator",
+                "Build it as it was when the prior was saved.",
             )
-            check_state_fits(path, own, saved, "this generator", "Build it as it was when the prior was saved.")
-        check_state_fits(path, prior.state_dict(), tensors)
-        prior.load_state_dict(tensors)
+        check_state_fits(source, prior.state_dict(), tensors)
+        load_named(prior, tensors)
         prior._fitted_on = config["generator"]
         return prior
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        """What `.to()`, `.double()`, `.cuda()` … call: the generator goes along."""
-        if isinstance(self.generator, nn.Module) and not self.trained_jointly:
-            self.generator._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+    # ------------------------------------------------------------------------------------------------------- what it is
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.step_size.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of latents, observations, energies and scores."""
+        return self.step_size.dtype
 
     @property
     def model(self) -> JointModel:
-        """What the methods compute with, unchecked; for training and for code that runs its own chains."""
-        return JointModel(self.generator, list(self.energies), self.space, float(self.step_size))
+        """What the methods compute with, unchecked; for code that runs chains of its own."""
+        return JointModel(self.generator, self.energies, self.space, float(self.step_size))
+
+    def __repr__(self) -> str:
+        """Generator, layers with their energies, space and step size."""
+        shapes = (tuple(shape) for shape in self.generator.latent_shapes)
+        layers = ", ".join(
+            f"z_{i} {shape} {type(f).__name__}" for i, (shape, f) in enumerate(zip(shapes, self.energies, strict=True), start=1)
+        )
+        kind = type(self.generator).__name__
+        return f'{type(self).__name__}({kind}; {layers}; space="{self.space}", step_size={float(self.step_size):.3g})'
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and self.__dict__.get("_built"):
+            raise ArgumentError(
+                f"{name}: a prior keeps what it was built with, as its energies and its step size belong to it. Build another "
+                "one: JointEBMPrior(generator, energies, space=…)."
+            )
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """What `.to()`, `.double()`, `.cuda()` … call: the generator goes along."""
+        with exclusive():
+            if isinstance(self.generator, nn.Module) and not self.trained_jointly:
+                self.generator._apply(fn, recurse)
+            return super()._apply(fn, recurse)
+
+    # --------------------------------------------------------------------------------------------------------- once per call
 
     @contextlib.contextmanager
-    def _quiet(self, rng: torch.Generator | None) -> Iterator[JointModel]:
-        """The model without gradients, in evaluation mode, drawing from `rng`; also inside `torch.inference_mode`."""
-        here = self.reference
-        validate.check_same_place(here, self.step_size)
-        quiet = frozen(self.generator, self)
-        with torch.inference_mode(False), torch.no_grad(), quiet, reproducible(rng, here.device):
+    def _call(self, rng: torch.Generator | None) -> Iterator[JointModel]:
+        """Where a public call computes: alone, without gradients, in evaluation mode and full precision, with `rng`."""
+        here = self.device
+        with (
+            reproducible(rng, here),
+            exclusive(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            full_precision(here),
+            frozen(self.generator, self),
+        ):
+            check_same_place(TopDown(self.generator, 1).reference, self.step_size)
             yield self.model
 
-    @staticmethod
-    def _check_prior(prior: str, more: object, chain: ChainOptions) -> ChainSettings:
-        """The chain's settings, if `prior` is known, and takes them and what `more` there is."""
-        settings = ChainSettings.of(chain)
-        if prior not in ("joint", "generator"):
-            raise ArgumentError(f'prior: expected "joint" or "generator", got {prior!r}.')
-        if prior == "generator" and (more or chain):
-            raise ArgumentError('prior="generator" is ancestral: it takes neither `given` nor options of a chain.')
-        return settings
+    def _observations(self, x: Any) -> Tensor:
+        return as_observations("x", x, self.x_shape, self.step_size, self.generator)
 
     def _check_latents(self, name: str, latents: Sequence[Tensor], batch: int | None = None) -> None:
-        validate.check_latents(name, latents, self.generator.latent_shapes, self.reference, batch)
+        check_latents(name, latents, self.generator.latent_shapes, self.step_size, batch)
 
-    def _check_chain(self, n: int, given: Mapping[int, Tensor] | None = None, start: Sequence[Tensor] | None = None) -> None:
-        check_count("n", n)
-        if given:
-            validate.check_given(given, self.generator.latent_shapes, self.reference, n)
+    def _check_start(self, start: Sequence[Tensor] | None, batch: int) -> None:
         if start is not None:
-            self._check_latents("start", start, n)
+            self._check_latents("start", start, batch)
+
+    def _check_given(self, given: Mapping[int, Tensor] | None, n: int) -> dict[int, Tensor] | None:
+        """The held layers by their numbers, as Python's own."""
+        return check_given(given, self.generator.latent_shapes, self.step_size, n) if given else None
+
+
+def _check_decode(decode: Any) -> None:
+    if decode not in (None, *get_args(Decode)):
+        raise ArgumentError(f'decode: expected "mean", "sample" or None, got {decode!r}.')
+
+
+def _check_prior(prior: str, more: object, chain: ChainOptions) -> ChainSettings:
+    """The chain's settings, if `prior` is known, and takes them and what `more` there is."""
+    settings = ChainSettings.of(chain)
+    if prior not in ("joint", "generator"):
+        raise ArgumentError(f'prior: expected "joint" or "generator", got {prior!r}.')
+    if prior == "generator" and (more or chain):
+        raise ArgumentError('prior="generator" is ancestral: it takes neither `given` nor options of a chain.')
+    return settings
+
+
+def _of_generator(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if name.startswith("generator.")}

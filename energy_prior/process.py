@@ -42,6 +42,7 @@ class _Hold:
 
 
 _lock = threading.RLock()
+_turnstile = threading.Lock()  # held by the thread that is next: one that has just given the lock back cannot overtake it
 _hold: ContextVar[_Hold | None] = ContextVar("energy_prior_hold", default=None)
 _claims: dict[int, int] = {}  # id of a torch.Generator in use -> the thread whose call uses it
 _claiming = threading.Lock()
@@ -49,7 +50,7 @@ _claiming = threading.Lock()
 
 @contextlib.contextmanager
 def exclusive() -> Iterator[None]:
-    """Inside, no other public call runs.
+    """Inside, no other public call runs. Calls are let in roughly in the order in which they came.
 
     Re-entrant, also for threads that work for this call in a copy of its context: they never wait for it.
     """
@@ -57,7 +58,9 @@ def exclusive() -> Iterator[None]:
     if outer is not None and outer.active:
         yield
         return
-    with _lock:
+    with contextlib.nullcontext() if _lock._is_owned() else _turnstile:  # type: ignore[attr-defined]
+        _lock.acquire()
+    try:
         hold = _Hold()
         token = _hold.set(hold)
         try:
@@ -65,12 +68,14 @@ def exclusive() -> Iterator[None]:
         finally:
             hold.active = False
             _hold.reset(token)
+    finally:
+        _lock.release()
 
 
 def _after_fork() -> None:
     """A forked process has none of the threads that may hold these."""
-    global _lock, _claiming
-    _lock, _claiming = threading.RLock(), threading.Lock()
+    global _lock, _turnstile, _claiming
+    _lock, _turnstile, _claiming = threading.RLock(), threading.Lock(), threading.Lock()
     _claims.clear()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["HierarchicalGenerator", "Inferred", "find_infer"]
+__all__ = ["CALLS", "HierarchicalGenerator", "Inferred", "find_infer", "unwrapped"]
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from energy_prior.errors import GeneratorError
+
+CALLS = ("start", "conditional", "descend", "likelihood")
+"""The calls that every generator has."""
 
 
 @dataclass(frozen=True)
@@ -99,3 +102,24 @@ def find_infer(generator: Any) -> Callable[..., Any] | None:
     """The generator's `infer`, or None if it has none."""
     infer = getattr(generator, "infer", None)
     return infer if callable(infer) else None
+
+
+def unwrapped(generator: Any) -> Any:
+    """The object whose own methods the generator's calls are: the model inside `torch.compile(model)`, for instance.
+
+    Where a wrapper passes attributes on, its calls are bound to the model inside; a wrapper with a call of its own is kept.
+
+    Raises:
+        GeneratorError: for `DataParallel` and other wrappers that hide the calls of the model in their `module`.
+    """
+    inside = getattr(generator, "module", None)
+    if not hasattr(generator, "conditional") and hasattr(inside, "conditional"):
+        raise GeneratorError(
+            f"generator: {type(generator).__name__} hides the calls of the model inside it. Pass its `.module`, "
+            "the model itself."
+        )
+    infer = find_infer(generator)
+    calls = [getattr(generator, name, None) for name in CALLS] + ([] if infer is None else [infer])
+    owner = getattr(calls[0], "__self__", None)
+    whole = owner is not None and not isinstance(owner, type) and (find_infer(owner) is None) == (infer is None)
+    return owner if whole and all(getattr(call, "__self__", None) is owner for call in calls) else generator

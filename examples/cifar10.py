@@ -22,33 +22,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from command_line import add_options, default_device
 from features import train_classifier
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from energy_prior import Inferred, JointEBMPrior, MLPEnergy, fit_elbo, plots
-from energy_prior.cli import launched_accelerator
+from energy_prior import Inferred, JointEBMPrior, MLPEnergy, fit_elbo, map_batches, plots
 from energy_prior.data import load_images
 from energy_prior.evaluate import detection, excess_ratio, frechet_distance
-from energy_prior.model import decode_latents
-from energy_prior.training import map_batches
+from energy_prior.training import launched_accelerator
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Reads the command line and runs the example."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="uoft-cs/cifar10", help="a folder, or the name of a set on the Hugging Face hub")
+    add_options(parser, data="uoft-cs/cifar10", out="runs/cifar10")
     parser.add_argument("--unknown", help="images of another kind (SVHN), to score against the test images; their test split")
-    parser.add_argument("--out", default="runs/cifar10", help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--device", default=None, help="cpu, cuda, …; default: a GPU if there is one")
-    parser.add_argument("--quick", action="store_true", help="small nets, few iterations; the figures mean nothing")
     options = parser.parse_args()
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.device = options.device or default_device()
     with launched_accelerator(cpu=options.device == "cpu") as accelerator:  # None unless `accelerate launch` started this
         where = {"device": options.device, "accelerator": accelerator}
-        results = run(options.data, Path(options.out), options.unknown, options.seed, options.quick, **where)
+        results = run(options.data, options.out, options.unknown, options.seed, options.quick, **where)
     if accelerator is None or accelerator.is_main_process:
         print(json.dumps(results, indent=2))
 
@@ -76,21 +70,23 @@ class TwoLayers(nn.Module):
             nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Tanh(),
         )  # fmt: skip
 
-    def start(self, batch_size: int) -> tuple[str, Tensor]:
-        """Above z_2: the parameters of N(0, I)."""
-        return "z_2", next(self.parameters()).new_zeros(batch_size, 2 * self.latent_shapes[1][0])
+    def start(self, batch_size: int) -> Tensor:
+        """Above z_2: zeros, the mean of p(z_2) = N(0, I)."""
+        return next(self.parameters()).new_zeros(batch_size, *self.latent_shapes[1])
 
-    def conditional(self, state: tuple[str, Tensor]) -> Normal:
-        """p(z_2), then p(z_1 | z_2)."""
-        return normal(state[1])
+    def conditional(self, state: Tensor, layer: int) -> Normal:
+        """p(z_2), and p(z_1 | z_2); the state is z_2."""
+        if layer == 2:
+            return Normal(state, torch.ones_like(state), validate_args=False)
+        return normal(self.prior1(state))
 
-    def descend(self, state: tuple[str, Tensor], z: Tensor) -> tuple[str, Tensor]:
-        """One layer down; below z_1 the state is z_1 itself, and the decoder waits for `likelihood`."""
-        return ("z_1", self.prior1(z)) if state[0] == "z_2" else ("x", z)
+    def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
+        """The state below z_i: z_i itself."""
+        return z
 
-    def likelihood(self, state: tuple[str, Tensor]) -> Independent:
-        """N(g(z_1), σ²) for every pixel."""
-        mean = self.decoder(state[1]).float()  # autocast may have made it bf16, in which σ would be rounded too
+    def likelihood(self, state: Tensor) -> Independent:
+        """N(g(z_1), σ²) for every pixel; the decoder runs here, so chains that need no image never pay for it."""
+        mean = self.decoder(state).float()  # autocast may have made it bf16, in which σ would be rounded too
         return Independent(Normal(mean, self.sigma, validate_args=False), 3, validate_args=False)
 
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
@@ -101,7 +97,7 @@ class TwoLayers(nn.Module):
             below = q.loc + q.scale * torch.randn(q.loc.shape, generator=rng, dtype=q.loc.dtype, device=q.loc.device)
             latents.append(below)
             log_q.append(q.log_prob(below).sum(1))
-        return Inferred(tuple(latents), torch.stack(log_q, 1), "bottom_up")
+        return Inferred(tuple(latents), torch.stack(log_q, 1))
 
 
 def mlp(inner: int, hidden: int, depth: int, out: int) -> nn.Sequential:
@@ -176,7 +172,7 @@ def run(
         "acceptance": float(chain.acceptance[1:].mean()),
         "largest_energy": max(h["max_energy"] for h in fit.history),
         "clipped": fit.clipped,
-        "tamed": fit.tamed,
+        "cut_share": fit.cut_share,
         "warnings": fit.warnings,
     }
 
@@ -202,7 +198,7 @@ def run(
     plots.image_panels(
         out / "samples.png", {"real": grid("known"), "Gaussian prior": grid("generator"), "joint prior": grid("joint")}
     )
-    frames = [decode_latents(generator, [z[i, :8] for z in chain.latents]).cpu() for i in range(len(chain.steps))]
+    frames = [prior.decode([z[i, :8] for z in chain.latents]).cpu() for i in range(len(chain.steps))]
     plots.chain_strip(out / "long_chain.png", (torch.stack(frames, 1) + 1) / 2, chain.steps, chain.negative_energy.sum(2))
     if scores:
         plots.score_histograms(out / "scores.png", scores, known="known test images", unknown="unknown images")

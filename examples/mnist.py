@@ -20,32 +20,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from command_line import add_options, default_device
 from features import train_classifier
 from torch import Tensor
 
-from energy_prior import JointEBMPrior, LadderVAE, MLPEnergy, fit_elbo, plots
-from energy_prior.cli import launched_accelerator
+from energy_prior import JointEBMPrior, LadderVAE, MLPEnergy, fit_elbo, map_batches, plots
 from energy_prior.data import load_images
 from energy_prior.evaluate import effective_sample_size, excess_ratio, frechet_distance
-from energy_prior.model import decode_latents
-from energy_prior.training import map_batches
+from energy_prior.training import launched_accelerator
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Reads the command line and runs the example."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="ylecun/mnist", help="a folder, or the name of a set on the Hugging Face hub")
-    parser.add_argument("--out", default="runs/mnist", help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--device", default=None, help="cpu, cuda, …; default: a GPU if there is one")
-    parser.add_argument("--quick", action="store_true", help="a few iterations; the figures mean nothing")
+    add_options(parser, data="ylecun/mnist", out="runs/mnist")
     options = parser.parse_args()
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.device = options.device or default_device()
     if options.device == "cpu":
         torch.set_num_threads(1)  # the nets are small: more threads gain little
     with launched_accelerator(cpu=options.device == "cpu") as accelerator:  # None unless `accelerate launch` started this
-        results = run(options.data, Path(options.out), options.seed, options.device, options.quick, accelerator=accelerator)
+        results = run(options.data, options.out, options.seed, options.device, options.quick, accelerator=accelerator)
     if accelerator is None or accelerator.is_main_process:
         print(json.dumps(results, indent=2))
 
@@ -138,7 +132,7 @@ def run(
     panels = {"real": test.images[:64], "Gaussian prior": grid("generator"), "joint prior": grid("joint")}
     plots.image_panels(out / "samples.png", panels)
     shown = range(0, len(chain.steps), max(1, len(chain.steps) // 20))
-    frames = torch.stack([decode_latents(vae, [z[i, :8] for z in chain.latents]) for i in shown], 1)
+    frames = torch.stack([prior.decode([z[i, :8] for z in chain.latents]) for i in shown], 1)
     plots.chain_strip(out / "long_chain.png", frames, chain.steps[list(shown)], chain.negative_energy.sum(2)[list(shown)])
     prior.save(out / "prior.safetensors")
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import add_options
 
 from energy_prior import JointEBMPrior, LadderVAE, fit_elbo, plots
 from energy_prior.data import load_images
@@ -22,15 +23,12 @@ from energy_prior.evaluate import two_sample_accuracy
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Reads the command line and runs the example."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="ylecun/mnist", help="a folder, or the name of a set on the Hugging Face hub")
-    parser.add_argument("--out", default="runs/mnist_toy", help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--quick", action="store_true", help="a few iterations; the figures mean nothing")
+    add_options(parser, data="ylecun/mnist", out="runs/mnist_toy", device=False)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(json.dumps(run(options.data, Path(options.out), options.seed, options.quick), indent=2))
+    print(json.dumps(run(options.data, options.out, options.seed, options.quick), indent=2))
 
 
 def run(data: str, out: Path, seed: int = 0, quick: bool = False, progress: bool = True) -> dict[str, Any]:

@@ -28,15 +28,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from command_line import add_options, default_device, user_path
 from PIL import Image
 from torch import Tensor, nn
 
-from energy_prior import JointEBMPrior, ResidualVAE, fit_elbo, plots
+from energy_prior import JointEBMPrior, ResidualVAE, fit_elbo, map_batches, plots
 from energy_prior.adapters import NVAEAdapter, load_checkpoint, load_weights
-from energy_prior.cli import launched_accelerator
 from energy_prior.data import ImageStream, load_images
-from energy_prior.model import decode_latents
-from energy_prior.training import map_batches
+from energy_prior.training import launched_accelerator
 
 
 @dataclass(frozen=True)
@@ -69,24 +68,17 @@ QUICK = {"groups": (1, 1), "channels": 8, "latent_channels": 2, "mixtures": 2}
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Reads the command line and runs the example."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting", choices=sorted(SETTINGS), help="the data set")
-    parser.add_argument(
-        "--data", help="a folder, or the name of a set on the Hugging Face hub; default: the set's own name there"
-    )
-    parser.add_argument("--nvae", help="checkpoint of an NVAE, in place of a generator that is trained here")
-    parser.add_argument("--nvae-code", help="folder of NVAE's own code, which builds the model")
-    parser.add_argument("--out", help="folder to write to; default: runs/SETTING")
+    add_options(parser, data=None, out=None)
+    parser.add_argument("--nvae", type=user_path, help="checkpoint of an NVAE, in place of a generator that is trained here")
+    parser.add_argument("--nvae-code", type=user_path, help="folder of NVAE's own code, which builds the model")
     parser.add_argument("--export", type=int, default=0, metavar="N", help="write N samples of either prior as PNG files")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--device", default=None, help="cpu, cuda, …; default: a GPU if there is one")
-    parser.add_argument("--quick", action="store_true", help="a tiny net, few iterations; the samples mean nothing")
     options = parser.parse_args()
     if bool(options.nvae) != bool(options.nvae_code):
         parser.error("--nvae and --nvae-code go together")
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.device = options.device or default_device()
     with launched_accelerator(cpu=options.device == "cpu") as accelerator:  # None unless `accelerate launch` started this
         results = run(options, accelerator)
     if accelerator is None or accelerator.is_main_process:
@@ -96,7 +88,7 @@ def main() -> None:
 def run(options: argparse.Namespace, accelerator: Any = None) -> dict[str, Any]:
     """Trains, compares, draws; returns what results.json holds."""
     setting, quick = SETTINGS[options.setting], options.quick
-    source, out = options.data or setting.hub, Path(options.out or f"runs/{options.setting}")
+    source, out = options.data or setting.hub, options.out or Path("runs") / options.setting
     place = accelerator.device if accelerator else torch.device(options.device)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -127,7 +119,9 @@ def run(options: argparse.Namespace, accelerator: Any = None) -> dict[str, Any]:
 
     # 3. The energies on the frozen generator: a ratio estimate first, then maximum likelihood on persistent chains.
     prior = JointEBMPrior(generator).to(place)
-    size = {"iterations": 4} if quick else {"iterations": 6500, "checkpoint_every": 500}
+    size: dict[str, Any] = {"iterations": 6500, "checkpoint_every": 500}
+    if quick:
+        size = {"iterations": 4, "step_size": 0.3}  # tuning it would take most of the time
     batches = stream(setting.energy_batch)
     prior.fit(batches, "nce", run_dir=out / "nce", **size, **shared)
     fit = prior.fit(batches, "two_stage", run_dir=out / "two_stage", **size, **({"steps": 3} if quick else {}), **shared)
@@ -154,7 +148,7 @@ def run(options: argparse.Namespace, accelerator: Any = None) -> dict[str, Any]:
     # 5. Pictures, and everything that is needed to sample again.
     panels = {"real": validation[:64], "Gaussian prior": drawn["gaussian"][:64], "joint prior": drawn["joint"][:64]}
     plots.image_panels(out / "samples.png", panels)
-    frames = [decode_latents(generator, [z[i] for z in chain.latents]).detach().cpu() for i in range(len(chain.steps))]
+    frames = [prior.decode([z[i] for z in chain.latents]).cpu() for i in range(len(chain.steps))]
     plots.chain_strip(out / "long_chain.png", torch.stack(frames, 1), chain.steps, chain.negative_energy.sum(2))
     for name, x in drawn.items() if options.export else ():
         export(out / f"samples-{name}", x[: options.export])
@@ -163,12 +157,12 @@ def run(options: argparse.Namespace, accelerator: Any = None) -> dict[str, Any]:
     return results
 
 
-def nvae(path: str, code: str) -> nn.Module:
+def nvae(path: Path, code: Path) -> nn.Module:
     """An NVAE from its checkpoint, built by its own code in the folder `code`."""
     checkpoint = load_checkpoint(path)
-    if not (Path(code) / "model.py").is_file():
-        raise SystemExit(f"--nvae-code: expected the folder of NVAE's code, with model.py in it, got {code!r}.")
-    sys.path.insert(0, code)
+    if not (code / "model.py").is_file():
+        raise SystemExit(f"--nvae-code: expected the folder of NVAE's code, with model.py in it, got {str(code)!r}.")
+    sys.path.insert(0, str(code))
     from model import AutoEncoder  # type: ignore[import-not-found]
 
     model = AutoEncoder(checkpoint["args"], None, checkpoint["arch_instance"])

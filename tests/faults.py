@@ -15,7 +15,7 @@ from torch.distributions import Distribution, Independent, Normal
 
 from energy_prior import Inferred, LadderVAE, ResidualVAE
 from energy_prior.adapters import DeepVAEAdapter, NVAEAdapter, VDVAEAdapter
-from energy_prior.generators.likelihoods import Observed
+from energy_prior.generators.likelihoods import InModelUnits
 
 N = 4
 
@@ -107,7 +107,7 @@ class BatchMean(DeepVAEAdapter):
         return _MeanOverBatch(super().likelihood(state))
 
 
-class _MeanOverBatch(Observed):
+class _MeanOverBatch(InModelUnits):
     def __init__(self, base: Distribution) -> None:
         super().__init__(base, lambda x: x, lambda x: x)
 

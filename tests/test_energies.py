@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from energy_prior import ArgumentError, ConvEnergy, Energy, MLPEnergy, ShapeError, default_energies
+from energy_prior import (
+    ArgumentError,
+    ConvEnergy,
+    Energy,
+    JointEBMPrior,
+    LadderVAE,
+    MLPEnergy,
+    ShapeError,
+    default_energies,
+)
+from energy_prior.energies import build_energies, describe_energies
 
 
 @pytest.mark.parametrize(
@@ -154,12 +167,67 @@ def test_default_energies_fit_the_shapes() -> None:
     assert kinds == [MLPEnergy, ConvEnergy, MLPEnergy, MLPEnergy]
 
 
+def kinds_of_numbers() -> list[Energy]:
+    """Energies with every setting as a number, or a sequence, of another kind."""
+    mlps: list[tuple[Any, ...]] = [
+        (np.array([4]), np.array([6, 5]), np.str_("silu"), np.bool_(True), np.float32(3)),
+        (iter([np.int64(4)]), iter([6, 5]), "silu", True, torch.tensor(3.0)),
+        (torch.tensor([4]), torch.tensor([6, 5]), "silu", True, 3),
+    ]
+    convs: list[tuple[Any, ...]] = [
+        (np.array([2, 4, 4]), (np.int32(n) for n in (3, 4)), "silu", np.bool_(False), None),
+        ((n for n in (2, 4, 4)), torch.tensor([3, 4]), "silu", False, None),
+    ]
+    return [*(MLPEnergy(*settings) for settings in mlps), *(ConvEnergy(*settings) for settings in convs)]
+
+
+def test_settings_of_any_kind_of_number() -> None:
+    """A checkpoint gets plain values, of which the same energy is built again."""
+    built = kinds_of_numbers()
+    described = json.loads(json.dumps(describe_energies(built)))
+    mlp = {"kind": "MLPEnergy", "latent_shape": [4], "saturation": 3.0, "hidden": [6, 5], "spectral_norm": True}
+    conv = {"kind": "ConvEnergy", "latent_shape": [2, 4, 4], "saturation": None, "channels": [3, 4], "spectral_norm": False}
+    assert described == [entry | {"activation": "silu"} for entry in [mlp] * 3 + [conv] * 2]
+    assert {type(value) for f in built for value in f.config.values()} == {list, str, bool, float, type(None)}
+    for energy, again in zip(built, build_energies(described), strict=True):
+        assert repr(again) == repr(energy)
+        again.load_state_dict(energy.state_dict())
+
+
+def test_a_prior_of_such_energies_is_saved_after_the_fit(tmp_path: Path) -> None:
+    vae = LadderVAE((5,), (4, 4), hidden=8)
+    prior = JointEBMPrior(vae, kinds_of_numbers()[:2])
+    prior.fit(torch.rand(16, 5), iterations=2, batch_size=8, progress=False)
+    prior.save(tmp_path / "prior.safetensors")
+    again = JointEBMPrior.load(tmp_path / "prior.safetensors", vae)
+    z = prior.sample_latents(2, steps=0)
+    assert torch.equal(again.negative_energy(z), prior.negative_energy(z))
+
+
+def test_another_default_device_changes_nothing() -> None:
+    f, z = MLPEnergy((4,)), torch.randn(3, 4)
+    torch.set_default_device("meta")
+    try:
+        f.standardize(z)
+        assert f(z).device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
+    assert float(f.shift[0]) == pytest.approx(float(z[:, 0].mean()))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
         (lambda: MLPEnergy((4,), activation="relu"), ArgumentError, "activation: expected one of .*'silu'.* got 'relu'"),
         (lambda: MLPEnergy((4,), hidden=(0,)), ArgumentError, "hidden: expected a whole number of at least 1, got 0"),
+        (lambda: MLPEnergy((4,), activation=3), ArgumentError, "activation: expected one of"),  # type: ignore[arg-type]
+        (lambda: MLPEnergy((4,), hidden=16), ArgumentError, "hidden: expected a sequence"),  # type: ignore[arg-type]
+        (lambda: MLPEnergy((4,), hidden="16"), ArgumentError, "hidden: expected a sequence"),  # type: ignore[arg-type]
+        (lambda: MLPEnergy((4,), hidden=(16.5,)), ArgumentError, "hidden: expected a whole number"),  # type: ignore[arg-type]
+        (lambda: MLPEnergy((4,), spectral_norm="no"), ArgumentError, "spectral_norm: expected True or False"),  # type: ignore[arg-type]
         (lambda: MLPEnergy(()), ShapeError, "latent_shape: expected one or more positive sizes"),
+        (lambda: MLPEnergy("44"), ShapeError, "latent_shape: expected one or more positive sizes"),  # type: ignore[arg-type]
+        (lambda: ConvEnergy((2, 4, 4), channels="44"), ArgumentError, "channels: expected a sequence"),  # type: ignore[arg-type]
         (lambda: ConvEnergy((4,)), ShapeError, r"latent_shape: ConvEnergy needs \(channels, height, width\), got \(4,\)"),
     ],
 )

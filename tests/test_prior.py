@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +12,8 @@ import torch
 from ladders import LinearLadder, QuadraticEnergy
 from torch import Tensor, nn
 
-from energy_prior import DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy
-from energy_prior.langevin import ChainSettings, InjectedNoise
-from energy_prior.model import decode_latents
+from energy_prior import ArgumentError, DivergenceError, GeneratorError, JointEBMPrior, LadderVAE, MLPEnergy
+from energy_prior.langevin import InjectedNoise
 from energy_prior.topdown import TopDown
 
 
@@ -29,6 +28,13 @@ def trained_looking(dtype: torch.dtype = torch.float32, space: str = "noise", ne
 
 
 X = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+MANY = X.repeat(32, 1, 1, 1)  # energies are standardised on thousands of draws, batch by batch
+
+
+def zeros(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Latents of three observations."""
+    return [torch.zeros(3, d, dtype=dtype, device="cpu") for d in (3, 2, 2)]
+
 
 RANDOM: dict[str, Callable[[JointEBMPrior, Any], Any]] = {
     "sample": lambda p, rng: p.sample(3, steps=4, rng=rng),
@@ -40,11 +46,18 @@ RANDOM: dict[str, Callable[[JointEBMPrior, Any], Any]] = {
     "infer": lambda p, rng: torch.cat(p.sample_posterior(X, method="infer", rng=rng), 1),
     "log_joint": lambda p, rng: p.log_joint(X, 2, steps=4, rng=rng),
     "llr_score": lambda p, rng: p.llr_score(X, 2, steps=4, rng=rng),
+    "llr_scores": lambda p, rng: p.llr_scores(X, steps=4, rng=rng),
     "anomaly_score": lambda p, rng: p.anomaly_score(X, rng=rng),
-    "fit": lambda p, rng: (p.fit(X, iterations=3, progress=False, rng=rng), torch.cat([q.flatten() for q in p.parameters()]))[
-        1
-    ],
-    "tune_step_size": lambda p, rng: torch.tensor(p.tune_step_size(batch_size=4, rng=rng)),
+    "score_terms": lambda p, rng: p.score_terms(X, rng=rng).log_likelihood,
+    "reconstruct": lambda p, rng: p.reconstruct(X, rng=rng),
+    "decode": lambda p, rng: p.decode(
+        [torch.zeros(3, d, dtype=p.dtype, device="cpu") for d in (3, 2, 2)], decode="sample", rng=rng
+    ),
+    "fit": lambda p, rng: (
+        p.fit(MANY, iterations=3, step_size=0.2, progress=False, rng=rng),
+        torch.cat([q.flatten() for q in p.parameters()]),
+    )[1],
+    "tune_step_size": lambda p, rng: torch.tensor(p.tune_step_size(batch_size=4, rng=rng), device="cpu"),
 }
 
 
@@ -111,9 +124,9 @@ def test_untrained_joint_prior_is_the_generators_own() -> None:
     assert torch.equal(prior.negative_energy(z), torch.zeros(5, 2))
     log_prior = torch.zeros(5)
     state = vae.start(5)
-    for latent in reversed(z):
-        log_prior += vae.conditional(state).log_prob(latent).sum(1)
-        state = vae.descend(state, latent)
+    for layer in (2, 1):
+        log_prior += vae.conditional(state, layer).log_prob(z[layer - 1]).sum(1)
+        state = vae.descend(state, z[layer - 1], layer)
     torch.testing.assert_close(prior.log_density(z), log_prior)
 
 
@@ -149,10 +162,45 @@ def test_anomaly_score_is_minus_log_joint_and_its_parts_add_up() -> None:
         return torch.Generator().manual_seed(0)
 
     torch.testing.assert_close(prior.anomaly_score(x, num_samples=4, rng=rng()), -prior.log_joint(x, num_samples=4, rng=rng()))
-    z = prior.sample_posterior(x, method="infer", rng=rng())
-    energy = prior.anomaly_score(x, "negative_energy", num_samples=1, rng=rng())
-    assert energy.shape == (4,)
-    assert prior.negative_energy(z).sum(1).shape == energy.shape
+    terms = prior.score_terms(x, num_samples=4, rng=rng())
+    torch.testing.assert_close(terms.log_joint(), prior.log_joint(x, num_samples=4, rng=rng()))
+    energy = prior.anomaly_score(x, "negative_energy", num_samples=4, rng=rng())
+    torch.testing.assert_close(terms.negative_energy.sum(1), -energy)
+    torch.testing.assert_close(terms.log_likelihood, -prior.anomaly_score(x, "reconstruction", num_samples=4, rng=rng()))
+
+
+def test_score_terms_are_those_of_the_posterior_draw() -> None:
+    prior = trained_looking(torch.float64)
+    x, rng = X.double(), torch.Generator
+    one = prior.score_terms(x, num_samples=1, rng=rng().manual_seed(2))
+    z = prior.sample_posterior(x, method="infer", rng=rng().manual_seed(2))
+    torch.testing.assert_close(one.negative_energy, prior.negative_energy(z).detach())
+    torch.testing.assert_close(one.log_prior.sum(1) + one.negative_energy.sum(1), prior.log_density(z).detach())
+    assert one.log_q is not None
+    assert one.log_q.shape == one.log_prior.shape == (4, 3)
+    with torch.no_grad():
+        expected = prior.generator.infer(x, rng=rng().manual_seed(2))  # type: ignore[attr-defined]
+    assert one.log_q.shape == expected.log_q.shape
+    ladder = LinearLadder((2, 2))
+    ladder.infer = None  # type: ignore[assignment,method-assign]
+    assert JointEBMPrior(ladder, ladder.energies).score_terms(torch.randn(3, 3).double(), posterior={"steps": 2}).log_q is None
+
+
+def test_columns_of_llr_scores_share_their_posterior_draws() -> None:
+    """Every column agrees with the closed form, and the first one with `llr_score` at the same posterior draw, bit for bit."""
+    ladder = LinearLadder((3, 2), seed=4)
+    prior = JointEBMPrior(ladder, ladder.energies)
+    x = torch.randn(6, 3, dtype=torch.float64)
+    many = x.repeat(400, 1)  # rows are independent draws
+    scores = prior.llr_scores(many, num_samples=1, steps=30, step_size=0.7, adjust=True, rng=torch.Generator().manual_seed(0))
+    assert scores.shape == (2400, 2)
+    scores = scores.reshape(400, 6, 2).mean(0)
+    for k in (1, 2):
+        exact = torch.tensor([ladder.log_joint(row, 0) - ladder.log_joint(row, k) for row in x], dtype=torch.float64)
+        torch.testing.assert_close(scores[:, k - 1], exact, rtol=0, atol=1.5)
+    one = {"num_samples": 1, "steps": 5}
+    first = prior.llr_score(x, 1, rng=torch.Generator().manual_seed(1), **one)  # type: ignore[arg-type]
+    assert torch.equal(first, prior.llr_scores(x, rng=torch.Generator().manual_seed(1), **one)[:, 0])  # type: ignore[arg-type]
 
 
 def test_trajectory_frames_and_diagnostics() -> None:
@@ -196,25 +244,6 @@ def test_drift_norm_is_the_gradient_of_log_density_in_latent_space() -> None:
     torch.testing.assert_close(run.drift_norm[0], torch.cat(gradient, 1).norm(dim=1))
 
 
-def test_memory_does_not_grow_with_the_steps() -> None:
-    """A chain holds a bounded number of tensors, whatever its length."""
-    model = trained_looking().model
-
-    def tensors_alive(steps: int) -> int:
-        seen = []
-
-        def count(step: int, *_: object) -> None:
-            if step == steps:
-                gc.collect()
-                seen.append(sum(type(o) is Tensor for o in gc.get_objects()))
-
-        with torch.no_grad():
-            model.run([model.density(2)], ChainSettings(steps=steps), on_step=count)
-        return seen[0]
-
-    assert tensors_alive(320) - tensors_alive(40) < 40
-
-
 def test_parameters_stay_clean() -> None:
     prior = trained_looking()
     prior.train()
@@ -248,7 +277,7 @@ def test_fit_changes_the_energies_alone() -> None:
     assert isinstance(prior.generator, LadderVAE)
     before = copy.deepcopy(prior.generator.state_dict())
     energies = [p.detach().clone() for p in prior.parameters()]
-    prior.fit(X, iterations=5, progress=False)
+    prior.fit(MANY, iterations=5, step_size=0.2, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), prior.generator.state_dict().values(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(energies, prior.parameters(), strict=True))
     assert all(p.grad is None for p in (*prior.parameters(), *prior.generator.parameters()))
@@ -260,9 +289,9 @@ def test_to_moves_the_generator_and_float64_works_end_to_end() -> None:
     assert {p.dtype for p in (*prior.parameters(), *prior.generator.parameters())} == {torch.float64}
     x = X.double()
     for name, draw in RANDOM.items():
-        if "X" not in draw.__code__.co_names:
+        if not {"X", "MANY"} & set(draw.__code__.co_names):
             assert draw(prior, None).dtype in (torch.float64, torch.float32), name
-    prior.fit(x, iterations=3, progress=False)
+    prior.fit(MANY.double(), iterations=3, step_size=0.2, progress=False)
     assert prior.llr_score(x, 1, steps=2).dtype == torch.float64
     assert prior.sample(2, steps=2).dtype == torch.float64
 
@@ -323,7 +352,9 @@ def test_a_generator_without_infer_scores_by_langevin() -> None:
 
     prior = JointEBMPrior(NoInfer(), ladder.energies)  # type: ignore[arg-type]
     x = torch.randn(3, 3, dtype=torch.float64)
-    assert torch.isfinite(prior.llr_score(x, 1, steps=20)).all()
+    assert torch.isfinite(prior.llr_score(x, 1, steps=20, posterior={"steps": 10})).all()
+    with pytest.raises(ValueError, match="steps: expected"):
+        prior.anomaly_score(x, posterior={"steps": -1})
     with pytest.raises(ValueError, match="has no infer"):
         prior.sample_posterior(x, method="infer")
 
@@ -340,7 +371,7 @@ def test_users_own_energies() -> None:
     vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8)
     prior = JointEBMPrior(vae, energies=[Mine(), Mine()])
     assert len(list(prior.parameters())) == 2
-    result = prior.fit(X, iterations=5, progress=False)
+    result = prior.fit(MANY, iterations=5, progress=False)
     assert prior.sample(3, steps=3).shape == (3, 1, 4, 4)
     assert result.step_size == pytest.approx(float(prior.step_size))
 
@@ -373,9 +404,8 @@ def test_energies_that_do_not_depend_on_z_are_allowed() -> None:
         def forward(self, z: Tensor) -> Tensor:
             return z.new_zeros(len(z))
 
-    prior = JointEBMPrior(LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8), [Zero(), Zero()])
     for space in ("noise", "latent"):
-        prior.space = space  # type: ignore[assignment]
+        prior = JointEBMPrior(LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8), [Zero(), Zero()], space=space)  # type: ignore[arg-type]
         assert prior.sample(3, steps=3, step_size=0.1).shape == (3, 1, 4, 4)
     with pytest.raises(ValueError, match="nothing to fit"):
         prior.fit(X, progress=False)
@@ -396,7 +426,7 @@ def test_inside_inference_mode_no_grad_and_after_eval() -> None:
     with torch.no_grad():
         prior.eval()
         before = torch.cat([p.flatten().clone() for p in prior.parameters()])
-        prior.fit(X, iterations=3, progress=False)
+        prior.fit(MANY, iterations=3, step_size=0.2, progress=False)
         assert not torch.equal(before, torch.cat([p.flatten() for p in prior.parameters()]))
     assert not any(m.training for m in prior.modules()), "flags are as they were"
 
@@ -404,7 +434,7 @@ def test_inside_inference_mode_no_grad_and_after_eval() -> None:
 def test_spectral_norm_holds_after_a_fit_that_began_in_eval_mode() -> None:
     vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8)
     prior = JointEBMPrior(vae, [MLPEnergy(s, hidden=(16,), spectral_norm=True) for s in vae.latent_shapes]).eval()
-    prior.fit(X, iterations=60, learning_rate=0.02, ema_decay=0.0, progress=False)
+    prior.fit(MANY, iterations=60, learning_rate=0.02, ema_decay=0.0, step_size=0.2, progress=False)
     for f in prior.energies:
         assert isinstance(f, MLPEnergy)
         norm = torch.linalg.matrix_norm(f.net[1].weight.detach(), 2)  # type: ignore[union-attr,arg-type]
@@ -421,13 +451,13 @@ def test_a_generator_moved_alone_is_told() -> None:
 
 def test_a_further_fit_forgets_the_calibration() -> None:
     prior = trained_looking()
-    prior.fit(X, iterations=3, progress=False)
+    prior.fit(MANY, iterations=3, step_size=0.2, progress=False)
     x = torch.rand(200, 1, 1, 1) * torch.rand(200, 1, 4, 4)
     prior.calibrate(x)
     score = prior.anomaly_score(x, "calibrated", rng=torch.Generator())
     assert float(score.mean()) == pytest.approx(0.0, abs=0.3)
     assert 0.5 < float(score.std()) < 4, "in standard deviations"
-    prior.fit(X, iterations=3, progress=False)
+    prior.fit(MANY, iterations=3, step_size=0.2, progress=False)
     with pytest.raises(ValueError, match="needs prior.calibrate"):
         prior.anomaly_score(X, "calibrated")
 
@@ -480,7 +510,7 @@ def test_no_steps_are_the_start(space: Any) -> None:
     for a, b in zip(own, here, strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(prior.sample(5, steps=0, rng=seed()), prior.sample(5, prior="generator", rng=seed()))
-    torch.testing.assert_close(prior.sample(5, steps=0, rng=seed()), decode_latents(vae, here).detach())
+    torch.testing.assert_close(prior.sample(5, steps=0, rng=seed()), prior.decode(here))
     for a, b in zip(prior.sample_latents(5, steps=0, start=own), own, strict=True):
         torch.testing.assert_close(a, b)
     kept = prior.sample_latents(5, steps=0, given={1: own[0]})
@@ -491,3 +521,155 @@ def test_no_steps_are_the_start(space: Any) -> None:
         patch.setattr(LadderVAE, "start", lambda self, n: (passes.append(n) if n == 5 else None, original(self, n))[1])
         prior.sample(5, steps=0)
     assert len(passes) == 2  # where the draws' shapes are read, and the pass itself
+
+
+def test_decode_and_reconstruct() -> None:
+    prior = trained_looking()
+    z = prior.sample_latents(20, steps=2)
+    x = prior.decode(z)
+    assert x.shape == (20, 1, 4, 4)
+    torch.testing.assert_close(prior.decode(z, max_memory=1.0), x)
+    noisy = [prior.decode(z, decode="sample", rng=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    assert torch.equal(noisy[0], noisy[1])
+    assert not torch.equal(noisy[0], noisy[2])
+    here = prior.sample_posterior(X, method="infer", rng=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(prior.reconstruct(X, rng=torch.Generator().manual_seed(0)), prior.decode(here))
+
+
+@pytest.mark.parametrize("call", ["sample", "decode", "reconstruct"])
+def test_observations_that_are_not_finite_are_told(call: str) -> None:
+    prior = trained_looking()
+    with torch.no_grad():
+        next(prior.generator.decoder.parameters())[0] = float("nan")  # type: ignore[union-attr]
+    latents = [torch.zeros(4, d) for d in (3, 2, 2)]
+    calls: dict[str, Callable[[], Tensor]] = {
+        "sample": lambda: prior.sample(2),
+        "decode": lambda: prior.decode(latents),
+        "reconstruct": lambda: prior.reconstruct(X),
+    }
+    with pytest.raises(DivergenceError, match="decoded observations are NaN or infinite"):
+        calls[call]()
+
+
+def test_numpy_observations_are_converted() -> None:
+    prior = trained_looking()
+    for array in (X.numpy(), X.double().numpy(), X.numpy().astype("float16")):
+        expected = torch.tensor(array, dtype=torch.float32)
+        score = prior.anomaly_score(array, rng=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(score, prior.anomaly_score(expected, rng=torch.Generator().manual_seed(0)))
+    with pytest.raises(ArgumentError, match="x: expected floating-point numbers, got an array of uint8. Scale it"):
+        prior.anomaly_score((255 * X).to(torch.uint8).numpy())
+
+
+def test_what_a_prior_says_of_itself() -> None:
+    prior = trained_looking(torch.float64, "latent")
+    assert repr(prior) == (
+        'JointEBMPrior(LadderVAE; z_1 (3,) MLPEnergy, z_2 (2,) MLPEnergy, z_3 (2,) MLPEnergy; space="latent", step_size=0.3)'
+    )
+    assert (prior.device, prior.dtype) == (torch.device("cpu"), torch.float64)
+
+
+@pytest.mark.parametrize("name", ["generator", "energies", "space", "x_shape"])
+def test_what_a_prior_was_built_with_cannot_be_exchanged(name: str) -> None:
+    prior = trained_looking()
+    before = [name for name, _ in prior.named_parameters()]
+    with pytest.raises(ArgumentError, match=f"{name}: a prior keeps what it was built with"):
+        setattr(prior, name, getattr(prior, name))
+    assert [name for name, _ in prior.named_parameters()] == before
+    assert not prior.trained_jointly
+
+
+class Passes(nn.Module):
+    """A wrapper that passes attributes on, as `torch.compile` of a module does."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inside"), name)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, Passes])
+def test_wrapped_generators_are_the_model_inside(tmp_path: Path, wrap: Any) -> None:
+    torch.manual_seed(0)
+    vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8)
+    prior = JointEBMPrior(wrap(vae))
+    prior.fit(MANY, "variational", iterations=2, steps=2, step_size=0.2, progress=False)
+    assert {name for name in prior.state_dict() if "_orig_mod" in name or "inside" in name} == set()
+    prior.save(tmp_path / "joint.safetensors")
+    again = JointEBMPrior.load(tmp_path / "joint.safetensors", LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8))
+    assert all(torch.equal(a, b) for a, b in zip(prior.state_dict().values(), again.state_dict().values(), strict=True))
+    separate = JointEBMPrior(vae)
+    separate.save(tmp_path / "p.safetensors")
+    JointEBMPrior.load(tmp_path / "p.safetensors", wrap(vae))
+
+
+def test_compiled_parts_and_energies_have_the_names_of_what_is_inside(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8)
+    plain = JointEBMPrior(vae)
+    plain.save(tmp_path / "p.safetensors")
+    vae.decoder = torch.compile(vae.decoder)  # type: ignore[assignment]
+    energies = [torch.compile(MLPEnergy(shape)) for shape in vae.latent_shapes]
+    prior = JointEBMPrior.load(tmp_path / "p.safetensors", vae, energies)  # type: ignore[arg-type]
+    prior.save(tmp_path / "q.safetensors")
+    again = JointEBMPrior.load(tmp_path / "q.safetensors", vae)
+    assert all(isinstance(f, MLPEnergy) for f in again.energies)
+
+
+def test_a_wrapper_that_hides_the_calls_is_told() -> None:
+    hidden = nn.DataParallel(LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8))
+    with pytest.raises(GeneratorError, match=r"DataParallel hides the calls of the model inside it. Pass its `.module`"):
+        JointEBMPrior(hidden)  # type: ignore[arg-type]
+
+
+def test_a_wrapper_with_a_call_of_its_own_is_kept() -> None:
+    class Warm(Passes):
+        def likelihood(self, state: Tensor) -> Any:
+            return self.inside.likelihood(state / 2)  # type: ignore[operator]
+
+    warm = Warm(LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8))
+    assert JointEBMPrior(warm).generator is warm  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(GeneratorError, match=rf"in torch.float32 or torch.float64, got {dtype}.*model.float\(\)"):
+        JointEBMPrior(LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8).to(dtype))
+    prior = trained_looking().to(dtype)
+    with pytest.raises(GeneratorError, match=f"expected latents in torch.float32 or torch.float64, got {dtype}"):
+        prior.sample(2)
+
+
+@pytest.mark.parametrize("name", [n for n in RANDOM if n not in ("fit", "infer")])
+def test_autocast_changes_nothing(name: str) -> None:
+    draw, prior = RANDOM[name], trained_looking()
+    alone = draw(copy.deepcopy(prior), torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = draw(copy.deepcopy(prior), torch.Generator().manual_seed(0))
+    assert inside.dtype == torch.float32
+    assert torch.equal(alone, inside)
+
+
+def test_autocast_changes_no_density() -> None:
+    prior, z = trained_looking(), [torch.ones(2, d) for d in (3, 2, 2)]
+    expected = prior.log_density(z)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(prior.log_density(z), expected)
+        JointEBMPrior(prior.generator)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_torchs_default_device_changes_nothing(name: str) -> None:
+    draw, prior = RANDOM[name], trained_looking()
+    alone = draw(copy.deepcopy(prior), torch.Generator().manual_seed(0))
+    torch.set_default_device("meta")
+    try:
+        inside = draw(copy.deepcopy(prior), torch.Generator().manual_seed(0))
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(alone, inside)

@@ -1,23 +1,26 @@
-"""What the adapters share: the wrapped model, looked at once."""
+"""The base class of the adapters: the wrapped model, checked once."""
 
 from __future__ import annotations
 
-__all__ = ["Adapter"]
+__all__ = ["Adapter", "without_compile"]
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from energy_prior.errors import GeneratorError
 
+_Model = TypeVar("_Model", bound=nn.Module)
+
 
 class Adapter(nn.Module):
     """A user's model behind the generator protocol.
 
     Args:
-        model: the model object.
+        model: the model object. Of a model that torch.compile has wrapped, the original is taken, as the adapter calls its
+            parts one by one.
         parts: attributes that it must have.
         source: where such models come from, for errors.
 
@@ -41,11 +44,17 @@ class Adapter(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise GeneratorError(f"model: expected {source}, an nn.Module, got {type(model).__name__}.")
+        model = without_compile(model)
         missing = [part for part in parts if not hasattr(model, part)]
         if missing:
+            wrapped = isinstance(getattr(model, "module", None), nn.Module)  # DataParallel, DistributedDataParallel
             raise GeneratorError(
-                f"model: expected {source}, but {type(model).__name__} lacks {', '.join(missing)}. For a model of another kind "
-                "write the four methods of energy_prior.HierarchicalGenerator."
+                f"model: expected {source}, but {type(model).__name__} lacks {', '.join(missing)}. "
+                + (
+                    "It is a wrapper: pass the model inside, model.module."
+                    if wrapped
+                    else "For a model of another kind write the methods of energy_prior.HierarchicalGenerator."
+                )
             )
         if model.training:
             raise GeneratorError(
@@ -59,6 +68,15 @@ class Adapter(nn.Module):
             )
         self.model = model
 
-    def _exact(self, parameters: Tensor) -> Tensor:
-        """Parameters of a distribution in the dtype of the weights: autocast may have made them bf16."""
-        return parameters.to(next(self.model.parameters()).dtype)
+    def _cast(self, value: Tensor) -> Tensor:
+        """The same values in the dtype of the weights: autocast may have made parameters of a distribution bf16."""
+        return value.to(next(self.model.parameters()).dtype)
+
+    def _index(self, layer: int) -> int:
+        """Index of a layer in a list of the model that runs from z_L to z_1."""
+        return len(self.latent_shapes) - layer
+
+
+def without_compile(model: _Model) -> _Model:
+    """The model inside the wrapper of torch.compile; any other as it is."""
+    return cast(_Model, getattr(model, "_orig_mod", model))

@@ -14,7 +14,7 @@ from torch.distributions import Distribution, Independent, Normal
 from energy_prior._util import draw, not_none, plain_normal, sum_event
 from energy_prior.adapters.base import Adapter
 from energy_prior.errors import GeneratorError
-from energy_prior.generators.likelihoods import DiscretizedLogistic, DiscretizedLogisticMixture, Observed
+from energy_prior.generators.likelihoods import DiscretizedLogistic, DiscretizedLogisticMixture, InModelUnits
 from energy_prior.process import reproducible
 from energy_prior.protocol import Inferred
 from energy_prior.topdown import infer_top_down
@@ -23,7 +23,7 @@ _PARTS = ("stages", "likelihood", "input_shape", "pad", "lambda_init", "skip_sto
 
 
 class _State(NamedTuple):
-    """Above a stage: its input, None at the top, its skip connections, and the number of observations."""
+    """Above a stage: its input features and skip connections, None above z_L, and the number of observations."""
 
     features: Tensor | None
     skips: tuple[Tensor, ...] | None
@@ -36,9 +36,12 @@ class DeepVAEAdapter(Adapter):
         VAE:   q(z | x) = q(z_1 | x) ∏_i q(z_i | z_{<i}, x)  (bottom-up)
         LVAE:  q(z | x) = q(z_L | x) ∏_i q(z_i | z_{>i}, x)  (top-down)
 
-    Observations are in [0, 1]. Where the model has a `lambda_init`, which changes them first, densities are those of what it
-    makes of them, and so are means and samples, as the model's own are. A BIVA, which the repository itself calls not correctly
+    Observations are in [0, 1]. Where the model has a `lambda_init`, which transforms them first, densities, means and samples
+    are those of the transformed observations, as the model's own are. A BIVA, which the repository itself calls not correctly
     implemented for L^{>k}, is refused.
+
+    The mixture of logistics counts values below −0.999 and above 0.999 in [−1, 1] as the lowest and the highest level; the
+    single discretised logistic rounds observations to the levels of 8 bits. Both as in the repository.
 
     Args:
         model: the model, in evaluation mode, with its weights.
@@ -56,11 +59,11 @@ class DeepVAEAdapter(Adapter):
         self.x_shape = torch.Size(self.model.input_shape)
 
     def start(self, batch_size: int) -> _State:
-        """The state above the top stage, whose prior may be learned."""
+        """The state above z_L: nothing yet but the number of observations."""
         return _State(None, None, batch_size)
 
     def conditional(self, state: _State, layer: int) -> Normal:
-        """p(z_i | z_{>i}) of stage i."""
+        """p(z_i | z_{>i}) of stage i; that of the top stage may be learned."""
         module = self.model.stages[layer - 1].stochastic
         if state.features is None:
             logits = module.prior_logits.expand(state.batch, *module.prior_logits.shape)
@@ -68,7 +71,7 @@ class DeepVAEAdapter(Adapter):
         return self._bounded(module, *module.compute_params(state.features, inference=False))
 
     def descend(self, state: _State, z: Tensor, layer: int) -> _State:
-        """Through the stage's deterministic blocks. They empty the list of skip connections that they are given: a copy."""
+        """Through the stage's deterministic blocks, which empty the list of skip connections that they get: here a copy."""
         stage = self.model.stages[layer - 1]
         skips = None if state.skips is None else list(state.skips)
         features, skips = stage.p_deterministic(stage.p_projection(z), skips)
@@ -80,16 +83,21 @@ class DeepVAEAdapter(Adapter):
         if self.model.pad is not None:
             features = F.pad(features, self.model.unpad)
         module = self.model.likelihood
-        if module.distribution is not None:  # the discretised ones leave their activation out
+        if module.distribution is not None:  # the forward of the discretised ones skips the activation
             features = module.activation(features)
-        given = module.get_distribution_kwargs(features)  # some are None
-        parameters = {name: self._exact(value) for name, value in given.items() if value is not None}
+        found = module.get_distribution_kwargs(features)  # some values are None
+        parameters = {name: self._cast(value) for name, value in found.items() if value is not None}
         base = _pixels(module, parameters, len(self.x_shape))
         start = self.model.lambda_init
-        return base if start is None else Observed(base, start, lambda y: y)
+        return base if start is None else InModelUnits(base, start, lambda y: y)
 
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
-        """z ~ q(z | x) in the model's own order."""
+        """z ~ q(z | x), bottom-up for a VAE and top-down for an LVAE.
+
+        Args:
+            x: observations, (batch, *x_shape).
+            rng: random number generator; None: torch's global stream.
+        """
         x = x if self.model.lambda_init is None else self.model.lambda_init(x)
         data = self.model.stages[0].IO(x=x if self.model.pad is None else F.pad(x, self.model.pad))
         found = []
@@ -98,9 +106,9 @@ class DeepVAEAdapter(Adapter):
                 data, here = stage.infer(data)
                 found.append(here)
         if not hasattr(self.model.stages[0], "merge"):
-            latents = tuple(here.z.to(x.dtype) for here in found)
-            exact = (plain_normal(self._exact(here.dist.loc), self._exact(here.dist.scale)) for here in found)
-            log_q = torch.stack([sum_event(q.log_prob(z)) for q, z in zip(exact, latents, strict=True)], dim=1)
+            latents = tuple(self._cast(here.z) for here in found)
+            posteriors = (plain_normal(self._cast(here.dist.loc), self._cast(here.dist.scale)) for here in found)
+            log_q = torch.stack([sum_event(q.log_prob(z)) for q, z in zip(posteriors, latents, strict=True)], dim=1)
             return Inferred(latents, log_q)
 
         def posterior(state: _State, p: Any, layer: int) -> tuple[Tensor, Tensor]:
@@ -111,22 +119,25 @@ class DeepVAEAdapter(Adapter):
         return infer_top_down(self, len(x), posterior, rng)
 
     def _bounded(self, module: Any, loc: Tensor, scale: Tensor) -> Normal:
-        return plain_normal(self._exact(loc), self._exact(scale).clamp(module.min_scale, module.max_scale))
+        return plain_normal(self._cast(loc), self._cast(scale).clamp(module.min_scale, module.max_scale))
 
 
 def _pixels(module: Any, parameters: dict[str, Tensor], dimensions: int) -> Distribution:
-    """The distribution behind a likelihood module of the repository."""
+    """The distribution of observations that a likelihood module of the repository stands for."""
     if module.distribution is not None:
         return Independent(module.distribution(**parameters, validate_args=False), dimensions, validate_args=False)
     if "all_params" in parameters:
-        mixture = DiscretizedLogisticMixture.from_channels(parameters["all_params"], top=0.999)
-        return Observed(mixture, lambda x: 2 * x - 1, lambda y: (y + 1) / 2)
+        mixture = DiscretizedLogisticMixture.from_channels(parameters["all_params"], bottom=-0.999, top=0.999)
+        return InModelUnits(mixture, lambda x: 2 * x - 1, lambda y: (y + 1) / 2)
     if {"mean", "logscale"} <= parameters.keys() and hasattr(module, "n_bins"):
-        n = module.n_bins  # n bins on [0, 1]; x = level / (n - 1) is seen at the bin's middle
+        # The module has n bins of width 1/n on [0, 1], and gives every x the mass of the bin that 255/256 x + 1/512 is in.
+        # Here the levels lie at k/(n − 1), in the middle of bins of width 1/(n − 1): the same bins, shifted and stretched.
+        n = module.n_bins
         loc = (parameters["mean"] - 0.5 / n) * n / (n - 1)
         scale = parameters["logscale"].exp() * n / (n - 1)
         pixel = DiscretizedLogistic(loc, scale, n, floor=1e-14 if module.double_precision else 1e-7, validate_args=False)
-        return Independent(pixel, dimensions, validate_args=False)
+        base = Independent(pixel, dimensions, validate_args=False)
+        return InModelUnits(base, lambda x: torch.floor((x * (255 / 256) + 1 / 512) * n) / (n - 1), lambda y: y)
     raise GeneratorError(
         f"model: its likelihood module, {type(module).__name__}, is not known. Override `likelihood` of DeepVAEAdapter for it."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["VDVAEAdapter"]
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +14,14 @@ from torch.distributions import Distribution, Normal
 
 from energy_prior._util import draw, not_none, plain_normal
 from energy_prior.adapters.base import Adapter
+from energy_prior.checks.settings import real_number
 from energy_prior.errors import ArgumentError
-from energy_prior.generators.likelihoods import DiscretizedLogisticMixture, Observed
+from energy_prior.generators.likelihoods import DiscretizedLogisticMixture, InModelUnits
 from energy_prior.protocol import Inferred
 from energy_prior.topdown import infer_top_down
 
-# Mean and standard deviation of a set's pixels, 0 … 255, with which its encoder was trained.
-_PIXELS = {
+# Mean and standard deviation of a data set's pixels, 0 … 255, by which the repository normalises them for the encoder.
+_PIXELS: dict[str, tuple[float, float]] = {
     "cifar10": (120.63838, 64.16736),
     "imagenet32": (116.2373, 69.37404),
     "imagenet64": (115.92961967, 69.37404),
@@ -30,7 +31,10 @@ _PIXELS = {
 
 
 class _State(NamedTuple):
-    """Above a block: features by resolution, and those of the block, before and after its prior, with p(z_i | z_{>i})."""
+    """Above a block: features by resolution, and those of the block, before and after its prior net, with p(z_i | z_{>i}).
+
+    Below z_1 there is no block: the last three are None.
+    """
 
     by_resolution: Mapping[int, Tensor]
     before: Tensor | None
@@ -44,14 +48,15 @@ class VDVAEAdapter(Adapter):
         p(z_i | z_{>i}) = N(μ, (t_i σ)²),   q(z_i | z_{>i}, x) Gaussian
 
     Observations are in [0, 1], (batch, 3, height, width): the adapter normalises them for the encoder and moves channels last.
-    For "ffhq_256" the likelihood is that of the highest 5 bits, as in the repository.
+    The likelihood is a mixture of discretised logistics, which counts values below −0.999 and above 0.999 in [−1, 1] as the
+    lowest and the highest level; for "ffhq_256" it is that of the highest 5 bits. Both as in the repository.
 
     Args:
         model: the model, in evaluation mode, with its weights (`energy_prior.adapters.load_weights`).
-        prior_temperature: t > 0, factor on every σ of the prior, or (t_1, …, t_L), one per layer, z_1 nearest the data first: the
-            reverse of what the repository's `forward_uncond_samples(n, t)` takes.
-        pixels: mean and standard deviation of pixels, 0 … 255, that the encoder was trained with; None: those that the
-            repository has for `model.H.dataset`.
+        prior_temperature: t > 0, factor on every σ of the prior, or (t_1, …, t_L), one per layer, that of z_1 first: the
+            reverse of the order that the repository's `forward_uncond_samples(n, t)` takes.
+        pixels: mean and standard deviation of pixels, 0 … 255, by which they are normalised for the encoder; None: those that
+            the repository has for `model.H.dataset`.
 
     Raises:
         GeneratorError: if this is not such a model, or is not in evaluation mode.
@@ -62,8 +67,8 @@ class VDVAEAdapter(Adapter):
         self,
         model: nn.Module,
         *,
-        prior_temperature: float | Sequence[float] = 1.0,
-        pixels: tuple[float, float] | None = None,
+        prior_temperature: float | Iterable[float] = 1.0,
+        pixels: Iterable[float] | None = None,
     ) -> None:
         super().__init__(model, ("encoder", "decoder", "H"), "a VAE of openai/vdvae")
         dataset = self.model.H.dataset
@@ -71,41 +76,48 @@ class VDVAEAdapter(Adapter):
             raise ArgumentError(f"pixels: expected (mean, standard deviation), as model.H.dataset, {dataset!r}, is not known.")
         self.pixels = _check_pixels(pixels) if pixels is not None else _PIXELS[dataset]
         self._low_bit = dataset == "ffhq_256"
-        blocks = self.model.decoder.dec_blocks
+        blocks = self.model.decoder.dec_blocks[::-1]  # the model's list runs from z_L to z_1
+        self.latent_shapes = tuple(torch.Size((block.zdim, block.base, block.base)) for block in blocks)
         self.prior_temperature = _check_temperature(prior_temperature, len(blocks))
-        self.latent_shapes = tuple(torch.Size((b.zdim, b.base, b.base)) for b in reversed(blocks))
         size = self.model.H.image_size
         self.x_shape = torch.Size((self.model.H.image_channels, size, size))
 
     def extra_repr(self) -> str:
-        """What no part of it says."""
+        """The settings."""
         return f"prior_temperature={self.prior_temperature}, pixels={self.pixels}, dataset={self.model.H.dataset!r}"
 
     def start(self, batch_size: int) -> _State:
-        """The learned features of every resolution above the top block."""
-        return self._at(0, {b.shape[2]: b.expand(batch_size, -1, -1, -1) for b in self.model.decoder.bias_xs})
+        """The learned features of every resolution, which are there above z_L."""
+        features = {bias.shape[2]: bias.expand(batch_size, -1, -1, -1) for bias in self.model.decoder.bias_xs}
+        return self._above(len(self.latent_shapes), features)
 
     def conditional(self, state: _State, layer: int) -> Normal:
-        """p(z_i | z_{>i}) of block i, which comes with what the block makes of its features before it sees z."""
+        """p(z_i | z_{>i}) of layer i, a block in VDVAE's words, computed with the features of the block before z_i enters."""
         return not_none(state.conditional)
 
     def descend(self, state: _State, z: Tensor, layer: int) -> _State:
         """Through the block, into a new dictionary of features: the repository's own code writes into the one it is given."""
-        place = self._place(layer)
-        block = self.model.decoder.dec_blocks[place]
+        block = self._block(layer)
         features = block.resnet(state.after + block.z_proj(z))
-        return self._at(place + 1, {**state.by_resolution, block.base: features})
+        return self._above(layer - 1, {**state.by_resolution, block.base: features})
 
     def likelihood(self, state: _State) -> Distribution:
         """p(x | z): a mixture of discretised logistics."""
         decoder = self.model.decoder
         features = decoder.final_fn(state.by_resolution[self.model.H.image_size])
-        parameters = self._exact(decoder.out_net(features).permute(0, 3, 1, 2))
-        base = DiscretizedLogisticMixture.from_channels(parameters, levels=32 if self._low_bit else 256, top=0.999)
-        return Observed(base, self._target, lambda y: ((y + 1) / 2).clamp(0, 1))
+        parameters = self._cast(decoder.out_net(features).permute(0, 3, 1, 2))
+        base = DiscretizedLogisticMixture.from_channels(
+            parameters, levels=32 if self._low_bit else 256, bottom=-0.999, top=0.999
+        )
+        return InModelUnits(base, self._target, lambda y: ((y + 1) / 2).clamp(0, 1))
 
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
-        """z ~ q(z_i | z_{>i}, x), top-down."""
+        """z ~ q(z_i | z_{>i}, x), top-down.
+
+        Args:
+            x: observations, (batch, *x_shape).
+            rng: random number generator; None: torch's global stream.
+        """
         mean, deviation = self.pixels
         activations = self.model.encoder(((255 * x - mean) / deviation).permute(0, 2, 3, 1))
 
@@ -115,33 +127,38 @@ class VDVAEAdapter(Adapter):
         return infer_top_down(self, len(x), posterior, rng)
 
     def posterior(self, state: _State, activations: Mapping[int, Tensor], layer: int) -> Normal:
-        """q(z_i | z_{>i}, x) from the encoder's activations at the block's resolution."""
-        block = self.model.decoder.dec_blocks[self._place(layer)]
+        """q(z_i | z_{>i}, x) of layer i from the encoder's activations at its resolution.
+
+        Args:
+            state: the state above the layer.
+            activations: the encoder's, by resolution.
+            layer: i, 1 … L.
+        """
+        block = self._block(layer)
         features = torch.cat([not_none(state.before), activations[block.base]], dim=1)
         loc, log_scale = block.enc(features).chunk(2, dim=1)
-        return plain_normal(self._exact(loc), self._exact(log_scale).exp())
+        return plain_normal(self._cast(loc), self._cast(log_scale).exp())
 
-    def _place(self, layer: int) -> int:
-        """Of block `layer` in the model's list, which runs from the top."""
-        return len(self.latent_shapes) - layer
+    def _block(self, layer: int) -> Any:
+        """The model's block with z_i of layer i."""
+        return self.model.decoder.dec_blocks[self._index(layer)]
 
-    def _at(self, index: int, by_resolution: Mapping[int, Tensor]) -> _State:
-        """The state above block `index` of the model's list, with what the block makes of the features before it sees z."""
-        blocks = self.model.decoder.dec_blocks
-        if index == len(blocks):
+    def _above(self, layer: int, by_resolution: Mapping[int, Tensor]) -> _State:
+        """The state above z_i of layer i; layer 0: that below z_1."""
+        if layer == 0:
             return _State(by_resolution, None, None, None)
-        block = blocks[index]
-        any_of = next(iter(by_resolution.values()))
+        block = self._block(layer)
+        reference = next(iter(by_resolution.values()))
         before = by_resolution.get(block.base)
         if before is None:
-            before = any_of.new_zeros(len(any_of), block.widths[block.base], block.base, block.base)
+            before = reference.new_zeros(len(reference), block.widths[block.base], block.base, block.base)
         if block.mixin is not None:
-            above = by_resolution[block.mixin][:, : before.shape[1]]
+            coarser = by_resolution[block.mixin][:, : before.shape[1]]
             factor = block.base // block.mixin
-            before = before + above.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+            before = before + coarser.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
         loc, log_scale, residual = block.prior(before).split([block.zdim, block.zdim, before.shape[1]], dim=1)
-        scale = (self._exact(log_scale) + math.log(self.prior_temperature[len(blocks) - 1 - index])).exp()
-        return _State(by_resolution, before, before + residual, plain_normal(self._exact(loc), scale))
+        scale = (self._cast(log_scale) + math.log(self.prior_temperature[layer - 1])).exp()
+        return _State(by_resolution, before, before + residual, plain_normal(self._cast(loc), scale))
 
     def _target(self, x: Tensor) -> Tensor:
         """Pixels in [−1, 1] as the likelihood sees them."""
@@ -151,28 +168,28 @@ class VDVAEAdapter(Adapter):
         return level / 127.5 - 1
 
 
-def _check_pixels(value: Any) -> tuple[float, float]:
-    """Mean and standard deviation of pixels."""
-    found = _numbers(value)
-    if found.shape != (2,) or not found.isfinite().all() or found[1] <= 0:
-        raise ArgumentError(f"pixels: expected (mean, standard deviation > 0) of pixels from 0 to 255, got {value!r}.")
-    return float(found[0]), float(found[1])
+def _check_pixels(values: Any) -> tuple[float, float]:
+    """Mean and standard deviation of pixels, as Python's own numbers."""
+    found = _numbers(values)
+    if len(found) != 2 or found[0] is None or found[1] is None or found[1] <= 0:
+        raise ArgumentError(f"pixels: expected (mean, standard deviation > 0) of pixels from 0 to 255, got {values!r}.")
+    return found[0], found[1]
 
 
-def _numbers(value: Any) -> Tensor:
-    """A number, or numbers in a sequence, an array or a tensor; empty if it is anything else."""
-    try:
-        return torch.as_tensor(value, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        return torch.empty(0)
-
-
-def _check_temperature(value: Any, layers: int) -> tuple[float, ...]:
-    """One factor above 0 for every layer's σ, or one per layer."""
-    found = _numbers(value)
-    found = found.expand(layers) if found.ndim == 0 else found
-    if found.shape != (layers,) or not (found.isfinite() & (found > 0)).all():
+def _check_temperature(values: Any, layers: int) -> tuple[float, ...]:
+    """(t_1, …, t_L) as Python's own numbers, from L of them or one for all."""
+    one = real_number(values)
+    found = _numbers(values) if one is None else [one] * layers
+    factors = tuple(t for t in found if t is not None and t > 0)
+    if len(found) != layers or len(factors) != layers:
         raise ArgumentError(
-            f"prior_temperature: expected a number above 0, or {layers} of them (that of z_1 first), got {value!r}."
+            f"prior_temperature: expected a number above 0, or {layers} of them (that of z_1 first), got {values!r}."
         )
-    return tuple(found.tolist())
+    return factors
+
+
+def _numbers(values: Any) -> list[float | None]:
+    """The elements of an iterable as Python's own numbers, None for what is no finite number; empty if it is no iterable."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+        return []
+    return [real_number(value) for value in values]

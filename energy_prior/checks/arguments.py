@@ -3,49 +3,43 @@
 from __future__ import annotations
 
 __all__ = [
+    "as_observations",
     "check_calls",
+    "check_dtype",
     "check_energies",
-    "check_count",
-    "check_device",
-    "check_flag",
     "check_given",
     "check_k",
     "check_latents",
-    "check_not_negative",
     "check_observations",
-    "check_path",
-    "check_positive",
     "check_same_place",
-    "check_settings",
-    "check_sizes",
     "checked_infer",
     "energy_modules",
+    "is_array",
     "range_fault",
-    "real_number",
-    "require_extra",
-    "whole_number",
 ]
 
-import dataclasses
-import difflib
-import importlib
-import math
-import operator
-import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from energy_prior._util import first_line
-from energy_prior.errors import ArgumentError, DataWarning, DivergenceError, GeneratorError, MissingExtraError, ShapeError
+from energy_prior.checks.settings import whole_number
+from energy_prior.errors import ArgumentError, DataWarning, DivergenceError, GeneratorError, ShapeError, warn
 from energy_prior.protocol import HierarchicalGenerator, Inferred
 
 _RANGE_SLACK = 0.05
+
+
+def check_dtype(what: str, dtype: torch.dtype) -> None:
+    """A model computes in float32 or float64; else a `GeneratorError` says why, and what to do."""
+    if dtype not in (torch.float32, torch.float64):
+        raise GeneratorError(
+            f"generator: expected {what} in torch.float32 or torch.float64, got {dtype}. Log densities are of hundreds of nats "
+            "and Langevin follows their small differences: half precision holds neither. Convert the model with "
+            "model.float()."
+        )
 
 
 def check_calls(generator: Any) -> None:
@@ -65,7 +59,8 @@ def check_calls(generator: Any) -> None:
 
 
 def check_same_place(generator: Tensor, energies: Tensor) -> None:
-    """The generator and the energies have one dtype and device."""
+    """The generator and the energies have one dtype, float32 or float64, and device."""
+    check_dtype("latents", generator.dtype)
     if (generator.dtype, generator.device) != (energies.dtype, energies.device):
         raise ArgumentError(
             f"generator: it is {generator.dtype} on {generator.device}, but the energies are {energies.dtype} on "
@@ -120,7 +115,7 @@ def check_tensor(name: str, value: Any, shape: Sequence[int], reference: Tensor,
     """A finite tensor (batch, *shape) with the dtype and device of `reference`; returns its batch size."""
     wanted = f"({'batch' if batch is None else batch}, {', '.join(map(str, shape))})"
     if not isinstance(value, Tensor):
-        hint = " Convert it with torch.from_numpy." if hasattr(value, "__array__") else ""
+        hint = " Convert it with torch.from_numpy." if is_array(value) else ""
         raise ArgumentError(f"{name}: expected a tensor of shape {wanted}, got {type(value).__name__}.{hint}")
     if tuple(value.shape[1:]) != tuple(shape) or value.ndim == 0 or (batch is not None and len(value) != batch):
         raise ShapeError(f"{name}: expected shape {wanted}, got {tuple(value.shape)}.")
@@ -154,24 +149,73 @@ def check_latents(name: str, latents: Any, shapes: Sequence[torch.Size], referen
         batch = check_tensor(f"{name}[{layer - 1}] (z_{layer})", z, shape, reference, batch)
 
 
-def check_given(given: Mapping[int, Tensor], shapes: Sequence[torch.Size], reference: Tensor, batch: int) -> None:
-    """Layer numbers 1 … L with their values."""
+def check_given(given: Mapping[int, Tensor], shapes: Sequence[torch.Size], reference: Tensor, batch: int) -> dict[int, Tensor]:
+    """Layer numbers 1 … L, as Python's own, with their values."""
     if not isinstance(given, Mapping):
         raise ArgumentError(f"given: expected a mapping from layer number to z, got {type(given).__name__}.")
-    for layer, z in given.items():
-        if whole_number(layer) is None or not 1 <= layer <= len(shapes):
+    checked: dict[int, Tensor] = {}
+    for key, z in given.items():
+        layer = whole_number(key)
+        if layer is None or not 1 <= layer <= len(shapes):
             raise ArgumentError(
-                f"given: expected layer numbers from 1 (nearest the data) to {len(shapes)} (the top), got {layer!r}."
+                f"given: expected layer numbers from 1 (nearest the data) to {len(shapes)} (the top), got {key!r}."
             )
         check_tensor(f"given[{layer}]", z, shapes[layer - 1], reference, batch)
+        checked[layer] = z
+    return checked
 
 
 def check_observations(name: str, x: Any, x_shape: Sequence[int], reference: Tensor, generator: Any = None) -> None:
-    """A batch of finite observations, (batch, *x_shape); warns if they are not in the range that `generator` says."""
+    """A batch of finite observations, (batch, *x_shape), like `reference`; warns if they leave the generator's `x_range`."""
     check_tensor(name, x, x_shape, reference, None)
     what = range_fault(x, generator)
     if what is not None:
-        warnings.warn(f"{name}: {what}", DataWarning, stacklevel=3)
+        warn(f"{name}: {what}", DataWarning)
+
+
+def as_observations(name: str, value: Any, x_shape: Sequence[int], reference: Tensor, generator: Any = None) -> Tensor:
+    """A batch of observations as a tensor, checked as `check_observations` does.
+
+    An array (numpy's, or what numpy can read as one) of floating-point numbers is converted to the dtype and device of
+    `reference`. A tensor is the caller's to convert: it is returned as it is, or refused.
+
+    Args:
+        name: of the argument, for messages.
+        value: a tensor or an array, (batch, *x_shape).
+        x_shape: shape of an observation.
+        reference: a tensor with the dtype and device that observations must have.
+        generator: the generator, for the range that it says observations have; None: any range.
+
+    Returns:
+        (batch, *x_shape); it may share its memory with an array.
+
+    Raises:
+        ArgumentError, ShapeError: if it is of another kind, shape, dtype or device, or not finite. Arrays of integers are
+            refused: nobody but the caller knows the scale that the model was trained on.
+    """
+    x = _from_array(name, value, reference) if is_array(value) else value
+    check_observations(name, x, x_shape, reference, generator)
+    return x
+
+
+def is_array(value: Any) -> bool:
+    """Whether this is an array, but no tensor."""
+    return hasattr(value, "__array__") and not isinstance(value, Tensor | type)
+
+
+def _from_array(name: str, value: Any, reference: Tensor) -> Tensor:
+    array = np.asarray(value)
+    if array.dtype.kind in "iub":
+        raise ArgumentError(
+            f"{name}: expected floating-point numbers, got an array of {array.dtype}. Scale it to the range that the model was "
+            "trained on, such as x / 255 for 8-bit images in [0, 1]."
+        )
+    if array.dtype.kind != "f":
+        raise ArgumentError(f"{name}: expected an array of floating-point numbers, got one of {array.dtype}.")
+    dtype = np.float64 if reference.dtype == torch.float64 else np.float32
+    with np.errstate(over="ignore"):  # what becomes infinite is found by the check
+        array = np.require(array, dtype, ["C_CONTIGUOUS", "WRITEABLE"])
+    return torch.from_numpy(array).to(reference.device, reference.dtype)
 
 
 def range_fault(x: Tensor, generator: Any) -> str | None:
@@ -193,11 +237,12 @@ def range_fault(x: Tensor, generator: Any) -> str | None:
 
 def check_k(k: Any, layers: int) -> int:
     """k of L^{>k}: a whole number from 0 to L."""
-    if whole_number(k) is None or not 0 <= k <= layers:
+    number = whole_number(k)
+    if number is None or not 0 <= number <= layers:
         raise ArgumentError(
             f"k: expected a whole number from 0 to {layers}, the number of layers nearest the data to redraw, got {k!r}."
         )
-    return int(k)
+    return number
 
 
 def checked_infer(generator: HierarchicalGenerator, x: Tensor) -> Inferred:
@@ -233,111 +278,3 @@ def checked_infer(generator: HierarchicalGenerator, x: Tensor) -> Inferred:
     if not all(bool(torch.isfinite(t).all()) for t in (*inferred.latents, inferred.log_q)):
         raise DivergenceError("generator.infer: its draws, or their log q, are not finite.")
     return inferred
-
-
-# ----------------------------------------------------------------------------------------------------------------- settings
-
-
-def check_count(name: str, value: Any, *, least: int = 1) -> int:
-    """A whole number of at least `least`, of any kind (numpy's, a tensor with one element), as Python's own."""
-    number = whole_number(value)
-    if number is None or number < least:
-        raise ArgumentError(f"{name}: expected a whole number of at least {least}, got {value!r}.")
-    return number
-
-
-def check_sizes(name: str, values: Any, *, least: int = 1) -> tuple[int, ...]:
-    """Whole numbers of at least `least`, from any iterable of any kind of integers, as Python's own."""
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise ArgumentError(f"{name}: expected a sequence of whole numbers, got {values!r}.")
-    return tuple(check_count(name, value, least=least) for value in values)
-
-
-def whole_number(value: Any) -> int | None:
-    """An integer of any kind as Python's own; None if it is anything else, a bool among it."""
-    if isinstance(value, Tensor):
-        whole = value.ndim == 0 and not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
-        return int(value) if whole else None
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:  # an array that is not a single integer
-        return None
-
-
-def real_number(value: Any) -> float | None:
-    """A finite number of any kind as Python's float; None if it is anything else, a bool or text among it."""
-    if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0:
-        return None
-    if "bool" in str(getattr(value, "dtype", "")):
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def check_positive(name: str, value: Any) -> float:
-    """A finite number above 0, of any kind, as Python's own."""
-    number = real_number(value)
-    if number is None or number <= 0:
-        raise ArgumentError(f"{name}: expected a finite number above 0, got {value!r}.")
-    return number
-
-
-def check_not_negative(name: str, value: Any) -> float:
-    """A finite number of at least 0, of any kind, as Python's own."""
-    number = real_number(value)
-    if number is None or number < 0:
-        raise ArgumentError(f"{name}: expected a finite number of at least 0, got {value!r}.")
-    return number
-
-
-def check_flag(name: str, value: Any) -> bool:
-    """True or False, numpy's too."""
-    if not isinstance(value, bool) and "numpy.bool" not in str(type(value)):
-        raise ArgumentError(f"{name}: expected True or False, got {value!r}.")
-    return bool(value)
-
-
-def check_path(name: str, value: Any) -> Path:
-    """A path of the user's, with `~` for the home folder; not empty."""
-    if not isinstance(value, str | os.PathLike):
-        raise ArgumentError(f"{name}: expected a path, got {type(value).__name__}.")
-    if not os.fspath(value):
-        raise ArgumentError(f"{name}: expected a path, got an empty text.")
-    try:
-        return Path(value).expanduser()
-    except RuntimeError as error:  # ~nobody
-        raise ArgumentError(f"{name}: {os.fspath(value)!r} names no home folder that is known here.") from error
-
-
-def check_device(name: str, value: str) -> str:
-    """The name of a device that can be used here."""
-    try:
-        torch.empty(0, device=value)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"{name} {value}: not available here ({first_line(error)}).") from error
-    return value
-
-
-def check_settings(kind: type[Any], given: Mapping[str, Any], what: str) -> None:
-    """Every name is a field of the dataclass `kind`; else the nearest one is suggested."""
-    known = [field.name for field in dataclasses.fields(kind)]
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(known)}."
-            raise ArgumentError(f"{name}: not {what}. {hint}")
-
-
-def require_extra(module: str, extra: str) -> ModuleType:
-    """Imports an optional dependency, or says which `pip install` brings it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{module} is not installed; it comes with the extra '{extra}': pip install \"energy-prior[{extra}]\"."
-        ) from error

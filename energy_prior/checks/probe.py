@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from energy_prior.checks.arguments import check_calls
+from energy_prior.checks.arguments import check_calls, check_dtype
 from energy_prior.errors import EnergyPriorError, GeneratorError
 from energy_prior.process import full_precision
 from energy_prior.topdown import check_conditional, parameters, to_latent
@@ -62,7 +62,7 @@ def probe_generator(generator: Any) -> Probe:
     except Exception as error:
         kinds = {p.dtype for _, p in _named_parameters(generator) if p.is_floating_point()}
         if kinds and kinds <= {torch.float16, torch.bfloat16}:
-            raise GeneratorError(_half_precision("the model", kinds.pop())) from error
+            check_dtype("its weights", kinds.pop())
         order = _order_that_works(generator)
         if order:
             raise GeneratorError(f"layer order: {order}") from error
@@ -110,7 +110,7 @@ def _probe(generator: Any) -> Probe:
                 raise
             raise GeneratorError(f"layer order: {order}") from error
         first = parameters(conditional)[0]
-        _check_dtype(first, layer)
+        check_dtype(f"layer {layer}", first.dtype)
         if latents and (first.dtype, first.device) != (latents[0].dtype, latents[0].device):
             raise GeneratorError(
                 f"generator.conditional: layer {layer} is {first.dtype} on {first.device}, the layer above "
@@ -131,19 +131,6 @@ def _probe(generator: Any) -> Probe:
             f"torch.distributions.Independent(…, {dims}) of a distribution per element."
         )
     return Probe(tuple(latents), likelihood.event_shape)
-
-
-def _check_dtype(parameter: Tensor, layer: int) -> None:
-    if parameter.dtype not in (torch.float32, torch.float64):
-        raise GeneratorError(_half_precision(f"layer {layer}", parameter.dtype))
-
-
-def _half_precision(what: str, dtype: torch.dtype) -> str:
-    return (
-        f"generator.conditional: expected {what} in torch.float32 or torch.float64, got {dtype}. Log densities are of hundreds "
-        "of nats, and Langevin follows their small differences: half precision holds neither. Convert the model with "
-        "model.float()."
-    )
 
 
 class _Renumbered:

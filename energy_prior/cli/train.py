@@ -1,143 +1,58 @@
-"""`energy-prior train`: data, generator, its ELBO training and the fits of its joint prior, from one YAML file."""
+"""`energy-prior train`: trains a generator and its joint prior as a recipe says."""
 
 from __future__ import annotations
 
-__all__ = ["DataSettings", "Recipe", "load_run", "read_recipe", "run_recipe", "settings_help"]
+__all__ = ["add_command", "load_run", "run_recipe"]
 
-import contextlib
-import dataclasses
-import importlib
+import argparse
 import json
 import os
-import re
-import sys
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
+from energy_prior import plots
 from energy_prior.checkpoint import check_state_fits, read_tensors, write_whole
-from energy_prior.checks.arguments import check_count, check_device, check_settings, require_extra
+from energy_prior.checks.settings import check_path
+from energy_prior.cli.recipe import DataSettings, Recipe, build_generator, read_recipe, settings_help
 from energy_prior.data import load_images
 from energy_prior.errors import ArgumentError, CheckpointError
-from energy_prior.generators import LadderVAE
 from energy_prior.prior import JointEBMPrior
-from energy_prior.training import ElboConfig, FitConfig, fit_elbo
-from energy_prior.training.config import Method, RunConfig, check_method
+from energy_prior.training import fit_elbo, launched_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _HEADER = "energy-prior train"
+_SHOWN = 64
 
 
-@dataclasses.dataclass(frozen=True)
-class DataSettings:
-    """Where the images come from (`energy_prior.data.load_images`).
-
-    Attributes:
-        source: a folder with parquet files or images, or the name of a set on the Hugging Face hub.
-        split: the split to train on.
-        size: height and width to scale the images to; null: as they are.
-        channels: 1 (gray) or 3 (RGB); null: as the first image is.
-        limit: number of images; null: all.
-        validation: how many of them, the last ones, are kept out of training, to choose the generator's weights by, ≥ 1.
-    """
-
-    source: str = ""
-    split: str = "train"
-    size: int | None = None
-    channels: int | None = None
-    limit: int | None = None
-    validation: int = 1000
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.source, str) or not self.source:
-            raise ArgumentError(f"data.source: expected a folder or the name of a set on the hub, got {self.source!r}.")
-        check_count("data.validation", self.validation)
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Everything that a run of `energy-prior train` does.
-
-    Attributes:
-        data: where the images come from.
-        generator: arguments of `LadderVAE` beside the images' shape; or {"factory": "module:function", …}: a function of
-            yours that gets the shape of an image and the other entries, and gives the generator.
-        elbo: settings of the generator's own training; null: it comes trained.
-        fit: the fits of the joint prior, one after the other: each a method and its settings.
-        out: folder to write to.
-        seed: of everything random.
-        device: where to compute; null: the CPU, or what `accelerate launch` chooses.
-    """
-
-    data: DataSettings
-    generator: dict[str, Any]
-    elbo: ElboConfig | None
-    fit: tuple[tuple[Method, FitConfig], ...]
-    out: str
-    seed: int = 0
-    device: str | None = None
-
-
-def read_recipe(
-    path: str | os.PathLike[str] | None, overrides: Sequence[str] = (), texts: Mapping[str, str] | None = None
-) -> Recipe:
-    """Reads and checks a recipe; nothing is trained or loaded yet.
-
-    Args:
-        path: a YAML file; None: everything comes from `overrides`.
-        overrides: "key=value", with dots into sections and numbers into lists: "elbo.iterations=500", "fit.0.method=joint"; the
-            value is YAML.
-        texts: key -> a value that is text as it stands, over all others.
-
-    Raises:
-        ArgumentError: for an unknown key or an impossible value; the message names the key.
-        FileNotFoundError: if there is no such file.
-    """
-    yaml = require_extra("yaml", "train")
-    entries: Any = {}
-    if path is not None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"There is no file {os.fspath(path)!r}.")
-        entries = _numbers(_yaml(yaml, Path(path).read_text(), os.fspath(path)) or {})
-    if not isinstance(entries, dict):
-        raise ArgumentError(f"{path}: expected a mapping of sections, got {type(entries).__name__}.")
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise ArgumentError(f"--set: expected KEY=VALUE, got {override!r}.")
-        _put(entries, key.strip().split("."), _numbers(_yaml(yaml, value, key)), key)
-    for key, text in (texts or {}).items():
-        _put(entries, key.split("."), text, key)
-    check_settings(Recipe, entries, "a section of a recipe")
-    fits = entries.get("fit", [{}])
-    if not isinstance(fits, list) or not fits:
-        raise ArgumentError(f"fit: expected a list of fits, each with a method and settings, got {fits!r}.")
-    generator = _section(entries, "generator")
-    if "factory" not in generator:
-        _check_ladder(generator)
-    trained = "elbo" in entries and entries["elbo"] is None
-    if trained and "factory" not in generator:
-        raise ArgumentError(
-            "elbo: null says that the generator comes trained, but LadderVAE does not. Leave elbo out, or name a factory of "
-            "yours that gives a trained generator (generator.factory)."
-        )
-    seed = check_count("seed", entries.get("seed", 0), least=0)
-    return Recipe(
-        data=_build(DataSettings, _section(entries, "data"), "data"),
-        generator=generator,
-        elbo=None if trained else _build(ElboConfig, _section(entries, "elbo"), "elbo"),
-        fit=tuple(_fit(fit, f"fit.{i}") for i, fit in enumerate(fits)),
-        out=_text("out", entries.get("out", "energy-prior-run")),
-        seed=seed,
-        device=None if entries.get("device") is None else check_device("device", str(entries["device"])),
+def add_command(commands: Any) -> None:
+    """Adds the command to the subparsers of the command line."""
+    parser = commands.add_parser(
+        "train",
+        help="train a generator and its joint prior on images, from a YAML file or flags",
+        description="Trains a generator by its ELBO, then its joint prior, and writes both, samples and a report. The same "
+        "command after a kill goes on where it was. `accelerate launch -m energy_prior.cli train …` runs it on several "
+        "processes, hosts or GPUs.",
     )
+    parser.add_argument("config", nargs="?", help="the recipe, a YAML file; --settings lists what it can hold")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="e.g. elbo.iterations=500 or fit.0.method=joint; repeatable",
+    )
+    parser.add_argument("--data", metavar="SOURCE", help="the same as --set data.source=…")
+    parser.add_argument("--out", metavar="FOLDER", help="the same as --set out=…")
+    parser.add_argument("--seed", metavar="NUMBER", help="the same as --set seed=…")
+    parser.add_argument("--device", metavar="DEVICE", help="the same as --set device=…")
+    parser.add_argument("--settings", action="store_true", help="print every setting with its default and meaning, and stop")
+    parser.set_defaults(command=_run)
 
 
 def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[str, Any]:
@@ -146,34 +61,25 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[s
     Writes generator.safetensors, prior.safetensors, samples.png and report.json to `recipe.out`, and checkpoints of the
     runs in folders of it.
 
+    Args:
+        recipe: what to do.
+        accelerator: the processes of a run on several; None: this process alone.
+
     Returns:
         What report.json holds.
     """
-    from energy_prior import plots
-
-    out = Path(recipe.out)
+    out = check_path("out", recipe.out)
     if out.exists() and not out.is_dir():
         raise ArgumentError(f"out: expected a folder to write to, but {recipe.out!r} is a file.")
     out.mkdir(parents=True, exist_ok=True)
     device = accelerator.device if accelerator else torch.device(recipe.device or "cpu")
-    main = accelerator is None or accelerator.is_main_process
-    data = recipe.data
-    try:
-        images = load_images(data.source, data.split, size=data.size, channels=data.channels, limit=data.limit).images
-    except ArgumentError as error:
-        raise ArgumentError(f"data.{error}") from error
-    if data.validation >= len(images):
-        raise ArgumentError(f"data.validation: expected fewer than the {len(images)} images, got {data.validation}.")
-    train, validation = images[: -data.validation], images[-data.validation :].to(device)
-    sections: Mapping[str, RunConfig | None] = {"elbo": recipe.elbo, **{f"fit.{i}": c for i, (_, c) in enumerate(recipe.fit)}}
-    share = len(train) // (accelerator.num_processes if accelerator else 1)
-    for name, config in sections.items():
-        if config is not None and config.batch_size is not None and config.batch_size > share:
-            raise ArgumentError(
-                f"{name}.batch_size: expected at most the {share} images that a process trains on, got {config.batch_size}."
-            )
+    train, validation = _load_data(recipe.data)
+    validation = validation.to(device)
+    _check_batch_sizes(recipe, len(train) // (accelerator.num_processes if accelerator else 1))
+    x_shape = tuple(train.shape[1:])
+
     torch.manual_seed(recipe.seed)
-    generator = _generator(recipe.generator, tuple(images.shape[1:])).to(device)
+    generator = build_generator(recipe.generator, x_shape).to(device)
     report: dict[str, Any] = {"images": len(train)}
     rng = torch.Generator().manual_seed(recipe.seed)
     if recipe.elbo is not None:
@@ -181,7 +87,7 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[s
             generator, train, validation=validation, config=recipe.elbo, run_dir=out / "elbo", accelerator=accelerator, rng=rng
         )
         report["elbo"] = {"validation_elbo": elbo.validation_elbo, "iteration": elbo.best_iteration}
-    before = JointEBMPrior(generator).sample(64, prior="generator", rng=torch.Generator().manual_seed(recipe.seed))
+    before = JointEBMPrior(generator).sample(_SHOWN, prior="generator", rng=torch.Generator().manual_seed(recipe.seed))
     prior = JointEBMPrior(generator)
     for i, (method, config) in enumerate(recipe.fit):
         result = prior.fit(train, method, config=config, run_dir=out / f"fit-{i}-{method}", accelerator=accelerator, rng=rng)
@@ -189,18 +95,16 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[s
             "last": result.history[-1],
             "step_size": result.step_size,
             "clipped": result.clipped,
-            "tamed": result.tamed,
+            "cut_share": result.cut_share,
             "warnings": result.warnings,
         }
-    if main:
+    if accelerator is None or accelerator.is_main_process:
         prior.save(out / "prior.safetensors")
-        weights = {name: value.detach().cpu().contiguous().clone() for name, value in generator.state_dict().items()}
-        described = {"generator": dict(recipe.generator), "x_shape": list(images.shape[1:])}
-        write_whole(out / "generator.safetensors", save(weights, {_HEADER: json.dumps(described)}))
+        _save_generator(out / "generator.safetensors", generator, recipe.generator, x_shape)
         (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        after = prior.sample(64, rng=torch.Generator().manual_seed(recipe.seed))
-        panels = {"images": validation[:64], "samples, Gaussian prior": before, "samples, joint prior": after}
-        if images.shape[1] in (1, 3):
+        after = prior.sample(_SHOWN, rng=torch.Generator().manual_seed(recipe.seed))
+        if x_shape[0] in (1, 3):
+            panels = {"images": validation[:_SHOWN], "samples, Gaussian prior": before, "samples, joint prior": after}
             plots.image_panels(out / "samples.png", panels)
     return report
 
@@ -212,170 +116,55 @@ def load_run(folder: str | os.PathLike[str]) -> JointEBMPrior:
         FileNotFoundError, CheckpointError: if the folder does not hold a finished run, or a file of it is damaged.
         ArgumentError: if the generator's factory cannot be imported.
     """
-    path = Path(folder) / "generator.safetensors"
+    path = check_path("folder", folder) / "generator.safetensors"
     weights, header = read_tensors(path)
     if _HEADER not in header:
         raise CheckpointError(f"{os.fspath(path)!r} was not written by `energy-prior train`.")
     described = json.loads(header[_HEADER])
-    generator = _generator(described["generator"], tuple(described["x_shape"]))
+    generator = build_generator(described["generator"], tuple(described["x_shape"]))
     check_state_fits(path, generator.state_dict(), weights, "the generator", "Is its factory still the same?")
     generator.load_state_dict(weights)
-    return JointEBMPrior.load(Path(folder) / "prior.safetensors", generator)
+    return JointEBMPrior.load(path.with_name("prior.safetensors"), generator)
 
 
-def settings_help() -> str:
-    """Every setting of a recipe with its default and what it means."""
-    parts = ["A recipe is a YAML file. Sections and settings, with their defaults:"]
-    for title, kind in (("(top)", Recipe), ("data", DataSettings), ("elbo", ElboConfig), ("fit.<number>", FitConfig)):
-        parts.append(f"\n{title}")
-        meanings = _meanings(kind)
-        if kind is FitConfig:
-            parts.append(
-                _paragraph("method", "nce", "the learning rule: nce, multi_stage_nce, two_stage, variational or joint.")
+def _run(options: argparse.Namespace) -> int:
+    """The command."""
+    if options.settings:
+        print(settings_help())
+        return 0
+    texts = {"data.source": options.data, "out": options.out, "device": options.device}
+    seed = [] if options.seed is None else [f"seed={options.seed}"]
+    recipe = read_recipe(options.config, [*options.set, *seed], {k: v for k, v in texts.items() if v is not None})
+    with launched_accelerator(cpu=recipe.device == "cpu") as accelerator:
+        report = run_recipe(recipe, accelerator)
+    for name, entry in report.items():
+        print(f"{name}: {entry}")
+    print(f"prior.safetensors, generator.safetensors, samples.png and report.json are in {recipe.out}/")
+    return 0
+
+
+def _load_data(data: DataSettings) -> tuple[Tensor, Tensor]:
+    """Images to train on, and those held out."""
+    try:
+        images = load_images(data.source, data.split, size=data.size, channels=data.channels, limit=data.limit).images
+    except ArgumentError as error:
+        raise ArgumentError(f"data.{error}") from error
+    if data.validation >= len(images):
+        raise ArgumentError(f"data.validation: expected fewer than the {len(images)} images, got {data.validation}.")
+    return images[: -data.validation], images[-data.validation :]
+
+
+def _check_batch_sizes(recipe: Recipe, share: int) -> None:
+    """No run needs larger batches than the `share` of the images that one process trains on."""
+    for name, config in (("elbo", recipe.elbo), *((f"fit.{i}", config) for i, (_, config) in enumerate(recipe.fit))):
+        if config is not None and config.batch_size is not None and config.batch_size > share:
+            raise ArgumentError(
+                f"{name}.batch_size: expected at most the {share} images that a process trains on, got {config.batch_size}."
             )
-        for field in dataclasses.fields(kind):
-            default = "" if field.default is dataclasses.MISSING else field.default
-            parts.append(_paragraph(field.name, default, meanings.get(field.name, "")))
-    parts.append("\ngenerator: arguments of LadderVAE\n")
-    parts.append(
-        textwrap.indent(textwrap.dedent((LadderVAE.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]).strip(), "  ")
-    )
-    return "\n".join(parts)
 
 
-def _paragraph(name: str, default: Any, meaning: str) -> str:
-    shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-    return textwrap.fill(f"{name}: {shown}".rstrip() + f"  # {meaning}", 118, initial_indent="  ", subsequent_indent="      ")
-
-
-def _meanings(kind: type[Any]) -> dict[str, str]:
-    """Attribute -> its paragraph in the class's docstring."""
-    text = textwrap.dedent((kind.__doc__ or "").partition("Attributes:\n")[2])
-    found = re.findall(r"^(\w+): (.*?)(?=^\w+: |\Z)", text, flags=re.DOTALL | re.MULTILINE)
-    return {name: " ".join(meaning.split()) for name, meaning in found}
-
-
-def _yaml(yaml: Any, text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ArgumentError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-
-
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; here it is a number."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
-    return value
-
-
-def _put(entries: Any, keys: list[str], value: Any, name: str) -> None:
-    """Sets entries[k][l]… = value, making the sections and list entries on the way."""
-    for here, following in zip(keys, [*keys[1:], None]):
-        index: Any = here
-        if isinstance(entries, list):
-            if not here.isdecimal() or int(here) > len(entries):
-                raise ArgumentError(f"{name}: expected a number from 0 to {len(entries)} after the list's name, got {here!r}.")
-            index = int(here)
-            if index == len(entries):
-                entries.append(None)
-        elif not isinstance(entries, dict):
-            raise ArgumentError(f"{name}: {here!r} would be inside {entries!r}, which is no section.")
-        if following is None:
-            entries[index] = value
-            return
-        present = entries[index] if isinstance(entries, list) else entries.get(index)
-        if present is None:
-            present = [] if following.isdecimal() else {}
-            entries[index] = present
-        entries = present
-
-
-def _section(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = entries.get(name) or {}
-    if not isinstance(section, dict):
-        raise ArgumentError(f"{name}: expected a section of settings, got {section!r}.")
-    return section
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ArgumentError(f"{name}: expected text, got {value!r}. Put it in quotes.")
-    return value
-
-
-def _build(kind: type[Any], section: Mapping[str, Any], name: str) -> Any:
-    check_settings(kind, section, f"a setting of {name}")
-    try:
-        return kind(**section)
-    except ArgumentError as error:
-        message = str(error)
-        raise ArgumentError(message if message.startswith(name) else f"{name}.{message}") from None
-
-
-def _fit(entry: Any, name: str) -> tuple[Method, FitConfig]:
-    if not isinstance(entry, dict):
-        raise ArgumentError(f"{name}: expected a section with a method and its settings, got {entry!r}.")
-    settings = dict(entry)
-    try:
-        method = check_method(settings.pop("method", "nce"))
-    except ArgumentError as error:
-        raise ArgumentError(f"{name}.{error}") from None
-    return method, _build(FitConfig, settings, name)
-
-
-def _check_ladder(settings: Mapping[str, Any]) -> None:
-    """`LadderVAE` takes these arguments, for an image of some shape."""
-    import inspect
-
-    known = [name for name in inspect.signature(LadderVAE).parameters if name != "x_shape"]
-    for name in settings:
-        if name not in known:
-            raise ArgumentError(f"generator.{name}: not an argument of LadderVAE. There are {', '.join(known)}, and factory.")
-    with torch.random.fork_rng(devices=[]):
-        _generator(settings, (1, 8, 8))
-
-
-def _generator(settings: Mapping[str, Any], x_shape: tuple[int, ...]) -> Any:
-    settings = dict(settings)
-    factory = settings.pop("factory", None)
-    if factory is None:
-        try:
-            return LadderVAE(x_shape, **settings)
-        except (TypeError, ArgumentError) as error:
-            raise ArgumentError(f"generator.{error}") from error
-    module, separator, name = str(factory).partition(":")
-    if not separator:
-        raise ArgumentError(f'generator.factory: expected "module:function", got {factory!r}.')
-    with _here():
-        try:
-            make = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ArgumentError(
-                f"generator.factory: cannot import {factory!r}: {error}. Modules are looked for in this folder and among what "
-                "is installed."
-            ) from error
-        try:
-            generator = make(x_shape, **settings)
-        except Exception as error:  # whatever the user's function raises
-            raise ArgumentError(
-                f"generator.factory: {factory!r} raised {type(error).__name__} for images of shape {x_shape} and {settings}: "
-                f"{error}"
-            ) from error
-    if not isinstance(generator, nn.Module):
-        raise ArgumentError(f"generator.factory: expected {factory!r} to give an nn.Module, got {type(generator).__name__}.")
-    return generator
-
-
-@contextlib.contextmanager
-def _here() -> Iterator[None]:
-    """Modules of the present folder can be imported."""
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(Path.cwd()))
+def _save_generator(path: Path, generator: nn.Module, settings: dict[str, Any], x_shape: tuple[int, ...]) -> None:
+    """The generator's weights, with what `load_run` builds it from."""
+    weights = {name: value.detach().cpu().contiguous().clone() for name, value in generator.state_dict().items()}
+    described = {"generator": settings, "x_shape": list(x_shape)}
+    write_whole(path, save(weights, {_HEADER: json.dumps(described)}))

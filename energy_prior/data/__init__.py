@@ -4,4 +4,5 @@ from __future__ import annotations
 
 __all__ = ["ImageStream", "Images", "load_images"]
 
-from energy_prior.data.images import Images, ImageStream, load_images
+from energy_prior.data.images import Images, load_images
+from energy_prior.data.stream import ImageStream

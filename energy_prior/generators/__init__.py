@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-__all__ = ["LadderVAE", "PixelLikelihood", "ResidualVAE"]
+__all__ = ["DiscretizedLogisticMixture", "LadderVAE", "PixelLikelihood", "ResidualVAE"]
 
 from energy_prior.generators.ladder import LadderVAE
-from energy_prior.generators.likelihoods import PixelLikelihood
+from energy_prior.generators.likelihoods import DiscretizedLogisticMixture, PixelLikelihood
 from energy_prior.generators.residual import ResidualVAE

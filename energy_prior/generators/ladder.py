@@ -6,7 +6,7 @@ __all__ = ["LadderVAE"]
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
 from energy_prior._util import draw, plain_normal
-from energy_prior.checks.arguments import check_count
+from energy_prior.checks.settings import check_count, check_sizes
 from energy_prior.errors import ArgumentError, ShapeError
 from energy_prior.generators.likelihoods import Likelihood, PixelLikelihood, check_x
 from energy_prior.process import reproducible
@@ -31,7 +31,7 @@ class LadderVAE(nn.Module):
         p_β(z) = N(z_L; 0, I) ∏_{i<L} N(z_i; μ_i(z_{i+1}), σ_i(z_{i+1})²),   p_β0(x | z_1)
         q_ω(z | x) = q(z_1 | x) ∏_{i>1} q(z_i | z_{i−1})  (bottom-up)
 
-    It follows `HierarchicalGenerator`; `energy_prior.training.fit_elbo` trains it.
+    It follows `HierarchicalGenerator`; `energy_prior.fit_elbo` trains it.
 
     Args:
         x_shape: shape of an observation without the batch; (channels, height, width) for nets="conv".
@@ -67,26 +67,20 @@ class LadderVAE(nn.Module):
         nets: Nets = "mlp",
         likelihood: Likelihood = "gaussian",
         sigma: float | None = None,
-        x_range: tuple[float, float] = (0.0, 1.0),
+        x_range: Sequence[float] = (0.0, 1.0),
         levels: int = 256,
     ) -> None:
         super().__init__()
-        self.x_shape, self.x_range = torch.Size(x_shape), x_range
         pixels = PixelLikelihood(x_shape, likelihood, sigma=sigma, x_range=x_range, levels=levels)
-        _check_arguments(self.x_shape, latent_dims, nets)
-        check_count("hidden", hidden)
-        check_count("depth", depth)
+        self.x_shape, self.x_range = pixels.x_shape, pixels.x_range
+        self.latent_shapes = _latent_shapes(self.x_shape, latent_dims, nets)
+        hidden, depth = check_count("hidden", hidden), check_count("depth", depth)
         make = _conv_net if nets == "conv" else _mlp_net
-        if nets == "conv":
-            sizes = [(-(-self.x_shape[1] // 2**i), -(-self.x_shape[2] // 2**i)) for i in range(1, len(latent_dims) + 1)]
-            self.latent_shapes = tuple(torch.Size((d, *size)) for d, size in zip(latent_dims, sizes, strict=True))
-        else:
-            self.latent_shapes = tuple(torch.Size((d,)) for d in latent_dims)
-        shapes = (self.x_shape, *self.latent_shapes)
-        self.inference = nn.ModuleList(make(shapes[i], _double(shapes[i + 1]), hidden, depth) for i in range(len(latent_dims)))
-        self.prior = nn.ModuleList(make(shapes[i + 1], _double(shapes[i]), hidden, depth) for i in range(1, len(latent_dims)))
+        shapes, layers = (self.x_shape, *self.latent_shapes), len(self.latent_shapes)
+        self.inference = nn.ModuleList(make(shapes[i], _double(shapes[i + 1]), hidden, depth) for i in range(layers))
+        self.prior = nn.ModuleList(make(shapes[i + 1], _double(shapes[i]), hidden, depth) for i in range(1, layers))
         self.decoder = make(shapes[1], torch.Size((pixels.channels, *self.x_shape[1:])), hidden, depth)
-        self.pixels = pixels
+        self.pixels = pixels  # after the nets: the order of a state dict
 
     def start(self, batch_size: int) -> Tensor:
         """The state above z_L: zeros, the mean of p(z_L) = N(0, I)."""
@@ -96,15 +90,15 @@ class LadderVAE(nn.Module):
         """p_β(z_i | z_{i+1}) of layer i; the state is z_{i+1}."""
         if layer == len(self.latent_shapes):
             return plain_normal(state, torch.ones_like(state))
-        return _normal(self.prior[layer - 1](state).to(state.dtype))
+        return self._normal(self.prior[layer - 1](state))
 
     def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
-        """The state below z_i is z_i itself."""
+        """The state below z_i: z_i itself."""
         return z
 
     def likelihood(self, state: Tensor) -> Distribution:
         """p_β0(x | z_1); the decoder runs here, so a pass that needs no image never pays for it."""
-        return self.pixels(self.decoder(state).to(state.dtype))  # autocast may have made it bf16
+        return self.pixels(self.decoder(state))
 
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
         """A reparameterised draw z ~ q_ω(z | x), bottom-up: log_q[:, i − 1] = log q(z_i | z_{i−1}), with z_0 = x.
@@ -119,35 +113,34 @@ class LadderVAE(nn.Module):
         below = x
         with reproducible(rng, x.device):
             for net in self.inference:
-                below, log_density = draw(_normal(net(below).to(x.dtype)))
+                below, log_density = draw(self._normal(net(below)))
                 latents.append(below)
                 log_q.append(log_density)
         return Inferred(tuple(latents), torch.stack(log_q, dim=1))
 
+    def _normal(self, parameters: Tensor) -> Normal:
+        """N(loc, scale²) from (batch, 2·d, …), |log scale| softly kept below 5, in the weights' dtype under autocast too."""
+        loc, raw = parameters.to(self.pixels.log_sigma.dtype).chunk(2, dim=1)
+        log_scale = _LOG_SCALE_LIMIT * torch.tanh(raw / _LOG_SCALE_LIMIT)
+        return plain_normal(loc, log_scale.exp())
 
-def _check_arguments(x_shape: torch.Size, latent_dims: Sequence[int], nets: str) -> None:
+
+def _latent_shapes(x_shape: torch.Size, latent_dims: Any, nets: str) -> tuple[torch.Size, ...]:
+    """Shapes of z_1, …, z_L."""
     if nets not in get_args(Nets):
         raise ArgumentError(f"nets: expected one of {get_args(Nets)}, got {nets!r}.")
     if nets == "conv" and len(x_shape) != 3:
         raise ShapeError(f'x_shape: nets="conv" needs (channels, height, width), got {tuple(x_shape)}.')
-    if not isinstance(latent_dims, Sequence):
-        raise ArgumentError(f"latent_dims: expected a list of sizes, one per layer, got {latent_dims!r}.")
-    if len(latent_dims) == 0:
+    dims = check_sizes("latent_dims", latent_dims)
+    if len(dims) == 0:
         raise ArgumentError("latent_dims: expected the size of at least one layer, got none.")
-    for dim in latent_dims:
-        check_count("latent_dims", dim)
+    sides = x_shape[1:] if nets == "conv" else ()
+    return tuple(torch.Size((dim, *(-(-n // 2**i) for n in sides))) for i, dim in enumerate(dims, start=1))
 
 
 def _double(shape: torch.Size) -> torch.Size:
-    """Room for loc and log scale along the first dimension."""
+    """The shape of loc and log scale together, side by side along the first dimension."""
     return torch.Size((2 * shape[0], *shape[1:]))
-
-
-def _normal(parameters: Tensor) -> Normal:
-    """N(loc, scale²) from (batch, 2·d, …), with |log scale| softly kept below 5."""
-    loc, raw = parameters.chunk(2, dim=1)
-    log_scale = _LOG_SCALE_LIMIT * torch.tanh(raw / _LOG_SCALE_LIMIT)
-    return plain_normal(loc, log_scale.exp())
 
 
 def _mlp_net(source: torch.Size, target: torch.Size, hidden: int, depth: int) -> nn.Sequential:

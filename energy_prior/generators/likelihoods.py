@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-__all__ = ["DiscretizedLogistic", "DiscretizedLogisticMixture", "Likelihood", "Observed", "PixelLikelihood", "check_x"]
+__all__ = [
+    "DiscretizedLogistic",
+    "DiscretizedLogisticMixture",
+    "InModelUnits",
+    "Likelihood",
+    "PixelLikelihood",
+    "check_x",
+]
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal, constraints
 
-from energy_prior.checks.arguments import check_count, check_positive
+from energy_prior.checks.settings import check_count, check_positive, check_shape, real_number
 from energy_prior.errors import ArgumentError, ShapeError
 
 Likelihood = Literal["gaussian", "bernoulli", "discretized_logistic", "mixture"]
+"""Names of the likelihoods that `PixelLikelihood` makes."""
 
 
 class DiscretizedLogistic(Distribution):
@@ -32,6 +40,7 @@ class DiscretizedLogistic(Distribution):
         low: the lowest grid value.
         high: the highest grid value.
         floor: added to every probability, as some public models do (the sum is then above 1).
+        validate_args: as in torch.distributions: check `scale`, and the values given to `log_prob`.
     """
 
     def __init__(
@@ -56,7 +65,7 @@ class DiscretizedLogistic(Distribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """Values between the ends; off-grid values are scored by the bin of width δ around them."""
+        """Values between the ends; a value off the grid is scored by the bin of width δ around it."""
         return constraints.interval(self.low, self.high)
 
     @property
@@ -86,19 +95,31 @@ class DiscretizedLogisticMixture(Distribution):
 
         μ_1,   μ_2 + c_1 x_1,   μ_3 + c_2 x_1 + c_3 x_2
 
-    (Salimans, Karpathy, Chen and Kingma, "PixelCNN++", ICLR 2017, eq. 2 and 3). The bins are evaluated in log space, so that
-    log P stays finite however far x is from every component.
+    (Salimans, Karpathy, Chen and Kingma, "PixelCNN++", ICLR 2017, eq. 2 and 3). A value counts as the lowest level, whose bin
+    reaches to −∞, if it is below `bottom`, and as the highest, whose bin reaches to +∞, if it is above `top`. By default these
+    edges lie half a bin inside `low` and `high`, and probabilities sum to 1 over the grid. Public models put them elsewhere
+    (−0.999 and 0.999 in most), which matters for values off the grid, such as dequantised images. The bins are evaluated in
+    log space, so that log P stays finite however far x is from every component.
 
     Args:
         logits: unnormalised log π_m, (batch, M, height, width).
-        loc: μ, in the data's units, (batch, M, C, height, width), C = 1 or 3 channels.
+        loc: μ, in the data's units, (batch, M, C, height, width).
         log_scale: log s, of the same shape.
-        coefficients: c_1, c_2, c_3, of the same shape; None: channels do not depend on each other.
+        coefficients: c_1, c_2, c_3, of the same shape with C = 3; None: channels do not depend on each other.
         levels: number of grid values, at least 2 (256 for 8-bit images).
         low: the lowest grid value.
         high: the highest grid value.
-        top: value above which x counts as the highest level, and takes the whole upper tail; None: half a bin below `high`.
-            Public models differ here.
+        bottom: value below which x counts as the lowest level; None: half a bin above `low`.
+        top: value above which x counts as the highest level; None: half a bin below `high`.
+
+    Raises:
+        ArgumentError, ShapeError: if a value is impossible; the message says which.
+
+    Example:
+        >>> logits, loc = torch.zeros(2, 5, 8, 8), torch.zeros(2, 5, 3, 8, 8)
+        >>> mixture = DiscretizedLogisticMixture(logits, loc, loc - 2, bottom=-0.999, top=0.999)
+        >>> mixture.log_prob(2 * torch.rand(2, 3, 8, 8) - 1).shape
+        torch.Size([2])
     """
 
     def __init__(
@@ -111,22 +132,35 @@ class DiscretizedLogisticMixture(Distribution):
         levels: int = 256,
         low: float = -1.0,
         high: float = 1.0,
+        bottom: float | None = None,
         top: float | None = None,
     ) -> None:
+        shapes = [tuple(t.shape) for t in (logits, loc, log_scale, coefficients) if t is not None]
+        per_pixel = (*loc.shape[:2], *loc.shape[3:])
+        if loc.ndim != 5 or shapes != [per_pixel] + [tuple(loc.shape)] * (len(shapes) - 1):
+            raise ShapeError(
+                "DiscretizedLogisticMixture: expected logits of shape (batch, M, height, width), the rest of shape "
+                f"(batch, M, C, height, width), got {', '.join(map(str, shapes))}."
+            )
+        if coefficients is not None and loc.shape[2] != 3:
+            raise ShapeError(f"coefficients: expected 3 channels, which they couple, got {loc.shape[2]}.")
         self.logits, self.loc, self.log_scale, self.coefficients = logits, loc, log_scale, coefficients
-        self.levels, self.low, self.high = levels, low, high
-        self.step = (high - low) / (levels - 1)
-        self.top = high - self.step / 2 if top is None else top
+        self.levels = check_count("levels", levels, least=2)
+        self.low, self.high = _check_range("low, high", (low, high))
+        self.step = (self.high - self.low) / (self.levels - 1)
+        inside = self.low + self.step / 2, self.high - self.step / 2
+        self.bottom, self.top = (_check_edge(n, v, e) for n, v, e in zip(("bottom", "top"), (bottom, top), inside, strict=True))
         super().__init__(loc.shape[:1], torch.Size((loc.shape[2], *loc.shape[3:])), validate_args=False)
-
-    @property
-    def arg_constraints(self) -> dict[str, constraints.Constraint]:
-        """None are checked."""
-        return {}
 
     @classmethod
     def from_channels(
-        cls, parameters: Tensor, *, colours: int = 3, levels: int = 256, top: float | None = None
+        cls,
+        parameters: Tensor,
+        *,
+        colours: int = 3,
+        levels: int = 256,
+        bottom: float | None = None,
+        top: float | None = None,
     ) -> DiscretizedLogisticMixture:
         """From the channels of a network: M logits, then per colour M of μ, log s and, for RGB, c, as public models have it.
 
@@ -135,19 +169,34 @@ class DiscretizedLogisticMixture(Distribution):
         Args:
             parameters: (batch, 10·M, height, width), or (batch, 3·M, height, width) for one colour.
             colours: 3 or 1.
-            levels: as above.
-            top: as above.
+            levels: number of grid values, at least 2.
+            bottom: value below which x counts as the lowest level; None: half a bin above −1.
+            top: value above which x counts as the highest level; None: half a bin below 1.
+
+        Raises:
+            ShapeError: if there are other numbers of channels or colours.
         """
-        kinds = 3 if colours == 3 else 2
-        mixtures = parameters.shape[1] // (1 + colours * kinds)
-        logits, rest = parameters[:, :mixtures], parameters[:, mixtures:]
-        loc, log_scale, *raw = rest.unflatten(1, (colours, kinds * mixtures)).transpose(1, 2).split(mixtures, dim=1)
-        return cls(logits, loc, log_scale.clamp(min=-7.0), raw[0].tanh() if raw else None, levels=levels, top=top)
+        per_colour = 3 if colours == 3 else 2
+        mixtures, rest = divmod(parameters.shape[1], 1 + colours * per_colour) if colours in (1, 3) else (0, 0)
+        if mixtures < 1 or rest:
+            raise ShapeError(
+                "parameters: expected 10·M channels for 3 colours or 3·M for 1, got "
+                f"{parameters.shape[1]} for {colours} colours."
+            )
+        logits, others = parameters[:, :mixtures], parameters[:, mixtures:]
+        loc, log_scale, *raw = others.unflatten(1, (colours, per_colour * mixtures)).transpose(1, 2).split(mixtures, dim=1)
+        coefficients = raw[0].tanh() if raw else None
+        return cls(logits, loc, log_scale.clamp(min=-7.0), coefficients, levels=levels, bottom=bottom, top=top)
+
+    @property
+    def arg_constraints(self) -> dict[str, constraints.Constraint]:
+        """None are checked."""
+        return {}
 
     @property
     def mean(self) -> Tensor:
         """Σ_m π_m μ_m, the locations of each component in turn clamped to the range: not the mean of the clipped tails."""
-        components = self._chained(lambda loc, scale: loc.clamp(self.low, self.high))
+        components = self._channel_by_channel(lambda loc, scale: loc.clamp(self.low, self.high))
         return (self.logits.softmax(1).unsqueeze(2) * components).sum(1)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -158,43 +207,45 @@ class DiscretizedLogisticMixture(Distribution):
             c1, c2, c3 = self.coefficients.unbind(2)
             red, green = x[:, :, 0], x[:, :, 1]
             loc = loc + torch.stack([torch.zeros_like(c1), c1 * red, c2 * red + c3 * green], 2)
-        bins = _log_bin(x, loc, self.log_scale.exp(), self.step, self.low + self.step / 2, self.top)
+        bins = _log_bin(x, loc, self.log_scale.exp(), self.step, self.bottom, self.top)
         return torch.logsumexp(bins.sum(2) + self.logits.log_softmax(1), 1).flatten(1).sum(1)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """A draw, on the grid, (batch, C, height, width)."""
+        """A draw, on the grid, (*sample_shape, batch, C, height, width)."""
         if sample_shape:
             return torch.stack([self.sample(sample_shape[1:]) for _ in range(sample_shape[0])])
         gumbel = -torch.empty_like(self.logits).exponential_().log()
         chosen = (self.logits + gumbel).argmax(1, keepdim=True).unsqueeze(2)
-        components = self._chained(lambda loc, scale: _draw(loc, scale, self.step, self.low, self.levels))
+        components = self._channel_by_channel(lambda loc, scale: _draw(loc, scale, self.step, self.low, self.levels))
         return components.gather(1, chosen.expand(-1, -1, components.shape[2], -1, -1)).squeeze(1)
 
-    def _chained(self, colour: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Channel after channel of every component, (batch, M, C, height, width): each from its location and scale."""
+    def _channel_by_channel(self, value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """`value(loc, scale)` of every component, (batch, M, C, height, width): loc given the values of the channels before."""
         channels: list[Tensor] = []
         for i, (loc, scale) in enumerate(zip(self.loc.unbind(2), self.log_scale.exp().unbind(2), strict=True)):
             if self.coefficients is not None and i:
                 first = i * (i - 1) // 2  # c_1 for green, c_2 and c_3 for blue
                 loc = loc + sum(self.coefficients[:, :, first + j] * channels[j] for j in range(i))
-            channels.append(colour(loc, scale))
+            channels.append(value(loc, scale))
         return torch.stack(channels, 2)
 
 
-class Observed(Distribution):
-    """A model's own distribution of `into(x)`, seen from observations x: log_prob(x) = base.log_prob(into(x)).
+class InModelUnits(Distribution):
+    """The distribution of observations whose model has other units: log_prob(x) = base.log_prob(to_model(x)).
 
-    For a density there is no Jacobian in it, so that a figure is in the model's own units, as the model counts it.
+    For a density the Jacobian of `to_model` is left out: a figure is in the model's own units, as the model counts it.
 
     Args:
-        base: distribution with batch_shape (batch,).
-        into: from observations to the model's units.
-        out: back again, for means and samples.
+        base: distribution in the model's units, with batch_shape (batch,).
+        to_model: from observations to the model's units.
+        from_model: back again, for means and samples.
     """
 
-    def __init__(self, base: Distribution, into: Callable[[Tensor], Tensor], out: Callable[[Tensor], Tensor]) -> None:
-        self.base, self.into, self.out = base, into, out
+    def __init__(
+        self, base: Distribution, to_model: Callable[[Tensor], Tensor], from_model: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.base, self.to_model, self.from_model = base, to_model, from_model
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     @property
@@ -205,16 +256,16 @@ class Observed(Distribution):
     @property
     def mean(self) -> Tensor:
         """The base's mean, as an observation."""
-        return self.out(self.base.mean)
+        return self.from_model(self.base.mean)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p of observations, (batch,), nats."""
-        return self.base.log_prob(self.into(value))
+        return self.base.log_prob(self.to_model(value))
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """A draw of the base, as an observation."""
-        return self.out(self.base.sample(torch.Size(sample_shape)))
+        return self.from_model(self.base.sample(torch.Size(sample_shape)))
 
 
 class PixelLikelihood(nn.Module):
@@ -232,7 +283,7 @@ class PixelLikelihood(nn.Module):
         mixtures: components of "mixture".
 
     Attributes:
-        channels: what the decoder has to put out in place of x's first dimension.
+        channels: size that the decoder's output has in place of x's first dimension.
 
     Raises:
         ArgumentError, ShapeError: if a value is impossible; the message says which.
@@ -244,40 +295,37 @@ class PixelLikelihood(nn.Module):
         name: Likelihood,
         *,
         sigma: float | None = None,
-        x_range: tuple[float, float] = (0.0, 1.0),
+        x_range: Sequence[float] = (0.0, 1.0),
         levels: int = 256,
         mixtures: int = 5,
     ) -> None:
         super().__init__()
-        x_range = (float(x_range[0]), float(x_range[1]))
-        if len(x_shape) == 0 or min(x_shape) < 1:
-            raise ShapeError(f"x_shape: expected one or more positive sizes, got {tuple(x_shape)}.")
+        self.x_shape, self.x_range = check_shape("x_shape", x_shape), _check_range("x_range", x_range)
+        self.levels, self.mixtures = check_count("levels", levels, least=2), check_count("mixtures", mixtures)
         if name not in get_args(Likelihood):
             raise ArgumentError(f"likelihood: expected one of {get_args(Likelihood)}, got {name!r}.")
-        if not x_range[0] < x_range[1]:
-            raise ArgumentError(f"x_range: expected (lowest, highest), got {x_range}.")
-        if name == "bernoulli" and x_range != (0.0, 1.0):
-            raise ArgumentError(f'x_range: likelihood="bernoulli" needs (0, 1), got {x_range}.')
-        if name == "mixture" and (len(x_shape) != 3 or x_shape[0] not in (1, 3)):
-            raise ShapeError(f'x_shape: likelihood="mixture" needs (1 or 3, height, width), got {tuple(x_shape)}.')
-        self.x_shape, self.name, self.x_range = torch.Size(x_shape), name, x_range
-        self.levels, self.mixtures = check_count("levels", levels, least=2), check_count("mixtures", mixtures)
-        self.channels = (10 if x_shape[0] == 3 else 3) * mixtures if name == "mixture" else x_shape[0]
-        fixed = 0.1 * (x_range[1] - x_range[0]) if sigma is None else check_positive("sigma", sigma)
+        if name == "bernoulli" and self.x_range != (0.0, 1.0):
+            raise ArgumentError(f'x_range: likelihood="bernoulli" needs (0, 1), got {self.x_range}.')
+        if name == "mixture" and (len(self.x_shape) != 3 or self.x_shape[0] not in (1, 3)):
+            raise ShapeError(f'x_shape: likelihood="mixture" needs (1 or 3, height, width), got {tuple(self.x_shape)}.')
+        self.name = name
+        self.channels = (10 if self.x_shape[0] == 3 else 3) * self.mixtures if name == "mixture" else self.x_shape[0]
+        start = 0.1 * (self.x_range[1] - self.x_range[0]) if sigma is None else check_positive("sigma", sigma)
         learned = sigma is None and name in ("gaussian", "discretized_logistic")
-        self.log_sigma = nn.Parameter(torch.tensor(math.log(fixed)), requires_grad=learned)
+        self.log_sigma = nn.Parameter(torch.tensor(math.log(start)), requires_grad=learned)
 
     def extra_repr(self) -> str:
-        """What tells one likelihood from another."""
+        """The settings."""
         return f"{self.name}, x_range={self.x_range}, levels={self.levels}, mixtures={self.mixtures}"
 
     def forward(self, parameters: Tensor) -> Distribution:
-        """The distribution, batch_shape (batch,), event_shape `x_shape`."""
+        """The distribution, batch_shape (batch,), event_shape `x_shape`, in the dtype of the weights (autocast or not)."""
+        parameters = parameters.to(self.log_sigma.dtype)
         low, high = self.x_range
         if self.name == "mixture":
             base = DiscretizedLogisticMixture.from_channels(parameters, colours=self.x_shape[0], levels=self.levels)
             half = (high - low) / 2
-            return Observed(base, lambda x: (x - low) / half - 1, lambda y: low + half * (y + 1))
+            return InModelUnits(base, lambda x: (x - low) / half - 1, lambda y: low + half * (y + 1))
         dimensions = len(self.x_shape)
         if self.name == "bernoulli":
             return Independent(Bernoulli(logits=parameters, validate_args=False), dimensions, validate_args=False)
@@ -294,6 +342,26 @@ def check_x(x: Tensor, x_shape: torch.Size) -> None:
     """Observations of an inference model are (batch, *x_shape)."""
     if x.shape[1:] != x_shape:
         raise ShapeError(f"x: expected shape (batch, {', '.join(map(str, x_shape))}), got {tuple(x.shape)}.")
+
+
+def _check_range(name: str, values: Any) -> tuple[float, float]:
+    """Two finite numbers, the first below the second, of any kind, as Python's own."""
+    if not isinstance(values, str | bytes):
+        try:
+            found = [real_number(value) for value in values]
+        except TypeError:  # not iterable
+            found = []
+        if len(found) == 2 and found[0] is not None and found[1] is not None and found[0] < found[1]:
+            return found[0], found[1]
+    raise ArgumentError(f"{name}: expected (lowest, highest), two finite numbers, got {values!r}.")
+
+
+def _check_edge(name: str, value: Any, default: float) -> float:
+    """A finite number of any kind, as Python's own; None: `default`."""
+    number = default if value is None else real_number(value)
+    if number is None:
+        raise ArgumentError(f"{name}: expected a finite number or None, got {value!r}.")
+    return number
 
 
 def _log_bin(value: Tensor, loc: Tensor, scale: Tensor, step: float, bottom: float, top: float) -> Tensor:

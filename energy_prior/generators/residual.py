@@ -1,4 +1,4 @@
-"""`ResidualVAE`: many groups of latents at several scales, with residual cells and posteriors relative to the prior."""
+"""`ResidualVAE`: many layers of latents at several scales, with residual cells and posteriors relative to the prior."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.distributions import Distribution, Normal
 from torch.utils.checkpoint import checkpoint
 
 from energy_prior._util import draw, plain_normal
-from energy_prior.checks.arguments import check_count, check_positive
+from energy_prior.checks.settings import check_count, check_flag, check_positive, check_shape, check_sizes
 from energy_prior.errors import ArgumentError, ShapeError
 from energy_prior.generators.likelihoods import Likelihood, PixelLikelihood, check_x
 from energy_prior.protocol import Inferred
@@ -31,18 +31,19 @@ class ResidualVAE(nn.Module):
         p(z_i | z_{>i}) = N(μ_i, (t σ_i)²),   p(z_L) = N(0, t²)
         q(z_i | z_{>i}, x) = N(μ_i + σ_i Δμ_i, (σ_i e^{Δ_i})²)   (top-down)
 
-    Layers come in groups at several scales. One residual decoder runs from a learned tensor at the coarsest scale to the
-    image; each group reads its prior from it and adds its z to it. Posteriors are relative to the prior in units of its σ, so
-    that their KL depends on Δμ and Δ alone. Cells are residual, with group norm: no observation sees the rest of its batch.
+    Every layer is a group of latent maps, as NVAE calls it, and there are several layers at each scale. One residual decoder
+    runs from a learned tensor at the coarsest scale to the image; each layer reads its prior from it and adds its z to it.
+    Posteriors are relative to the prior in units of its σ, so that their KL depends on Δμ and Δ alone. Cells are residual,
+    with group norm: no observation depends on the rest of its batch.
 
     It follows `HierarchicalGenerator`; `energy_prior.fit_elbo` trains it.
 
     Args:
         x_shape: (channels, height, width); both sides must be multiples of 2^(downsample + scales − 1).
-        groups: groups of latents at each scale, finest first; their number is that of the scales.
+        groups: number of layers (groups of latents) at each scale, that of z_1, the finest, first; as many as there are scales.
         latent_channels: channels of every z_i.
         channels: of the features at the finest scale of latents; doubled from scale to scale, up to 4 times.
-        cells: residual cells per group.
+        cells: residual cells per layer.
         tower_cells: residual cells per resolution between the image and the finest scale of latents, on the way up and down.
         downsample: halvings between the image and the finest scale of latents.
         likelihood: "mixture" (of discretised logistics), "gaussian", "bernoulli" or "discretized_logistic".
@@ -51,8 +52,8 @@ class ResidualVAE(nn.Module):
         levels: grid values between them for the discretised likelihoods (256 for 8-bit images).
         mixtures: components of "mixture".
         prior_temperature: t > 0, factor on every σ of the prior. Train with 1.
-        checkpointing: keep only the cells' inputs for the backward pass, and compute the rest anew: less memory, more time;
-            not in compiled chains.
+        checkpointing: keep only the inputs of the cells for the backward pass, and compute the rest again: less memory, more
+            time; not in compiled chains.
 
     Raises:
         ArgumentError, ShapeError: if a value is impossible; the message says which.
@@ -77,25 +78,26 @@ class ResidualVAE(nn.Module):
         downsample: int = 1,
         likelihood: Likelihood = "mixture",
         sigma: float | None = None,
-        x_range: tuple[float, float] = (0.0, 1.0),
+        x_range: Sequence[float] = (0.0, 1.0),
         levels: int = 256,
         mixtures: int = 5,
         prior_temperature: float = 1.0,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.x_shape, self.x_range, self.checkpointing = torch.Size(x_shape), x_range, checkpointing
         self.prior_temperature = check_positive("prior_temperature", prior_temperature)
-        _check_arguments(self.x_shape, groups, downsample)
-        for name, value in {"latent_channels": latent_channels, "channels": channels, "cells": cells}.items():
-            check_count(name, value)
-        check_count("tower_cells", tower_cells, least=0)
-        self.pixels = PixelLikelihood(x_shape, likelihood, sigma=sigma, x_range=x_range, levels=levels, mixtures=mixtures)
+        self.checkpointing = check_flag("checkpointing", checkpointing)
+        self.x_shape = check_shape("x_shape", x_shape)
+        groups, downsample = _check_scales(self.x_shape, groups, downsample)
+        latent_channels, channels = check_count("latent_channels", latent_channels), check_count("channels", channels)
+        cells, tower_cells = check_count("cells", cells), check_count("tower_cells", tower_cells, least=0)
+        self.pixels = PixelLikelihood(self.x_shape, likelihood, sigma=sigma, x_range=x_range, levels=levels, mixtures=mixtures)
+        self.x_range = self.pixels.x_range
         scales = len(groups)
         sizes = [tuple(n // 2 ** (downsample + s) for n in self.x_shape[1:]) for s in range(scales)]
         widths = [channels * min(2**s, 4) for s in range(scales)]
-        shapes = [torch.Size((latent_channels, *sizes[s])) for s in range(scales) for _ in range(groups[s])]
-        self.latent_shapes = tuple(shapes)
+        self._scales = tuple(s for s in range(scales) for _ in range(groups[s]))  # the scale of z_1, …, z_L
+        self.latent_shapes = tuple(torch.Size((latent_channels, *sizes[s])) for s in self._scales)
         depth = cells * sum(groups) + tower_cells * (downsample + 1)  # cells that one image goes through
 
         def tower(width: int, count: int = cells) -> nn.Sequential:
@@ -106,9 +108,7 @@ class ResidualVAE(nn.Module):
 
         self.stem = image_tower(nn.Conv2d(self.x_shape[0], channels, 3, padding=1))
         self.shrink = nn.ModuleList(image_tower(_Half(channels, channels)) for _ in range(downsample))
-        up = list(range(scales))[::-1]
-        order = [s for s in up for _ in range(groups[s])]  # scale of every group from the top
-        first = [i == 0 or order[i - 1] != s for i, s in enumerate(order)]
+        order = self._scales[::-1]  # the module lists below run from z_L to z_1, as the decoder does
         self.side = nn.ModuleList(tower(widths[s]) for s in order)
         self.down = nn.ModuleList(_Half(widths[s], widths[s + 1]) for s in range(scales - 1))
         self.top = nn.Parameter(torch.zeros(1, widths[-1], *sizes[-1]))
@@ -116,18 +116,15 @@ class ResidualVAE(nn.Module):
         self.posterior = nn.ModuleList(_head(2 * widths[s], 2 * latent_channels, 3) for s in order)
         self.enter = nn.ModuleList(nn.Conv2d(latent_channels, widths[s], 1) for s in order)
         self.cells = nn.ModuleList(
-            nn.Sequential(tower(widths[s]), _Twice(widths[s], widths[order[i + 1]]))
-            if i + 1 < len(order) and first[i + 1]
-            else tower(widths[s])
-            for i, s in enumerate(order)
+            tower(widths[s]) if s == below else nn.Sequential(tower(widths[s]), _Twice(widths[s], widths[below]))
+            for s, below in zip(order, (*order[1:], 0), strict=True)
         )
-        self._last_of_scale = tuple(i + 1 == len(order) or first[i + 1] for i in range(len(order)))
         self.grow = nn.ModuleList(image_tower(_Twice(channels, channels)) for _ in range(downsample))
         self.head = _head(channels, self.pixels.channels, 3)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def extra_repr(self) -> str:
-        """What no part of it says."""
+        """The temperature of the prior."""
         return f"prior_temperature={self.prior_temperature}"
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -136,29 +133,28 @@ class ResidualVAE(nn.Module):
             part.compile(*args, **kwargs)
 
     def start(self, batch_size: int) -> Tensor:
-        """The learned features above the top group."""
+        """The learned features above z_L."""
         return self.top.expand(batch_size, -1, -1, -1).contiguous(memory_format=torch.channels_last)
 
     def conditional(self, state: Tensor, layer: int) -> Normal:
-        """p_β(z_i | z_{>i}) of group i from the features above it; N(0, t²) for the top one."""
-        group = self._group(layer)
-        if group == 0:
-            zero = state.new_zeros(len(state), *self.latent_shapes[-1])
+        """p_β(z_i | z_{>i}) of layer i from the features above it; N(0, t²) for z_L."""
+        if layer == len(self.latent_shapes):
+            zero = self.top.new_zeros(len(state), *self.latent_shapes[-1])
             return plain_normal(zero, torch.full_like(zero, self.prior_temperature))
-        loc, raw = self.prior[group - 1](state).to(self.top.dtype).chunk(2, dim=1)
+        loc, raw = self.prior[self._index(layer) - 1](state).to(self.top.dtype).chunk(2, dim=1)  # z_L has no head
         return plain_normal(loc, self.prior_temperature * _scale(raw))
 
     def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
-        """Adds z_i to the features, and goes through the cells on to the next group."""
-        group = self._group(layer)
-        return self._through(self.cells[group], state + self.enter[group](z))
+        """Adds z_i to the features, and goes through the cells on to the next layer."""
+        index = self._index(layer)
+        return self._through(self.cells[index], state + self.enter[index](z))
 
     def likelihood(self, state: Tensor) -> Distribution:
         """p_β0(x | z); the image tower runs here, so a pass that needs no image never pays for it."""
         features = state
         for part in self.grow:
             features = self._through(part, features)
-        return self.pixels(self.head(features).to(self.top.dtype))  # autocast may have made it bf16
+        return self.pixels(self.head(features))
 
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
         """A reparameterised draw z ~ q_ω(z | x), top-down.
@@ -168,35 +164,33 @@ class ResidualVAE(nn.Module):
             rng: random number generator; None: torch's global stream.
         """
         check_x(x, self.x_shape)
-        sides = self._sides(x)
+        encoded = self._encode(x)
 
         def posterior(state: Tensor, p: Any, layer: int) -> tuple[Tensor, Tensor]:
-            group = self._group(layer)
-            shift, raw = self.posterior[group](torch.cat([sides[group], state], 1)).to(x.dtype).chunk(2, dim=1)
+            features = torch.cat([encoded[layer - 1], state], 1)
+            shift, raw = self.posterior[self._index(layer)](features).to(self.top.dtype).chunk(2, dim=1)
             sigma = p.scale / self.prior_temperature
             return draw(plain_normal(p.loc + sigma * shift, sigma * _scale(raw)))
 
         return infer_top_down(self, len(x), posterior, rng)
 
-    def _group(self, layer: int) -> int:
-        """Place of group `layer` in the module lists, which run from the top."""
+    def _index(self, layer: int) -> int:
+        """Index of a layer in the module lists, which run from z_L to z_1."""
         return len(self.latent_shapes) - layer
 
-    def _sides(self, x: Tensor) -> list[Tensor]:
-        """The encoder's features for every group, from the top."""
+    def _encode(self, x: Tensor) -> list[Tensor]:
+        """The encoder's features for z_1, …, z_L."""
         low, high = self.x_range
         features = self.stem((2 * (x - low) / (high - low) - 1).contiguous(memory_format=torch.channels_last))
         for part in self.shrink:
             features = self._through(part, features)
-        sides: list[Tensor] = []
-        scale = 0
-        for group in reversed(range(len(self.latent_shapes))):
-            if sides and self._last_of_scale[group]:
-                features = self.down[scale](features)
-                scale += 1
-            features = self._through(self.side[group], features)
-            sides.insert(0, features)
-        return sides
+        encoded: list[Tensor] = []
+        for layer, (scale, below) in enumerate(zip(self._scales, (0, *self._scales), strict=False), start=1):
+            if scale != below:
+                features = self.down[below](features)
+            features = self._through(self.side[self._index(layer)], features)
+            encoded.append(features)
+        return encoded
 
     def _through(self, part: nn.Module, features: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -237,7 +231,7 @@ class _Twice(nn.Conv2d):
 
 
 def _head(source: int, target: int, kernel: int) -> nn.Sequential:
-    """What reads parameters of a distribution from features, small at first."""
+    """From features to parameters of a distribution, with small weights at first."""
     out = nn.Conv2d(source, target, kernel, padding=kernel // 2)
     with torch.no_grad():
         out.weight.mul_(0.1)
@@ -249,18 +243,17 @@ def _scale(raw: Tensor) -> Tensor:
     return torch.exp(_LOG_SCALE_LIMIT * torch.tanh(raw / _LOG_SCALE_LIMIT))
 
 
-def _check_arguments(x_shape: torch.Size, groups: Sequence[int], downsample: int) -> None:
+def _check_scales(x_shape: torch.Size, groups: Any, downsample: Any) -> tuple[tuple[int, ...], int]:
+    """Groups at each scale and the number of halvings, as Python's own, where the image can be halved that often."""
     if len(x_shape) != 3:
         raise ShapeError(f"x_shape: expected (channels, height, width), got {tuple(x_shape)}.")
-    if not isinstance(groups, Sequence):
-        raise ArgumentError(f"groups: expected the number of groups at each scale, such as (4, 4), got {groups!r}.")
+    groups, downsample = check_sizes("groups", groups), check_count("downsample", downsample, least=0)
     if len(groups) == 0:
         raise ArgumentError("groups: expected the groups of at least one scale, got none.")
-    for count in groups:
-        check_count("groups", count)
-    factor = 2 ** (check_count("downsample", downsample, least=0) + len(groups) - 1)
+    factor = 2 ** (downsample + len(groups) - 1)
     if any(n % factor for n in x_shape[1:]):
         raise ShapeError(
             f"x_shape: expected sides that are multiples of {factor} for {len(groups)} scales and downsample={downsample}, got "
             f"{tuple(x_shape)}. Pad the images, or take fewer scales."
         )
+    return groups, downsample

@@ -1,34 +1,45 @@
-"""Langevin dynamics on the joint prior and on the posterior: densities, steps, chains and what feeds them."""
+"""Langevin dynamics on the joint prior and on the posterior: targets, steps, chains and what feeds them."""
 
 from __future__ import annotations
 
 __all__ = [
+    "LARGEST_STEP",
+    "USUAL_ACCEPTANCE",
     "ChainDraw",
     "ChainOptions",
     "ChainResult",
     "ChainSettings",
-    "ChainState",
+    "Evaluation",
     "InjectedNoise",
     "JointDensity",
     "NoiseSource",
     "Precision",
     "RandomNoise",
     "Scheme",
-    "StepCallback",
+    "Target",
     "Trajectory",
-    "TrajectoryRecorder",
+    "choose_backend",
     "coefficients",
+    "cut_drift",
     "log_acceptance",
     "propose",
-    "run_chain",
-    "sample_density",
-    "tame",
+    "sample_target",
     "tune_step_size",
+    "warn_if_stuck",
 ]
 
-from energy_prior.langevin.chain import ChainResult, StepCallback, run_chain
-from energy_prior.langevin.density import ChainState, JointDensity, Precision
+from energy_prior.langevin.chain import ChainResult
+from energy_prior.langevin.density import Evaluation, JointDensity, Precision, Target
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
-from energy_prior.langevin.settings import ChainDraw, ChainOptions, ChainSettings, sample_density, tune_step_size
-from energy_prior.langevin.step import Scheme, coefficients, log_acceptance, propose, tame
-from energy_prior.langevin.trajectory import Trajectory, TrajectoryRecorder
+from energy_prior.langevin.sample import (
+    LARGEST_STEP,
+    USUAL_ACCEPTANCE,
+    ChainDraw,
+    choose_backend,
+    sample_target,
+    tune_step_size,
+    warn_if_stuck,
+)
+from energy_prior.langevin.settings import ChainOptions, ChainSettings
+from energy_prior.langevin.step import Scheme, coefficients, cut_drift, log_acceptance, propose
+from energy_prior.langevin.trajectory import Trajectory

@@ -1,273 +1,168 @@
-"""Langevin chains: y_{t+1} = c₀ y_t + c₁ ∇ + τ n_t, unadjusted or MALA, in memory that does not grow with the steps."""
+"""One chain, from start to end: the loop over steps, in memory that does not grow with them, and the watch over it."""
 
 from __future__ import annotations
 
-__all__ = ["ChainResult", "StepCallback", "run_chain", "run_fused", "run_graphed"]
+__all__ = ["ChainResult", "run_chain"]
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from energy_prior._util import not_none
 from energy_prior.errors import DivergenceError
-from energy_prior.langevin.backends.compiled import STEPPERS, Stepper
-from energy_prior.langevin.backends.graph import graphed
-from energy_prior.langevin.backends.triton import fused_position
-from energy_prior.langevin.density import ChainState, JointDensity, Precision, by_parts, matrix_products, whole
-from energy_prior.langevin.noise import InjectedNoise, NoiseSource
-from energy_prior.langevin.step import Carry, End, Rules, Scheme, Trace, coefficients, end_at
-
-StepCallback = Callable[[int, ChainState, Tensor], None]
-"""Called with (step, state, mean acceptance probability since the call before, (batch,)), and at step 0 with ones."""
+from energy_prior.langevin._threads import Halt
+from energy_prior.langevin.backends import Backend
+from energy_prior.langevin.density import JointDensity, matrix_products
+from energy_prior.langevin.noise import NoiseSource
+from energy_prior.langevin.step import Draws, End, Info, StepConfig
+from energy_prior.langevin.trajectory import Frame, Trajectory
 
 _BLOCK = 64
 
 
 @dataclass(frozen=True)
 class ChainResult:
-    """The end of a chain.
+    """The end of a chain, one row per chain of the batch.
 
     Attributes:
         position: the free layers at the end, ascending, in the density's coordinates.
         latents: (z_1, …, z_L) at the end, the held layers included.
-        step_size: the step size at the end, one per chain, (batch,).
-        state: density and gradient at the end; None if nothing asked for the acceptance, which needs them.
-        acceptance: mean over the steps of the acceptance probability, (batch,); None as for `state`.
-        tamed: share of the steps whose drift was cut, (batch,); None without `taming`.
+        step_size: the step size at the end, (batch,).
+        acceptance: mean over the steps of the acceptance probability, (batch,); None if nothing asked for it.
+        drift_norm: ‖∇ log p̃‖ over all free layers at the end, (batch,); None as for `acceptance`.
+        cut_share: share of the steps whose drift was cut, (batch,); None without `max_drift`.
         energy: Σ_i f_i of the free layers at the start and after every step, (steps + 1, batch), nats; None if not traced.
+        trajectory: the frames that were asked for; None if none were.
     """
 
     position: tuple[Tensor, ...]
     latents: tuple[Tensor, ...]
     step_size: Tensor
-    state: ChainState | None = None
     acceptance: Tensor | None = None
-    tamed: Tensor | None = None
+    drift_norm: Tensor | None = None
+    cut_share: Tensor | None = None
     energy: Tensor | None = None
+    trajectory: Trajectory | None = None
 
 
 def run_chain(
-    density: JointDensity | Sequence[JointDensity],
+    density: JointDensity,
     start: Sequence[Tensor],
+    config: StepConfig,
     *,
     steps: int,
     step_size: float | Tensor,
     noise: NoiseSource,
-    scheme: Scheme,
-    adjust: bool = False,
-    temperature: float = 1.0,
+    backend: Backend,
     adapt_steps: int = 0,
-    target_acceptance: float = 0.7,
-    taming: float | None = None,
-    precision: Precision = "full",
-    measure: bool = False,
-    trace: bool = False,
-    on_step: StepCallback | None = None,
-    every: int = 1,
-    stepper: Stepper = STEPPERS["eager"],
+    every: int | None = None,
+    halt: Halt | None = None,
 ) -> ChainResult:
     """Runs one Langevin chain per row of the batch.
 
     An unadjusted step costs one gradient evaluation. The acceptance probability of every step is free except for one
-    evaluation at the end, so it is there (`on_step`) for unadjusted chains too.
+    evaluation at the end, so it can be had of unadjusted chains too.
 
     During the first `adapt_steps` steps each chain adapts its own step size, log s += t^(−0.6) (min(1, α) −
-    `target_acceptance`) (Robbins–Monro; Andrieu and Thoms, Statistics and Computing 2008), then keeps it: chains stay
+    `config.target_acceptance`) (Robbins–Monro; Andrieu and Thoms, Statistics and Computing 2008), then keeps it: chains stay
     independent of the rest of the batch.
 
     Args:
-        density: the log density and its coordinates; several: of consecutive parts of the batch. Every step goes through all
-            parts with one draw of noise for the whole batch, so parts change a chain by no more than rounding.
+        density: the target, as `backend.prepare` gives it.
         start: the free layers at the start, ascending, in the density's coordinates; (batch, *shape) each.
+        config: static configuration of the steps; measured if anything else here or in it needs densities.
         steps: number of steps, ≥ 0.
-        step_size: s > 0, a number or one per chain, (batch,).
+        step_size: s > 0, of all chains, or one per chain, (batch,).
         noise: the chain's random numbers.
-        scheme: "crank_nicolson" or "euler".
-        adjust: Metropolis–Hastings accept/reject after every step (MALA; Roberts and Tweedie, Bernoulli 1996).
-        temperature: T > 0; the chain targets p̃^{1/T}.
+        backend: how steps are made.
         adapt_steps: number of first steps that adapt the step size.
-        target_acceptance: acceptance that the adaptation aims at, in (0, 1).
-        taming: longest drift, as a multiple of the noise's length, > 0 (`tame`); None: the drift as it is.
-        precision: of the matrix products in the gradients.
-        measure: report `state` and `acceptance` of an unadjusted chain too.
-        trace: report `energy`, and all that `measure` does; its memory grows with the steps.
-        on_step: called at the start, and after every `every` steps.
-        every: ≥ 1.
-        stepper: how steps are made: by the reference, or by a faster form of it (`energy_prior.langevin.backends`).
+        every: ≥ 1; record a frame at the start and after every `every` steps. None: no frames.
+        halt: whether chains of other parts of the batch have failed.
 
     Raises:
         DivergenceError: if a density or gradient stops being finite; it names the layer and the step. Noted on the device in
             every step; on a CPU it is raised within 127 steps, elsewhere at the end, as the host never waits for a chain
-            under way. A proposal of density zero (log density −∞) is not an error under `adjust`: it is rejected.
+            under way. A proposal of density zero (log density −∞) is not an error with `adjust`: it is rejected.
     """
-    parts = [density] if isinstance(density, JointDensity) else list(density)
-    s = torch.as_tensor(step_size, dtype=start[0].dtype, device=start[0].device).expand(len(start[0])).clone()
-    rules = Rules(
-        scheme,
-        temperature,
-        adjust,
-        adapt=adapt_steps > 0,
-        target_acceptance=target_acceptance,
-        taming=taming,
-        measured=measure or trace or adjust or adapt_steps > 0 or on_step is not None,
-        traced=trace,
-        precision=precision,
-    )
-    gains = torch.tensor([float(t) ** -0.6 for t in range(1, adapt_steps + 1)], dtype=s.dtype).to(s.device)
-    # what the last step of all arrives at is evaluated only to be measured
-    last = steps if rules.measured else max(steps - 1, 0)
-    with matrix_products(precision):
-        starts = zip(*[(own[:-1], own[-1]) for own in by_parts(parts, (*start, s))], strict=True)
-        begun = stepper.each(stepper.begin, parts, repeat(rules), *starts)
-        carries, traces = [list(parts_of) for parts_of in zip(*begun, strict=True)]
-        watch = _FiniteWatch(parts[0])
-        watch.note(traces)
-        watch.fold(s)
-        paths = [_energy(traces)] if trace else []
-        accepted = torch.zeros_like(s)
-        if on_step is not None:
-            on_step(0, _whole_state(carries), torch.ones_like(s))
+    # the last steps of an unmeasured chain need no density where they arrive
+    last = steps if config.measured else steps - min(steps, backend.tail(steps))
+    like, series = start[0], [float(t) ** -0.6 for t in range(1, adapt_steps + 1)]
+    gains = torch.tensor(series, dtype=like.dtype, device=like.device)
+    with matrix_products(config.precision):
+        state, info = backend.init(density, config, start, step_size)
+        sums, watch = _Sums(state.step_size), _FiniteWatch(density)
+        watch.note(info)
+        watch.fold(state.step_size)
+        energies = [not_none(info.energy)] if config.traced else []
+        frames = [Frame.of(density, 0, state, torch.ones_like(state.step_size))] if every else []
         t = 0
         while t < last:
-            rules = rules._replace(adapt=t < adapt_steps)
-            ahead = [last - t, *([adapt_steps - t] if rules.adapt else []), *([every - t % every] if on_step else [])]
-            span = stepper.span(noise, min(ahead), adjust)
-            draws = stepper.draws(parts, rules, noise, t + 1, span, gains)
-            made = stepper.each(stepper.advance, parts, repeat(rules), carries, draws)
-            t += span
-            carries, traces = [list(parts_of) for parts_of in zip(*made, strict=True)]
-            watch.note(traces)
-            if trace:
-                paths.append(_energy(traces))
+            config = config._replace(adapt=t < adapt_steps)
+            ahead = [last - t, *([adapt_steps - t] if config.adapt else []), *([every - t % every] if every else [])]
+            count = backend.span(density, config, noise, min(ahead))
+            state, info = backend.step(density, config, state, Draws(noise, t + 1, count, gains))
+            t += count
+            sums.add(info)
+            watch.note(info)
+            if config.traced:
+                energies.append(not_none(info.energy))
             if watch.full:
-                watch.fold(_step_size(carries))
-            if on_step is not None and t % every == 0:
-                since = _accepted(carries)
-                on_step(t, _whole_state(carries), since / every)
-                accepted = accepted + since
-                carries = [c._replace(accepted=torch.zeros_like(not_none(c.accepted))) for c in carries]
-    final = stepper.draws(parts, rules, noise, steps, 1, gains) if last < steps else [()] * len(parts)
-    ends = stepper.each(stepper.finish, parts, repeat(rules), carries, final)
-    watch.finish(steps, ends, _step_size(carries))
+                _fold(watch, state.step_size, t, halt)
+            if every and t % every == 0:
+                frames.append(Frame.of(density, t, state, sums.accepted_since() / every))
+    end, info = backend.finalize(density, config, state, Draws(noise, last + 1, steps - last, gains))
+    sums.add(info)
+    watch.note(info)
+    watch.finish(steps, end, state.step_size)
     share = max(steps, 1)
     return ChainResult(
-        position=whole([end.position for end in ends]),
-        latents=whole([end.latents for end in ends]),
-        step_size=_step_size(carries),
-        state=_whole_state(carries) if rules.measured else None,
-        acceptance=(accepted + _accepted(carries)) / share if rules.measured else None,
-        tamed=None if taming is None else whole([(not_none(end.cut) / share,) for end in ends])[0],
-        energy=torch.cat(paths) if trace else None,
+        position=end.position,
+        latents=end.latents,
+        step_size=state.step_size,
+        acceptance=sums.accepted / share if config.measured else None,
+        drift_norm=density.drift_norm(state.position, state.gradient) if config.measured else None,
+        cut_share=sums.cut / share if config.max_drift is not None else None,
+        energy=torch.cat(energies) if config.traced else None,
+        trajectory=Trajectory.of(frames) if every else None,
     )
 
 
-def run_fused(
-    parts: Sequence[JointDensity],
-    start: Sequence[Tensor],
-    rules: Rules,
-    *,
-    steps: int,
-    step_size: float,
-    noise: InjectedNoise | None,
-    max_memory: float,
-) -> ChainResult:
-    """`run_chain` for plain chains, each part in one launch of the kernel of `energy_prior.langevin.backends.triton`, or in a few.
-
-    Raises:
-        DivergenceError: if the end of the chain is not finite; the step is that of the end.
-    """
-    s = torch.full_like(start[0].flatten(1)[:, 0], step_size)
-    c = coefficients(torch.tensor(step_size, dtype=torch.float64), rules.scheme, parts[0].space, rules.temperature)
-    seed = int(torch.randint(2**62, ())) if noise is None else 0
-    first, ends = 0, []
-    for part, own in zip(parts, by_parts(parts, start), strict=True):
-        n = part.topdown.batch_size
-        position = fused_position(
-            part,
-            own,
-            steps=steps,
-            coefficients=c,
-            noise=seed if noise is None else noise.rows(slice(first, first + n)),
-            precision=rules.precision,
-            first_row=first,
-            max_memory=max_memory,
-        )
-        ends.append(end_at(part, position, None))
-        first += n
-    _FiniteWatch(parts[0]).finish(steps, ends, s)
-    return ChainResult(whole([end.position for end in ends]), whole([end.latents for end in ends]), s)
+def _fold(watch: _FiniteWatch, step_size: Tensor, step: int, halt: Halt | None) -> None:
+    """Lets the watch look, tells the chains of other parts what it finds, and ends with them."""
+    try:
+        watch.fold(step_size)
+    except DivergenceError:
+        if halt is not None:
+            halt.request(step)
+        raise
+    if halt is not None:
+        halt.check(step)
 
 
-def run_graphed(
-    parts: Sequence[JointDensity],
-    start: Sequence[Tensor],
-    rules: Rules,
-    *,
-    steps: int,
-    step_size: float,
-    noise: InjectedNoise | None,
-    stepper: Stepper,
-) -> ChainResult | None:
-    """`run_chain` for plain chains, each part recorded as a CUDA graph (`energy_prior.langevin.backends.graph`).
+class _Sums:
+    """Acceptance probabilities, and steps with a cut drift, of every chain so far, (batch,)."""
 
-    Returns:
-        None, with a warning, if they cannot be recorded.
+    def __init__(self, like: Tensor) -> None:
+        self._accepted = self._since = self.cut = torch.zeros_like(like)
 
-    Raises:
-        DivergenceError: as `run_chain`, at the end.
-    """
-    s = torch.full_like(start[0].flatten(1)[:, 0], step_size)
-    first, ends, traces = 0, [], []
-    with matrix_products(rules.precision):
-        for part, own in zip(parts, by_parts(parts, start), strict=True):
-            rows = slice(first, first + part.topdown.batch_size)
-            made = graphed(part, rules, own, s[rows], steps, None if noise is None else noise.rows(rows), stepper)
-            if made is None:
-                return None
-            ends.append(made[0])
-            traces.append(Trace(made[1], None))
-            first = rows.stop
-    watch = _FiniteWatch(parts[0])
-    watch.note(traces)
-    watch.finish(steps, ends, s)
-    return ChainResult(
-        position=whole([end.position for end in ends]),
-        latents=whole([end.latents for end in ends]),
-        step_size=s,
-        tamed=None if rules.taming is None else whole([(not_none(end.cut) / steps,) for end in ends])[0],
-    )
+    def add(self, info: Info) -> None:
+        """Takes the next steps in."""
+        self._since = self._since if info.accepted is None else self._since + info.accepted
+        self.cut = self.cut if info.cut is None else self.cut + info.cut
 
+    def accepted_since(self) -> Tensor:
+        """The sum of the acceptance probabilities since the last time this was asked for."""
+        since = self._since
+        self._accepted, self._since = self._accepted + since, torch.zeros_like(since)
+        return since
 
-def _step_size(carries: Sequence[Carry]) -> Tensor:
-    """Of the whole batch, (batch,)."""
-    return whole([(c.step_size,) for c in carries])[0]
-
-
-def _accepted(carries: Sequence[Carry]) -> Tensor:
-    """Sum of the acceptance probabilities that the carries hold, (batch,)."""
-    return whole([(not_none(c.accepted),) for c in carries])[0]
-
-
-def _energy(traces: Sequence[Trace]) -> Tensor:
-    """Of the whole batch, (steps, batch)."""
-    return torch.cat([not_none(trace.energy) for trace in traces], 1)
-
-
-def _whole_state(carries: Sequence[Carry]) -> ChainState:
-    """The state of the whole batch."""
-    states = [c.state for c in carries]
-    if len(states) == 1:
-        return states[0]
-    return ChainState(
-        position=whole([s.position for s in states]),
-        negative_energy=torch.cat([s.negative_energy for s in states]),
-        log_density=torch.cat([not_none(s.log_density) for s in states]),
-        gradient=whole([s.gradient for s in states]),
-    )
+    @property
+    def accepted(self) -> Tensor:
+        """The sum of all acceptance probabilities."""
+        return self._accepted + self._since
 
 
 class _FiniteWatch:
@@ -278,17 +173,17 @@ class _FiniteWatch:
         self._early = density.topdown.reference.device.type == "cpu"  # where reading waits for nothing
         self._rows: list[Tensor] = []
         self._folded = 0  # number of rows in the record; the first row is step 0
-        self._record: Tensor | None = None  # step (−1: none yet), health there, health before, latest health
+        self._record: Tensor | None = None  # step (−1: none yet), its check, the one before, the latest
 
     @property
     def full(self) -> bool:
         """Whether it is time to `fold`."""
         return sum(map(len, self._rows)) >= _BLOCK
 
-    def note(self, traces: Sequence[Trace]) -> None:
-        """Takes the health of consecutive steps in, part by part."""
-        health = [trace.health for trace in traces]
-        self._rows.append(health[0] if len(health) == 1 else torch.stack(list(health)).abs().amax(0))  # NaN and infinity win
+    def note(self, info: Info) -> None:
+        """Takes the finite checks of consecutive steps in."""
+        if info.finite_check is not None:
+            self._rows.append(info.finite_check)
 
     def fold(self, step_size: Tensor) -> None:
         """Takes the rows since the last time into the record; no host waits, on a CPU it is read."""
@@ -296,11 +191,11 @@ class _FiniteWatch:
         if self._early:
             self._read(step_size)
 
-    def finish(self, steps: int, ends: Sequence[End], step_size: Tensor) -> None:
+    def finish(self, steps: int, end: End, step_size: Tensor) -> None:
         """Reads what is left, and looks at the last position of all, whose density may not have been needed."""
         self._fold()
         self._read(step_size)
-        bad = [not math.isfinite(value) for value in torch.stack([end.health for end in ends]).abs().amax(0).tolist()]
+        bad = [not math.isfinite(value) for value in end.finite_check.tolist()]
         if any(bad):
             layers = len(self._free)
             latest = [0.0] * layers if self._record is None else self._record[1:].reshape(3, -1)[2].tolist()

@@ -35,11 +35,11 @@ class Cost(NamedTuple):
 
 
 def evaluation_cost(density: JointDensity) -> Cost:
-    """Counts one evaluation of `density`, once for densities of its kind; fastest on one of few rows."""
+    """Counts one evaluation of `density`, once for all densities with its `cache_key`; fastest on one of few rows."""
     known = _costs.setdefault(density.energies[0], {})
-    if density.kind not in known:
-        known[density.kind] = _counted(density)
-    return known[density.kind]
+    if density.cache_key not in known:
+        known[density.cache_key] = _counted(density)
+    return known[density.cache_key]
 
 
 def _counted(density: JointDensity) -> Cost:

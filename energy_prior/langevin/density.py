@@ -1,25 +1,85 @@
-"""Log densities for Langevin: log p̃ = Σ f_i + log p_β [+ log p_β0(x | z)], in latent or in noise space."""
+"""The target of a chain: log p̃ = Σ f_i + log p_β [+ log p_β0(x | z)] in latent or in noise space, and its gradient."""
 
 from __future__ import annotations
 
-__all__ = ["ChainState", "JointDensity", "Precision", "by_parts", "latents_at", "matrix_products", "whole"]
+__all__ = ["Evaluation", "JointDensity", "Precision", "Target", "matrix_products"]
 
 import contextlib
-from collections.abc import Hashable, Iterator, Sequence
+import dataclasses
+import functools
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from energy_prior._util import sum_event
+from energy_prior.protocol import HierarchicalGenerator
 from energy_prior.topdown import Space, TopDown
 
 Precision = Literal["full", "tf32", "bf16"]
 """Of the matrix products in a chain's gradients: the dtype of the latents, TF32 (CUDA only), or bf16 by autocast."""
 
 
-class ChainState(NamedTuple):
-    """What the next Langevin step needs.
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What chains draw from: the joint prior of some layers, or the posterior. A description; nothing is computed here.
+
+    Attributes:
+        generator: the hierarchical generator.
+        energies: f_1, …, f_L, one module per layer, f_i(z_i) -> (batch,), nats.
+        space: coordinates of the chains.
+        batch_size: number of chains.
+        held: layer number (1 … L) -> its fixed z_i, (batch, *latent_shapes[i - 1]). The other layers are free.
+        x: observations, (batch, *x_shape): the target is p(z | x). None: it is the prior.
+    """
+
+    generator: HierarchicalGenerator
+    energies: Sequence[nn.Module]
+    space: Space
+    batch_size: int
+    held: Mapping[int, Tensor] = field(default_factory=dict)
+    x: Tensor | None = None
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """Numbers of the free layers, ascending."""
+        return tuple(i for i in range(1, len(self.generator.latent_shapes) + 1) if i not in self.held)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes (batch, *latent_shape) of the free layers, ascending."""
+        return tuple((self.batch_size, *self.generator.latent_shapes[i - 1]) for i in self.free)
+
+    @property
+    def informed(self) -> bool:
+        """Whether something below depends on the free layers, an observation or a held layer: such targets can be stiff."""
+        return self.x is not None or any(self.free and j < self.free[-1] for j in self.held)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the modules are: that of the first tensor that there is, the CPU if there is none."""
+        modules = [m for m in (*self.energies, self.generator) if isinstance(m, nn.Module)]
+        tensors = (t for m in modules for t in (*m.parameters(), *m.buffers()))
+        return next((t.device for t in tensors), torch.device("cpu"))
+
+    def rows(self, rows: slice) -> Target:
+        """The target of some chains of the batch."""
+        return dataclasses.replace(
+            self,
+            batch_size=len(range(*rows.indices(self.batch_size))),
+            held={layer: z[rows] for layer, z in self.held.items()},
+            x=None if self.x is None else self.x[rows],
+        )
+
+    def density(self) -> JointDensity:
+        """Its density, ready to be evaluated. Runs the generator down to the highest free layer, once."""
+        return JointDensity(TopDown(self.generator, self.batch_size, self.held), self.energies, self.space, self.x)
+
+
+class Evaluation(NamedTuple):
+    """A density at one position of every chain.
 
     Attributes:
         position: the free layers, ascending, in the coordinates of the density.
@@ -51,23 +111,6 @@ def matrix_products(precision: Precision) -> Iterator[None]:
             s.allow_tf32 = allowed
 
 
-def by_parts(parts: Sequence[JointDensity], batch: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    """The rows of each part, of tensors of the whole batch; the parts hold consecutive rows of it."""
-    sizes = [part.topdown.batch_size for part in parts]
-    return list(zip(*(t.split(sizes) for t in batch), strict=True)) if batch else [()] * len(parts)
-
-
-def whole(parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
-    """What `by_parts` took apart."""
-    return tuple(parts[0]) if len(parts) == 1 else tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
-
-
-def latents_at(parts: Sequence[JointDensity], position: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """(z_1, …, z_L) of a whole batch at a position of its free layers."""
-    pairs = zip(parts, by_parts(parts, position), strict=True)
-    return whole([part.topdown.descend(own, part.space).latents for part, own in pairs])
-
-
 class JointDensity:
     """The joint prior, or the posterior if `x` is given, over the free layers of a top-down pass.
 
@@ -93,19 +136,14 @@ class JointDensity:
         self.space: Space = space
         self.x = x.clone() if x is not None and x.is_inference() else x
 
-    @property
-    def informed(self) -> bool:
-        """Whether something below pulls on the free layers (an observation, or a held layer): such targets can be stiff."""
-        return self.x is not None or bool(self.topdown.held_below)
-
-    @property
-    def kind(self) -> Hashable:
+    @functools.cached_property
+    def cache_key(self) -> Hashable:
         """Equal for densities whose evaluations differ in nothing but values and the number of rows."""
         topdown, like = self.topdown, self.topdown.reference
         modules = id(topdown.generator), *map(id, self.energies)
         return modules, topdown.free, tuple(topdown.held), self.space, self.x is not None, like.dtype, like.device
 
-    def evaluate(self, position: Sequence[Tensor], *, with_density: bool = True, precision: Precision = "full") -> ChainState:
+    def evaluate(self, position: Sequence[Tensor], *, with_density: bool = True, precision: Precision = "full") -> Evaluation:
         """Density and gradient at one position. The density is summed over the batch, so that chains stay independent.
 
         Args:
@@ -136,16 +174,16 @@ class JointDensity:
             log_density = log_tilt
             if self.space == "noise":
                 log_density = log_density - 0.5 * sum(sum_event(p**2) for p in leaves)
-        return ChainState(leaves, energy, log_density, gradient)
+        return Evaluation(leaves, energy, log_density, gradient)
 
     def negative_energy(self, latents: Sequence[Tensor]) -> Tensor:
         """f_i of the free layers, of (z_1, …, z_L), (batch, free layers), nats."""
         return torch.stack([self.energies[i - 1](latents[i - 1]) for i in self.topdown.free], dim=1)
 
-    def drift_norm(self, state: ChainState) -> Tensor:
-        """‖∇ log p̃‖ over all free layers, (batch,)."""
+    def drift_norm(self, position: Sequence[Tensor], gradient: Sequence[Tensor]) -> Tensor:
+        """‖∇ log p̃‖ over all free layers, (batch,), from `gradient` as an `Evaluation` has it."""
         total: Any = 0.0
-        for p, g in zip(state.position, state.gradient, strict=True):
+        for p, g in zip(position, gradient, strict=True):
             total = total + sum_event((g - p if self.space == "noise" else g) ** 2)
         return total.sqrt()
 

@@ -13,8 +13,9 @@ __all__ = [
     "threefry",
 ]
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -35,9 +36,13 @@ class NoiseSource(Protocol):
         """Uniform numbers in [0, 1) for the accept test of this step, (batch,)."""
         ...
 
+    def rows(self, rows: slice) -> NoiseSource:
+        """The random numbers of some chains of the batch, where it is run in parts; its steps are asked for from 1 on."""
+        ...
+
 
 class RandomNoise:
-    """Fresh random numbers from torch's global stream.
+    """Fresh random numbers from torch's global stream, in the order in which they are asked for.
 
     Args:
         shapes: shape (batch, *shape) of each free layer, ascending.
@@ -52,6 +57,9 @@ class RandomNoise:
 
     def uniform(self, step: int) -> Tensor:
         return torch.rand(self._shapes[0][0], dtype=self._reference.dtype, device=self._reference.device)
+
+    def rows(self, rows: slice) -> RandomNoise:
+        return RandomNoise(_rows_of(self._shapes, rows), self._reference)
 
 
 _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
@@ -136,25 +144,19 @@ def _unit(bits: Tensor) -> Tensor:
 
 
 class CounterNoise:
-    """Random numbers that are computed from a key, the number of the step, and the row.
+    """Random numbers that are computed from a key, the number of the step, and the row of the batch.
 
     What compiled chains on a CPU draw from: torch's own generator makes one number after the other on one thread; these can be
     computed inside what is compiled, and for some chains of the batch without the others. The key and the ancestral start
-    (step 0) come from torch's global stream.
+    (step 0, of the whole batch) come from torch's global stream.
 
     Args:
         shapes: shape (batch, *shape) of each free layer, ascending.
         reference: a tensor with the dtype, float32, and device that the noise is to have.
-        normal: `counted_normal`, or a compiled form of it.
     """
 
-    def __init__(
-        self,
-        shapes: Sequence[tuple[int, ...]],
-        reference: Tensor,
-        normal: Callable[[Counters, Tensor, Sequence[tuple[int, ...]]], tuple[Tensor, ...]] = counted_normal,
-    ) -> None:
-        self._shapes, self._reference, self._normal = tuple(shapes), reference, normal
+    def __init__(self, shapes: Sequence[tuple[int, ...]], reference: Tensor) -> None:
+        self._shapes, self._reference, self._first_row = tuple(shapes), reference, 0
         self._key = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=reference.device)
 
     @staticmethod
@@ -162,17 +164,27 @@ class CounterNoise:
         """Whether there are counters enough for a step of free layers of these shapes (batch, *shape)."""
         return shapes[0][0] * (_pairs([math.prod(shape[1:]) for shape in shapes]) + 1) <= _MOST
 
-    def counters(self, row: int = 0) -> Counters:
-        """Of the chains from this row on."""
-        return Counters(self._key, self._key.new_full((), row))
+    def counters(self) -> Counters:
+        """Where the numbers of these chains come from."""
+        return Counters(self._key, self._key.new_full((), self._first_row))
 
     def normal(self, step: int) -> tuple[Tensor, ...]:
         if step == 0:
             return tuple(normal_like(shape, self._reference) for shape in self._shapes)
-        return self._normal(self.counters(), self._key.new_full((), step), self._shapes)
+        return counted_normal(self.counters(), self._key.new_full((), step), self._shapes)
 
     def uniform(self, step: int) -> Tensor:
         return counted_uniform(self.counters(), self._key.new_full((), step), self._shapes[0][0])
+
+    def rows(self, rows: slice) -> CounterNoise:
+        own = copy.copy(self)
+        own._shapes, own._first_row = _rows_of(self._shapes, rows), self._first_row + rows.indices(self._shapes[0][0])[0]
+        return own
+
+
+def _rows_of(shapes: Sequence[tuple[int, ...]], rows: slice) -> tuple[tuple[int, ...], ...]:
+    """Shapes of some rows of tensors of these shapes."""
+    return tuple((len(range(*rows.indices(shape[0]))), *shape[1:]) for shape in shapes)
 
 
 class InjectedNoise:
@@ -203,7 +215,6 @@ class InjectedNoise:
         return self._uniforms[step]
 
     def rows(self, rows: slice) -> InjectedNoise:
-        """The random numbers of some chains of the batch."""
         return InjectedNoise([n[:, rows] for n in self._normals], None if self._uniforms is None else self._uniforms[:, rows])
 
     def check(self, shapes: Sequence[tuple[int, ...]], reference: Tensor, steps: int, adjust: bool) -> None:

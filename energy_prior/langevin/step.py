@@ -1,29 +1,29 @@
-"""The pure Langevin step, y' = c₀ y + c₁ g(y) + τ n with n ~ N(0, I), and its Metropolis–Hastings acceptance.
+"""The Langevin step, y' = c₀ y + c₁ g(y) + τ n with n ~ N(0, I), and its Metropolis–Hastings acceptance.
 
-`begin`, `advance` and `finish` are the reference: every faster backend does the same with the same noise.
+`init`, `step` and `finalize` are the reference: every backend does the same with the same noise.
 """
 
 from __future__ import annotations
 
 __all__ = [
-    "Carry",
     "Draw",
+    "Draws",
     "End",
-    "Rules",
+    "Info",
     "Scheme",
+    "State",
     "StepCoefficients",
-    "Trace",
-    "advance",
-    "begin",
+    "StepConfig",
     "coefficients",
-    "draws",
+    "cut_drift",
     "end_at",
-    "finish",
-    "health",
+    "finalize",
+    "init",
     "log_acceptance",
+    "one_step",
+    "per_chain",
     "propose",
     "step",
-    "tame",
 ]
 
 import math
@@ -34,12 +34,38 @@ import torch
 from torch import Tensor
 
 from energy_prior._util import not_none, sum_event
-from energy_prior.langevin.density import ChainState, JointDensity, Precision, by_parts
+from energy_prior.langevin.density import Evaluation, JointDensity, Precision
 from energy_prior.langevin.noise import NoiseSource
 from energy_prior.topdown import Space
 
 Scheme = Literal["crank_nicolson", "euler"]
 """How the Gaussian part of a noise-space density is discretised: half implicitly, or explicitly (Euler–Maruyama)."""
+
+
+class StepConfig(NamedTuple):
+    """Static configuration of the steps of a chain; part of the compile key.
+
+    Attributes:
+        scheme: "crank_nicolson" or "euler".
+        temperature: T > 0; the chain targets p̃^{1/T}.
+        adjust: accept or reject (MALA).
+        adapt: each chain adapts its step size.
+        target_acceptance: what the adaptation aims at, in (0, 1).
+        max_drift: longest drift as a multiple of the noise's length (`cut_drift`); None: the drift as it is.
+        measured: densities and acceptance probabilities are computed.
+        traced: f after every step is reported.
+        precision: of the matrix products in the gradients.
+    """
+
+    scheme: Scheme
+    temperature: float = 1.0
+    adjust: bool = False
+    adapt: bool = False
+    target_acceptance: float = 0.7
+    max_drift: float | None = None
+    measured: bool = False
+    traced: bool = False
+    precision: Precision = "full"
 
 
 class StepCoefficients(NamedTuple):
@@ -50,58 +76,64 @@ class StepCoefficients(NamedTuple):
     noise: Tensor
 
 
-class Rules(NamedTuple):
-    """What does not change from step to step.
+class State(NamedTuple):
+    """What the next step needs.
+
+    Of a backend that evaluates nothing between its calls, `negative_energy` is None, and `gradient` and `drift` are empty.
 
     Attributes:
-        scheme: "crank_nicolson" or "euler".
-        temperature: T > 0; the chain targets p̃^{1/T}.
-        adjust: accept or reject (MALA).
-        adapt: each chain adapts its step size.
-        target_acceptance: what the adaptation aims at.
-        taming: longest drift as a multiple of the noise's length; None: the drift as it is.
-        measured: densities and acceptances are computed.
-        traced: f after every step is kept.
-        precision: of the matrix products in the gradients.
-    """
-
-    scheme: Scheme
-    temperature: float = 1.0
-    adjust: bool = False
-    adapt: bool = False
-    target_acceptance: float = 0.7
-    taming: float | None = None
-    measured: bool = False
-    traced: bool = False
-    precision: Precision = "full"
-
-
-class Carry(NamedTuple):
-    """What a chain takes from step to step.
-
-    Attributes:
-        state: where it is.
-        drift: ∇ as the next step uses it: that of `state`, or its tamed form.
-        was_cut: whether `drift` was cut in any layer, (batch,), bool; None without taming.
-        coefficients: of the step.
+        position: the free layers, ascending, in the density's coordinates.
+        negative_energy: f_i of the free layers, (batch, free layers), nats.
+        log_density: log p̃ up to its constant, (batch,), nats; None if not measured.
+        gradient: g, as in `Evaluation`.
+        drift: g as the next step uses it: `gradient`, or what `cut_drift` makes of it.
+        was_cut: whether `drift` was cut in any layer, (batch,), bool; None without `max_drift`.
+        coefficients: of the next step.
         step_size: s, (batch,).
-        acceptance: probability of the last step, (batch,); None if not measured.
-        accepted: sum of the acceptance probabilities so far, (batch,); None if not measured.
-        cut: number of cut drifts that steps were made with so far, (batch,); None without taming.
     """
 
-    state: ChainState
+    position: tuple[Tensor, ...]
+    negative_energy: Tensor | None
+    log_density: Tensor | None
+    gradient: tuple[Tensor, ...]
     drift: tuple[Tensor, ...]
     was_cut: Tensor | None
     coefficients: StepCoefficients
     step_size: Tensor
-    acceptance: Tensor | None
-    accepted: Tensor | None
-    cut: Tensor | None
+
+
+class Info(NamedTuple):
+    """Diagnostics of the steps that one call made.
+
+    Attributes:
+        finite_check: one row per proposed state, finite where all of it is, (steps, …); None: nothing was looked at.
+        energy: Σ_i f_i over the free layers after every step, (steps, batch), nats; None if not traced.
+        accepted: sum of the acceptance probabilities, (batch,); None if not measured.
+        cut: number of steps made with a cut drift, (batch,); None without `max_drift`.
+    """
+
+    finite_check: Tensor | None = None
+    energy: Tensor | None = None
+    accepted: Tensor | None = None
+    cut: Tensor | None = None
+
+
+class End(NamedTuple):
+    """Where a chain has arrived.
+
+    Attributes:
+        position: the free layers, ascending, in the density's coordinates.
+        latents: (z_1, …, z_L), the held layers included.
+        finite_check: max |f_i| of each free layer, then the sum of each position.
+    """
+
+    position: tuple[Tensor, ...]
+    latents: tuple[Tensor, ...]
+    finite_check: Tensor
 
 
 class Draw(NamedTuple):
-    """What is new in a step.
+    """What is new in one step.
 
     Attributes:
         noise: standard normal, one tensor per free layer.
@@ -114,132 +146,163 @@ class Draw(NamedTuple):
     gain: Tensor | None = None
 
 
-class Trace(NamedTuple):
-    """What steps leave behind.
+class Draws(NamedTuple):
+    """Where consecutive steps take from what is new in them.
 
     Attributes:
-        health: of every state that was proposed, (steps, …).
-        energy: Σ_i f_i over the free layers after every step, (steps, batch), nats; None if not traced.
+        noise: the chain's random numbers.
+        first: number of the first of these steps; a chain's first step is number 1.
+        steps: how many.
+        gains: of the step size's adaptation, for every step of the chain that adapts it, (adapt_steps,).
     """
 
-    health: Tensor
-    energy: Tensor | None
+    noise: NoiseSource
+    first: int
+    steps: int
+    gains: Tensor
+
+    def each(self, config: StepConfig) -> list[Draw]:
+        """What is new in each of these steps."""
+
+        def draw(number: int) -> Draw:
+            normals = tuple(self.noise.normal(number))  # before the uniform numbers: both may come from one stream
+            uniform = self.noise.uniform(number) if config.adjust else None
+            return Draw(normals, uniform, self.gains[number - 1] if config.adapt else None)
+
+        return [draw(number) for number in range(self.first, self.first + self.steps)]
 
 
-class End(NamedTuple):
-    """Where a chain has arrived.
+def per_chain(step_size: float | Tensor, position: Sequence[Tensor]) -> Tensor:
+    """The step size of every chain at this position, (batch,), from one for all or one for each."""
+    like = position[0]
+    return step_size.to(like) if isinstance(step_size, Tensor) else like.new_full(like.shape[:1], step_size)
 
-    Attributes:
+
+# ---------------------------------------------------------------------------------------------------------------- the chain
+
+
+def init(density: JointDensity, config: StepConfig, position: Sequence[Tensor], step_size: Tensor) -> tuple[State, Info]:
+    """The chain at its start. Its info is that of one step, the start.
+
+    Args:
+        density: the target.
+        config: static configuration.
         position: the free layers, ascending, in the density's coordinates.
-        latents: (z_1, …, z_L), the held layers included.
-        cut: as in `Carry`.
-        health: finite where the position and its energies are: max |f_i| of each free layer, then ∑ of each.
+        step_size: s, (batch,).
     """
-
-    position: tuple[Tensor, ...]
-    latents: tuple[Tensor, ...]
-    cut: Tensor | None
-    health: Tensor
-
-
-def draws(
-    parts: Sequence[JointDensity], rules: Rules, noise: NoiseSource, first: int, count: int, gains: Tensor
-) -> list[Sequence[Draw]]:
-    """What is new in `count` steps from number `first` on, for each part: one draw for the whole batch, taken apart."""
-    steps = []
-    for number in range(first, first + count):
-        normals = by_parts(parts, noise.normal(number))
-        uniforms = by_parts(parts, (noise.uniform(number),)) if rules.adjust else [(None,)] * len(parts)
-        gain = gains[number - 1] if rules.adapt else None
-        steps.append([Draw(n, u, gain) for n, (u,) in zip(normals, uniforms, strict=True)])
-    return list(zip(*steps, strict=True))
+    at = density.evaluate(position, with_density=config.measured, precision=config.precision)
+    c = coefficients(step_size, config.scheme, density.space, config.temperature)
+    state = _state(at, c, step_size, config)
+    check = _finite_check(at, density_of_zero_is_bad=True)
+    return state, Info(check[None], _energy([state], config))
 
 
-def begin(density: JointDensity, rules: Rules, position: Sequence[Tensor], step_size: Tensor) -> tuple[Carry, Trace]:
-    """The chain before its first step, and its start as the trace of one step."""
-    state = density.evaluate(position, with_density=rules.measured, precision=rules.precision)
-    c = coefficients(step_size, rules.scheme, density.space, rules.temperature)
-    drift, was_cut = _drift(state, c, rules)
-    measured = (torch.ones_like(step_size), torch.zeros_like(step_size)) if rules.measured else (None, None)
-    cut = None if rules.taming is None else torch.zeros_like(step_size)
-    carry = Carry(state, drift, was_cut, c, step_size, *measured, cut)
-    return carry, _trace(rules, [health(state, density_of_zero_is_bad=True)], [state])
-
-
-def advance(density: JointDensity, rules: Rules, carry: Carry, new: Sequence[Draw]) -> tuple[Carry, Trace]:
-    """Steps of every chain of the batch, one for each of `new`: propose, evaluate, accept or reject, adapt."""
+def step(density: JointDensity, config: StepConfig, state: State, draws: Sequence[Draw]) -> tuple[State, Info]:
+    """Steps of every chain of the batch, one for each of `draws`, at least one: propose, evaluate, accept or reject, adapt."""
     rows, states = [], []
-    for draw in new:
-        carry, sound = step(density, rules, carry, draw)
-        rows.append(sound)
-        states.append(carry.state)
-    return carry, _trace(rules, rows, states)
+    accepted = cut = torch.zeros_like(state.step_size)
+    for draw in draws:
+        cut = cut if state.was_cut is None else cut + state.was_cut
+        state, check, acceptance = one_step(density, config, state, draw)
+        accepted = accepted if acceptance is None else accepted + acceptance
+        rows.append(check)
+        states.append(state)
+    return state, Info(
+        finite_check=torch.stack(rows),
+        energy=_energy(states, config),
+        accepted=accepted if config.measured else None,
+        cut=None if config.max_drift is None else cut,
+    )
 
 
-def _trace(rules: Rules, rows: Sequence[Tensor], states: Sequence[ChainState]) -> Trace:
-    energy = torch.stack([state.negative_energy.sum(1) for state in states]) if rules.traced else None
-    return Trace(torch.stack(list(rows)), energy)
+def finalize(density: JointDensity, config: StepConfig, state: State, draws: Sequence[Draw]) -> tuple[End, Info]:
+    """The end of a chain, after one more step if `draws` has one: without the evaluation that only a further step needs."""
+    position, energy, cut = state.position, state.negative_energy, None
+    for draw in draws:
+        position, energy = propose(position, state.drift, state.coefficients, draw.noise), None
+        cut = None if state.was_cut is None else state.was_cut.to(state.step_size.dtype)
+    return end_at(density, position, energy), Info(cut=cut)
 
 
-def finish(density: JointDensity, rules: Rules, carry: Carry, last: Sequence[Draw]) -> End:
-    """The end of a chain, after one more step if `last` has a draw: without the evaluation that only a further step needs."""
-    position, energy, cut = carry.state.position, carry.state.negative_energy, carry.cut
-    for draw in last:
-        position = propose(position, carry.drift, carry.coefficients, draw.noise)
-        cut = None if cut is None else cut + not_none(carry.was_cut)
-    end = end_at(density, position, None if last else energy)
-    return End(end.position, end.latents, cut, end.health)  # torch 2.5 cannot compile `_replace`
-
-
-def end_at(density: JointDensity, position: tuple[Tensor, ...], energy: Tensor | None) -> End:
+def end_at(density: JointDensity, position: tuple[Tensor, ...], energy: Tensor | None = None) -> End:
     """The end of a chain at this position, with f_i of the free layers there, (batch, free layers), if they are known."""
     latents = density.topdown.descend(position, density.space).latents
     energy = density.negative_energy(latents) if energy is None else energy
     sums = torch.stack([p.sum() for p in position])
-    return End(position, latents, None, torch.cat([energy.abs().amax(0).to(sums.dtype), sums]))
+    return End(position, latents, torch.cat([energy.abs().amax(0).to(sums.dtype), sums]))
 
 
-def step(density: JointDensity, rules: Rules, carry: Carry, draw: Draw) -> tuple[Carry, Tensor]:
-    """One step of every chain of the batch, and the health of the state that it proposed."""
-    c, s, old = carry.coefficients, carry.step_size, carry.state
-    proposal = propose(old.position, carry.drift, c, draw.noise)
-    new = density.evaluate(proposal, with_density=rules.measured, precision=rules.precision)
-    drift, was_cut = _drift(new, c, rules)
-    cut = None if rules.taming is None else not_none(carry.cut) + not_none(carry.was_cut)
-    sound = health(new, density_of_zero_is_bad=not rules.adjust)
-    if not rules.measured:
-        return Carry(new, drift, was_cut, c, s, None, None, cut), sound
-    log_alpha = log_acceptance(old, new, drift, c, draw.noise, rules.temperature)
+def one_step(density: JointDensity, config: StepConfig, state: State, draw: Draw) -> tuple[State, Tensor, Tensor | None]:
+    """One step of every chain of the batch.
+
+    Returns:
+        The state after it, the finite check of the state that it proposed, and the acceptance probability, (batch,), or None
+        if not measured.
+    """
+    c, s = state.coefficients, state.step_size
+    proposal = propose(state.position, state.drift, c, draw.noise)
+    at = density.evaluate(proposal, with_density=config.measured, precision=config.precision)
+    new = _state(at, c, s, config)
+    check = _finite_check(at, density_of_zero_is_bad=not config.adjust)
+    if not config.measured:
+        return new, check, None
+    log_alpha = log_acceptance(state, new, new.drift, c, draw.noise, config.temperature)
     acceptance = log_alpha.exp().clamp(max=1.0)
-    if rules.adjust:
-        accept = not_none(draw.uniform).log() < log_alpha
-        new = _select(accept, new, old)
-        drift = tuple(_pick(accept, a, b) for a, b in zip(drift, carry.drift))
-        was_cut = None if was_cut is None else _pick(accept, was_cut, not_none(carry.was_cut))
-    if rules.adapt:
-        s = s * torch.exp(not_none(draw.gain) * (acceptance - rules.target_acceptance))
-        s = s.clamp(max=2 * math.sqrt(rules.temperature)) if rules.scheme == "crank_nicolson" else s
-        c = coefficients(s, rules.scheme, density.space, rules.temperature)
-        drift, was_cut = _drift(new, c, rules)
-    return Carry(new, drift, was_cut, c, s, acceptance, not_none(carry.accepted) + acceptance, cut), sound
+    if config.adjust:
+        new = _select(not_none(draw.uniform).log() < log_alpha, new, state)
+    if config.adapt:
+        s = s * torch.exp(not_none(draw.gain) * (acceptance - config.target_acceptance))
+        s = s.clamp(max=2 * math.sqrt(config.temperature)) if config.scheme == "crank_nicolson" else s
+        c = coefficients(s, config.scheme, density.space, config.temperature)
+        at = Evaluation(new.position, not_none(new.negative_energy), new.log_density, new.gradient)
+        new = _state(at, c, s, config)
+    return new, check, acceptance
 
 
-def _drift(state: ChainState, c: StepCoefficients, rules: Rules) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """∇ as the next step uses it, and whether each chain's was cut."""
-    return (state.gradient, None) if rules.taming is None else tame(state.gradient, c, rules.taming)
+def _state(at: Evaluation, c: StepCoefficients, step_size: Tensor, config: StepConfig) -> State:
+    """The state at an evaluated position."""
+    drift, was_cut = at.gradient, None
+    if config.max_drift is not None:
+        drift, was_cut = cut_drift(at.gradient, c, config.max_drift)
+    return State(at.position, at.negative_energy, at.log_density, at.gradient, drift, was_cut, c, step_size)
 
 
-def health(state: ChainState, *, density_of_zero_is_bad: bool) -> Tensor:
-    """Finite where the state is: max |f_i| of each free layer, ∑ ∇_i of each, and the sum of the log density if it is there.
+def _select(accept: Tensor, new: State, old: State) -> State:
+    """Row by row the new state where accepted, the old one elsewhere."""
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(_match(accept, a), a, b)
+
+    def pick_each(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(pick(x, y) for x, y in zip(a, b))
+
+    return State(
+        position=pick_each(new.position, old.position),
+        negative_energy=pick(not_none(new.negative_energy), not_none(old.negative_energy)),
+        log_density=pick(not_none(new.log_density), not_none(old.log_density)),
+        gradient=pick_each(new.gradient, old.gradient),
+        drift=pick_each(new.drift, old.drift),
+        was_cut=None if new.was_cut is None else pick(new.was_cut, not_none(old.was_cut)),
+        coefficients=new.coefficients,
+        step_size=new.step_size,
+    )
+
+
+def _energy(states: Sequence[State], config: StepConfig) -> Tensor | None:
+    return torch.stack([not_none(state.negative_energy).sum(1) for state in states]) if config.traced else None
+
+
+def _finite_check(at: Evaluation, *, density_of_zero_is_bad: bool) -> Tensor:
+    """Finite where the evaluation is: max |f_i| of each free layer, ∑ ∇_i of each, and the sum of the log density if there.
 
     Args:
-        state: what to look at.
+        at: what to look at.
         density_of_zero_is_bad: False: rows of density zero (log p̃ = −∞), which Metropolis–Hastings rejects, do not count.
 
     Returns:
         (2 · free layers [+ 1],), in the dtype of the positions.
     """
-    energy, gradient, log_density = state.negative_energy, state.gradient, state.log_density
+    energy, gradient, log_density = at.negative_energy, at.gradient, at.log_density
     if log_density is not None and not density_of_zero_is_bad:
         zero = torch.isneginf(log_density)
         energy = energy.masked_fill(zero[:, None], 0.0)
@@ -249,8 +312,11 @@ def health(state: ChainState, *, density_of_zero_is_bad: bool) -> Tensor:
     return torch.cat(parts if log_density is None else [*parts, log_density.sum()[None]])
 
 
+# ----------------------------------------------------------------------------------------------------------------- the maths
+
+
 def coefficients(step_size: Tensor, scheme: Scheme, space: Space, temperature: float = 1.0) -> StepCoefficients:
-    """Coefficients of one step of size s on p̃^{1/T}, with g as in `ChainState.gradient`.
+    """Coefficients of one step of size s on p̃^{1/T}, with g as in `Evaluation.gradient`.
 
     From ε' = ε + ½ s² ∇log p̃(ε)/T + s n, with a = s²/(4T):
 
@@ -274,8 +340,8 @@ def coefficients(step_size: Tensor, scheme: Scheme, space: Space, temperature: f
     return StepCoefficients(1 - 2 * a if space == "noise" else torch.ones_like(a), 2 * a, step_size)
 
 
-def tame(gradient: Sequence[Tensor], c: StepCoefficients, taming: float) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Each layer's drift cut to `taming` times the length of the noise, ‖c₁ g_i‖ ≤ taming · τ √d_i.
+def cut_drift(gradient: Sequence[Tensor], c: StepCoefficients, max_drift: float) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Each layer's drift cut to `max_drift` times the length of the noise, ‖c₁ g_i‖ ≤ max_drift · τ √d_i.
 
     A truncated drift (MALTA of Roberts and Tweedie, Bernoulli 1996): a chain cannot be thrown off by a steep spot, and as
     the cut depends on the position alone, Metropolis–Hastings with it at both ends stays exact.
@@ -283,14 +349,14 @@ def tame(gradient: Sequence[Tensor], c: StepCoefficients, taming: float) -> tupl
     Args:
         gradient: g of each free layer, (batch, *shape).
         c: coefficients of the step.
-        taming: > 0; at 1 a cut drift is as long as the noise that comes with it.
+        max_drift: > 0; at 1 a cut drift is as long as the noise that comes with it.
 
     Returns:
         The gradients, and whether each chain's was cut in any layer, (batch,).
     """
     gradients, cut = [], torch.zeros_like(gradient[0].flatten(1)[:, 0], dtype=torch.bool)
     for g in gradient:
-        limit = taming * c.noise * math.sqrt(g[0].numel()) / c.drift
+        limit = max_drift * c.noise * math.sqrt(g[0].numel()) / c.drift
         length = sum_event(g**2).sqrt()
         over = length > limit  # False where the length is not finite: that is for the chain's watch to report
         gradients.append(g * _match(torch.where(over, limit / length, 1.0), g))
@@ -309,8 +375,8 @@ def propose(
 
 
 def log_acceptance(
-    old: ChainState,
-    new: ChainState,
+    old: State | Evaluation,
+    new: State | Evaluation,
     new_gradient: Sequence[Tensor],
     c: StepCoefficients,
     noise: Sequence[Tensor],
@@ -326,20 +392,6 @@ def log_acceptance(
         back = (y - _match(c.keep, y) * y_new - _match(c.drift, y) * g_new) / _match(c.noise, y)
         ratio = ratio + 0.5 * (sum_event(n**2) - sum_event(back**2))
     return torch.where(torch.isneginf(not_none(new.log_density)), not_none(new.log_density), ratio)
-
-
-def _select(accept: Tensor, new: ChainState, old: ChainState) -> ChainState:
-    """Row by row the new state where accepted, the old one elsewhere."""
-    return ChainState(
-        position=tuple(_pick(accept, a, b) for a, b in zip(new.position, old.position)),
-        negative_energy=_pick(accept, new.negative_energy, old.negative_energy),
-        log_density=_pick(accept, not_none(new.log_density), not_none(old.log_density)),
-        gradient=tuple(_pick(accept, a, b) for a, b in zip(new.gradient, old.gradient)),
-    )
-
-
-def _pick(accept: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(_match(accept, a), a, b)
 
 
 def _match(coefficient: Tensor, y: Tensor) -> Tensor:

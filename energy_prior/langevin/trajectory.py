@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-__all__ = ["Trajectory", "TrajectoryRecorder"]
+__all__ = ["Frame", "Trajectory"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from energy_prior.langevin.density import ChainState, JointDensity, latents_at
+from energy_prior.langevin.density import JointDensity
+from energy_prior.langevin.step import State
+
+
+class Frame(NamedTuple):
+    """One moment of a chain; as in `Trajectory`, without its first dimension."""
+
+    step: int
+    latents: tuple[Tensor, ...]
+    negative_energy: Tensor
+    acceptance: Tensor
+    drift_norm: Tensor
+
+    @classmethod
+    def of(cls, density: JointDensity, step: int, state: State, acceptance: Tensor) -> Frame:
+        """The frame of this state.
+
+        Args:
+            density: the chain's target.
+            step: number of the step that led there.
+            state: measured.
+            acceptance: mean acceptance probability since the frame before, (batch,).
+        """
+        latents = density.topdown.descend(state.position, density.space).latents
+        energy = torch.stack([f(z) for f, z in zip(density.energies, latents, strict=True)], dim=1)
+        return cls(step, latents, energy, acceptance, density.drift_norm(state.position, state.gradient))
 
 
 @dataclass(frozen=True)
@@ -32,31 +58,27 @@ class Trajectory:
     acceptance: Tensor
     drift_norm: Tensor
 
-
-class TrajectoryRecorder:
-    """A step callback that keeps every state that it is called with.
-
-    Args:
-        parts: the chain's target, by parts of the batch.
-    """
-
-    def __init__(self, parts: Sequence[JointDensity]) -> None:
-        self._parts = parts
-        self._frames: list[tuple[int, tuple[Tensor, ...], Tensor, Tensor, Tensor]] = []
-
-    def __call__(self, step: int, state: ChainState, acceptance: Tensor) -> None:
-        """Takes one frame in."""
-        latents = latents_at(self._parts, state.position)
-        energy = torch.stack([f(z) for f, z in zip(self._parts[0].energies, latents, strict=True)], dim=1)
-        self._frames.append((step, latents, energy, acceptance, self._parts[0].drift_norm(state)))
-
-    def trajectory(self) -> Trajectory:
-        """The frames so far."""
-        steps, latents, energy, acceptance, drift = zip(*self._frames, strict=True)
-        return Trajectory(
+    @classmethod
+    def of(cls, frames: Sequence[Frame]) -> Trajectory:
+        """The trajectory of these frames."""
+        steps, latents, energy, acceptance, drift = zip(*frames, strict=True)
+        return cls(
             steps=torch.tensor(steps),
             latents=tuple(torch.stack(layer) for layer in zip(*latents, strict=True)),
             negative_energy=torch.stack(energy),
             acceptance=torch.stack(acceptance),
             drift_norm=torch.stack(drift),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Trajectory]) -> Trajectory:
+        """That of the whole batch, from those of its parts."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            steps=parts[0].steps,
+            latents=tuple(torch.cat(layer, 1) for layer in zip(*(part.latents for part in parts), strict=True)),
+            negative_energy=torch.cat([part.negative_energy for part in parts], 1),
+            acceptance=torch.cat([part.acceptance for part in parts], 1),
+            drift_norm=torch.cat([part.drift_norm for part in parts], 1),
         )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 __all__ = [
     "METHODS",
+    "Callback",
     "ElboConfig",
     "ElboResult",
     "FitConfig",
+    "FitHooks",
     "FitResult",
     "Method",
     "RunConfig",
@@ -15,13 +17,17 @@ __all__ = [
     "fit_elbo",
     "fit_energies",
     "generator_likelihood",
+    "launched_accelerator",
     "map_batches",
     "maximum_likelihood",
     "noise_contrastive",
 ]
 
 from energy_prior.training.config import METHODS, FitConfig, Method, RunConfig
-from energy_prior.training.distributed import map_batches
+from energy_prior.training.distributed import launched_accelerator, map_batches
 from energy_prior.training.elbo import ElboConfig, ElboResult, elbo, fit_elbo
 from energy_prior.training.fit import FitResult, fit_energies
-from energy_prior.training.objectives import energy_penalty, generator_likelihood, maximum_likelihood, noise_contrastive
+from energy_prior.training.loop import Callback
+from energy_prior.training.objectives import generator_likelihood, maximum_likelihood, noise_contrastive
+from energy_prior.training.penalty import energy_penalty
+from energy_prior.training.rules import FitHooks

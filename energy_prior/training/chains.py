@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-__all__ = ["TrainingChains"]
+__all__ = ["TrainingChains", "tuned_step_size"]
 
+import contextlib
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from energy_prior.checks import arguments as validate
+from energy_prior._util import not_none
+from energy_prior.checks.arguments import checked_infer
 from energy_prior.errors import ArgumentError
-from energy_prior.langevin import ChainResult, ChainSettings, sample_density, tune_step_size
-from energy_prior.langevin.backends.compiled import ChosenBackend, chosen_backend
-from energy_prior.langevin.settings import LARGEST_STEP
+from energy_prior.langevin import (
+    LARGEST_STEP,
+    ChainResult,
+    ChainSettings,
+    choose_backend,
+    sample_target,
+    tune_step_size,
+)
 from energy_prior.model import JointModel
-from energy_prior.process import frozen
+from energy_prior.process import frozen, full_precision
 from energy_prior.protocol import find_infer
-from energy_prior.topdown import TopDown, ancestral
+from energy_prior.topdown import ancestral
 from energy_prior.training.config import FitConfig
 
 _STEP_GAIN = 0.1
 _SMALLEST_STEP = 1e-4
 _TUNING_BATCH = 64
-_BANK = 4
+_USUAL_PERSISTENT = 4  # batches
 
 
 class TrainingChains:
@@ -36,74 +42,73 @@ class TrainingChains:
     their own, and the next ones start from the mean of where they ended.
 
     Args:
-        model: generator and energies.
+        model: generator and energies; its step size is where those of the chains start.
         config: settings of the run.
-        step_size: where the prior's step size starts.
+        reference: a tensor with the dtype and device of the latents.
+
+    Attributes:
+        persistent: latents (z_1, …, z_L) of the chains that are kept from update to update, (chains, *latent_shape) each;
+            None before the first draw.
+        last: of the prior's last chain: what it says of itself.
+        last_posterior: the same of the posterior's.
     """
 
-    def __init__(self, model: JointModel, config: FitConfig, step_size: float) -> None:
-        self.model, self.config = model, config
-        with torch.no_grad(), frozen(model.generator):
-            self.device = TopDown(model.generator, 1).reference.device
-        self.step_size = config.step_size or step_size
-        self.posterior_step_size = step_size
-        self.backend: ChosenBackend | None = None
-        self.bank: tuple[Tensor, ...] | None = None
+    def __init__(self, model: JointModel, config: FitConfig, reference: Tensor) -> None:
+        self.model, self.config, self._device = model, config, reference.device
+        self.step_size = config.step_size or model.step_size
+        self.posterior_step_size = model.step_size
+        self.backend: str | None = None
+        self.persistent: tuple[Tensor, ...] | None = None
         self.last: ChainResult | None = None
         self.last_posterior: ChainResult | None = None
-        self.drift_norm = torch.zeros(())
+        self._drift_norm = reference.new_zeros(())
 
     def tune(self) -> None:
         """Starts both step sizes at the one with the target acceptance on the prior as it is."""
-        model = self.model
-        with self._full_precision(), torch.no_grad(), frozen(model.generator, *model.energies):
-            density = model.density(_TUNING_BATCH)
-            self.step_size = tune_step_size(
-                density, start_step_size=self.step_size, target_acceptance=self.config.target_acceptance
-            )
+        self.step_size = tuned_step_size(self.model, self.step_size, self.config.target_acceptance, self._device)
         self.posterior_step_size = self.step_size
 
     def ancestral(self, n: int) -> tuple[Tensor, ...]:
         """Draws of the generator's own prior, (z_1, …, z_L)."""
-        with self._full_precision(), torch.no_grad(), frozen(self.model.generator):
+        with _fixed(self.model, self._device):
             return ancestral(self.model.generator, n).latents
 
     def prior(self, n: int, steps: int) -> tuple[Tensor, ...]:
         """Draws of the joint prior after `steps` Langevin steps: of persistent chains, or from an ancestral start."""
         self._choose_backend(n, steps)
-        persistent = _BANK * n if self.config.persistent is None else self.config.persistent
-        if not persistent:
+        total = _USUAL_PERSISTENT * n if self.config.persistent is None else self.config.persistent
+        if not total:
             return self.run(self.ancestral(n), steps)
-        if n > persistent:
-            raise ArgumentError(f"persistent: expected 0 or at least as many chains as a batch has, {n}, got {persistent}.")
-        missing = persistent - (0 if self.bank is None else len(self.bank[0]))
+        if n > total:
+            raise ArgumentError(f"persistent: expected 0 or at least as many chains as a batch has, {n}, got {total}.")
+        missing = total - (0 if self.persistent is None else len(self.persistent[0]))
         if missing > 0:  # all of them at first; some, where a loader's first batch was its small last one
-            fresh = self.run(self.ancestral(missing), self.config.steps)
-            self.bank = fresh if self.bank is None else tuple(torch.cat(pair) for pair in zip(self.bank, fresh, strict=True))
-        assert self.bank is not None  # noqa: S101 (missing was positive if it was)
-        total = len(self.bank[0])
-        rows = torch.randperm(total, device=self.bank[0].device)[:n]
-        again = torch.rand(n, device=rows.device) < (self.config.restart or 0.0)
+            new = self.run(self.ancestral(missing), self.config.steps)
+            old = self.persistent
+            self.persistent = new if old is None else tuple(torch.cat(pair) for pair in zip(old, new, strict=True))
+        kept = not_none(self.persistent)
+        rows = torch.randperm(len(kept[0]), device=self._device)[:n]
+        again = torch.rand(n, device=self._device) < (self.config.restart_probability or 0.0)
         start = [
             torch.where(again.reshape(-1, *([1] * (old.ndim - 1))), new, old[rows])
-            for new, old in zip(self.ancestral(n), self.bank, strict=True)
+            for new, old in zip(self.ancestral(n), kept, strict=True)
         ]
         draws = self.run(start, steps)
-        for kept, z in zip(self.bank, draws, strict=True):
-            kept[rows] = z
+        for old, z in zip(kept, draws, strict=True):
+            old[rows] = z
         return draws
 
     def posterior(self, x: Tensor) -> tuple[Tensor, ...]:
         """Langevin draws of p(z | x), from a draw of q_ω where there is one, else ancestral."""
         model = self.model
         self._choose_backend(len(x), self.config.posterior_steps)
-        with self._full_precision(), torch.no_grad(), frozen(model.generator, *model.energies):
-            start = validate.checked_infer(model.generator, x).latents if find_infer(model.generator) else None
+        with _fixed(model, self._device):
+            start = checked_infer(model.generator, x).latents if find_infer(model.generator) else None
             settings = ChainSettings(
-                steps=self.config.posterior_steps, taming=self.config.taming, backend=self.backend or "eager"
+                steps=self.config.posterior_steps, max_drift=self.config.max_drift, backend=self.backend or "eager"
             )
-            density = model.parts(len(x), settings.max_memory, x=x)
-            draw = sample_density(density, settings, default_step_size=self.posterior_step_size, start=start)
+            target = model.target(len(x), x=x)
+            draw = sample_target(target, settings, default_step_size=self.posterior_step_size, start=start)
         self.last_posterior = draw.result
         if draw.result is not None:
             mean = float(draw.result.step_size.log().mean().exp())
@@ -113,18 +118,18 @@ class TrainingChains:
     def run(self, start: Sequence[Tensor], steps: int) -> tuple[Tensor, ...]:
         """A short prior chain from `start`; nudges the step size towards the target acceptance."""
         model, config = self.model, self.config
-        with self._full_precision(), torch.no_grad(), frozen(model.generator, *model.energies):
+        with _fixed(model, self._device):
             settings = ChainSettings(
                 steps=steps,
                 step_size=self.step_size,
-                taming=config.taming,
+                max_drift=config.max_drift,
                 backend=self.backend or "eager",
             )
-            density = model.parts(len(start[0]), settings.max_memory)
-            draw = sample_density(density, settings, default_step_size=self.step_size, start=start, trace=True)
-            if draw.result is not None and draw.result.state is not None:
+            target = model.target(len(start[0]))
+            draw = sample_target(target, settings, default_step_size=self.step_size, start=start, trace=True)
+            if draw.result is not None and draw.result.drift_norm is not None:
                 size = sum(y[0].numel() for y in draw.result.position)
-                self.drift_norm = density[0].drift_norm(draw.result.state).mean() / math.sqrt(size)
+                self._drift_norm = draw.result.drift_norm.mean() / math.sqrt(size)
         self.last = draw.result
         if config.step_size is None and draw.result is not None and draw.result.acceptance is not None:
             accepted = float(draw.result.acceptance.mean())
@@ -132,39 +137,48 @@ class TrainingChains:
             self.step_size = min(max(grown, _SMALLEST_STEP), LARGEST_STEP)
         return draw.latents
 
-    def _full_precision(self) -> AbstractContextManager[Any]:
-        """No mixed precision in chains: densities of hundreds of nats and their differences do not fit in bf16."""
-        return torch.autocast(self.device.type, enabled=False)
-
-    def _choose_backend(self, rows: int, steps: int) -> None:
-        """How this run's chains make their steps, by the first of them; kept in checkpoints: a resumed run does not switch."""
-        if self.backend is None:
-            with self._full_precision(), torch.no_grad(), frozen(self.model.generator, *self.model.energies):
-                density = self.model.density(min(rows, 2))
-                self.backend = chosen_backend(self.config.backend, density, rows, self.config.iterations * steps)
-
     def figures(self) -> dict[str, Tensor]:
-        """Of the last chains: acceptance, share of tamed steps, and drift norm per √dimension."""
+        """Of the last chains: acceptance, share of the steps whose drift was cut, and drift norm per √dimension."""
         figures: dict[str, Tensor] = {}
-        if self.last is not None and self.last.acceptance is not None and self.last.state is not None:
+        if self.last is not None and self.last.acceptance is not None:
             figures["acceptance"] = self.last.acceptance.mean()
-            figures["drift_norm"] = self.drift_norm
-            if self.last.tamed is not None:
-                figures["tamed"] = self.last.tamed.mean()
+            figures["drift_norm"] = self._drift_norm
+            if self.last.cut_share is not None:
+                figures["cut_share"] = self.last.cut_share.mean()
         if self.last_posterior is not None and self.last_posterior.acceptance is not None:
             figures["posterior_acceptance"] = self.last_posterior.acceptance.mean()
-            if self.last_posterior.tamed is not None:
-                figures["posterior_tamed"] = self.last_posterior.tamed.mean()
+            if self.last_posterior.cut_share is not None:
+                figures["posterior_cut_share"] = self.last_posterior.cut_share.mean()
         return figures
 
     def state(self) -> dict[str, Any]:
-        """Step sizes and persistent chains."""
-        steps: dict[str, Any] = {"step_size": self.step_size, "posterior_step_size": self.posterior_step_size}
-        steps["backend"] = self.backend
-        return steps | ({"bank": list(self.bank)} if self.bank is not None else {})
+        """Step sizes, backend and persistent chains."""
+        state: dict[str, Any] = {"step_size": self.step_size, "posterior_step_size": self.posterior_step_size}
+        state["backend"] = self.backend
+        return state | ({"persistent": list(self.persistent)} if self.persistent is not None else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from such a state."""
         self.step_size, self.posterior_step_size = state["step_size"], state["posterior_step_size"]
         self.backend = state["backend"]
-        self.bank = tuple(state["bank"]) if "bank" in state else None
+        self.persistent = tuple(state["persistent"]) if "persistent" in state else None
+
+    def _choose_backend(self, rows: int, steps: int) -> None:
+        """How this run's chains make their steps, by the first of them; kept in checkpoints: a resumed run does not switch."""
+        if self.backend is None:
+            with _fixed(self.model, self._device):
+                target = self.model.target(rows)
+                self.backend = choose_backend(self.config.backend, target, self.config.iterations * steps)
+
+
+def tuned_step_size(model: JointModel, start: float, target_acceptance: float, device: torch.device) -> float:
+    """The Langevin step size at which MALA on a model's joint prior accepts this share, searched for from `start`."""
+    with _fixed(model, device):
+        return tune_step_size(model.target(_TUNING_BATCH), start_step_size=start, target_acceptance=target_acceptance)
+
+
+@contextlib.contextmanager
+def _fixed(model: JointModel, device: torch.device) -> Iterator[None]:
+    """Inside, nothing of the model learns, and it computes in full precision: draws leave mixed precision."""
+    with full_precision(device), torch.no_grad(), frozen(model.generator, *model.energies):
+        yield

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-__all__ = ["JOINT_METHODS", "LANGEVIN_METHODS", "METHODS", "FitConfig", "Method", "RunConfig", "check_method"]
+__all__ = [
+    "JOINT_METHODS",
+    "LANGEVIN_METHODS",
+    "METHODS",
+    "FitConfig",
+    "Method",
+    "RunConfig",
+    "check_method",
+    "count_from_zero",
+]
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from energy_prior.checks.arguments import check_count, check_positive
+from energy_prior.checks.settings import check_count, check_flag, check_not_negative, check_positive, real_number
 from energy_prior.errors import ArgumentError
-from energy_prior.langevin.backends.compiled import StepBackend
-from energy_prior.langevin.settings import USUAL_ACCEPTANCE
+from energy_prior.langevin import USUAL_ACCEPTANCE
 
 Method = Literal["nce", "multi_stage_nce", "two_stage", "variational", "joint"]
 """The learning rules; `JointEBMPrior.fit` says what each does."""
+
+StepBackend = Literal["auto", "eager", "compiled"]
+"""Backends whose chains can be measured on the way."""
 
 METHODS: tuple[Method, ...] = get_args(Method)
 JOINT_METHODS: tuple[Method, ...] = ("variational", "joint")
@@ -26,7 +38,7 @@ LANGEVIN_METHODS: tuple[Method, ...] = ("two_stage", "variational", "joint")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every run of training has.
+    """What every run of training has. Numbers of any kind (numpy's, tensors of one element) are kept as Python's own.
 
     Attributes:
         iterations: updates, ≥ 1.
@@ -40,7 +52,7 @@ class RunConfig:
             diverged, ≥ 1.
         checkpoint_every: iterations between checkpoints in `run_dir`, ≥ 1.
         tensorboard: write the history to `run_dir`/tensorboard as well (extra "train").
-        progress: show a progress bar.
+        progress: show how far the run is: a bar where standard error is a terminal, else a line every 10 seconds at most.
     """
 
     iterations: int = 2000
@@ -56,19 +68,21 @@ class RunConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "accumulate", "log_every", "checkpoint_every"):
-            check_count(name, getattr(self, name))
-        if self.batch_size is not None:
-            check_count("batch_size", self.batch_size)
-        if self.warmup is not None:
-            check_count("warmup", self.warmup, least=0)
-        if self.learning_rate is not None:
-            check_positive("learning_rate", self.learning_rate)
-        check_positive("gradient_clip", self.gradient_clip)
-        _check_at_least_zero(self, "weight_decay")
-        for name in ("tensorboard", "progress"):
-            if not isinstance(getattr(self, name), bool):
-                raise ArgumentError(f"{name}: expected True or False, got {getattr(self, name)!r}.")
+        self._keep(check_count, "iterations", "accumulate", "log_every", "checkpoint_every")
+        self._keep_unless_none(check_count, "batch_size")
+        self._keep_unless_none(count_from_zero, "warmup")
+        self._keep_unless_none(check_positive, "learning_rate")
+        self._keep(check_positive, "gradient_clip")
+        self._keep(check_not_negative, "weight_decay")
+        self._keep(check_flag, "tensorboard", "progress")
+
+    def _keep(self, check: Callable[[str, Any], Any], *names: str) -> None:
+        """Checks these settings, and keeps them as Python's own numbers: any other would fail later, in a file or a digest."""
+        for name in names:
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+
+    def _keep_unless_none(self, check: Callable[[str, Any], Any], *names: str) -> None:
+        self._keep(check, *(name for name in names if getattr(self, name) is not None))
 
     usual_batch: ClassVar[int] = 256
 
@@ -80,7 +94,7 @@ class RunConfig:
     def resumable(self) -> dict[str, Any]:
         """The settings that a run must keep when it goes on: all but those that only show it."""
         shown = ("progress", "tensorboard", "sample_every")
-        return {name: _plain(value) for name, value in dataclasses.asdict(self).items() if name not in shown}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in shown}
 
 
 @dataclass(frozen=True)
@@ -101,7 +115,7 @@ class FitConfig(RunConfig):
             a check that nothing has diverged, ≥ 1.
         checkpoint_every: iterations between checkpoints in `run_dir`, ≥ 1.
         tensorboard: write the history and sample grids to `run_dir`/tensorboard as well (extra "train").
-        progress: show a progress bar.
+        progress: show how far the run is: a bar where standard error is a terminal, else a line every 10 seconds at most.
         energy_penalty: c ≥ 0 of the penalty c·E[(Σ_i f_i)²] over posterior and prior draws: energies are only defined up
             to a constant, and this keeps it, and their magnitude, near 0. With Langevin draws c rises above this, up to 0.1,
             while the gap is larger than `gap_limit`, and falls back after.
@@ -118,16 +132,18 @@ class FitConfig(RunConfig):
         steps: Langevin steps per prior draw, ≥ 1. "multi_stage_nce": of the chains that a stage starts with.
         persistent: chains kept from update to update (Tieleman, ICML 2008): each update takes as many as a batch has, where
             they stood, and runs them on. None: four batches of them; 0: every chain starts ancestrally.
-        restart: share of the persistent chains taken up that start again ancestrally, in [0, 1]; None: 0.3, so that draws
-            are 1/0.3 · `steps` steps old on average, about as old as samples (0.05 in "multi_stage_nce", whose chains run on
-            a prior that stands still).
+        restart_probability: with which a persistent chain that is taken up starts again ancestrally, in [0, 1]; None: 0.3, so
+            that draws are 1/0.3 · `steps` steps old on average, about as old as samples (0.05 in "multi_stage_nce", whose
+            chains run on a prior that stands still).
         posterior_steps: Langevin steps per posterior draw, where the posterior is sampled by Langevin, ≥ 1. These chains
             are Metropolis-adjusted and each adapts its step size, from where the last ones ended.
-        step_size: fixed Langevin step size of the prior chains, > 0; None: tuned while training.
+        step_size: fixed Langevin step size of the prior chains, > 0, which the prior keeps after the run; None: tuned while
+            training, and for the prior that was learned after it.
         target_acceptance: MALA acceptance that the tuning of the step size aims at, in (0, 1).
         backend: how the chains' steps are made, as in `energy_prior.langevin.ChainSettings`: "eager", "compiled", or "auto",
             which compiles where the run is so long that it pays.
-        taming: longest drift of a training chain's step, per layer, as a multiple of the noise's length, > 0.
+        max_drift: longest drift of a training chain's step, per layer, as a multiple of the noise's length, > 0; a longer one
+            is cut to it.
         stages: ratio estimates of "multi_stage_nce", each against samples of the prior before it, ≥ 1.
         generator_learning_rate: of the generator's AdamW in the joint rules, > 0, with the same schedule.
         generator_gradient_clip: largest norm of an update's gradient of the generator, > 0.
@@ -142,12 +158,12 @@ class FitConfig(RunConfig):
     max_energy: float = 1e3
     steps: int = 20
     persistent: int | None = None
-    restart: float | None = None
+    restart_probability: float | None = None
     posterior_steps: int = 20
     step_size: float | None = None
     target_acceptance: float = USUAL_ACCEPTANCE
     backend: StepBackend = "auto"
-    taming: float = 1.0
+    max_drift: float = 1.0
     stages: int = 3
     generator_learning_rate: float = 1e-4
     generator_gradient_clip: float = 1000.0
@@ -155,38 +171,32 @@ class FitConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "posterior_steps", "stages"):
-            check_count(name, getattr(self, name))
-        check_count("sample_every", self.sample_every, least=0)
-        if self.persistent is not None:
-            check_count("persistent", self.persistent, least=0)
+        self._keep(check_count, "steps", "posterior_steps", "stages")
+        self._keep(count_from_zero, "sample_every")
+        self._keep_unless_none(count_from_zero, "persistent")
         if self.batch_size is not None and 0 < (self.persistent or 0) < self.batch_size:
             raise ArgumentError(
                 f"persistent: expected 0 or at least batch_size = {self.batch_size} chains, got {self.persistent}."
             )
-        if self.restart is not None and not (_is_number(self.restart) and 0 <= self.restart <= 1):
-            raise ArgumentError(f"restart: expected a share in [0, 1], got {self.restart!r}.")
-        for name in ("max_energy", "energy_bound", "gap_limit", "taming", "generator_learning_rate", "generator_gradient_clip"):
-            check_positive(name, getattr(self, name))
-        _check_at_least_zero(self, "energy_penalty")
+        self._keep_unless_none(_share, "restart_probability")
+        self._keep(check_positive, "max_energy", "energy_bound", "gap_limit", "max_drift")
+        self._keep(check_positive, "generator_learning_rate", "generator_gradient_clip")
+        self._keep(check_not_negative, "energy_penalty")
         if self.backend not in get_args(StepBackend):
             raise ArgumentError(f"backend: expected one of {get_args(StepBackend)}, got {self.backend!r}.")
-        if self.step_size is not None:
-            check_positive("step_size", self.step_size)
-        if not (_is_number(self.ema_decay) and 0 <= self.ema_decay < 1):
-            raise ArgumentError(f"ema_decay: expected a number in [0, 1), got {self.ema_decay!r}.")
-        if not (_is_number(self.target_acceptance) and 0 < self.target_acceptance < 1):
-            raise ArgumentError(f"target_acceptance: expected a number between 0 and 1, got {self.target_acceptance!r}.")
+        self._keep_unless_none(check_positive, "step_size")
+        self._keep(_decay, "ema_decay")
+        self._keep(_acceptance, "target_acceptance")
 
     def for_method(self, method: Method) -> FitConfig:
-        """With the method's own restart share, and the learning rate of so long a run, where none was given."""
+        """With the method's own restart probability, and the learning rate of so long a run, where none was given."""
         if method == "multi_stage_nce" and self.stages > self.iterations:
             raise ArgumentError(f"stages: expected at most iterations = {self.iterations}, got {self.stages}.")
-        restart = 0.05 if method == "multi_stage_nce" else 0.3
+        restarted = 0.05 if method == "multi_stage_nce" else 0.3
         rate = 1e-3 * min(max(math.sqrt(2000 / self.iterations), 1.0), 3.0)
         return dataclasses.replace(
             self,
-            restart=restart if self.restart is None else self.restart,
+            restart_probability=restarted if self.restart_probability is None else self.restart_probability,
             learning_rate=rate if self.learning_rate is None else self.learning_rate,
         )
 
@@ -198,18 +208,27 @@ def check_method(method: str) -> Method:
     return method
 
 
-def _is_number(value: Any) -> bool:
-    return hasattr(value, "__float__") and not isinstance(value, bool)
+def count_from_zero(name: str, value: Any) -> int:
+    """A whole number of at least 0, of any kind, as Python's own."""
+    return check_count(name, value, least=0)
 
 
-def _plain(value: Any) -> Any:
-    """A number of any kind (numpy's too) as Python's own."""
-    if value is None or isinstance(value, bool | str):
-        return value
-    return int(value) if hasattr(value, "__index__") else float(value)
+def _share(name: str, value: Any) -> float:
+    number = real_number(value)
+    if number is None or not 0 <= number <= 1:
+        raise ArgumentError(f"{name}: expected a share in [0, 1], got {value!r}.")
+    return number
 
 
-def _check_at_least_zero(config: Any, name: str) -> None:
-    value = getattr(config, name)
-    if not (hasattr(value, "__float__") and 0 <= float(value) < float("inf")):
-        raise ArgumentError(f"{name}: expected a finite number of at least 0, got {value!r}.")
+def _decay(name: str, value: Any) -> float:
+    number = real_number(value)
+    if number is None or not 0 <= number < 1:
+        raise ArgumentError(f"{name}: expected a number in [0, 1), got {value!r}.")
+    return number
+
+
+def _acceptance(name: str, value: Any) -> float:
+    number = real_number(value)
+    if number is None or not 0 < number < 1:
+        raise ArgumentError(f"{name}: expected a number between 0 and 1, got {value!r}.")
+    return number

@@ -1,8 +1,8 @@
-"""What a run says of itself: figures for the history, warnings before things go wrong, likely causes when they did."""
+"""What a run says of itself: figures for the history, warnings before something goes wrong, likely causes when it did."""
 
 from __future__ import annotations
 
-__all__ = ["check_sound", "energy_figures", "entry", "forebodings", "weight_share"]
+__all__ = ["check_sound", "early_warnings", "energy_figures", "history_entry", "weight_share"]
 
 from collections.abc import Iterable, Sequence
 
@@ -20,7 +20,7 @@ _HIGH_ENERGY = 0.2
 _HIGH_SATURATION = 0.5
 _SATURATED = 0.75
 _LOW_ACCEPTANCE = 0.5
-_OFTEN_TAMED = 0.1
+_OFTEN_CUT = 0.1
 
 
 def weight_share(logits: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def energy_figures(energies: Iterable[nn.Module], draws: Sequence[Tensor]) -> di
     return figures
 
 
-def entry(figures: dict[str, Tensor], chains: TrainingChains) -> dict[str, float]:
+def history_entry(figures: dict[str, Tensor], chains: TrainingChains) -> dict[str, float]:
     """An entry of the history from a window of figures, (iterations,) each."""
     by_layer = ("largest_", "saturation_")
     last = {name: float(value[-1]) for name, value in figures.items() if not name.startswith(by_layer)}
@@ -57,7 +57,7 @@ def entry(figures: dict[str, Tensor], chains: TrainingChains) -> dict[str, float
     last["max_energy"] = max(float(value.max()) for value in _by_layer(figures, "largest_").values())
     if saturation := _by_layer(figures, "saturation_"):
         last["saturation"] = max(float(value.mean()) for value in saturation.values())
-    for name in ("tamed", "posterior_tamed", "acceptance", "weight_ess"):
+    for name in ("cut_share", "posterior_cut_share", "acceptance", "weight_ess"):
         if name in figures:
             last[name] = float(figures[name].mean())
     if "acceptance" in figures:
@@ -70,7 +70,7 @@ def entry(figures: dict[str, Tensor], chains: TrainingChains) -> dict[str, float
     return last
 
 
-def forebodings(entry: dict[str, float], config: FitConfig) -> dict[str, str]:
+def early_warnings(entry: dict[str, float], config: FitConfig) -> dict[str, str]:
     """What may soon go wrong, in plain words, by kind."""
     found: dict[str, str] = {}
     if entry["max_energy"] > _HIGH_ENERGY * config.max_energy:
@@ -96,9 +96,9 @@ def forebodings(entry: dict[str, float], config: FitConfig) -> dict[str, str]:
             f"the posterior's chains accept only {entry['posterior_acceptance']:.0%} of their steps and hardly move: raise "
             'posterior_steps, or use method="variational".'
         )
-    if entry.get("tamed", 0.0) > _OFTEN_TAMED:
-        found["tamed"] = (
-            f"the drift was cut in {entry['tamed']:.0%} of the steps: the energies are steeper than the chains can follow. "
+    if entry.get("cut_share", 0.0) > _OFTEN_CUT:
+        found["cut_share"] = (
+            f"the drift was cut in {entry['cut_share']:.0%} of the steps: the energies are steeper than the chains can follow. "
             "Raise energy_penalty, lower learning_rate, or make step_size smaller."
         )
     if entry.get("weight_ess", 1.0) < _FEW_WEIGHTS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["ElboConfig", "ElboResult", "elbo", "fit_elbo"]
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -14,28 +15,25 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from energy_prior.checks import arguments as validate
-from energy_prior.checks.arguments import check_count, check_positive, check_settings
+from energy_prior._util import not_none
+from energy_prior.checks.arguments import as_observations, check_dtype, checked_infer
 from energy_prior.checks.generator import probe_generator
+from energy_prior.checks.settings import check_count, check_not_negative, check_path, check_positive, check_settings
 from energy_prior.errors import ArgumentError, DivergenceError, GeneratorError
-from energy_prior.process import evaluating, reproducible, training_mode, unvalidated
-from energy_prior.protocol import HierarchicalGenerator
+from energy_prior.process import claimed, evaluating, exclusive, reproducible, training_mode
+from energy_prior.protocol import HierarchicalGenerator, unwrapped
 from energy_prior.topdown import inferred_descent
 from energy_prior.training.batches import Batches
-from energy_prior.training.config import RunConfig
+from energy_prior.training.config import RunConfig, count_from_zero
 from energy_prior.training.distributed import Engine
-from energy_prior.training.loop import Group, description, run_loop
+from energy_prior.training.loop import Callback, Group, check_callback, check_state_is_tensors, description, run_loop
+from energy_prior.training.turns import Turns, being_trained, plain_gradients
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-
 _VALIDATION_BATCH = 256
-
-
-def _fixed() -> torch.Generator:
-    """The random stream of every look at the validation set: looks are compared, and do not change what is learned."""
-    return torch.Generator().manual_seed(20230619)
+_VALIDATION_SEED = 20230619
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +52,7 @@ class ElboConfig(RunConfig):
             the end of the KL warm-up on, the validation ELBO, ≥ 1.
         checkpoint_every: iterations between checkpoints in `run_dir`, ≥ 1.
         tensorboard: write the history to `run_dir`/tensorboard as well (extra "train").
-        progress: show a progress bar.
+        progress: show how far the run is: a bar where standard error is a terminal, else a line every 10 seconds at most.
         kl_warmup: iterations over which the weight of the KL term rises linearly from 0 to 1, ≥ 0 and below `iterations`;
             None: 80% of the iterations.
         input_noise: standard deviation, in the data's units, of Gaussian noise on what the inference model sees in training,
@@ -74,15 +72,15 @@ class ElboConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("learning_rate", self.learning_rate)
-        check_count("validation_draws", self.validation_draws)
-        if self.kl_warmup is not None and check_count("kl_warmup", self.kl_warmup, least=0) >= self.iterations:
+        self._keep(check_positive, "learning_rate")
+        self._keep(check_count, "validation_draws")
+        self._keep_unless_none(count_from_zero, "kl_warmup")
+        if self.kl_warmup is not None and self.kl_warmup >= self.iterations:
             raise ArgumentError(
                 f"kl_warmup: expected fewer than iterations = {self.iterations}, so that training ends at KL weight 1, got "
                 f"{self.kl_warmup}."
             )
-        if not (hasattr(self.input_noise, "__float__") and 0 <= float(self.input_noise) < float("inf")):
-            raise ArgumentError(f"input_noise: expected a finite number of at least 0, got {self.input_noise!r}.")
+        self._keep(check_not_negative, "input_noise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +97,7 @@ class ElboResult:
 
     validation_elbo: float | None
     best_iteration: int
-    history: list[dict[str, float]]
+    history: list[dict[str, float]] = dataclasses.field(repr=False)
     resumed_at: int | None
 
 
@@ -113,7 +111,7 @@ def elbo(generator: HierarchicalGenerator, x: Tensor, kl_weight: float = 1.0, in
         input_noise: standard deviation, in the data's units, of Gaussian noise on what the inference model sees, ≥ 0.
             Still a lower bound of log p(x), for z ~ q_ω(z | x + noise) (Im et al., AAAI 2017); the ELBO proper has 0.
     """
-    inferred = validate.checked_infer(generator, x + input_noise * torch.randn_like(x) if input_noise else x)
+    inferred = checked_infer(generator, x + input_noise * torch.randn_like(x) if input_noise else x)
     descent = inferred_descent(generator, inferred)
     kl = (inferred.log_q - descent.log_priors()).sum(1)
     return generator.likelihood(descent.state).log_prob(x) - kl_weight * kl
@@ -123,11 +121,12 @@ def fit_elbo(
     generator: HierarchicalGenerator,
     data: Tensor | Iterable[Any],
     *,
-    validation: Tensor | None = None,
+    validation: Any = None,
     config: ElboConfig | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     accelerator: Accelerator | None = None,
     rng: torch.Generator | None = None,
+    callback: Callback | None = None,
     **settings: Any,
 ) -> ElboResult:
     """Trains a generator with `infer` by its ELBO, with KL warm-up, and keeps the weights of the best validation ELBO.
@@ -135,45 +134,65 @@ def fit_elbo(
     Args:
         generator: an `nn.Module` that follows `HierarchicalGenerator` and has `infer`; trained in place.
         data: as in `JointEBMPrior.fit`.
-        validation: observations kept out of training, (n, *x_shape); looked at from the end of the warm-up on, always at KL
-            weight 1. None: the last weights are kept.
+        validation: observations kept out of training, (n, *x_shape), a tensor or an array; looked at from the end of the
+            warm-up on, always at KL weight 1. None: the last weights are kept.
         config: settings; None: the defaults.
         run_dir: folder for checkpoints; the same call goes on from the last one. None: nothing is written.
         accelerator: as in `JointEBMPrior.fit`.
         rng: random number generator.
+        callback: as in `JointEBMPrior.fit`.
         **settings: single settings of `ElboConfig`, over those in `config`.
 
     Raises:
-        ArgumentError, ShapeError, GeneratorError: for impossible settings or data, or a generator without `infer`.
+        ArgumentError, ShapeError, GeneratorError: for impossible settings or data, or a generator without `infer`, of half
+            precision, inside of a wrapper such as `DataParallel`, or that another run trains now.
         DivergenceError: if the ELBO stops being finite; the generator then holds its best weights so far.
     """
+    generator = unwrapped(generator)
     if not isinstance(generator, nn.Module) or not callable(getattr(generator, "infer", None)):
         raise GeneratorError(f"generator: expected an nn.Module with infer(x), got {type(generator).__name__}.")
+    for name, weight in generator.named_parameters():
+        if weight.is_floating_point():
+            check_dtype(name, weight.dtype)
     check_settings(ElboConfig, settings, "a setting of fit_elbo")
     if config is not None and not isinstance(config, ElboConfig):
         raise ArgumentError(f"config: expected an ElboConfig or None, got {type(config).__name__}.")
     config = dataclasses.replace(config or ElboConfig(), **settings)
-    with torch.no_grad(), evaluating(generator):
-        probe = probe_generator(generator)
-    reference = probe.latents[0]
-    if validation is not None:
-        validate.check_observations("validation", validation, probe.x_shape, reference, generator)
+    check_callback(callback)
+    if run_dir is not None:
+        run_dir = check_path("run_dir", run_dir)
+        check_state_is_tensors(generator, "generator", GeneratorError)
     engine = Engine(accelerator)
-    engine.agree("generator", [float(p.detach().double().sum()) for p in generator.parameters()])
-    engine.agree("settings", config.resumable())
-    with torch.inference_mode(False), reproducible(rng, reference.device), training_mode(generator), unvalidated():
-        seed = engine.objects(int(torch.randint(2**62, ())))[0]
-        batches = Batches(data, config, generator, probe.x_shape, reference, rank=engine.rank, world=engine.world, seed=seed)
-        if isinstance(data, Tensor):
-            engine.agree("data", batches.fingerprint())
-        task = _ElboTask(generator, validation, config, engine)
-        identity = description(generator, "generator") | ({"seed": seed} if rng is not None else {})
+    engine.check_mixed_precision(generator)
+    with claimed(rng), contextlib.ExitStack() as stack:
+        with exclusive():  # scores of other threads freeze parameters while they run
+            weights = [p for p in generator.parameters() if p.requires_grad]
+            if not weights:
+                raise GeneratorError("generator: none of its parameters requires a gradient, so there is nothing to fit.")
+            stack.enter_context(being_trained("generator", weights))
+            stack.enter_context(plain_gradients(weights[0].device))
+            with torch.no_grad(), evaluating(generator):
+                probe = probe_generator(generator)
+            x_shape, reference = probe.x_shape, probe.latents[0]
+            if validation is not None:
+                validation = as_observations("validation", validation, x_shape, reference, generator)
+            engine.agree("generator", [float(p.detach().double().sum()) for p in generator.parameters()])
+            engine.agree("settings", config.resumable())
+            turns = Turns(engine, rng, reference.device)
+            seed = turns.seed
+            batches = Batches(data, config, generator, x_shape, reference, rank=engine.rank, world=engine.world, seed=seed)
+            if batches.whole is not None:
+                engine.agree("data", batches.fingerprint())
+            stack.enter_context(training_mode(generator))
+            with turns.turn():
+                task = _ElboTask(generator, validation, config, engine)
+            identity = description(generator, "generator") | ({"seed": seed} if rng is not None else {})
         try:
-            with engine.own_stream(reference.device):
-                progress = run_loop(task, batches, config, engine, run_dir=run_dir, identity=identity)
+            record = run_loop(task, batches, config, engine, turns, run_dir=run_dir, identity=identity, callback=callback)
         finally:
-            generator.load_state_dict(task.best_weights)
-    return ElboResult(task.best_elbo, task.best_iteration, progress.history, progress.resumed_at)
+            with turns.turn():
+                generator.load_state_dict(task.best_weights)
+    return ElboResult(task.best_elbo, task.best_iteration, record.history, record.resumed_at)
 
 
 class _ElboTask:
@@ -184,8 +203,6 @@ class _ElboTask:
     def __init__(self, generator: Any, validation: Tensor | None, config: ElboConfig, engine: Engine) -> None:
         self.generator, self.validation, self.config, self.engine = generator, validation, config, engine
         weights = [p for p in generator.parameters() if p.requires_grad]
-        if not weights:
-            raise GeneratorError("generator: none of its parameters requires a gradient, so there is nothing to fit.")
         self.groups: Sequence[Group] = [
             Group("generator", weights, config.learning_rate, config.weight_decay, config.gradient_clip)
         ]
@@ -241,7 +258,7 @@ class _ElboTask:
         if self.validation is not None:
             return
         if self.seen is not None:
-            with torch.no_grad(), evaluating(self.generator), reproducible(_fixed(), self.seen.device):
+            with torch.no_grad(), evaluating(self.generator), _fixed_draws(self.seen.device):
                 value = float(elbo(self.generator, self.seen).mean())
             if not math.isfinite(value):
                 raise self._diverged(self.config.iterations, f"the ELBO after the last update is {value:.4g}.")
@@ -266,13 +283,13 @@ class _ElboTask:
 
     def _validation_elbo(self) -> float:
         """Mean ELBO over the validation set, in batches; always with the same draws, and none of the training's."""
-        assert self.validation is not None  # noqa: S101
-        total = torch.zeros((), dtype=torch.float64, device=self.validation.device)
-        with torch.no_grad(), evaluating(self.generator), reproducible(_fixed(), self.validation.device):
+        validation = not_none(self.validation)
+        total = torch.zeros((), dtype=torch.float64, device=validation.device)
+        with torch.no_grad(), evaluating(self.generator), _fixed_draws(validation.device):
             for _ in range(self.config.validation_draws):
-                for batch in self.validation.split(_VALIDATION_BATCH):
+                for batch in validation.split(_VALIDATION_BATCH):
                     total += elbo(self.generator, batch).sum()
-        return float(self.engine.mean([total])[0]) / (len(self.validation) * self.config.validation_draws)
+        return float(self.engine.mean([total])[0]) / (len(validation) * self.config.validation_draws)
 
     @staticmethod
     def _diverged(iteration: int, what: str) -> DivergenceError:
@@ -281,3 +298,8 @@ class _ElboTask:
             "learning_rate, or raise kl_warmup.",
             step=iteration,
         )
+
+
+def _fixed_draws(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Inside, the random stream of every look at the weights: looks are compared, and do not change what is learned."""
+    return reproducible(torch.Generator(device="cpu").manual_seed(_VALIDATION_SEED), device)

@@ -1,33 +1,38 @@
-"""`JointEBMPrior.fit`: checks, processes and the run; what an iteration does is in `rules.py`."""
+"""A run of `JointEBMPrior.fit`: checks, processes and the result; what an iteration does is in `rules.py`."""
 
 from __future__ import annotations
 
 __all__ = ["FitResult", "fit_energies"]
 
 import contextlib
+import copy
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from energy_prior._util import first_line
 from energy_prior.checkpoint import digest, fingerprint
-from energy_prior.checks.arguments import check_settings
+from energy_prior.checks.settings import check_path, check_settings
 from energy_prior.errors import ArgumentError, CheckpointError, DivergenceError, GeneratorError
-from energy_prior.process import training_mode, unvalidated
+from energy_prior.model import JointModel
+from energy_prior.process import claimed, evaluating, exclusive, training_mode
 from energy_prior.protocol import find_infer
+from energy_prior.topdown import TopDown
 from energy_prior.training.batches import Batches
+from energy_prior.training.chains import tuned_step_size
 from energy_prior.training.config import JOINT_METHODS, FitConfig, Method, check_method
 from energy_prior.training.distributed import Engine
-from energy_prior.training.loop import description, run_loop
-from energy_prior.training.rules import FitTask
+from energy_prior.training.loop import Callback, check_callback, check_state_is_tensors, description, run_loop
+from energy_prior.training.rules import FitHooks, FitTask
+from energy_prior.training.turns import Turns, being_trained, plain_gradients
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from energy_prior.prior import JointEBMPrior
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,97 +46,134 @@ class FitResult:
             each figure means.
         clipped: share of the iterations whose gradient was clipped, in [0, 1], for "energies" and, in the joint rules,
             "generator".
-        tamed: share of the prior's training chains' steps whose drift was cut, in [0, 1]; None without chains.
+        cut_share: share of the prior's training chains' steps whose drift was cut, in [0, 1]; None without chains.
         warnings: what was warned of, in the order that it came.
-        step_size: the tuned Langevin step size that the prior uses from now on.
+        step_size: the Langevin step size that the prior uses from now on: tuned, or that of the settings.
         resumed_at: the iteration after which a run that had been stopped went on; None if it did not.
     """
 
     method: Method
     config: FitConfig
-    history: list[dict[str, float]]
+    history: list[dict[str, float]] = dataclasses.field(repr=False)
     clipped: dict[str, float]
-    tamed: float | None
+    cut_share: float | None
     warnings: list[str]
     step_size: float
     resumed_at: int | None
 
 
 def fit_energies(
-    prior: JointEBMPrior,
+    model: JointModel,
     data: Tensor | Iterable[Any],
     method: str,
-    config: FitConfig | None,
-    settings: dict[str, Any],
+    config: FitConfig | None = None,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    x_shape: Sequence[int],
+    hooks: FitHooks,
     run_dir: str | os.PathLike[str] | None = None,
     accelerator: Accelerator | None = None,
-    seeded: bool = False,
+    rng: torch.Generator | None = None,
+    callback: Callback | None = None,
 ) -> FitResult:
-    """`JointEBMPrior.fit`, which documents it. Random numbers come from torch's global stream.
+    """Trains the energies of a model in place, and in the joint rules its generator.
 
-    With `seeded` that stream was seeded by the caller's `rng`, so that a run of another seed is another run.
+    `JointEBMPrior.fit` documents the rules, the data, the errors and the arguments that are not named here.
+
+    Args:
+        model: generator and energies; its step size is where the chains' starts.
+        data: observations.
+        method: the learning rule.
+        config: settings; None: the defaults.
+        settings: single settings, over those in `config`.
+        x_shape: shape of an observation.
+        hooks: what the run asks of the object that holds the model.
+        run_dir: folder for checkpoints; None: nothing is written.
+        accelerator: an `accelerate.Accelerator`; None: this process alone.
+        rng: random number generator.
+        callback: called between two iterations with a copy of every new entry of the history.
     """
     rule = check_method(method)
-    check_settings(FitConfig, settings, "a setting of fit")
-    if config is not None and not isinstance(config, FitConfig):
-        raise ArgumentError(f"config: expected a FitConfig or None, got {type(config).__name__}.")
-    config = dataclasses.replace(config or FitConfig(), **settings).for_method(rule)
+    config = _settings(config, settings or {}).for_method(rule)
+    check_callback(callback)
+    folder = None if run_dir is None else check_path("run_dir", run_dir)
     engine = Engine(accelerator)
-    seed = engine.objects(int(torch.randint(2**62, ())))[0]
-    batches = Batches(
-        data, config, prior.generator, prior.x_shape, prior.reference, rank=engine.rank, world=engine.world, seed=seed
-    )
-    if isinstance(data, Tensor):
-        engine.agree("data", batches.fingerprint())
-    if rule in JOINT_METHODS:
-        _check_trainable(prior.generator, rule)
-    start = fingerprint(prior.generator)
-    engine.agree("generator", start)
-    engine.agree("energies", digest(prior.energies.state_dict(), repr((rule, config.resumable(), float(prior.step_size)))))
-    task = FitTask(prior, batches, rule, config, engine)
-    identity = {
-        "latents": [list(shape) for shape in prior.generator.latent_shapes],
-        "space": prior.space,
-        **({"seed": seed} if seeded else {}),
-        **description(prior.energies, "energies"),
-    }
-    if rule not in JOINT_METHODS:
-        identity["weights of the generator"] = start
-    if isinstance(prior.generator, nn.Module):
-        identity |= description(prior.generator, "generator")
-    learning = [
-        prior.energies,
-        *([prior.generator] if isinstance(prior.generator, nn.Module) and rule in JOINT_METHODS else []),
-    ]
-    with torch.inference_mode(False), engine.own_stream(prior.reference.device), unvalidated(), contextlib.ExitStack() as stack:
-        for module in learning:
-            stack.enter_context(training_mode(module))
+    generator, energies = model.generator, nn.ModuleList(model.energies)
+    with claimed(rng), contextlib.ExitStack() as stack:
+        with exclusive():  # scores of other threads freeze parameters while they run
+            _check_learnable(generator, energies, rule)
+            engine.check_mixed_precision(generator)
+            learning = [energies, *([generator] if rule in JOINT_METHODS and isinstance(generator, nn.Module) else [])]
+            for what, module in zip(("energies", "generator"), learning):
+                stack.enter_context(being_trained(what, _trainable(module)))
+            stack.enter_context(plain_gradients(_trainable(energies)[0].device))
+            with torch.no_grad(), evaluating(generator):
+                reference = TopDown(generator, 1).reference
+            turns = Turns(engine, rng, reference.device)
+            batches = Batches(
+                data, config, generator, x_shape, reference, rank=engine.rank, world=engine.world, seed=turns.seed
+            )
+            if batches.whole is not None:
+                engine.agree("data", batches.fingerprint())
+            with turns.turn():
+                start = fingerprint(generator)
+                if rule == "multi_stage_nce":
+                    _check_copies(energies, generator.latent_shapes, reference)
+                task = FitTask(model, batches, rule, config, engine, hooks, reference)
+                state = digest(energies.state_dict(), repr((rule, config.resumable(), model.step_size)))
+            engine.agree("generator", start)
+            engine.agree("energies", state)
+            identity = {
+                "latents": [list(shape) for shape in generator.latent_shapes],
+                "space": model.space,
+                **({"seed": turns.seed} if rng is not None else {}),
+                **description(energies, "energies"),
+            }
+            if rule not in JOINT_METHODS:
+                identity["weights of the generator"] = start
+            if isinstance(generator, nn.Module):
+                identity |= description(generator, "generator")
+            for module in learning:
+                stack.enter_context(training_mode(module))
         try:
-            progress = run_loop(task, batches, config, engine, run_dir=run_dir, identity=identity)
-        except DivergenceError as error:
+            record = run_loop(task, batches, config, engine, turns, run_dir=folder, identity=identity, callback=callback)
+        except BaseException as error:
+            with turns.turn():
+                task.keep_average()
+                if isinstance(error, DivergenceError):
+                    raise _with_what_was_kept(error, hooks, folder if engine.main else None) from error
+            raise
+        with turns.turn():
             task.keep_average()
-            raise _keep_good(prior, error, run_dir, engine) from error
-        finally:
-            task.keep_average()
-        step_size = prior.tune_step_size(target_acceptance=config.target_acceptance)
-        if engine.world > 1:
-            step_size = float(engine.mean([prior.step_size])[0])
-            prior.step_size.fill_(step_size)
+            step_size = config.step_size or _tuned(model, config, engine, reference)
     return FitResult(
         method=rule,
         config=config,
-        history=progress.history,
-        clipped={name: count / config.iterations for name, count in progress.clipped.items()},
-        tamed=None if rule == "nce" else task.tamed / config.iterations,
+        history=record.history,
+        clipped={name: count / config.iterations for name, count in record.clipped.items()},
+        cut_share=None if rule == "nce" else task.cut_share,
         warnings=list(task.warned.values()),
         step_size=step_size,
-        resumed_at=progress.resumed_at,
+        resumed_at=record.resumed_at,
     )
 
 
-def _check_trainable(generator: Any, method: Method) -> None:
-    """The joint rules train the generator, so it has to be a module with parameters; "variational" needs infer."""
-    if not isinstance(generator, nn.Module) or not any(p.requires_grad for p in generator.parameters()):
+def _settings(config: Any, settings: Mapping[str, Any]) -> FitConfig:
+    check_settings(FitConfig, settings, "a setting of fit")
+    if config is not None and not isinstance(config, FitConfig):
+        raise ArgumentError(f"config: expected a FitConfig or None, got {type(config).__name__}.")
+    return dataclasses.replace(config or FitConfig(), **settings)
+
+
+def _check_learnable(generator: Any, energies: nn.ModuleList, method: Method) -> None:
+    """What learns can learn and be saved: in the joint rules that is the generator too, and "variational" needs infer."""
+    for layer, energy in enumerate(energies, start=1):
+        check_state_is_tensors(energy, f"energies (f_{layer})", ArgumentError)
+    if not _trainable(energies):
+        raise ArgumentError("energies: none of their parameters requires a gradient, so there is nothing to fit.")
+    if method not in JOINT_METHODS:
+        return
+    if not isinstance(generator, nn.Module) or not _trainable(generator):
         raise GeneratorError(
             f"generator: method={method!r} trains it too, but {type(generator).__name__} "
             + ("is no nn.Module." if not isinstance(generator, nn.Module) else "has no parameter that requires a gradient.")
@@ -141,18 +183,43 @@ def _check_trainable(generator: Any, method: Method) -> None:
         raise GeneratorError(
             f'generator: method="variational" needs infer(x), which {type(generator).__name__} does not have; use "joint".'
         )
+    check_state_is_tensors(generator, "generator", GeneratorError)
 
 
-def _keep_good(
-    prior: JointEBMPrior, error: DivergenceError, run_dir: str | os.PathLike[str] | None, engine: Engine
-) -> DivergenceError:
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _check_copies(energies: nn.ModuleList, shapes: Sequence[torch.Size], reference: Tensor) -> None:
+    """Each stage of "multi_stage_nce" needs a copy of the energies as they are after an update."""
+    for layer, (energy, shape) in enumerate(zip(energies, shapes, strict=True), start=1):
+        with evaluating(energy):
+            energy(reference.new_zeros(2, *shape))  # some modules keep what they computed last, which cannot be copied
+        try:
+            copy.deepcopy(energy)
+        except Exception as error:
+            raise ArgumentError(
+                'energies: method="multi_stage_nce" keeps a copy of the energies at every stage, and copy.deepcopy of '
+                f"f_{layer} ({type(energy).__name__}) fails ({first_line(error)}). Use the weight_norm of "
+                "torch.nn.utils.parametrizations for that of torch.nn.utils, keep locks and open files out of the module or "
+                'give it a __deepcopy__, or use method="nce" or "two_stage".'
+            ) from error
+
+
+def _tuned(model: JointModel, config: FitConfig, engine: Engine, reference: Tensor) -> float:
+    """The step size for what was learned, the same in every process."""
+    tuned = tuned_step_size(model, model.step_size, config.target_acceptance, reference.device)
+    return tuned if engine.world == 1 else float(engine.mean([reference.new_tensor(tuned)])[0])
+
+
+def _with_what_was_kept(error: DivergenceError, hooks: FitHooks, folder: Path | None) -> DivergenceError:
     """The error with what was kept and where; the prior holds its last good average already."""
     kept = "The prior holds its last good average."
-    if run_dir is not None and engine.main:
-        path = os.path.join(os.fspath(run_dir), "last_good.safetensors")
+    if folder is not None:
+        path = folder / "last_good.safetensors"
         try:
-            prior.save(path)
-            kept = f"The prior holds its last good average, saved as {path!r} too."
+            hooks.save(path)
+            kept = f"The prior holds its last good average, saved as {str(path)!r} too."
         except (OSError, CheckpointError) as failure:
-            kept += f" Saving it as {path!r} failed: {failure}."
+            kept += f" Saving it as {str(path)!r} failed: {failure}."
     return DivergenceError(f"Training diverged in iteration {error.step}: {error} {kept}", layer=error.layer, step=error.step)

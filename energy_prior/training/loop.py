@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-__all__ = ["Group", "Task", "description", "run_loop"]
+__all__ = [
+    "Callback",
+    "Group",
+    "RunRecord",
+    "Task",
+    "check_callback",
+    "check_state_is_tensors",
+    "description",
+    "run_loop",
+]
 
 import contextlib
 import dataclasses
 import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from energy_prior.checkpoint import digest
-from energy_prior.checks.arguments import require_extra
-from energy_prior.errors import ArgumentError, DivergenceError, TrainingWarning
+from energy_prior.checks.settings import require_extra
+from energy_prior.errors import ArgumentError, DivergenceError, TrainingWarning, warn
+from energy_prior.process import random_state, set_random_state
 from energy_prior.training.batches import Batches
 from energy_prior.training.config import RunConfig
 from energy_prior.training.distributed import Engine
+from energy_prior.training.progress import progress_bar
 from energy_prior.training.run_dir import RunFolder
 from energy_prior.training.schedule import warmup_cosine
+from energy_prior.training.turns import Turns, same_stream_after
 
-_SHOWN = ("loss", "elbo", "validation_elbo", "gap", "max_energy", "acceptance", "step_size")
+Callback = Callable[[dict[str, float]], object]
+"""What a user wants to be told of a run: it is called with a copy of every entry of the history."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +58,10 @@ class Group:
 
 
 class Task(Protocol):
-    """What a run learns. The loop calls these; `figures` are scalars on the device, those named "largest_…" maxima."""
+    """What a run learns. The loop calls these, each in a turn of the run.
+
+    `figures` are scalars on the device, those named "largest_…" maxima.
+    """
 
     name: str
     groups: Sequence[Group]
@@ -82,12 +96,26 @@ class Task(Protocol):
 
 
 @dataclasses.dataclass
-class Progress:
-    """What the loop itself knows of a run."""
+class RunRecord:
+    """What the loop itself knows of a run.
+
+    Attributes:
+        history: an entry for every look.
+        clipped: iterations whose gradient was clipped, by group of parameters.
+        resumed_at: the iteration after which a run that had been stopped went on; None if it did not.
+    """
 
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     clipped: dict[str, int] = dataclasses.field(default_factory=dict)
     resumed_at: int | None = None
+
+
+def check_callback(callback: Any) -> None:
+    """Something that can be called, or None."""
+    if callback is not None and not callable(callback):
+        raise ArgumentError(
+            f"callback: expected a function of an entry of the history, or None, got {type(callback).__name__}."
+        )
 
 
 def run_loop(
@@ -95,10 +123,12 @@ def run_loop(
     batches: Batches,
     config: RunConfig,
     engine: Engine,
+    turns: Turns,
     *,
     run_dir: str | os.PathLike[str] | None = None,
     identity: dict[str, Any] | None = None,
-) -> Progress:
+    callback: Callback | None = None,
+) -> RunRecord:
     """Runs the iterations of `config`, from the last checkpoint in `run_dir` if there is one.
 
     Args:
@@ -106,8 +136,10 @@ def run_loop(
         batches: its data.
         config: settings of the run.
         engine: the processes that share it.
+        turns: when it computes: an iteration is a turn.
         run_dir: folder for checkpoints, TensorBoard and sample grids; None: nothing is written.
         identity: what else a run must keep to go on, beside its settings and data.
+        callback: called between two turns with a copy of every new entry of the history; None: nothing is.
 
     Returns:
         The history, and how often gradients were clipped.
@@ -120,8 +152,8 @@ def run_loop(
     if run_dir is not None:
         known = {"task": task.name, "data": batches.fingerprint(), **config.resumable(), **(identity or {})}
         folder = RunFolder(run_dir, engine, known)
-    with folder.held() if folder else contextlib.nullcontext(), torch.enable_grad():
-        return _Loop(task, batches, config, engine, folder).run()
+    with folder.held() if folder else contextlib.nullcontext():
+        return _Loop(task, batches, config, engine, turns, folder).run(callback)
 
 
 def description(module: nn.Module, name: str) -> dict[str, Any]:
@@ -132,49 +164,84 @@ def description(module: nn.Module, name: str) -> dict[str, Any]:
     return parts | learned | ({f"{name} (parameters that do not learn)": digest(fixed)} if fixed else {})
 
 
+def check_state_is_tensors(module: nn.Module, what: str, error: type[Exception]) -> None:
+    """Raises `error` unless everything in a module's `state_dict()` is a tensor: nothing else can be written to a file.
+
+    Args:
+        module: what is learned.
+        what: the argument that it is, for the message.
+        error: the kind of error.
+    """
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            owner = name.rpartition(".")[0]
+            part = module.get_submodule(owner)
+            raise error(
+                f"{what}: the state of {type(part).__name__}"
+                + (f" ({owner})" if owner else "")
+                + f" holds a {type(value).__name__} under {name!r}, which a checkpoint cannot keep. Make it a tensor "
+                "(register_buffer, or a get_extra_state that gives one)."
+            )
+
+
 class _Loop:
-    def __init__(self, task: Task, batches: Batches, config: RunConfig, engine: Engine, folder: RunFolder | None) -> None:
-        self.task, self.batches, self.config, self.engine, self.folder = task, batches, config, engine, folder
+    def __init__(
+        self, task: Task, batches: Batches, config: RunConfig, engine: Engine, turns: Turns, folder: RunFolder | None
+    ) -> None:
+        self.task, self.batches, self.config, self.engine = task, batches, config, engine
+        self.turns, self.folder = turns, folder
         self.weights = [p for group in task.groups for p in group.parameters]
         self.device = self.weights[0].device
         self.optimizer = torch.optim.AdamW(
             [{"params": list(g.parameters), "lr": g.learning_rate, "weight_decay": g.weight_decay} for g in task.groups]
         )
-        self.progress = Progress(clipped={g.name: 0 for g in task.groups})
+        self.record = RunRecord(clipped={g.name: 0 for g in task.groups})
+        self.window: list[dict[str, Tensor]] = []
         self.writer: Any = None
 
-    def run(self) -> Progress:
-        done = self._resume()
-        if done is None:
-            self.task.begin()
-            done = 0
+    def run(self, callback: Callback | None) -> RunRecord:
         config, total = self.config, self.config.iterations
-        window: list[dict[str, Tensor]] = []
-        shown = config.progress and self.engine.main
+        with self.turns.turn():
+            done = self._resume()
+            if done is None:
+                self.task.begin()
+                done = 0
         if config.tensorboard and self.engine.main and self.folder is not None:
             tensorboard = require_extra("torch.utils.tensorboard", "train")
             self.writer = tensorboard.SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=done + 1)
-        every = getattr(config, "sample_every", 0)
+        bar = progress_bar(self.task.name, total, done, shown=config.progress and self.engine.main)
         try:
-            with tqdm(total=total, initial=done, desc=self.task.name, disable=not shown) as bar:
-                for iteration in range(done + 1, total + 1):
-                    window.append(self._update(iteration))
-                    bar.update()
-                    saves = self.folder is not None and (iteration % config.checkpoint_every == 0 or iteration == total)
-                    pictured = bool(every) and self.folder is not None and iteration % every == 0
-                    if saves or pictured or iteration % config.log_every == 0 or iteration == total:
-                        self._look(iteration, window, bar)
-                        window = []
-                        if pictured:
-                            self._picture(iteration)
-                    if saves:
-                        self._save(iteration)
-            self.task.finish()
+            for iteration in range(done + 1, total + 1):
+                with self.turns.turn():
+                    entry = self._iterate(iteration)
+                bar.advance(entry)
+                if entry is not None and callback is not None:
+                    callback(dict(entry))
+            with self.turns.turn():
+                self.task.finish()
         finally:
+            bar.close()
             self.optimizer.zero_grad(set_to_none=True)
             if self.writer is not None:
                 self.writer.close()
-        return self.progress
+        return self.record
+
+    def _iterate(self, iteration: int) -> dict[str, float] | None:
+        """An update and what is due after it; the new entry of the history, if there is one."""
+        config = self.config
+        self.window.append(self._update(iteration))
+        every = getattr(config, "sample_every", 0)
+        last = iteration == config.iterations
+        saves = self.folder is not None and (iteration % config.checkpoint_every == 0 or last)
+        pictured = bool(every) and self.folder is not None and iteration % every == 0
+        if not (saves or pictured or iteration % config.log_every == 0 or last):
+            return None
+        entry = self._look(iteration)
+        if pictured:
+            self._picture(iteration)
+        if saves:
+            self._save(iteration)
+        return entry
 
     def _update(self, iteration: int) -> dict[str, Tensor]:
         """One iteration: the gradient averaged over batches and processes, clipped group by group, and a step."""
@@ -199,7 +266,9 @@ class _Loop:
         factor = warmup_cosine(iteration - 1, config.warmup_iterations, config.iterations)
         for settings, group in zip(self.optimizer.param_groups, task.groups, strict=True):
             settings["lr"] = group.learning_rate * factor
-        self.optimizer.step()
+        # older torch makes AdamW's count of steps, at the first one, on the default device; it belongs on the CPU
+        with contextlib.nullcontext() if self.optimizer.state else torch.device("cpu"):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         task.updated(iteration)
         return merged
@@ -215,31 +284,32 @@ class _Loop:
         for weight, g in zip(self.weights, gradient, strict=True):
             weight.grad = g
 
-    def _look(self, iteration: int, window: list[dict[str, Tensor]], bar: Any) -> None:
-        """Reads the window, the worst over the processes, so that all of them stop or none."""
+    def _look(self, iteration: int) -> dict[str, float]:
+        """Reads the window, the worst over the processes, so that all of them stop or none; the entry of the history."""
+        window, self.window = self.window, []
         names = list(window[0])
         table = torch.stack([torch.stack([row[name].to(torch.float64) for name in names]) for row in window])
         everywhere = self.engine.stacked(table)
         figures = {name: _merge(name, everywhere[:, :, i]) for i, name in enumerate(names)}
         for group in self.task.groups:
             over = figures[f"gradient_norm_{group.name}"] > group.clip
-            self.progress.clipped[group.name] += int(over.sum())
+            self.record.clipped[group.name] += int(over.sum())
         entry = {"iteration": float(iteration), **self.task.look(iteration - len(window) + 1, figures)}
-        self.progress.history.append(entry)
-        bar.set_postfix({name: f"{entry[name]:.3g}" for name in _SHOWN if name in entry}, refresh=False)
+        self.record.history.append(entry)
         if self.writer is not None:
             for name, value in entry.items():
                 self.writer.add_scalar(f"{self.task.name}/{name}", value, iteration)
+        return entry
 
     def _picture(self, iteration: int) -> None:
-        """A grid of samples, from a random stream of its own: pictures do not change a run."""
+        """A grid of samples. Pictures do not change a run."""
         if not self.engine.main or self.folder is None:
             return
         try:
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            with same_stream_after(self.device):
                 images = self.task.picture()
-        except DivergenceError as error:  # training chains are tamed, a sampler's are not: no reason to stop
-            warnings.warn(f"No samples drawn after iteration {iteration}: {error}", TrainingWarning, stacklevel=2)
+        except DivergenceError as error:  # drifts are cut in training chains, and not in a sampler's: no reason to stop
+            warn(f"No samples drawn after iteration {iteration}: {error}", TrainingWarning)
             return
         if images is None:
             return
@@ -260,9 +330,9 @@ class _Loop:
             "optimizer": [dict(s) for s in optimizer],
             "task": self.task.state(),
             "data": self.batches.state(),
-            "random": self._random_state(),
-            "history": self.progress.history,
-            "clipped": self.progress.clipped,
+            "random": random_state(self.device),
+            "history": self.record.history,
+            "clipped": self.record.clipped,
         }
         self.folder.save(iteration, state)
 
@@ -278,21 +348,12 @@ class _Loop:
         for weight, saved in zip(self.weights, state["optimizer"], strict=True):
             self.optimizer.state[weight] = saved | ({"step": saved["step"].cpu()} if "step" in saved else {})
         self.task.load_state(state["task"])
-        state["data"]["pass_start"] = state["data"]["pass_start"].cpu()
         self.batches.load_state(state["data"])
-        self.progress.history[:] = state["history"]
-        self.progress.clipped.update(state["clipped"])
-        self.progress.resumed_at = iteration
-        torch.set_rng_state(state["random"]["cpu"].cpu())
-        if "cuda" in state["random"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), self.device)
+        self.record.history[:] = state["history"]
+        self.record.clipped.update(state["clipped"])
+        self.record.resumed_at = iteration
+        set_random_state(state["random"], self.device)
         return iteration
-
-    def _random_state(self) -> dict[str, Tensor]:
-        state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
 
 
 def _merge(name: str, values: Tensor) -> Tensor:

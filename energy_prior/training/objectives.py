@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["energy_penalty", "energy_wall", "generator_likelihood", "maximum_likelihood", "noise_contrastive"]
+__all__ = ["generator_likelihood", "maximum_likelihood", "noise_contrastive"]
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,22 +51,3 @@ def generator_likelihood(
     """
     positive = log_likelihood + log_prior_positive - (0.0 if log_q is None else log_q)
     return log_prior_negative.mean() - positive.mean()
-
-
-def energy_penalty(positive: Tensor, negative: Tensor) -> Tensor:
-    """E₊[(Σ f_i)²] + E₋[(Σ f_i)²], a scalar: keeps energies, which have no absolute zero, near 0."""
-    return positive.square().mean() + negative.square().mean()
-
-
-def energy_wall(positive: Tensor, negative: Tensor, bound: float) -> Tensor:
-    """Σ_i E₊[w_i²] + E₋[w_i²] with w_i = max(0, |f_i| − bound), a scalar: 0 for energies within the bound.
-
-    Maximum likelihood alone raises f without limit where prior chains do not reach the posterior. Layer by layer, as two
-    layers that cancel in Σ f would pass unseen.
-
-    Args:
-        positive: f_i at posterior draws, (batch, L), nats.
-        negative: f_i at prior draws, (batch, L), nats.
-        bound: > 0, nats.
-    """
-    return sum(((f.abs() - bound).clamp_min(0).square().sum(1).mean() for f in (positive, negative)), positive.new_zeros(()))

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from energy_prior.checkpoint import read_tensors, write_whole
+from energy_prior.checks.settings import check_path
 from energy_prior.errors import ArgumentError, CheckpointError
 from energy_prior.training.distributed import Engine
 
@@ -31,18 +32,16 @@ class RunFolder:
     last two are kept.
 
     Args:
-        path: folder of the run; made if it is not there.
+        path: folder of the run; made if it is not there; `~` is the home folder.
         engine: the processes of the run, each of which writes its own file.
         identity: what a run must keep to go on (settings, data, model), JSON-able and flat.
     """
 
     def __init__(self, path: str | os.PathLike[str], engine: Engine, identity: dict[str, Any]) -> None:
-        if not isinstance(path, str | os.PathLike):
-            raise ArgumentError(f"run_dir: expected a folder's path, got {type(path).__name__}.")
-        self.path, self._engine = Path(path), engine
+        self.path, self._engine = check_path("run_dir", path), engine
         self._identity = json.loads(json.dumps(identity | {"processes": engine.world}))
         if self.path.exists() and not self.path.is_dir():
-            raise ArgumentError(f"run_dir: expected a folder, but {os.fspath(path)!r} is a file.")
+            raise ArgumentError(f"run_dir: expected a folder, but {str(self.path)!r} is a file.")
         self.path.mkdir(parents=True, exist_ok=True)
         self._check_shared()
 

@@ -1,4 +1,4 @@
-"""Every number of the adapters against the published forward passes, written out here step by step for the stand-ins."""
+"""Every number of the adapters against the published forward passes, written out step by step for the stand-ins."""
 
 from __future__ import annotations
 
@@ -33,6 +33,17 @@ def eight_bit(*shape: int) -> Tensor:
     return x
 
 
+def dequantised(*shape: int) -> Tensor:
+    """(level + u)/256 with u uniform, as in JakobHavtorn/hvae-oodd; of the two levels at either end more than their share."""
+    levels = torch.randint(0, 256, shape)
+    for i, level in enumerate((0, 255, 1, 254)):
+        levels.view(-1)[i::7] = level
+    return (levels + torch.rand(shape)) / 256
+
+
+IMAGES = pytest.mark.parametrize("observations", [eight_bit, dequantised])
+
+
 def pixelcnn(
     logits: Tensor, means: Tensor, log_scales: Tensor, coefficients: Tensor, y: Tensor, bins: float = 255.0, top: float = 0.999
 ) -> Tensor:
@@ -60,7 +71,7 @@ def total(log_prob: Tensor) -> Tensor:
 
 
 def assert_layers(adapter: Any, x: Tensor, reference: Callable[[Sequence[Tensor]], Any]) -> Distribution:
-    """log q, log p of each layer and log p(x | z) at one draw; the reference gets z from the top; gives the likelihood."""
+    """log q, log p of each layer and log p(x | z) at one draw; the reference takes and gives z_L first; returns p(x | z)."""
     with torch.no_grad():
         inferred = adapter.infer(x)
         descent = inferred_descent(adapter, inferred)
@@ -145,8 +156,9 @@ def test_nvae(flows: int, residual: bool, vanilla: bool, t: float) -> None:
     torch.testing.assert_close(likelihood.mean, mean[0], rtol=1e-4, atol=1e-5)
 
 
+@IMAGES
 @pytest.mark.parametrize("bits", [8, 5])
-def test_nvae_mixture(bits: int) -> None:
+def test_nvae_mixture(bits: int, observations: Callable[..., Tensor]) -> None:
     """Its highest bin starts at 0.99, which takes in the level below the highest of 8 bits."""
     model: Any = perturbed(NVAE("mixture"))
     original = model.decoder_output
@@ -157,7 +169,7 @@ def test_nvae_mixture(bits: int) -> None:
         return found
 
     model.num_bits, model.decoder_output = bits, decoder_output
-    x = eight_bit(N, 3, 16, 16)
+    x = observations(N, 3, 16, 16)
     seen = x if bits == 8 else torch.floor(x * 255 / 8) / 31
 
     def reference(z: Sequence[Tensor]) -> Any:
@@ -189,9 +201,13 @@ def test_nvae_bernoulli() -> None:
     [("cifar10", 120.63838, 64.16736, 255.0), ("ffhq_256", 112.8666757481, 69.84780273, 31.0)],
 )
 @pytest.mark.parametrize("t", [(1.0,) * 5, (0.9, 0.8, 0.7, 0.6, 0.5)])
-def test_vdvae(dataset: str, mean: float, deviation: float, bins: float, t: tuple[float, ...]) -> None:
+@IMAGES
+def test_vdvae(
+    dataset: str, mean: float, deviation: float, bins: float, t: tuple[float, ...], observations: Callable[..., Tensor]
+) -> None:
+    """Temperatures here are in the order of the model's blocks, from the top."""
     model: Any = perturbed(VDVAE(dataset))
-    x = eight_bit(N, 3, 8, 8)
+    x = observations(N, 3, 8, 8)
 
     def reference(z: Sequence[Tensor]) -> Any:
         activations = model.encoder(((255 * x - mean) / deviation).permute(0, 2, 3, 1))
@@ -212,7 +228,7 @@ def test_vdvae(dataset: str, mean: float, deviation: float, bins: float, t: tupl
         mixture = from_channels(parameters, parameters.shape[1] // 10)
         return log_q, log_p, pixelcnn(*mixture, level / 127.5 - 1, bins=bins)
 
-    adapter = VDVAEAdapter(model, prior_temperature=t)
+    adapter = VDVAEAdapter(model, prior_temperature=t[::-1])
     likelihood = assert_layers(adapter, x, reference)
     base: Any = likelihood
     torch.testing.assert_close(likelihood.mean, ((base.base.mean + 1) / 2).clamp(0, 1))
@@ -223,17 +239,25 @@ def test_vdvae(dataset: str, mean: float, deviation: float, bins: float, t: tupl
 
 @pytest.mark.parametrize("ladder", [False, True])
 @pytest.mark.parametrize("skips", [False, True])
-@pytest.mark.parametrize("kind", ["bernoulli", "logistic", "mixture"])
-def test_deep_vae(kind: str, skips: bool, ladder: bool) -> None:
-    """Clamped scales, data that are changed at first, padding, and the likelihood modules in their own words."""
+@pytest.mark.parametrize(
+    ("kind", "observations"),
+    [
+        ("bernoulli", lambda *shape: (torch.rand(shape) > 0.5).float()),
+        ("logistic", eight_bit),
+        ("logistic", dequantised),
+        ("mixture", eight_bit),
+        ("mixture", dequantised),
+    ],
+)
+def test_deep_vae(kind: str, observations: Callable[..., Tensor], skips: bool, ladder: bool) -> None:
+    """Clamped scales, observations that are transformed first, padding, and every likelihood module written out."""
     model: Any = perturbed(DeepVAE(kind, ladder, skips))
     for stage in model.stages:
         stage.stochastic.min_scale, stage.stochastic.max_scale = 0.6, 0.8
     model.lambda_init = lambda x: 1 - x
-    shape = (3, 2, 2) if kind == "mixture" else (10,)
-    x = (torch.rand(N, *shape) > 0.5).float() if kind == "bernoulli" else torch.randint(1, 254, (N, *shape)) / 255
+    x = observations(N, *((3, 2, 2) if kind == "mixture" else (10,)))
     if kind == "logistic":  # in double precision, and so sharp that the floor of 1e-7 under every probability counts
-        model, x = model.double(), torch.randint(1, 254, (N, *shape)).double() / 255
+        model, x = model.double(), x.double()
         with torch.no_grad():
             model.likelihood.net.weight.mul_(20)
 
@@ -266,9 +290,11 @@ def test_deep_vae(kind: str, skips: bool, ladder: bool) -> None:
         if kind == "mixture":
             return log_q, log_p, pixelcnn(*from_channels(raw.unflatten(1, (20, 2, 2)), 2), 2 * y - 1)
         loc, log_scale = raw.chunk(2, 1)
-        loc, scale, level = loc + 0.5, (log_scale - 1).exp(), (255 * y).round()
-        inside = torch.sigmoid(((level + 1) / 256 - loc) / scale) - torch.sigmoid((level / 256 - loc) / scale)
-        return log_q, log_p, total((inside + 1e-7).log())
+        loc, scale = loc + 0.5, (log_scale - 1).exp()
+        left = torch.floor((y * (255 / 256) + 1 / 512) * 256) / 256  # the left edge of the bin that y is in
+        upper = torch.where(left < 255 / 256, torch.sigmoid((left + 1 / 256 - loc) / scale), torch.ones_like(loc))
+        lower = torch.where(left >= 1 / 256, torch.sigmoid((left - loc) / scale), torch.zeros_like(loc))
+        return log_q, log_p, total((upper - lower + 1e-7).log())
 
     assert_layers(DeepVAEAdapter(model), x, reference)
 
@@ -279,7 +305,6 @@ def test_deep_vae(kind: str, skips: bool, ladder: bool) -> None:
 def test_channels_of_a_mixture_are_those_of_pixelcnn() -> None:
     parameters = 2 * torch.randn(N, 50, 3, 2)
     parameters[:, 5:] -= 4.0  # log scales on both sides of −7
-    x = 2 * eight_bit(N, 3, 3, 2) - 1
     found = DiscretizedLogisticMixture.from_channels(parameters)
     logits, means, log_scales, coefficients = from_channels(parameters, 5)
     torch.testing.assert_close(found.logits, logits)
@@ -288,9 +313,15 @@ def test_channels_of_a_mixture_are_those_of_pixelcnn() -> None:
     assert bool((log_scales == -7).any())
     assert found.coefficients is not None
     torch.testing.assert_close(found.coefficients.transpose(1, 2), coefficients)
-    near = torch.randn(N, 50, 3, 2)
-    ours = DiscretizedLogisticMixture.from_channels(near).log_prob(x)
-    torch.testing.assert_close(ours, pixelcnn(*from_channels(near, 5), x), rtol=1e-4, atol=1e-3)
+
+
+@IMAGES
+@pytest.mark.parametrize("top", [0.999, 0.99])
+def test_mixture_with_published_edges(top: float, observations: Callable[..., Tensor]) -> None:
+    """The tails open below −0.999, and above 0.999 or, in NVAE, 0.99."""
+    parameters, y = torch.randn(N, 50, 6, 5), 2 * observations(N, 3, 6, 5) - 1
+    ours = DiscretizedLogisticMixture.from_channels(parameters, bottom=-0.999, top=top).log_prob(y)
+    torch.testing.assert_close(ours, pixelcnn(*from_channels(parameters, 5), y, top=top), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["mixture", "discretized_logistic", "gaussian"])

@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+from pictures import picture, write_parquet
 from safetensors.torch import load_file, save_file
-from test_data import picture, write_parquet
-from torch import nn
 
 from energy_prior import ArgumentError, CheckpointError, JointEBMPrior, LadderVAE
-from energy_prior.cli import main
-from energy_prior.cli.train import load_run, read_recipe, settings_help
+from energy_prior.cli.main import main
+from energy_prior.cli.recipe import read_recipe, settings_help
+from energy_prior.cli.train import load_run
 from energy_prior.training import ElboConfig, FitConfig
 
 RECIPE = """
@@ -30,9 +31,18 @@ seed: 3
 """
 
 
-def make_factory(x_shape: tuple[int, ...], width: int) -> nn.Module:
-    """What "generator.factory" may name."""
-    return LadderVAE(x_shape, latent_dims=(width, 2), hidden=8)
+FACTORY = """
+from energy_prior import LadderVAE
+
+def make(x_shape, width):
+    return LadderVAE(x_shape, (width, 2), hidden=8)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
 
 
 @pytest.fixture
@@ -69,7 +79,7 @@ def test_a_recipe_from_a_file_and_flags(recipe: Path) -> None:
         ("data.source=", "data.source: expected a folder or the name of a set on the hub, got None"),
         ("generator.width=3", "generator.width: not an argument of LadderVAE. There are latent_dims"),
         ("elbo=null", "elbo: null says that the generator comes trained, but LadderVAE does not"),
-        ("generator.latent_dims=8", "generator.latent_dims: expected a list of sizes, one per layer, got 8"),
+        ("generator.latent_dims=8", "generator.latent_dims: expected a sequence of whole numbers, got 8"),
         ("generator.latent_dims=[0]", "generator.latent_dims: expected a whole number of at least 1"),
         ("model=vae", "model: not a section of a recipe"),
         ("seed", "--set: expected KEY=VALUE, got 'seed'"),
@@ -107,29 +117,41 @@ def test_train_writes_everything_and_goes_on(recipe: Path, capsys: pytest.Captur
     assert "cannot go on like this: iterations was 4, now 5" in capsys.readouterr().err
 
 
-def test_a_generator_of_ones_own(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own = ["--set", "generator={factory: 'test_recipe:make_factory', width: 4}"]
-    assert main(["train", str(recipe), *own, "--out", str(recipe.parent / "own"), "--seed", "1", "--device", "cpu"]) == 0
+def test_a_factory_in_the_current_folder(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when the command is run in a project's own folder; and what is said of factories that cannot be used."""
+    (recipe.parent / "my_own_models.py").write_text(FACTORY)
+    monkeypatch.chdir(recipe.parent)
+    path = list(sys.path)
+    once = "fit=[{method: nce, iterations: 2, batch_size: 8, step_size: 0.3, progress: false}]"
+    own = ["--set", "generator={factory: 'my_own_models:make', width: 4}", "--set", once]
+    assert main(["train", str(recipe), *own, "--out", "here", "--seed", "1", "--device", "cpu"]) == 0
+    assert load_run("here").sample_latents(2, steps=1)[0].shape == (2, 4)
     for factory, message in (
         ("nowhere:f", "cannot import"),
         ("f", 'expected "module:function"'),
         ("builtins:print", "nn.Module"),
-        ("test_recipe:make_factory", "raised TypeError for images of shape (1, 6, 6) and {}"),
+        ("my_own_models:make", "raised TypeError for images of shape (1, 6, 6) and {}"),
     ):
-        made = ["--set", f"generator={{factory: '{factory}'}}", "--out", str(recipe.parent / "x")]
+        made = ["--set", f"generator={{factory: '{factory}'}}", "--out", "not-here"]
         assert main(["train", str(recipe), *made]) == 2
         assert message in capsys.readouterr().err
-
-
-def test_a_factory_in_the_present_folder(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when the command is run in a project's own folder."""
-    code = "from energy_prior import LadderVAE\n\ndef make(x_shape):\n    return LadderVAE(x_shape, (3, 2), hidden=8)\n"
-    (recipe.parent / "my_own_models.py").write_text(code)
-    monkeypatch.chdir(recipe.parent)
-    path = list(sys.path)
-    assert main(["train", str(recipe), "--set", "generator={factory: 'my_own_models:make'}", "--out", "here"]) == 0
-    assert load_run("here").sample(2, steps=1).shape == (2, 1, 6, 6)
     assert sys.path == path
+
+
+def test_a_home_folder_is_expanded(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the recipe's own path, in data.source, in out and in what `load_run` gets."""
+    monkeypatch.setenv("HOME", str(recipe.parent))
+    monkeypatch.chdir(recipe.parent / "set")  # where nothing may be written
+    once = "fit=[{method: nce, iterations: 1, batch_size: 8, step_size: 0.3, progress: false}]"
+    assert main(["train", "~/recipe.yaml", "--set", "data.source='~/set'", "--set", once, "--out", "~/home"]) == 0
+    assert load_run("~/home").x_shape == (1, 6, 6)
+    assert [p.name for p in Path.cwd().iterdir()] == ["train-00000-of-00001.parquet"]
+    assert main(["train", "~/recipe.yaml", "--out", ""]) == 2
+    assert "out: expected" in capsys.readouterr().err
+    with pytest.raises(ArgumentError, match="folder: expected a path, got an empty text"):
+        load_run("")
 
 
 def test_a_folder_that_holds_no_run(recipe: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
+from pictures import picture, write_parquet
 from PIL import Image
 
 from energy_prior import ArgumentError
@@ -19,23 +20,6 @@ from energy_prior.data import ImageStream, load_images
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
-
-
-def picture(value: int, size: tuple[int, int] = (6, 4), mode: str = "L") -> Image.Image:
-    return Image.new(mode, size, value if mode == "L" else (value, 0, 255))
-
-
-def write_parquet(folder: Path, images: list[Image.Image], split: str = "train", **columns: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-
-    def encoded(image: Image.Image) -> dict[str, Any]:
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        return {"bytes": buffer.getvalue(), "path": None}
-
-    rows = {"image": [encoded(i) for i in images], "label": list(range(len(images)))} | columns
-    datasets.Dataset.from_dict(rows).to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
-    return folder
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -87,6 +71,39 @@ def test_what_cannot_be_used(tmp_path: Path) -> None:
         load_images(folder, channels=2)
     with pytest.raises(ArgumentError, match="limit: expected a whole number of at least 1"):
         load_images(folder, limit=0)
+
+
+def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "set", [picture(10 * i) for i in range(4)])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(load_images("~/set").images) == 4
+    assert next(iter(ImageStream("~/set", size=4, batch_size=2, channels=1))).shape == (2, 1, 4, 4)
+    with pytest.raises(ArgumentError, match="source: there is no folder .*nothing"):
+        load_images("~/nothing")
+    for read in (lambda: load_images(""), lambda: ImageStream("", size=4, batch_size=2)):
+        with pytest.raises(ArgumentError, match="source: expected a path, got an empty text"):
+            read()
+
+
+def test_numbers_of_numpy_and_torch(tmp_path: Path) -> None:
+    """As sizes."""
+    folder = write_parquet(tmp_path / "set", [picture(10 * i) for i in range(6)])
+    four, two = np.int64(4), torch.tensor(2)
+    images, _ = load_images(folder, size=four, limit=two)  # type: ignore[arg-type]
+    batch = next(iter(ImageStream(folder, size=four, batch_size=two, channels=1, skip=np.int32(1))))  # type: ignore[arg-type]
+    assert images.shape == batch.shape == (2, 1, 4, 4)
+    assert not bool((batch[:, 0, 0, 0] == 0).any()), "the first image is left out"
+
+
+def test_images_are_on_the_cpu_whatever_the_default_device(tmp_path: Path) -> None:
+    (tmp_path / "set" / "train" / "a").mkdir(parents=True)
+    (tmp_path / "set" / "train" / "b").mkdir()
+    picture(3).save(tmp_path / "set" / "train" / "a" / "0.png")
+    picture(3).save(tmp_path / "set" / "train" / "b" / "0.png")
+    with torch.device("meta"):
+        images, labels = load_images(tmp_path / "set")
+    assert labels is not None
+    assert images.device.type == labels.device.type == "cpu"
 
 
 def test_a_broken_image_is_named(tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
 from energy_prior import ArgumentError, LadderVAE, ShapeError, check_generator, fit_elbo
+from energy_prior.checkpoint import fingerprint
 from energy_prior.generators.ladder import _Resize
-from energy_prior.generators.likelihoods import DiscretizedLogistic
 from energy_prior.training import elbo
 
 
@@ -48,7 +49,7 @@ def test_sigma_fixed_or_learned(likelihood: Any) -> None:
 
 def test_x_range_bounds_the_mean() -> None:
     vae = LadderVAE((4,), (2,), x_range=(-1.0, 1.0))
-    state = vae.descend(vae.start(100), 50 * torch.randn(100, 2))
+    state = vae.descend(vae.start(100), 50 * torch.randn(100, 2), 1)
     mean = vae.likelihood(state).mean
     assert float(mean.detach().min()) >= -1
     assert float(mean.detach().max()) <= 1
@@ -57,7 +58,7 @@ def test_x_range_bounds_the_mean() -> None:
 
 def test_log_prob_is_nats_per_observation() -> None:
     vae = LadderVAE((1, 3, 3), (2,), sigma=0.5)
-    likelihood = vae.likelihood(vae.descend(vae.start(2), torch.zeros(2, 2)))
+    likelihood = vae.likelihood(vae.descend(vae.start(2), torch.zeros(2, 2), 1))
     x = torch.rand(2, 1, 3, 3)
     residual = (x - likelihood.mean).detach() / 0.5
     expected = -0.5 * residual.square().sum((1, 2, 3)) - 9 * math.log(0.5 * math.sqrt(2 * math.pi))
@@ -106,7 +107,16 @@ def test_input_noise_reaches_the_inference_model_alone() -> None:
         (lambda: LadderVAE((8,), x_range=(1.0, 0.0)), ArgumentError, "x_range: expected"),
         (lambda: LadderVAE((8,), likelihood="bernoulli", x_range=(-1.0, 1.0)), ArgumentError, "x_range: likelihood"),
         (lambda: LadderVAE((8,)).infer(torch.zeros(2, 9)), ShapeError, r"x: expected shape \(batch, 8\), got \(2, 9\)"),
-        (lambda: LadderVAE((8,)).likelihood(LadderVAE((8,)).start(2)), ArgumentError, "descend through every layer first"),
+        (lambda: LadderVAE("88"), ShapeError, "x_shape: expected one or more positive sizes, got '88'"),  # type: ignore[arg-type]
+        (lambda: LadderVAE((8,), "16"), ArgumentError, "latent_dims: expected a sequence"),  # type: ignore[arg-type]
+        (lambda: LadderVAE((8,), 16), ArgumentError, "latent_dims: expected a sequence"),  # type: ignore[arg-type]
+        (lambda: LadderVAE((8,), torch.tensor(16)), ArgumentError, "latent_dims: expected a sequence"),  # type: ignore[arg-type]
+        (lambda: LadderVAE((8,), [2.5]), ArgumentError, "latent_dims: expected a whole number"),  # type: ignore[list-item]
+        (lambda: LadderVAE((8,), hidden="16"), ArgumentError, "hidden: expected a whole number"),  # type: ignore[arg-type]
+        (lambda: LadderVAE((8,), depth=True), ArgumentError, "depth: expected a whole number"),
+        (lambda: LadderVAE((8,), x_range="01"), ArgumentError, "x_range: expected .lowest, highest."),  # type: ignore[arg-type]
+        (lambda: LadderVAE((8,), x_range=(0.0, float("nan"))), ArgumentError, "x_range: expected .lowest, highest."),
+        (lambda: LadderVAE((8,), x_range=1.0), ArgumentError, "x_range: expected .lowest, highest."),  # type: ignore[arg-type]
     ],
 )
 def test_bad_arguments(call: Any, error: type[Exception], words: str) -> None:
@@ -114,25 +124,37 @@ def test_bad_arguments(call: Any, error: type[Exception], words: str) -> None:
         call()
 
 
-@pytest.mark.parametrize("scale", [0.02, 0.3, 5.0])
-@pytest.mark.parametrize("loc", [-1.4, -0.1, 0.6, 2.0])
-def test_discretized_logistic_sums_to_one_and_stays_finite(loc: float, scale: float) -> None:
-    grid = torch.linspace(-1, 1, 17, dtype=torch.float64)
-    d = DiscretizedLogistic(torch.tensor(loc).double(), torch.tensor(scale).double(), 17, -1.0, 1.0)
-    log_p = d.log_prob(grid)
-    assert torch.isfinite(log_p).all()
-    assert float(log_p.exp().sum()) == pytest.approx(1.0, abs=1e-12)
-    draws = d.sample((20_000,))
-    assert torch.isin(draws.mul(8).round(), grid.mul(8).round()).all()
-    frequency = torch.stack([(draws - g).abs().lt(1e-6).double().mean() for g in grid])
-    assert float((frequency - log_p.exp()).abs().max()) < 0.02
-
-
-def test_discretized_logistic_far_from_its_centre_in_float32() -> None:
-    d = DiscretizedLogistic(torch.tensor(0.9), torch.tensor(1e-3), 256)
-    log_p = d.log_prob(torch.tensor([0.0, 0.1, 0.5, 1.0]))
-    assert torch.isfinite(log_p).all()
-    assert float(log_p.min()) < -500
+def test_settings_of_any_kind_of_number() -> None:
+    """Python's own numbers are stored, whatever kind came."""
+    plain = LadderVAE((1, 8, 8), (4, 2), hidden=16, depth=1, sigma=0.5, x_range=(-1.0, 1.0), levels=16)
+    given: list[dict[str, Any]] = [
+        {
+            "x_shape": np.array([1, 8, 8]),
+            "latent_dims": np.array([4, 2]),
+            "hidden": np.int32(16),
+            "depth": torch.tensor(1),
+            "sigma": np.float32(0.5),
+            "x_range": np.array([-1.0, 1.0]),
+            "levels": np.int64(16),
+        },
+        {
+            "x_shape": (n for n in (1, 8, 8)),
+            "latent_dims": torch.tensor([4, 2]),
+            "hidden": torch.tensor(16),
+            "depth": np.uint8(1),
+            "sigma": torch.tensor(0.5),
+            "x_range": iter((np.float32(-1), np.int64(1))),
+            "levels": torch.tensor(16),
+        },
+    ]
+    for settings in given:
+        other = LadderVAE(**settings)
+        assert repr(other) == repr(plain)
+        assert (other.x_shape, other.latent_shapes, other.x_range) == (plain.x_shape, plain.latent_shapes, plain.x_range)
+        assert {type(n) for shape in (other.x_shape, *other.latent_shapes) for n in shape} == {int}
+        assert {type(n) for n in other.x_range} == {float}
+        other.load_state_dict(plain.state_dict())
+        assert fingerprint(other) == fingerprint(plain)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from ladders import ScaleLadder
 from torch import Tensor
 
 from energy_prior import JointEBMPrior
-from energy_prior.langevin import ChainSettings, ChainState, JointDensity, sample_density
+from energy_prior.langevin import ChainSettings, Evaluation, JointDensity, Target, sample_target
 from energy_prior.process import frozen
 from energy_prior.topdown import TopDown
 
@@ -52,7 +52,7 @@ def test_posterior() -> None:
 class WithoutJacobian(JointDensity):
     """The noise-space density of public reference code: Σ f_i + log p_β(T_β(ε)), the Jacobian of T_β left out."""
 
-    def evaluate(self, position: Sequence[Tensor], **_: Any) -> ChainState:
+    def evaluate(self, position: Sequence[Tensor], **_: Any) -> Evaluation:
         with torch.enable_grad():
             leaves = tuple(p.detach().requires_grad_() for p in position)
             descent = self.topdown.descend(leaves, "noise")
@@ -60,15 +60,19 @@ class WithoutJacobian(JointDensity):
             log_density = energy.sum(1) + descent.log_priors().sum(1)
             gradient = torch.autograd.grad(log_density.sum(), leaves)
         gradient = tuple(g + p.detach() for g, p in zip(gradient, leaves, strict=True))
-        return ChainState(tuple(p.detach() for p in leaves), energy.detach(), log_density.detach(), gradient)
+        return Evaluation(tuple(p.detach() for p in leaves), energy.detach(), log_density.detach(), gradient)
 
 
-@pytest.mark.parametrize(("density", "right"), [(JointDensity, True), (WithoutJacobian, False)])
-def test_the_density_without_the_jacobian_fails(density: type[JointDensity], right: bool) -> None:
+class TargetWithoutJacobian(Target):
+    def density(self) -> JointDensity:
+        return WithoutJacobian(TopDown(self.generator, self.batch_size, self.held), self.energies, self.space, self.x)
+
+
+@pytest.mark.parametrize(("target", "right"), [(Target, True), (TargetWithoutJacobian, False)])
+def test_the_density_without_the_jacobian_fails(target: type[Target], right: bool) -> None:
     ladder = ScaleLadder()
     torch.manual_seed(5)
     with torch.no_grad(), frozen(ladder):
-        target = density(TopDown(ladder, CHAINS), ladder.energies)
         settings = ChainSettings(steps=STEPS, step_size=0.8, adjust=True)
-        z = sample_density(target, settings, default_step_size=0.8).latents
+        z = sample_target(target(ladder, ladder.energies, "noise", CHAINS), settings, default_step_size=0.8).latents
     assert agrees(z_scores(z, ladder.moments())) is right

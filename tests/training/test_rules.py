@@ -1,118 +1,119 @@
-"""The learning rules: their gradients against finite differences of closed forms, and the optimum that each must find."""
+"""The learning rules: each safeguard of a task by itself, and the optimum that each rule must find."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from ladders import GaussianLadder, LinearLadder, PairsLadder, QuadraticEnergy, gaussian, kl
+from ladders import GaussianLadder, PairsLadder, QuadraticEnergy, gaussian, kl
+from runs import X, make, seeded, task_of
 from torch import Tensor, nn
 
-from energy_prior import JointEBMPrior
-from energy_prior.topdown import TopDown
-from energy_prior.training import FitConfig, Method, generator_likelihood, maximum_likelihood
+from energy_prior import DivergenceError, JointEBMPrior, MLPEnergy
+from energy_prior.training import FitResult, Method
 from energy_prior.training.chains import TrainingChains
-from energy_prior.training.fit import FitResult
-
-H = 1e-5
 
 
-def points(n: int) -> Tensor:
-    """2n points of equal weight with mean 0 and covariance I: averages of quadratics over them are exact."""
-    axes = math.sqrt(n) * torch.eye(n, dtype=torch.float64)
-    return torch.cat([axes, -axes])
+def constant(value: float) -> list[nn.Module]:
+    return [QuadraticEnergy(torch.zeros(d, d), torch.zeros(d), value) for d in (3, 2)]
 
 
-def draws(mean: Tensor, covariance: Tensor) -> Tensor:
-    return mean + points(len(mean)) @ torch.linalg.cholesky(covariance).T
+@pytest.mark.parametrize("method", ["nce", "two_stage"])
+def test_penalty_and_wall_are_in_the_loss(method: Any) -> None:
+    """Both f are 40, beyond the bound of 25 by 15: 0.01 · 2 · 80² + 0.1 · 2 · 2 · 15²."""
+    task = task_of(make(constant(40.0)), method, energy_penalty=0.01, energy_bound=25.0)
+    loss, figures = task.loss(X[:16], 1)
+    assert float((loss - figures["loss"]).detach()) == pytest.approx(0.01 * 2 * 80**2 + 0.1 * 2 * 2 * 15**2, rel=1e-4)
 
 
-def layers(ladder: LinearLadder, z: Tensor) -> tuple[Tensor, ...]:
-    return tuple(z.split(ladder.dims, dim=1))
+def test_the_penalty_of_the_run_follows_its_gap() -> None:
+    task = task_of(make(), "two_stage", gap_limit=1.0)
+    task._gaps = [torch.tensor(30.0)]
+    before = float(task.penalty.value)
+    task.updated(1)
+    assert float(task.penalty.value) > before
 
 
-def surrogate(ladder: LinearLadder, x: Tensor, positive: Sequence[Tensor], log_q: Tensor | None) -> Tensor:
-    """The library's objectives, with exact negatives."""
-    negative = layers(ladder, draws(*ladder.tilted()))
-
-    def tilt(latents: Sequence[Tensor]) -> Tensor:
-        return torch.stack([f(z) for f, z in zip(ladder.energies, latents, strict=True)], 1).sum(1)
-
-    topdown = TopDown(ladder, len(x))
-    descent = topdown.descend(tuple(positive), "latent", to_observation=True)
-    below = TopDown(ladder, len(negative[0])).descend(negative, "latent").log_priors().sum(1)
-    log_likelihood = topdown.likelihood(descent).log_prob(x)
-    energies = maximum_likelihood(tilt(positive), tilt(negative))
-    return energies + generator_likelihood(log_likelihood, descent.log_priors().sum(1), below, log_q)
+def test_the_penalty_leaves_the_inference_model_alone() -> None:
+    prior = make(constant(3.0))
+    for f in prior.energies:
+        f.h.data.fill_(1.0)  # type: ignore[union-attr,operator]
+    prior.train_jointly()
+    task = task_of(prior, "variational", energy_penalty=1.0)
+    loss, figures = task.loss(X[:16], 1)
+    inner = list(prior.generator.inference.parameters())  # type: ignore[attr-defined]
+    found = torch.autograd.grad(loss - figures["loss"], inner, allow_unused=True, materialize_grads=True, retain_graph=True)
+    scale = max(float(g.abs().max()) for g in torch.autograd.grad(figures["loss"], inner))
+    assert max(float(g.abs().max()) for g in found) < 1e-5 * scale
 
 
-def check_gradients(value: Callable[[], float], loss: Tensor, weights: dict[str, nn.Parameter]) -> None:
-    """∂loss/∂w = −∂value/∂w for every entry of every weight."""
-    gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
-    for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
-        flat, slopes = weight.data.view(-1), []
-        for j in range(flat.numel()):
-            flat[j] += H
-            up = value()
-            flat[j] -= 2 * H
-            down = value()
-            flat[j] += H
-            slopes.append(-(up - down) / (2 * H))
-        torch.testing.assert_close(gradient.flatten(), torch.tensor(slopes).double(), rtol=1e-5, atol=1e-7, msg=name)
+def test_a_stage_starts_from_the_average_with_new_chains() -> None:
+    task = task_of(make(), "multi_stage_nce", iterations=9, stages=3)
+    for average in task.average:
+        average.fill_(0.25)
+    task.chains.persistent = (torch.zeros(8, 3), torch.zeros(8, 2))
+    task._enter_stage(4)
+    assert all(bool((w == 0.25).all()) for w in task.weights)
+    assert task.chains.persistent is None
+    assert task.previous is not None
 
 
-def generator_weights(ladder: LinearLadder) -> dict[str, nn.Parameter]:
-    named = {"out": ladder.out, "a": ladder.a[0], "b": ladder.b[0], "s": ladder.s[0]}
-    return named | {f"f{i}.{n}": p for i, f in enumerate(ladder.energies, 1) for n, p in f.named_parameters() if n != "c"}
+def test_pictures_are_of_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = make()
+    task = task_of(prior, "nce")
+    for average in task.average:
+        average.fill_(0.5)
+    before = [w.detach().clone() for w in task.weights]
+    seen: list[bool] = []
+
+    def sample(*args: Any, **keywords: Any) -> Tensor:
+        seen.append(all(bool((w == 0.5).all()) for w in task.weights))
+        return X
+
+    monkeypatch.setattr(prior, "sample", sample)
+    task.picture()
+    assert seen == [True]
+    assert all(torch.equal(a, b) for a, b in zip(before, task.weights, strict=True))
 
 
-def test_joint_maximum_likelihood_has_the_gradient_of_the_marginal_likelihood() -> None:
-    """d/dθ of the mean log p(x), p(x) = N(B m_1, B S_11 Bᵀ + τ² I) under the tilted prior, in every parameter."""
-    ladder = LinearLadder((2, 2), x_dim=3, seed=3)
-    x = torch.randn(4, 3, dtype=torch.float64)
+def test_what_is_kept_was_looked_at() -> None:
+    """The figures of a window are of weights before its last update: a run that fails in the next one keeps those before."""
+    task = task_of(make(), "nce")
+    sound = {"loss": torch.zeros(1), "largest_1": torch.ones(1), "largest_2": torch.ones(1)}
+    figures = sound | {"energy_posterior": torch.zeros(1), "energy_prior": torch.zeros(1)}
+    for value in (1.0, 2.0):
+        for average in task.average:
+            average.fill_(value)
+        task.look(int(value), figures)
+    for average in task.average:
+        average.fill_(3.0)
+    with pytest.raises(DivergenceError):
+        task.look(3, figures | {"largest_1": torch.tensor([1e9])})
+    task.keep_average()
+    assert all(bool((w == 1.0).all()) for w in task.weights)
 
-    def marginal() -> float:
-        mean, covariance = gaussian(ladder, tilted=True)
-        return float(torch.distributions.MultivariateNormal(mean[4:], covariance[4:, 4:]).log_prob(x).mean())
 
-    posterior = torch.cat([draws(*ladder.tilted(row)) for row in x])
-    repeated = x.repeat_interleave(len(posterior) // len(x), dim=0)
-    loss = surrogate(ladder, repeated, layers(ladder, posterior), None)
-    check_gradients(marginal, loss, generator_weights(ladder))
+def test_the_last_average_is_seen_to_be_sound() -> None:
+    prior = make(constant(0.0))
+    task = task_of(prior, "nce", max_energy=50.0)
+    with torch.no_grad():
+        for f in prior.energies:
+            f.c.fill_(80.0)  # type: ignore[union-attr,operator]
+    task.latest = [w.detach().clone() for w in task.weights] + task.buffers
+    with pytest.raises(DivergenceError, match=r"f_1, the energy of layer 1, reached 80 nats \(max_energy is 50\)"):
+        task.finish()
 
 
-def test_the_variational_surrogate_has_the_gradient_of_the_bound() -> None:
-    """d/dθ of E_q[log p_β0 + log p_β + Σf − log q] − log Z, in the inference model's parameters as well."""
-    ladder = LinearLadder((2, 2), x_dim=3, seed=5)
-    x = torch.randn(2, 3, dtype=torch.float64)
-    noise = points(4)
-    repeated = x.repeat_interleave(len(noise), dim=0)
-    n1, n2 = noise.repeat(2, 1).split((2, 2), dim=1)
-
-    def posterior() -> tuple[tuple[Tensor, ...], Tensor]:
-        latents = tuple(repeated @ w.T + v * n for w, v, n in zip(ladder.w, ladder.v, (n1, n2), strict=True))
-        log_q = sum(-0.5 * (n**2).sum(1) - v.log().sum() for v, n in zip(ladder.v, (n1, n2), strict=True))
-        assert isinstance(log_q, Tensor)
-        return latents, log_q
-
-    def bound() -> float:
-        with torch.no_grad():
-            latents, log_q = posterior()
-            topdown = TopDown(ladder, len(repeated))
-            descent = topdown.descend(latents, "latent", to_observation=True)
-            tilt = torch.stack([f(z) for f, z in zip(ladder.energies, latents, strict=True)], 1).sum(1)
-            value = topdown.likelihood(descent).log_prob(repeated) + descent.log_priors().sum(1) + tilt - log_q
-        return float(value.mean()) - ladder.log_z()
-
-    latents, log_q = posterior()
-    loss = surrogate(ladder, repeated, latents, log_q)
-    weights = (
-        generator_weights(ladder) | {f"w{i}": p for i, p in enumerate(ladder.w)} | {f"v{i}": p for i, p in enumerate(ladder.v)}
-    )
-    check_gradients(bound, loss, weights)
+def test_the_last_average_is_not_saturated() -> None:
+    prior = JointEBMPrior(make().generator, [MLPEnergy(shape, (8,)) for shape in make().generator.latent_shapes])
+    task = task_of(prior, "nce")
+    with torch.no_grad():
+        prior.energies[1].net[-1].bias.fill_(-300.0)  # type: ignore[union-attr]
+    task.latest = [w.detach().clone() for w in task.weights] + task.buffers
+    with pytest.raises(DivergenceError, match="f_2, the energy of layer 2, is at 95% of its saturation on average"):
+        task.finish()
 
 
 FAST: dict[str, Any] = {
@@ -129,6 +130,7 @@ FAST: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["multi_stage_nce", "two_stage"])
 def test_two_layers_find_the_energies_behind_the_draws(method: Method) -> None:
     ladder = PairsLadder((2, 2), x_dim=4, seed=1)
@@ -136,10 +138,11 @@ def test_two_layers_find_the_energies_behind_the_draws(method: Method) -> None:
     data = torch.distributions.MultivariateNormal(mean, covariance).sample((20_000,))
     ladder.energies = [QuadraticEnergy(torch.zeros(2, 2).double(), torch.zeros(2).double()) for _ in range(2)]
     start = kl((mean, covariance), ladder.tilted())
-    JointEBMPrior(ladder, ladder.energies).fit(data, method, **FAST, rng=torch.Generator().manual_seed(0))
+    JointEBMPrior(ladder, ladder.energies).fit(data, method, **FAST, rng=seeded(0))
     assert kl((mean, covariance), ladder.tilted()) < 0.08 * start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["variational", "joint"])
 def test_joint_rules_find_the_data(method: Method) -> None:
     """KL(data ‖ p(x)) nearly vanishes, with generator, inference model and energies all learning."""
@@ -156,7 +159,7 @@ def test_joint_rules_find_the_data(method: Method) -> None:
 
     start = distance()
     prior = JointEBMPrior(ladder, ladder.energies)
-    prior.fit(data, method, **FAST, rng=torch.Generator().manual_seed(0))
+    prior.fit(data, method, **FAST, rng=seeded(0))
     assert distance() < 0.08 * start
     moved = {name.split(".")[0] for name, p in ladder.named_parameters() if not torch.equal(p, before[name])}
     assert {"out", "a", "b", "s"} <= moved
@@ -184,9 +187,3 @@ def test_each_stage_corrects_the_prior_before_it(monkeypatch: pytest.MonkeyPatch
     losses = [h["loss"] for h in result.history]
     assert losses[29] < 2 * math.log(2) - 0.1
     assert losses[30] == pytest.approx(2 * math.log(2), abs=1e-9), "f − f_previous is 0 when a stage begins"
-
-
-def test_a_config_knows_its_method() -> None:
-    assert FitConfig().for_method("joint").restart == 0.3
-    assert FitConfig().for_method("multi_stage_nce").restart == 0.05
-    assert FitConfig(restart=0.5).for_method("nce").restart == 0.5

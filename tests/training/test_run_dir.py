@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from runs import X, make, recorded, seeded
 from torch import Tensor, nn
 
-from energy_prior import (
-    ArgumentError,
-    CheckpointError,
-    DivergenceError,
-    JointEBMPrior,
-    LadderVAE,
-    MLPEnergy,
-    TrainingWarning,
-    fit_elbo,
-)
-from energy_prior.training import METHODS, FitConfig, Method
+from energy_prior import ArgumentError, CheckpointError, DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy, fit_elbo
+from energy_prior.training import METHODS, Method
+from energy_prior.training.distributed import Engine
 from energy_prior.training.run_dir import RunFolder
 
-X = torch.rand(48, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, Any] = {
     "iterations": 14,
     "batch_size": 16,
@@ -36,13 +26,9 @@ SETTINGS: dict[str, Any] = {
     "posterior_steps": 4,
     "log_every": 4,
     "checkpoint_every": 5,
+    "step_size": 0.3,  # tuning takes longer than such a run
     "progress": False,
 }
-
-
-def make(seed: int = 0) -> JointEBMPrior:
-    torch.manual_seed(seed)
-    return JointEBMPrior(LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8))
 
 
 def everything(prior: JointEBMPrior) -> dict[str, Tensor]:
@@ -50,16 +36,7 @@ def everything(prior: JointEBMPrior) -> dict[str, Tensor]:
     return {**prior.state_dict(), **{f"g.{k}": v for k, v in prior.generator.state_dict().items()}}
 
 
-@contextlib.contextmanager
-def recorded() -> Iterator[list[str]]:
-    """The messages of every `TrainingWarning` inside."""
-    said: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", TrainingWarning)
-        try:
-            yield said
-        finally:
-            said.extend(str(w.message) for w in caught)
+QUICK: list[Any] = [("nce", None), ("multi_stage_nce", None), ("two_stage", 0)]
 
 
 class Killed(BaseException):
@@ -78,22 +55,24 @@ def killed_after(saves: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunFolder, "save", save)
 
 
-@pytest.mark.parametrize("persistent", [0, None])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "persistent"),
+    [pytest.param(m, p, marks=pytest.mark.slow) for m in METHODS for p in (0, None) if (m, p) not in QUICK] + QUICK,
+)
 def test_a_stopped_run_goes_on_bit_by_bit(
     method: Method, persistent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make()
-    settings: dict[str, Any] = SETTINGS | {"persistent": persistent, "accumulate": 2}
-    expected = whole.fit(X, method, **settings, run_dir=tmp_path / "a", rng=torch.Generator().manual_seed(1))
+    settings: dict[str, Any] = SETTINGS | {"persistent": persistent, "accumulate": 2, "step_size": None}
+    expected = whole.fit(X, method, **settings, run_dir=tmp_path / "a", rng=seeded())
     assert expected.resumed_at is None
     with monkeypatch.context() as patch:
         killed_after(2, patch)
         with pytest.raises(Killed):
-            make().fit(X, method, **settings, run_dir=tmp_path / "b", rng=torch.Generator().manual_seed(1))
+            make().fit(X, method, **settings, run_dir=tmp_path / "b", rng=seeded())
     torch.rand(7)  # the stream of the new process is elsewhere
     again = make()
-    result = again.fit(X, method, **settings, run_dir=tmp_path / "b", rng=torch.Generator().manual_seed(1))
+    result = again.fit(X, method, **settings, run_dir=tmp_path / "b", rng=seeded())
     assert result.resumed_at == 10
     assert result.history == expected.history
     assert result.clipped == expected.clipped
@@ -103,8 +82,8 @@ def test_a_stopped_run_goes_on_bit_by_bit(
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     first, again = make(), make()
-    first.fit(X, **SETTINGS, run_dir=tmp_path, rng=torch.Generator().manual_seed(1))
-    assert again.fit(X, **SETTINGS, run_dir=tmp_path, rng=torch.Generator().manual_seed(1)).resumed_at == 14
+    first.fit(X, **SETTINGS, run_dir=tmp_path, rng=seeded())
+    assert again.fit(X, **SETTINGS, run_dir=tmp_path, rng=seeded()).resumed_at == 14
     for name, value in everything(first).items():
         assert torch.equal(everything(again)[name], value), name
 
@@ -117,7 +96,7 @@ def test_the_elbo_goes_on_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def run(folder: str) -> tuple[Any, Any]:
         vae = make().generator
         assert isinstance(vae, LadderVAE)
-        return vae, fit_elbo(vae, X, **settings, run_dir=tmp_path / folder, rng=torch.Generator().manual_seed(1))
+        return vae, fit_elbo(vae, X, **settings, run_dir=tmp_path / folder, rng=seeded())
 
     whole, expected = run("a")
     with monkeypatch.context() as patch:
@@ -137,7 +116,7 @@ def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
 
 def test_another_seed_is_another_run(tmp_path: Path) -> None:
     """Where the caller gives one; a script without any goes on."""
-    make().fit(X, **SETTINGS, run_dir=tmp_path / "a", rng=torch.Generator().manual_seed(1))
+    make().fit(X, **SETTINGS, run_dir=tmp_path / "a", rng=seeded())
     with pytest.raises(ArgumentError, match="cannot go on like this: seed was"):
         make().fit(X, **SETTINGS, run_dir=tmp_path / "a", rng=torch.Generator().manual_seed(2))
     make().fit(X, **SETTINGS, run_dir=tmp_path / "b")
@@ -159,15 +138,6 @@ def test_samples_that_diverge_do_not_stop_a_run(tmp_path: Path, monkeypatch: pyt
     assert any("No samples drawn after iteration 5: The chain diverged" in message for message in said)
 
 
-def test_a_failed_run_forgets_the_calibration_of_other_energies() -> None:
-    prior = JointEBMPrior(make().generator, [Steep(), Steep()])
-    prior.fit(X, **SETTINGS)
-    prior.calibration.fill_(1.0)
-    with recorded(), pytest.raises(DivergenceError):
-        prior.fit(X, "two_stage", **WILD, steps=4, learning_rate=0.05, max_energy=20.0)
-    assert bool((prior.calibration == 0).all())
-
-
 CHANGES: list[tuple[str, Callable[[], JointEBMPrior], dict[str, Any], Tensor, str]] = [
     (
         "saturation",
@@ -179,7 +149,7 @@ CHANGES: list[tuple[str, Callable[[], JointEBMPrior], dict[str, Any], Tensor, st
     ("setting", make, {"learning_rate": 0.5}, X, "learning_rate was 0.003, now 0.5"),
     ("method", make, {"method": "two_stage"}, X, "task was"),
     ("data", make, {}, 0.9 * X, "data was"),
-    ("generator", lambda: make(3), {}, X, "generator was"),
+    ("generator", lambda: make(seed=3), {}, X, "generator was"),
     ("space", lambda: JointEBMPrior(make().generator, space="latent"), {}, X, "space was 'noise', now 'latent'"),
     (
         "energies",
@@ -240,9 +210,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(OSError, match="No space left on device: the checkpoint .* could not be written.*make room"):
-            make().fit(X, **SETTINGS, run_dir=tmp_path, rng=torch.Generator().manual_seed(1))
+            make().fit(X, **SETTINGS, run_dir=tmp_path, rng=seeded())
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-00000005"]
-    assert make().fit(X, **SETTINGS, run_dir=tmp_path, rng=torch.Generator().manual_seed(1)).resumed_at == 5
+    assert make().fit(X, **SETTINGS, run_dir=tmp_path, rng=seeded()).resumed_at == 5
 
 
 def test_what_a_kill_left_half_written_is_swept_away(tmp_path: Path) -> None:
@@ -256,7 +226,7 @@ def test_run_dir_that_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArgumentError, match="run_dir: expected a folder, but .* is a file"):
         make().fit(X, **SETTINGS, run_dir=tmp_path / "file")
-    with pytest.raises(ArgumentError, match="run_dir: expected a folder's path, got int"):
+    with pytest.raises(ArgumentError, match="run_dir: expected a path, got int"):
         make().fit(X, **SETTINGS, run_dir=3)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="run_dir: expected a folder, as tensorboard or sample_every"):
         make().fit(X, **SETTINGS, sample_every=2)
@@ -264,96 +234,115 @@ def test_run_dir_that_is_no_folder(tmp_path: Path) -> None:
 
 def test_tensorboard_and_sample_grids_do_not_change_a_run(tmp_path: Path) -> None:
     plain, shown = make(), make()
-    plain.fit(X, **SETTINGS, rng=torch.Generator().manual_seed(1), run_dir=tmp_path / "a")
-    shown.fit(X, **SETTINGS, rng=torch.Generator().manual_seed(1), run_dir=tmp_path / "b", sample_every=5, tensorboard=True)
+    plain.fit(X, **SETTINGS, rng=seeded(), run_dir=tmp_path / "a")
+    shown.fit(X, **SETTINGS, rng=seeded(), run_dir=tmp_path / "b", sample_every=5, tensorboard=True)
     for name, value in everything(plain).items():
         assert torch.equal(everything(shown)[name], value), name
     assert sorted(p.name for p in (tmp_path / "b" / "samples").iterdir()) == ["00000005.png", "00000010.png"]
     assert any((tmp_path / "b" / "tensorboard").glob("events.*"))
 
 
-WILD: dict[str, Any] = {
-    "iterations": 400,
-    "log_every": 1,
-    "energy_penalty": 0.0,
-    "energy_bound": 1e9,
-    "persistent": 0,
-    "progress": False,
-}
-"""Without what holds energies back."""
+@pytest.mark.filterwarnings("ignore::energy_prior.TrainingWarning")
+def test_penalty_and_cut_share_go_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a gap that is above its limit throughout, and drifts that are cut: both have moved when the run is stopped."""
+    settings: dict[str, Any] = {"iterations": 14, "batch_size": 16, "steps": 4, "log_every": 4, "checkpoint_every": 5}
+    settings |= {"gap_limit": 1e-3, "max_drift": 0.2, "progress": False}
+    whole = make().fit(X, "two_stage", run_dir=tmp_path / "a", rng=seeded(), **settings)
+    original = RunFolder.save
+
+    def save(self: RunFolder, iteration: int, state: dict[str, Any]) -> None:
+        original(self, iteration, state)
+        if iteration == 10:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            make().fit(X, "two_stage", run_dir=tmp_path / "b", rng=seeded(), **settings)
+    again = make().fit(X, "two_stage", run_dir=tmp_path / "b", rng=seeded(), **settings)
+    assert again.resumed_at == 10
+    assert again.history == whole.history
+    assert again.cut_share == whole.cut_share
+    assert again.cut_share is not None
+    assert again.cut_share > 0
+    assert whole.history[-1]["penalty"] > 1.2e-3
 
 
-class Steep(nn.Module):
-    """f(z) = w · |z|² with a w that learns far too fast under the rates below."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(()))
-
-    def forward(self, z: Tensor) -> Tensor:
-        return 300 * self.w * z.square().sum(1)
+def other_activation(prior: JointEBMPrior) -> None:
+    for f in prior.energies:
+        f.net[2] = nn.Tanh()  # type: ignore[union-attr,operator]
 
 
-def test_divergence_keeps_the_last_good_prior_in_the_folder(tmp_path: Path) -> None:
-    prior = JointEBMPrior(make().generator, [Steep(), Steep()])
-    with (
-        recorded() as said,
-        pytest.raises(DivergenceError, match=r"f_\d, the energy of layer \d.*saved as .*last_good") as caught,
-    ):
-        prior.fit(X, "two_stage", **WILD, steps=4, learning_rate=0.03, max_energy=100.0, run_dir=tmp_path)
-    assert any("an energy has reached" in message for message in said)
-    assert caught.value.layer in (1, 2)
-    assert caught.value.step is not None
-    kept = JointEBMPrior.load(tmp_path / "last_good.safetensors", prior.generator, [Steep(), Steep()])
-    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), prior.parameters()))
-    assert all(bool(torch.isfinite(p).all()) for p in kept.parameters())
+def other_likelihood(prior: JointEBMPrior) -> None:
+    prior.generator.pixels.name = "discretized_logistic"  # type: ignore[attr-defined]
 
 
-def test_a_fixed_step_that_is_too_large_is_named_as_the_cause() -> None:
-    prior = JointEBMPrior(make().generator, [Steep(), Steep()])
-    with recorded() as said, pytest.raises(DivergenceError, match="fixed step_size = 5"):
-        prior.fit(X, "two_stage", **WILD, step_size=5.0, steps=5, learning_rate=1e-3, max_energy=500.0)
-    assert any("Leave step_size out" in message for message in said)
+def fixed_sigma(prior: JointEBMPrior) -> None:
+    prior.generator.pixels.log_sigma.requires_grad_(False)  # type: ignore[attr-defined]
 
 
-def test_warnings_come_once_and_stay_in_the_result() -> None:
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other_activation, r"energies.0.net.2 was 'SiLU\(\)', now 'Tanh\(\)'"),
+        (other_likelihood, "generator.pixels was 'PixelLikelihood.gaussian"),
+        (fixed_sigma, r"generator.pixels.log_sigma was \[\[\], 'torch.float32', True\]"),
+    ],
+)
+def test_a_run_of_another_model_cannot_go_on(change: Any, words: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"iterations": 4, "batch_size": 16, "steps": 3, "progress": False, "run_dir": tmp_path}
+    make().fit(X, "variational", **settings)
     prior = make()
-    with recorded() as said:
-        result = prior.fit(X, "two_stage", **(SETTINGS | {"step_size": 50.0, "log_every": 1}))
-    assert sum("MALA would accept only" in message for message in said) == 1
-    assert sum("the drift was cut in" in message for message in said) == 1
-    assert result.warnings == said
+    change(prior)
+    with pytest.raises(ArgumentError, match=f"cannot go on like this: .*{words}"):
+        prior.fit(X, "variational", **settings)
+    assert not prior.trained_jointly, "nothing half-done"
 
 
-def test_joint_training_belongs_to_the_prior_and_its_checkpoint(tmp_path: Path) -> None:
-    prior = make()
-    assert not any(name.startswith("generator") for name in prior.state_dict())
-    before = [p.detach().clone() for p in prior.generator.parameters()]  # type: ignore[attr-defined]
-    prior.fit(X, "variational", **SETTINGS, generator_learning_rate=1e-2)
-    assert any(not torch.equal(a, b) for a, b in zip(before, prior.generator.parameters()))  # type: ignore[attr-defined]
-    assert {f"generator.{name}" for name, _ in prior.generator.named_parameters()} <= set(prior.state_dict())  # type: ignore[attr-defined]
-    assert len(list(prior.parameters())) == len(list(prior.energies.parameters())) + len(before)
-    prior.save(tmp_path / "p")
-    again = JointEBMPrior.load(tmp_path / "p", make(9).generator)
-    rngs = [torch.Generator().manual_seed(2) for _ in range(2)]
-    assert torch.equal(prior.sample(3, rng=rngs[0]), again.sample(3, rng=rngs[1]))
-    assert again.trained_jointly
-    again.double()
-    assert again.sample(2).dtype == torch.float64
-    with pytest.raises(CheckpointError, match="generator.*has shape"):
-        JointEBMPrior.load(tmp_path / "p", LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=9))
+def test_a_generator_of_another_fixed_scale_cannot_go_on(tmp_path: Path) -> None:
+    for sigma in (0.1, 0.5):
+        vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8, sigma=sigma)
+        if sigma == 0.5:
+            with pytest.raises(ArgumentError, match="parameters that do not learn. was"):
+                fit_elbo(vae, X, iterations=4, progress=False, run_dir=tmp_path)
+        else:
+            fit_elbo(vae, X, iterations=4, progress=False, run_dir=tmp_path)
 
 
-def test_joint_training_that_diverges_is_kept_as_well(tmp_path: Path) -> None:
-    """Also where the prior was fitted on the generator as it was before."""
-    prior = JointEBMPrior(make().generator, [Steep(), Steep()])
-    prior.fit(X, **SETTINGS)
-    with recorded(), pytest.raises(DivergenceError, match="last_good"):
-        prior.fit(X, "variational", **WILD, steps=4, learning_rate=0.05, max_energy=2.0, run_dir=tmp_path)
-    kept = JointEBMPrior.load(tmp_path / "last_good.safetensors", make(4).generator, [Steep(), Steep()])
-    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), prior.parameters()))
+def test_a_loader_of_another_length_cannot_go_on(tmp_path: Path) -> None:
+    def loader(n: int) -> Any:
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X[:n]), batch_size=16)
+
+    make().fit(loader(64), iterations=4, progress=False, run_dir=tmp_path)
+    with pytest.raises(ArgumentError, match="data was 'DataLoader 4 64', now 'DataLoader 3 48'"):
+        make().fit(loader(48), iterations=4, progress=False, run_dir=tmp_path)
 
 
-def test_resumable_settings_leave_out_what_only_shows() -> None:
-    assert "progress" not in FitConfig().resumable()
-    assert "learning_rate" in FitConfig().resumable()
+def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, Engine(), {}).held(), pytest.raises(ArgumentError, match="another run is writing to"):
+        make().fit(X, iterations=2, batch_size=16, progress=False, run_dir=tmp_path)
+    make().fit(X, iterations=2, batch_size=16, progress=False, run_dir=tmp_path)
+
+
+def test_paths_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make().fit(X, **SETTINGS, run_dir="~/run")
+    assert (tmp_path / "run" / "checkpoint-00000014").is_dir()
+    assert make().fit(X, **SETTINGS, run_dir=tmp_path / "run").resumed_at == 14
+    fit_elbo(make().generator, X, iterations=2, batch_size=16, progress=False, run_dir="~/elbo")
+    assert (tmp_path / "elbo" / "checkpoint-00000002").is_dir()
+    for run in (lambda: make().fit(X, **SETTINGS, run_dir=""), lambda: fit_elbo(make().generator, X, run_dir="")):
+        with pytest.raises(ArgumentError, match="run_dir: expected a path, got an empty text"):
+            run()
+
+
+def test_last_good_weights_go_to_the_users_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def explodes(*_: Any, **__: Any) -> None:
+        raise DivergenceError("as if", step=3)
+
+    monkeypatch.setattr("energy_prior.training.diagnostics.check_sound", explodes)
+    with pytest.raises(DivergenceError, match=f"saved as '{tmp_path / 'run' / 'last_good.safetensors'}' too"):
+        make().fit(X, **SETTINGS, run_dir="~/run")
+    assert (tmp_path / "run" / "last_good.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""The Triton kernel behind `energy_prior.langevin.backends.triton`: a small machine for dense nets that runs a whole Langevin chain."""
+"""The Triton kernel of whole Langevin chains: a small machine for dense nets, with a list of instructions for a program."""
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false
 
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from energy_prior.langevin.backends import triton as fused
+from energy_prior.langevin.backends import _program
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton interprets kernels, on any device, instead of compiling them for a GPU; read when this module is imported."""
@@ -24,15 +24,15 @@ ROWS = 16
 COLUMNS = 12
 """Numbers of an instruction: kind, source, target, third, fourth, inputs, outputs, weight, its two strides, bias, flags."""
 
-_MATMUL = tl.constexpr(fused.MATMUL)
-_SAMPLE = tl.constexpr(fused.SAMPLE)
-_SAMPLE_TOP = tl.constexpr(fused.SAMPLE_TOP)
-_UNIT = tl.constexpr(fused.UNIT)
-_HEAD = tl.constexpr(fused.HEAD)
-_ADD = tl.constexpr(fused.ADD)
-_CONDITIONAL = tl.constexpr(fused.CONDITIONAL)
-_ACCUMULATE = tl.constexpr(fused.ACCUMULATE)
-_ACTIVATE = tl.constexpr(fused.ACTIVATE)
+_MATMUL = tl.constexpr(_program.MATMUL)
+_SAMPLE = tl.constexpr(_program.SAMPLE)
+_SAMPLE_TOP = tl.constexpr(_program.SAMPLE_TOP)
+_UNIT = tl.constexpr(_program.UNIT)
+_HEAD = tl.constexpr(_program.HEAD)
+_ADD = tl.constexpr(_program.ADD)
+_CONDITIONAL = tl.constexpr(_program.CONDITIONAL)
+_ACCUMULATE = tl.constexpr(_program.ACCUMULATE)
+_ACTIVATE = tl.constexpr(_program.ACTIVATE)
 
 
 def launch(
@@ -52,7 +52,7 @@ def launch(
 
     Args:
         memory: (rows, width) float32, what each chain works in, with its start; rows is a multiple of `ROWS`.
-        program: (instructions, COLUMNS) int64, as `energy_prior.langevin.backends.triton` has them.
+        program: (instructions, COLUMNS) int64, as `energy_prior.langevin.backends._program` has them.
         weights: float32, all parameters, one after the other.
         noise: (steps, batch, units) float32 to be used; None: drawn in the kernel.
         seed: of that, below 2⁶³; a number is a function of it, the step, the row and the unit.

@@ -7,9 +7,8 @@ their compiled form, and their noise is Philox noise, whose seed and offset torc
 
 from __future__ import annotations
 
-__all__ = ["graphed", "why_not_graphed"]
+__all__ = ["BACKEND", "Graph"]
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from energy_prior._util import first_line, not_none
-from energy_prior.errors import BackendWarning
-from energy_prior.langevin.backends.compiled import Stepper
-from energy_prior.langevin.density import JointDensity
-from energy_prior.langevin.noise import InjectedNoise, RandomNoise
-from energy_prior.langevin.step import Draw, End, Rules
+from energy_prior.errors import BackendWarning, warn
+from energy_prior.langevin.backends import Backend, available, get, plain_refusal, unevaluated
+from energy_prior.langevin.density import JointDensity, matrix_products
+from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
+from energy_prior.langevin.step import Draws, End, Info, State, StepConfig, end_at
 from energy_prior.topdown import TopDown
 
 _DEVICES = ("cuda",)
@@ -34,14 +33,58 @@ _KEPT = 8
 _records: WeakKeyDictionary[nn.Module, OrderedDict[Hashable, _Record | None]] = WeakKeyDictionary()
 
 
-class _Graph(Protocol):
+class Graph(Backend):
+    """Up to 100 steps in one launch, each launch from the positions that the one before has reached.
+
+    A recording is used again by chains of the same kind, number of rows, configuration and steps, until a tensor of the modules
+    is replaced or one of their plain attributes changes.
+    """
+
+    name = "graph"
+    fallback = "compiled"
+
+    def init(
+        self, density: JointDensity, config: StepConfig, position: Sequence[Tensor], step_size: float | Tensor
+    ) -> tuple[State, Info]:
+        return unevaluated(density, config, position, step_size), Info()
+
+    def step(self, density: JointDensity, config: StepConfig, state: State, draws: Draws) -> tuple[State, Info]:
+        end, info = _launch(density, config, state, draws)
+        return state._replace(position=end.position), info
+
+    def finalize(self, density: JointDensity, config: StepConfig, state: State, draws: Draws) -> tuple[End, Info]:
+        return _launch(density, config, state, draws) if draws.steps else (end_at(density, state.position), Info())
+
+    def span(self, density: JointDensity, config: StepConfig, noise: NoiseSource, left: int) -> int:
+        return min(left, _LONGEST)
+
+    def tail(self, steps: int) -> int:
+        return (steps - 1) % _LONGEST + 1
+
+    def refusal(self, density: JointDensity, config: StepConfig, noise: NoiseSource | None) -> str | None:
+        device = density.topdown.reference.device.type
+        if (why := plain_refusal(config)) is not None:
+            return why
+        if device not in _DEVICES:
+            return f"it needs a CUDA device, and the generator is on {device}"
+        if density.x is not None:
+            return "it is for chains of the prior"
+        if not isinstance(density.topdown.generator, nn.Module):
+            return "the generator is not an nn.Module, so a change of its weights would not be noticed"
+        return None
+
+
+BACKEND = Graph()
+
+
+class _Recorded(Protocol):
     def replay(self) -> None:
         """Launches everything that was recorded, on the tensors that it was recorded with."""
         ...
 
 
 class _Inputs(NamedTuple):
-    """What a recorded chain reads; `noise` is empty where it draws its own, else (steps, batch, *shape) per free layer."""
+    """What recorded steps read; `noise` is empty where they draw their own, else (steps, batch, *shape) per free layer."""
 
     position: tuple[Tensor, ...]
     held: Mapping[int, Tensor]
@@ -53,134 +96,94 @@ class _Inputs(NamedTuple):
 
 
 class _Outputs(NamedTuple):
-    """What it writes: the end, and the health of the state before every step, (steps, …)."""
+    """What they write; the finite check is of the state before every step, (steps, …)."""
 
     end: End
-    health: Tensor
+    info: Info
 
     def clone(self) -> _Outputs:
         """A copy that the next launch does not write over."""
-        end = self.end
-        copy = End(
-            tuple(t.clone() for t in end.position),
-            tuple(t.clone() for t in end.latents),
-            None if end.cut is None else end.cut.clone(),
-            end.health.clone(),
-        )
-        return _Outputs(copy, self.health.clone())
+        position, latents = (tuple(t.clone() for t in layers) for layers in (self.end.position, self.end.latents))
+        cut = None if self.info.cut is None else self.info.cut.clone()
+        info = Info(finite_check=not_none(self.info.finite_check).clone(), cut=cut)
+        return _Outputs(End(position, latents, self.end.finite_check.clone()), info)
 
 
 class _Record(NamedTuple):
-    graph: _Graph
+    graph: _Recorded
     inputs: _Inputs
     outputs: _Outputs
 
 
-def why_not_graphed(density: JointDensity) -> str | None:
-    """In words, why chains on this density cannot be recorded; None if they can."""
-    device = density.topdown.reference.device.type
-    if device not in _DEVICES:
-        return f"it needs a CUDA device, and the generator is on {device}"
-    if density.x is not None:
-        return "it is for chains of the prior"
-    if not isinstance(density.topdown.generator, nn.Module):
-        return "the generator is not an nn.Module, so a change of its weights would not be noticed"
-    return None
-
-
-def graphed(
-    density: JointDensity,
-    rules: Rules,
-    start: Sequence[Tensor],
-    step_size: Tensor,
-    steps: int,
-    noise: InjectedNoise | None,
-    stepper: Stepper,
-) -> tuple[End, Tensor] | None:
-    """The end of unadjusted, unmeasured chains, and the health of their states; None, with a warning, if recording fails.
-
-    Chains of more than 100 steps are several launches. A recording is used again by chains of the same kind, number of rows,
-    rules and steps, until a tensor of the modules is replaced or one of their plain attributes changes.
-
-    Args:
-        density: one that `why_not_graphed` has nothing against.
-        rules: of the steps.
-        start: the free layers, ascending, in the density's coordinates.
-        step_size: s, (batch,).
-        steps: ≥ 1.
-        noise: injected noise of these rows; None: the chain's own.
-        stepper: how steps are made while they are recorded.
-    """
-    position, contents = tuple(start), _contents(density)
-    made: list[_Outputs] = []
-    for first in range(0, steps, _LONGEST):
-        count = min(_LONGEST, steps - first)
-        injected: tuple[Tensor, ...] = ()
-        if noise is not None:
-            each = [noise.normal(step) for step in range(first + 1, first + count + 1)]
-            injected = tuple(torch.stack(layer) for layer in zip(*each, strict=True))
-        inputs = _Inputs(position, density.topdown.held, step_size, injected)
-        record = _recorded(density, contents, rules, inputs, count, stepper)
+def _launch(density: JointDensity, config: StepConfig, state: State, draws: Draws) -> tuple[End, Info]:
+    """These steps in one launch; step by step, after a warning, if they cannot be recorded."""
+    injected: tuple[Tensor, ...] = ()
+    if not isinstance(draws.noise, RandomNoise):
+        injected = tuple(torch.stack(layer) for layer in zip(*(d.noise for d in draws.each(config)), strict=True))
+    inputs = _Inputs(state.position, density.topdown.held, state.step_size, injected)
+    with matrix_products(config.precision):
+        record = _recorded(density, config, inputs, draws.steps)
         if record is None:
-            return None
-        for kept, new in zip(record.inputs.tensors(), inputs.tensors(), strict=True):
-            kept.copy_(new)
-        record.graph.replay()
-        made.append(record.outputs.clone())
-        position = made[-1].end.position
-    cuts = [not_none(block.end.cut) for block in made if block.end.cut is not None]
-    end = made[-1].end._replace(cut=torch.stack(cuts).sum(0) if cuts else None)
-    return end, torch.cat([block.health for block in made])
+            return _steps(density, config, inputs, draws.steps)
+    for kept, new in zip(record.inputs.tensors(), inputs.tensors(), strict=True):
+        kept.copy_(new)
+    record.graph.replay()
+    return record.outputs.clone()
 
 
-def _recorded(
-    density: JointDensity, contents: Hashable, rules: Rules, like: _Inputs, steps: int, stepper: Stepper
-) -> _Record | None:
-    """The recording of such a chain, made if there is none; None if it cannot be made."""
-    topdown = density.topdown
+def _steps(density: JointDensity, config: StepConfig, inputs: _Inputs, count: int) -> _Outputs:
+    """What is recorded: `count` steps from the position of the inputs on, one by one."""
+    backend = _made_of()
+    own = RandomNoise(density.topdown.shapes, density.topdown.reference)
+    one = Draws(InjectedNoise(inputs.noise) if inputs.noise else own, first=0, steps=1, gains=inputs.step_size)
+    state, info = backend.init(density, config, inputs.position, inputs.step_size)
+    rows, cuts = [not_none(info.finite_check)], []
+    for number in range(count - 1):
+        state, info = backend.step(density, config, state, one._replace(first=number))
+        rows.append(not_none(info.finite_check))
+        cuts.append(info.cut)
+    end, info = backend.finalize(density, config, state, one._replace(first=count - 1))
+    cut = None if info.cut is None else torch.stack([not_none(c) for c in (*cuts, info.cut)]).sum(0)
+    return _Outputs(end, Info(finite_check=torch.cat(rows), cut=cut))
+
+
+def _made_of() -> Backend:
+    """The backend whose steps are recorded."""
+    return get(next(name for name in ("compiled", "eager") if name in available()))
+
+
+def _recorded(density: JointDensity, config: StepConfig, like: _Inputs, count: int) -> _Record | None:
+    """The recording of such steps, made if there is none; None if it cannot be made."""
     known = _records.setdefault(density.energies[0], OrderedDict())
     flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    key = density.kind, topdown.batch_size, rules, steps, bool(like.noise), flags, contents
+    key = density.cache_key, density.topdown.batch_size, config, count, bool(like.noise), flags, _contents(density)
     if key not in known:
-        known[key] = _record(density, rules, like, steps, stepper)
+        known[key] = _record(density, config, like, count)
         if len(known) > _KEPT:
             known.popitem(last=False)
     known.move_to_end(key)
     return known[key]
 
 
-def _record(density: JointDensity, rules: Rules, like: _Inputs, steps: int, stepper: Stepper) -> _Record | None:
-    generator, energies, space = density.topdown.generator, density.energies, density.space
-    batch = density.topdown.batch_size
+def _record(density: JointDensity, config: StepConfig, like: _Inputs, count: int) -> _Record | None:
+    generator, batch = density.topdown.generator, density.topdown.batch_size
     held = {layer: z.clone() for layer, z in like.held.items()}
     position, noise = (tuple(t.clone() for t in layers) for layers in (like.position, like.noise))
     inputs = _Inputs(position, held, like.step_size.clone(), noise)
 
-    def chain(steps: int) -> _Outputs:
-        """As `run_chain` makes it where nothing is measured."""
-        fresh = JointDensity(TopDown(generator, batch, held), energies, space)
-        source = RandomNoise(fresh.topdown.shapes, fresh.topdown.reference)
-
-        def draw(step: int) -> Draw:
-            return Draw(tuple(n[step] for n in inputs.noise) if inputs.noise else source.normal(step + 1))
-
-        carry, trace = stepper.begin(fresh, rules, inputs.position, inputs.step_size)
-        health = [trace.health]
-        for step in range(steps - 1):
-            carry, trace = stepper.advance(fresh, rules, carry, [draw(step)])
-            health.append(trace.health)
-        return _Outputs(stepper.finish(fresh, rules, carry, [draw(steps - 1)]), torch.cat(health))
+    def steps(count: int) -> _Outputs:
+        fresh = JointDensity(TopDown(generator, batch, held), density.energies, density.space)  # reads `held` at every launch
+        return _steps(fresh, config, inputs, count)
 
     try:
-        graph, outputs = _captured(lambda: chain(min(steps, _WARM_UP)), lambda: chain(steps), like.step_size.device)
+        graph, outputs = _captured(lambda: steps(min(count, _WARM_UP)), lambda: steps(count), like.step_size.device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever code of the user's does that cannot be recorded
-        warnings.warn(
+        warn(
             f"Langevin steps of {type(generator).__name__}, batch of {batch}, cannot be recorded as a CUDA graph and run one "
             f"after another: {type(error).__name__}: {first_line(error)}",
             BackendWarning,
-            stacklevel=2,
         )
         return None
     return _Record(graph, inputs, outputs)
@@ -188,7 +191,7 @@ def _record(density: JointDensity, rules: Rules, like: _Inputs, steps: int, step
 
 def _captured(
     warm_up: Callable[[], object], run: Callable[[], _Outputs], device: torch.device
-) -> tuple[_Graph, _Outputs]:  # pragma: no cover (needs a GPU; tests have one of their own)
+) -> tuple[_Recorded, _Outputs]:  # pragma: no cover (needs a GPU; tests have one of their own)
     """`run` as a graph. What libraries and compilers do in a first call, they do before; no random number is used up."""
     with torch.cuda.device(device), torch.random.fork_rng(devices=[device]):
         side = torch.cuda.Stream()
@@ -207,7 +210,7 @@ def _contents(density: JointDensity) -> Hashable:
     """Changes where a recording would go on with what is no longer there: tensors by their place, plain attributes by value."""
     found: list[Hashable] = []
     for module in (density.topdown.generator, *density.energies):
-        assert isinstance(module, nn.Module)  # noqa: S101 (why_not_graphed has seen to it)
+        assert isinstance(module, nn.Module)  # noqa: S101 (`refusal` has seen to it)
         for part in module.modules():
             found.append(type(part))
             for name, value in {**part._parameters, **part._buffers, **vars(part)}.items():

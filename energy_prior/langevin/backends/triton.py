@@ -3,307 +3,138 @@
 A chain of short steps through small nets is bound by the launches of its hundred kernels per step, not by their work. Here one
 kernel runs all steps: each program takes 16 chains through a list of instructions (matrix products and the elementwise rules
 between them), step after step, and draws its own noise (Philox, by seed, step, chain and unit). What a chain works in lies
-in global memory, that of a small batch in the cache. What the instructions are
-is worked out on the host from the modules, by hand-written derivatives of these nets; tests hold them to the reference step.
+in global memory, that of a small batch in the cache. Tests hold the kernel to the reference step.
 """
 
 from __future__ import annotations
 
-__all__ = [
-    "ACCUMULATE",
-    "ACTIVATE",
-    "ADD",
-    "CONDITIONAL",
-    "HEAD",
-    "MATMUL",
-    "PLAIN",
-    "SAMPLE",
-    "SAMPLE_TOP",
-    "STEP",
-    "UNIT",
-    "fused_position",
-    "why_not_fused",
-]
+__all__ = ["BACKEND", "Triton"]
 
+import copy
 import importlib.util
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from energy_prior.energies import MLPEnergy
-from energy_prior.langevin.cost import equal_parts
-from energy_prior.langevin.density import JointDensity, Precision
-from energy_prior.langevin.noise import InjectedNoise
-from energy_prior.langevin.step import StepCoefficients
-
-_ACTIVATIONS: dict[type[nn.Module], int] = {nn.SiLU: 0, nn.Tanh: 1, nn.Softplus: 2, nn.GELU: 3}
-
-MATMUL, SAMPLE, SAMPLE_TOP, UNIT, HEAD, ADD, CONDITIONAL, STEP = range(8)
-"""Kinds of instruction: what they make of columns of a chain's memory (s: source, t: target, c, d: third, fourth) and weights.
-
-    MATMUL       t = s · W + bias; with an activation, c = its derivative; without, t is multiplied by c if there is one
-    SAMPLE       t = z = loc + σ ε with (loc, log σ before its soft clamp) at s and ε at c; d = σ; bias column = d log σ
-    SAMPLE_TOP   t = z = loc + σ ε with loc at s, ε at c and σ at d
-    UNIT         t = (s − shift)/scale, with shift at weight and scale at bias
-    HEAD         t = W · c · (1 + (g/S)²)^(−3/2), the gradient of f = g/√(1 + (g/S)²) with respect to the layer under the head:
-                 g at s, S at bias
-    ADD          t = s/scale, added to t if flagged so, with scale at bias
-    CONDITIONAL  t = gradient with respect to (loc, log σ before its clamp) from that of z at s; the rest as in SAMPLE
-    STEP         t = ε' from ε at t, the gradient with respect to z at s and σ at d; weight: its first noise number
-"""
-
-PLAIN, ACCUMULATE, ACTIVATE = 0, 1, 8
-"""Flags: nothing, add to the target, or (from here on) the activation's number."""
-
-_Dense = list[tuple[nn.Linear, int | None]]
+from energy_prior._util import normal_like
+from energy_prior.errors import ArgumentError
+from energy_prior.generators import LadderVAE
+from energy_prior.langevin.backends import Backend, plain_refusal, unevaluated
+from energy_prior.langevin.backends._program import Program, dense, hidden_layers
+from energy_prior.langevin.density import JointDensity
+from energy_prior.langevin.noise import InjectedNoise, NoiseSource
+from energy_prior.langevin.step import Draws, End, Info, State, StepConfig, end_at
 
 
-def why_not_fused(density: JointDensity) -> str | None:
-    """In words, why chains on this density cannot run in one kernel; None if they can."""
-    from energy_prior.generators import LadderVAE
+class Triton(Backend):
+    """All steps of a chain in `finalize`."""
 
-    topdown = density.topdown
-    generator, free = topdown.generator, topdown.free
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if topdown.reference.device.type != "cuda" and not _interpreted():
-        return f"it needs a CUDA device, and the generator is on {topdown.reference.device.type}"
-    if density.space != "noise" or density.x is not None or topdown.held_below:
-        return "it is for chains of the prior in noise space, with no held layer below a free one"
-    if topdown.reference.dtype != torch.float32:
-        return f"it works in float32, and the latents are {topdown.reference.dtype}"
-    flat = all(len(shape) == 1 for shape in generator.latent_shapes)
-    if type(generator) is not LadderVAE or not flat or any(_dense(generator.prior[i - 1]) is None for i in free[:-1]):
-        return 'the generator is not a LadderVAE with nets="mlp", as it was built'
-    if any(_hidden_layers(density.energies[i - 1]) < 1 for i in free):
-        return "the energies are not all MLPEnergy with hidden layers and without spectral_norm, as they were built"
-    return None
+    name = "triton"
+    fallback = "compiled"
+
+    def init(
+        self, density: JointDensity, config: StepConfig, position: Sequence[Tensor], step_size: float | Tensor
+    ) -> tuple[State, Info]:
+        return unevaluated(density, config, position, step_size), Info()
+
+    def step(self, density: JointDensity, config: StepConfig, state: State, draws: Draws) -> tuple[State, Info]:
+        return state._replace(position=_launch(density, config, state, draws)), Info()
+
+    def finalize(self, density: JointDensity, config: StepConfig, state: State, draws: Draws) -> tuple[End, Info]:
+        position = _launch(density, config, state, draws) if draws.steps else state.position
+        return end_at(density, position), Info()
+
+    def span(self, density: JointDensity, config: StepConfig, noise: NoiseSource, left: int) -> int:
+        return left
+
+    def tail(self, steps: int) -> int:
+        return steps
+
+    def refusal(self, density: JointDensity, config: StepConfig, noise: NoiseSource | None) -> str | None:
+        topdown = density.topdown
+        generator, free = topdown.generator, topdown.free
+        if (why := plain_refusal(config)) is not None:
+            return why
+        if noise is not None and not isinstance(noise, InjectedNoise):
+            return "it takes no NoiseSource but InjectedNoise"
+        if config.max_drift is not None:
+            return "it has no max_drift"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if topdown.reference.device.type != "cuda" and not _interpreted():
+            return f"it needs a CUDA device, and the generator is on {topdown.reference.device.type}"
+        if density.space != "noise" or density.x is not None or topdown.held_below:
+            return "it is for chains of the prior in noise space, with no held layer below a free one"
+        if topdown.reference.dtype != torch.float32:
+            return f"it works in float32, and the latents are {topdown.reference.dtype}"
+        flat = all(len(shape) == 1 for shape in generator.latent_shapes)
+        if type(generator) is not LadderVAE or not flat or any(dense(generator.prior[i - 1]) is None for i in free[:-1]):
+            return 'the generator is not a LadderVAE with nets="mlp", as it was built'
+        if any(hidden_layers(density.energies[i - 1]) < 1 for i in free):
+            return "the energies are not all MLPEnergy with hidden layers and without spectral_norm, as they were built"
+        return None
+
+    def noise(self, shapes: Sequence[tuple[int, ...]], like: Tensor) -> NoiseSource:
+        return _KernelNoise(shapes, like)
 
 
-def _hidden_layers(energy: nn.Module) -> int:
-    """Of an `MLPEnergy` as it was built; 0 for anything else."""
-    net = _dense(energy.net) if type(energy) is MLPEnergy else None
-    return len(net) - 1 if net else 0
+BACKEND = Triton()
+
+
+class _KernelNoise:
+    """Numbers that the kernel draws itself, by seed and row; here are the seed, and the ancestral start of the whole batch."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], like: Tensor) -> None:
+        self.seed, self.first_row = int(torch.randint(2**62, (), device="cpu")), 0
+        self._shapes, self._like = shapes, like
+
+    def normal(self, step: int) -> tuple[Tensor, ...]:
+        """ε of the start."""
+        if step:
+            raise ArgumentError("noise: what the kernel draws cannot be read.")
+        return tuple(normal_like(shape, self._like) for shape in self._shapes)
+
+    def uniform(self, step: int) -> Tensor:
+        """There are none: nothing is accepted or rejected."""
+        raise ArgumentError("noise: what the kernel draws cannot be read.")
+
+    def rows(self, rows: slice) -> _KernelNoise:
+        """The random numbers of some chains of the batch."""
+        own = copy.copy(self)
+        own.first_row = self.first_row + rows.indices(self._shapes[0][0])[0]
+        return own
+
+
+def _launch(density: JointDensity, config: StepConfig, state: State, draws: Draws) -> tuple[Tensor, ...]:
+    """The free layers after these steps, ascending, in noise coordinates."""
+    from energy_prior.langevin.backends import _kernels as kernels
+
+    program, like, n = Program(density), density.topdown.reference, density.topdown.batch_size
+    memory = like.new_zeros(-(-n // kernels.ROWS) * kernels.ROWS, program.width)
+    for (at, size), values in program.inputs(state.position):
+        memory[:n, at : at + size] = values
+    injected, seed, first_row = None, 0, 0
+    if isinstance(draws.noise, _KernelNoise):
+        seed, first_row = draws.noise.seed, draws.noise.first_row
+    else:
+        injected = torch.stack([torch.cat(list(draw.noise), 1) for draw in draws.each(config)])
+    kernels.launch(
+        memory,
+        torch.tensor(program.instructions, dtype=torch.int64).to(like.device),
+        torch.cat([w.detach().reshape(-1) for w in program.weights]),
+        injected,
+        seed,
+        first_row,
+        n,
+        draws.steps,
+        state.coefficients,
+        products="tf32" if config.precision == "tf32" else "ieee",
+    )
+    return tuple(memory[:n, at : at + size] for at, size in program.positions)
 
 
 def _interpreted() -> bool:
     from energy_prior.langevin.backends._kernels import INTERPRETED
 
     return INTERPRETED
-
-
-def fused_position(
-    density: JointDensity,
-    start: Sequence[Tensor],
-    *,
-    steps: int,
-    coefficients: StepCoefficients,
-    noise: InjectedNoise | int,
-    precision: Precision = "full",
-    first_row: int = 0,
-    max_memory: float = 2.0**30,
-) -> tuple[Tensor, ...]:
-    """The free layers after `steps` unadjusted steps from `start`, ascending, in noise coordinates.
-
-    Args:
-        density: one that `why_not_fused` has nothing against.
-        start: ε of the free layers, ascending.
-        steps: ≥ 1.
-        coefficients: of the step, scalars.
-        noise: injected noise of these rows, or the seed of the kernel's own.
-        precision: "full" or "tf32" matrix products.
-        first_row: of the whole batch, that these rows begin with: their place in the noise.
-        max_memory: bytes that the chains may work in; more of them run in several launches, which changes nothing.
-    """
-    from energy_prior.langevin import kernels
-
-    chain = _Program(density)
-    like = density.topdown.reference
-    program = torch.tensor(chain.instructions, dtype=torch.int64).to(like.device)
-    weights = torch.cat([w.detach().reshape(-1) for w in chain.weights])
-    ends = []
-    for rows in equal_parts(len(start[0]), 4.0 * chain.width, max_memory):
-        n = rows.stop - rows.start
-        memory = like.new_zeros(-(-n // kernels.ROWS) * kernels.ROWS, chain.width)
-        for (at, size), values in chain.inputs(start):
-            memory[:n, at : at + size] = values[rows]
-        injected = None
-        if isinstance(noise, InjectedNoise):
-            own = noise.rows(rows)
-            injected = torch.stack([torch.cat(own.normal(step), 1) for step in range(1, steps + 1)])
-        kernels.launch(
-            memory,
-            program,
-            weights,
-            injected,
-            0 if isinstance(noise, InjectedNoise) else noise,
-            first_row + rows.start,
-            n,
-            steps,
-            coefficients,
-            products="tf32" if precision == "tf32" else "ieee",
-        )
-        ends.append(tuple(memory[:n, at : at + size] for at, size in chain.positions))
-    return tuple(torch.cat(layer) for layer in zip(*ends, strict=True))
-
-
-def _dense(net: nn.Module) -> _Dense | None:
-    """The layers of a net of linear layers with an activation between any two, and the activation's number; None for others."""
-    if type(net) is not nn.Sequential or _hooked(net):
-        return None
-    layers: _Dense = []
-    modules = [m for m in net if type(m) not in (nn.Flatten, nn.Unflatten)]
-    for at in range(0, len(modules), 2):
-        linear, after = modules[at], modules[at + 1] if at + 1 < len(modules) else None
-        if type(linear) is not nn.Linear or _hooked(linear) or linear.weight.dtype != torch.float32:
-            return None
-        if after is not None and (type(after) not in _ACTIVATIONS or _hooked(after)):
-            return None
-        if isinstance(after, nn.GELU) and after.approximate != "none":
-            return None
-        if isinstance(after, nn.Softplus) and (after.beta, after.threshold) != (1, 20):
-            return None
-        layers.append((linear, None if after is None else _ACTIVATIONS[type(after)]))
-    return layers if layers and layers[-1][1] is None else None
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-class _Program:
-    """One gradient and one step as instructions of `energy_prior.langevin.backends._kernels`.
-
-    Attributes:
-        instructions: one tuple of `kernels.COLUMNS` numbers each.
-        weights: the parameters, in the order of their place.
-        width: numbers that a chain works in.
-        positions: (first column, size) of ε of the free layers, ascending.
-    """
-
-    def __init__(self, density: JointDensity) -> None:
-        self.instructions: list[tuple[int, ...]] = []
-        self.weights: list[Tensor] = []
-        self.width = 0
-        self._placed: dict[int, int] = {}
-        topdown, generator = density.topdown, density.topdown.generator
-        free = topdown.free
-        self._top = topdown.top
-        sizes = {i: generator.latent_shapes[i - 1][0] for i in free}
-        eps, z, sigma, pull, slope = ({i: self._room(sizes[i]) for i in free} for _ in range(5))
-        self._top_loc = self._room(sizes[free[-1]])
-        self._top_scale = sigma[free[-1]]
-        self.positions = [(eps[i], sizes[i]) for i in free]
-        kept: dict[int, tuple[_Dense, list[int]]] = {}
-        for i in reversed(free):  # down: z, layer by layer
-            if i == free[-1]:
-                self._add(SAMPLE_TOP, self._top_loc, z[i], eps[i], sigma[i], outputs=sizes[i])
-                continue
-            net = _dense(generator.prior[i - 1])  # type: ignore[attr-defined]
-            assert net is not None  # noqa: S101 (why_not_fused has seen to it)
-            raw, slopes = self._forward(net, z[i + 1])
-            self._add(SAMPLE, raw, z[i], eps[i], sigma[i], outputs=sizes[i], bias=slope[i])
-            kept[i] = net, slopes
-        for i in free:  # up: the pull on each z, that of its energy and that of the layers below
-            energy = density.energies[i - 1]
-            assert isinstance(energy, MLPEnergy)  # noqa: S101
-            net = _dense(energy.net)
-            assert net is not None  # noqa: S101
-            unit = self._room(sizes[i])
-            shift, scale = self._place(energy.shift), self._place(energy.scale)
-            self._add(UNIT, z[i], unit, outputs=sizes[i], weight=shift, bias=scale)
-            value, slopes = self._forward(net, unit)
-            head = net[-1][0]
-            delta = self._room(head.in_features)
-            weight, limit = self._place(head.weight), self._place(energy.saturation)
-            self._add(HEAD, value, delta, slopes[-2], outputs=head.in_features, weight=weight, bias=limit)
-            gradient = self._backward(net[:-1], slopes, delta)
-            self._add(ADD, gradient, pull[i], outputs=sizes[i], bias=scale, flags=PLAIN if i == free[0] else ACCUMULATE)
-            if i == free[-1]:
-                break
-            above, slopes = kept[i]
-            raw_pull = self._room(2 * sizes[i])
-            self._add(CONDITIONAL, pull[i], raw_pull, eps[i], sigma[i], outputs=sizes[i], bias=slope[i])
-            self._backward(above, slopes, raw_pull, pull[i + 1])
-        first = 0
-        for i in free:
-            self._add(STEP, pull[i], eps[i], -1, sigma[i], outputs=sizes[i], weight=first)
-            first += sizes[i]
-
-    def inputs(self, start: Sequence[Tensor]) -> list[tuple[tuple[int, int], Tensor]]:
-        """What a chain begins with, and the columns where it goes."""
-        size = self.positions[-1][1]
-        top = [t.expand(len(start[0]), size) for t in (self._top.loc, self._top.scale)]
-        above = [((self._top_loc, size), top[0]), ((self._top_scale, size), top[1])]
-        return [*zip(self.positions, start, strict=True), *above]
-
-    def _room(self, size: int) -> int:
-        """The first of `size` new columns."""
-        self.width += size
-        return self.width - size
-
-    def _place(self, parameter: Tensor) -> int:
-        """Where a parameter is among the weights."""
-        if id(parameter) not in self._placed:
-            self._placed[id(parameter)] = sum(w.numel() for w in self.weights)
-            self.weights.append(parameter)
-        return self._placed[id(parameter)]
-
-    def _add(
-        self,
-        kind: int,
-        source: int,
-        target: int,
-        third: int = -1,
-        fourth: int = -1,
-        *,
-        outputs: int,
-        inputs: int = 0,
-        weight: int = 0,
-        strides: tuple[int, int] = (0, 0),
-        bias: int = -1,
-        flags: int = PLAIN,
-    ) -> None:
-        self.instructions.append((kind, source, target, third, fourth, inputs, outputs, weight, *strides, bias, flags))
-
-    def _forward(self, net: _Dense, source: int) -> tuple[int, list[int]]:
-        """What the net makes of `source`, and where the derivatives of its activations are (−1: no activation)."""
-        slopes = []
-        for linear, activation in net:
-            n, m = linear.in_features, linear.out_features
-            target, slope = self._room(m), -1 if activation is None else self._room(m)
-            self._add(
-                MATMUL,
-                source,
-                target,
-                slope,
-                inputs=n,
-                outputs=m,
-                weight=self._place(linear.weight),
-                strides=(1, n),
-                bias=-1 if linear.bias is None else self._place(linear.bias),
-                flags=PLAIN if activation is None else ACTIVATE + activation,
-            )
-            source = target
-            slopes.append(slope)
-        return source, slopes
-
-    def _backward(self, net: _Dense, slopes: Sequence[int], source: int, end: int | None = None) -> int:
-        """Where the gradient with respect to the net's input is (`end`, if given), from that at its last layer's output."""
-        for layer in reversed(range(len(net))):
-            linear = net[layer][0]
-            n, m = linear.in_features, linear.out_features
-            target = self._room(n) if layer or end is None else end
-            self._add(
-                MATMUL,
-                source,
-                target,
-                slopes[layer - 1] if layer else -1,
-                inputs=m,
-                outputs=n,
-                weight=self._place(linear.weight),
-                strides=(n, 1),
-            )
-            source = target
-        return source

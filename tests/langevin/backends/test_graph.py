@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from energy_prior import BackendWarning, DivergenceError, JointEBMPrior, LadderVAE
-from energy_prior.langevin import InjectedNoise, backends, graphs, settings
+from energy_prior.langevin import InjectedNoise, backends
+from energy_prior.langevin.backends import graph as graphs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 STEPS, N = 7, 5
 
 
@@ -60,7 +62,8 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     if DEVICE == "cpu":
         monkeypatch.setattr(graphs, "_captured", captured)
         monkeypatch.setattr(graphs, "_DEVICES", ("cpu",))
-        monkeypatch.setattr(settings, "stepper_for", lambda *_, **__: backends.STEPPERS["eager"])
+        monkeypatch.setattr(graphs, "_made_of", lambda: backends.get("eager"))
+        monkeypatch.setattr(graphs.BACKEND, "fallback", "eager")
     return made
 
 
@@ -95,12 +98,12 @@ def assert_same(prior: JointEBMPrior, **chain: Any) -> None:
     ("make", "options", "held"),
     [
         (mlp, {}, ()),
-        (mlp, {"scheme": "euler", "temperature": 1.4, "taming": 0.05}, ()),
+        (mlp, {"scheme": "euler", "temperature": 1.4, "max_drift": 0.05}, ()),
         (mlp, {"space": "latent", "step_size": 0.05}, ()),
         (mlp, {}, (3,)),
         (lambda: LadderVAE((1, 8, 8), latent_dims=(2, 3), hidden=4, depth=1, nets="conv"), {}, ()),
     ],
-    ids=["plain", "Euler, hot, tamed", "latent space", "the top held", "convolutions"],
+    ids=["plain", "Euler, hot, cut", "latent space", "the top held", "convolutions"],
 )
 def test_a_recorded_chain_is_the_reference(make: Any, options: dict[str, Any], held: tuple[int, ...]) -> None:
     """Also the second time, when nothing but the recording runs, with other noise and other held layers."""
@@ -138,8 +141,8 @@ def test_replaced_weights_and_changed_attributes_are_noticed(name: str) -> None:
     class Tempered(LadderVAE):
         factor, _private, several = 1.0, 1.0, (1.0, 1.0)
 
-        def conditional(self, state: Any) -> Any:
-            p = super().conditional(state)
+        def conditional(self, state: Any, layer: int) -> Any:
+            p = super().conditional(state, layer)
             return type(p)(p.loc * self.factor * self._private * self.several[0], p.scale, validate_args=False)
 
     prior = lively(Tempered((6,), latent_dims=(4, 3), hidden=16))
@@ -186,8 +189,8 @@ def test_a_divergence_is_named_by_layer_and_step(monkeypatch: pytest.MonkeyPatch
 
 def test_code_that_cannot_be_recorded_runs_step_by_step_with_one_warning() -> None:
     class Asking(LadderVAE):
-        def descend(self, state: Any, z: Tensor) -> Any:
-            return super().descend(state, z if z.sum().item() < 1e9 else 0 * z)
+        def descend(self, state: Any, z: Tensor, layer: int) -> Any:
+            return super().descend(state, z if z.sum().item() < 1e9 else 0 * z, layer)
 
     prior = lively(Asking((6,), latent_dims=(4, 3), hidden=16))
     injected = noise(prior)

@@ -15,11 +15,12 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from energy_prior import BackendWarning, DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy
 from energy_prior.langevin import InjectedNoise
-from energy_prior.langevin.backends.compiled import STEPPERS
+from energy_prior.langevin.backends.triton import BACKEND
 
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 STEPS, N = 6, 18
 
 
@@ -39,9 +40,9 @@ def lively(activation: str = "silu", dims: tuple[int, ...] = (5, 3), hidden: tup
 @pytest.mark.parametrize(
     ("prior", "held"),
     [
-        (lively(), ()),
-        (lively("gelu", (4, 3, 2), (20,)), ()),
-        (lively("tanh", (4, 3, 2)), (3,)),
+        pytest.param(lively(), (), marks=pytest.mark.slow),
+        pytest.param(lively("gelu", (4, 3, 2), (20,)), (), marks=pytest.mark.slow),
+        pytest.param(lively("tanh", (4, 3, 2)), (3,), marks=pytest.mark.slow),
         (lively("softplus", (70,)), ()),
     ],
     ids=["two layers", "three layers", "the top one held", "one wide layer"],
@@ -59,6 +60,7 @@ def test_one_launch_makes_the_reference_steps(prior: JointEBMPrior, held: tuple[
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_its_own_noise_is_standard_normal_and_follows_the_seed() -> None:
     """With f = 0 the chain of Crank–Nicolson keeps N(0, I) at any step size; at s = 2 one step forgets where it began."""
     prior = JointEBMPrior(LadderVAE((4,), latent_dims=(5, 3), hidden=8)).to(DEVICE)
@@ -77,6 +79,7 @@ def test_its_own_noise_is_standard_normal_and_follows_the_seed() -> None:
         assert len(z.unique()) > 1790, "every chain has numbers of its own"
 
 
+@pytest.mark.slow
 def test_parts_of_the_batch_and_decoding() -> None:
     """However a batch is split, in parts or in launches, every chain has the same noise."""
     prior = lively()
@@ -88,7 +91,6 @@ def test_parts_of_the_batch_and_decoding() -> None:
             for memory in (1e9, 1e4)
         )
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
-    assert len(prior.model.parts(N, 1e4)) > 1
     assert prior.sample(3, steps=2, backend="triton").shape == (3, 4)
 
 
@@ -107,7 +109,7 @@ def with_net(change: Any) -> Any:
     [
         (lambda p: p.double(), {}, "it works in float32, and the latents are torch.float64"),
         (lambda p: p, {"adjust": True}, "unadjusted chains"),
-        (lambda p: p, {"taming": 1.0}, "no taming"),
+        (lambda p: p, {"max_drift": 1.0}, "no max_drift"),
         (lambda p: p, {"precision": "bf16"}, "no bf16"),
         (with_net(lambda net: net.insert(2, nn.Dropout(0.1))), {}, "as it was built"),
         (with_net(lambda net: net.__setitem__(2, nn.ReLU())), {}, "as it was built"),
@@ -120,16 +122,27 @@ def with_net(change: Any) -> Any:
         (lambda p: JointEBMPrior(LadderVAE((1, 4, 4), latent_dims=(2,), hidden=4, nets="conv")), {}, "LadderVAE"),
     ],
     ids=[
-        *("float64", "adjusted", "tamed", "bf16", "dropout", "relu", "another softplus", "weight norm", "hook", "latent space"),
+        *(
+            "float64",
+            "adjusted",
+            "max_drift",
+            "bf16",
+            "dropout",
+            "relu",
+            "another softplus",
+            "weight norm",
+            "hook",
+            "latent space",
+        ),
         *("spectral norm", "own energies", "convolutions"),
     ],
 )
 def test_what_it_cannot_run_is_told_and_run_compiled(
     change: Any, options: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("energy_prior.langevin.settings.stepper_for", lambda *_, **__: STEPPERS["eager"])
+    monkeypatch.setattr(BACKEND, "fallback", "eager")  # nothing is compiled
     prior = change(lively())
-    with pytest.warns(BackendWarning, match=f'"triton" cannot run this chain, and "compiled" takes it: .*{why}'):
+    with pytest.warns(BackendWarning, match=f'"triton" cannot run this chain, and "eager" takes it: .*{why}'):
         z = prior.sample_latents(4, steps=2, backend="triton", step_size=0.1, **options)
     assert z[0].shape[0] == 4
 
@@ -143,13 +156,14 @@ def test_a_chain_that_explodes_is_an_error() -> None:
         prior.sample_latents(4, steps=4, backend="triton", step_size=0.5)
 
 
+@pytest.mark.slow
 def test_the_kernel_compiles_for_a_gpu_that_is_not_here() -> None:
     """To machine code for an H100."""
     code = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from energy_prior.langevin import kernels
+from energy_prior.langevin.backends import _kernels as kernels
 
 types = {"program": "*i64", "seed": "i64"} | dict.fromkeys(("memory", "weights", "noise"), "*fp32")
 types |= dict.fromkeys(("keep", "drift", "scale"), "fp32")

@@ -1,0 +1,297 @@
+"""Recipes of `energy-prior train`: data, generator, its ELBO training and the fits of its joint prior, as YAML and flags."""
+
+from __future__ import annotations
+
+__all__ = ["DataSettings", "Recipe", "build_generator", "read_recipe", "settings_help"]
+
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from energy_prior.checks.settings import check_count, check_device, check_path, check_settings, require_extra
+from energy_prior.errors import ArgumentError
+from energy_prior.generators import LadderVAE
+from energy_prior.training import ElboConfig, FitConfig
+from energy_prior.training.config import Method, check_method
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Where the images come from (`energy_prior.data.load_images`).
+
+    Attributes:
+        source: a folder with parquet files or images, or the name of a set on the Hugging Face hub.
+        split: the split to train on.
+        size: height and width to scale the images to; null: as they are.
+        channels: 1 (gray) or 3 (RGB); null: as the first image is.
+        limit: number of images; null: all.
+        validation: how many of them, the last ones, are kept out of training, to choose the generator's weights by, ≥ 1.
+    """
+
+    source: str = ""
+    split: str = "train"
+    size: int | None = None
+    channels: int | None = None
+    limit: int | None = None
+    validation: int = 1000
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, str) or not self.source:
+            raise ArgumentError(f"data.source: expected a folder or the name of a set on the hub, got {self.source!r}.")
+        check_count("data.validation", self.validation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that a run of `energy-prior train` does.
+
+    Attributes:
+        data: where the images come from.
+        generator: arguments of `LadderVAE` beside the images' shape; or {"factory": "module:function", …}: a function of
+            yours that gets the shape of an image and the other entries, and gives the generator.
+        elbo: settings of the generator's own training; null: it comes trained.
+        fit: the fits of the joint prior, one after the other: each a method and its settings.
+        out: folder to write to.
+        seed: of everything random.
+        device: where to compute; null: the CPU, or what `accelerate launch` chooses.
+    """
+
+    data: DataSettings
+    generator: dict[str, Any]
+    elbo: ElboConfig | None
+    fit: tuple[tuple[Method, FitConfig], ...]
+    out: str
+    seed: int = 0
+    device: str | None = None
+
+
+def read_recipe(
+    path: str | os.PathLike[str] | None, overrides: Sequence[str] = (), texts: Mapping[str, str] | None = None
+) -> Recipe:
+    """Reads and checks a recipe; nothing is trained or loaded yet.
+
+    Args:
+        path: a YAML file; None: everything comes from `overrides`.
+        overrides: "key=value", with dots into sections and numbers into lists: "elbo.iterations=500", "fit.0.method=joint"; the
+            value is YAML.
+        texts: key -> a value that is text as it stands, over all others.
+
+    Raises:
+        ArgumentError: for an unknown key or an impossible value; the message names the key.
+        FileNotFoundError: if there is no such file.
+    """
+    yaml = require_extra("yaml", "train")
+    entries: Any = {}
+    if path is not None:
+        file = check_path("config", path)
+        if not file.is_file():
+            raise FileNotFoundError(f"There is no file {os.fspath(path)!r}.")
+        entries = _numbers(_yaml(yaml, file.read_text(), os.fspath(path)) or {})
+    if not isinstance(entries, dict):
+        raise ArgumentError(f"{path}: expected a mapping of sections, got {type(entries).__name__}.")
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ArgumentError(f"--set: expected KEY=VALUE, got {override!r}.")
+        _put(entries, key.strip().split("."), _numbers(_yaml(yaml, value, key)), key)
+    for key, text in (texts or {}).items():
+        _put(entries, key.split("."), text, key)
+    check_settings(Recipe, entries, "a section of a recipe")
+    fits = entries.get("fit", [{}])
+    if not isinstance(fits, list) or not fits:
+        raise ArgumentError(f"fit: expected a list of fits, each with a method and settings, got {fits!r}.")
+    generator = _section(entries, "generator")
+    if "factory" not in generator:
+        _check_ladder(generator)
+    trained = "elbo" in entries and entries["elbo"] is None
+    if trained and "factory" not in generator:
+        raise ArgumentError(
+            "elbo: null says that the generator comes trained, but LadderVAE does not. Leave elbo out, or name a factory of "
+            "yours that gives a trained generator (generator.factory)."
+        )
+    seed = check_count("seed", entries.get("seed", 0), least=0)
+    return Recipe(
+        data=_build(DataSettings, _section(entries, "data"), "data"),
+        generator=generator,
+        elbo=None if trained else _build(ElboConfig, _section(entries, "elbo"), "elbo"),
+        fit=tuple(_fit(fit, f"fit.{i}") for i, fit in enumerate(fits)),
+        out=_text("out", entries.get("out", "energy-prior-run")),
+        seed=seed,
+        device=None if entries.get("device") is None else check_device("device", str(entries["device"])),
+    )
+
+
+def build_generator(settings: Mapping[str, Any], x_shape: tuple[int, ...]) -> Any:
+    """The generator of a recipe.
+
+    Args:
+        settings: the section "generator" of the recipe.
+        x_shape: shape of an image, (channels, height, width).
+
+    Raises:
+        ArgumentError: if `LadderVAE` refuses the settings, or the factory cannot be imported, raises, or gives no module.
+    """
+    settings = dict(settings)
+    factory = settings.pop("factory", None)
+    if factory is None:
+        try:
+            return LadderVAE(x_shape, **settings)
+        except (TypeError, ArgumentError) as error:
+            raise ArgumentError(f"generator.{error}") from error
+    module, separator, name = str(factory).partition(":")
+    if not separator:
+        raise ArgumentError(f'generator.factory: expected "module:function", got {factory!r}.')
+    with _importable_folder():
+        try:
+            make = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ArgumentError(
+                f"generator.factory: cannot import {factory!r}: {error}. Modules of the current folder and "
+                "installed ones can be named."
+            ) from error
+        try:
+            generator = make(x_shape, **settings)
+        except Exception as error:  # whatever the user's function raises
+            raise ArgumentError(
+                f"generator.factory: {factory!r} raised {type(error).__name__} for images of shape {x_shape} and {settings}: "
+                f"{error}"
+            ) from error
+    if not isinstance(generator, nn.Module):
+        raise ArgumentError(f"generator.factory: expected {factory!r} to give an nn.Module, got {type(generator).__name__}.")
+    return generator
+
+
+def settings_help() -> str:
+    """Every setting of a recipe with its default and what it means."""
+    parts = ["A recipe is a YAML file. Sections and settings, with their defaults:"]
+    for title, kind in (("(top)", Recipe), ("data", DataSettings), ("elbo", ElboConfig), ("fit.<number>", FitConfig)):
+        parts.append(f"\n{title}")
+        meanings = _meanings(kind)
+        if kind is FitConfig:
+            parts.append(
+                _paragraph("method", "nce", "the learning rule: nce, multi_stage_nce, two_stage, variational or joint.")
+            )
+        for field in dataclasses.fields(kind):
+            default = "" if field.default is dataclasses.MISSING else field.default
+            parts.append(_paragraph(field.name, default, meanings.get(field.name, "")))
+    parts.append("\ngenerator: arguments of LadderVAE\n")
+    parts.append(
+        textwrap.indent(textwrap.dedent((LadderVAE.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]).strip(), "  ")
+    )
+    return "\n".join(parts)
+
+
+def _paragraph(name: str, default: Any, meaning: str) -> str:
+    shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+    return textwrap.fill(f"{name}: {shown}".rstrip() + f"  # {meaning}", 118, initial_indent="  ", subsequent_indent="      ")
+
+
+def _meanings(kind: type[Any]) -> dict[str, str]:
+    """Attribute -> its paragraph in the class's docstring."""
+    text = textwrap.dedent((kind.__doc__ or "").partition("Attributes:\n")[2])
+    found = re.findall(r"^(\w+): (.*?)(?=^\w+: |\Z)", text, flags=re.DOTALL | re.MULTILINE)
+    return {name: " ".join(meaning.split()) for name, meaning in found}
+
+
+def _yaml(yaml: Any, text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ArgumentError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; here it is a number."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+def _put(entries: Any, keys: list[str], value: Any, name: str) -> None:
+    """Sets entries[k][l]… = value, making the sections and list entries on the way."""
+    for here, following in zip(keys, [*keys[1:], None]):
+        index: Any = here
+        if isinstance(entries, list):
+            if not here.isdecimal() or int(here) > len(entries):
+                raise ArgumentError(f"{name}: expected a number from 0 to {len(entries)} after the list's name, got {here!r}.")
+            index = int(here)
+            if index == len(entries):
+                entries.append(None)
+        elif not isinstance(entries, dict):
+            raise ArgumentError(f"{name}: {here!r} would be inside {entries!r}, which is no section.")
+        if following is None:
+            entries[index] = value
+            return
+        present = entries[index] if isinstance(entries, list) else entries.get(index)
+        if present is None:
+            present = [] if following.isdecimal() else {}
+            entries[index] = present
+        entries = present
+
+
+def _section(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = entries.get(name) or {}
+    if not isinstance(section, dict):
+        raise ArgumentError(f"{name}: expected a section of settings, got {section!r}.")
+    return section
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ArgumentError(f"{name}: expected text, got {value!r}. Put it in quotes.")
+    return value
+
+
+def _build(kind: type[Any], section: Mapping[str, Any], name: str) -> Any:
+    check_settings(kind, section, f"a setting of {name}")
+    try:
+        return kind(**section)
+    except ArgumentError as error:
+        message = str(error)
+        raise ArgumentError(message if message.startswith(name) else f"{name}.{message}") from None
+
+
+def _fit(entry: Any, name: str) -> tuple[Method, FitConfig]:
+    if not isinstance(entry, dict):
+        raise ArgumentError(f"{name}: expected a section with a method and its settings, got {entry!r}.")
+    settings = dict(entry)
+    try:
+        method = check_method(settings.pop("method", "nce"))
+    except ArgumentError as error:
+        raise ArgumentError(f"{name}.{error}") from None
+    return method, _build(FitConfig, settings, name)
+
+
+def _check_ladder(settings: Mapping[str, Any]) -> None:
+    """`LadderVAE` takes these arguments, for an image of some shape."""
+    known = [name for name in inspect.signature(LadderVAE).parameters if name != "x_shape"]
+    for name in settings:
+        if name not in known:
+            raise ArgumentError(f"generator.{name}: not an argument of LadderVAE. There are {', '.join(known)}, and factory.")
+    with torch.random.fork_rng(devices=[]):
+        build_generator(settings, (1, 8, 8))
+
+
+@contextlib.contextmanager
+def _importable_folder() -> Iterator[None]:
+    """Inside, modules of the current folder can be imported."""
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(Path.cwd()))

@@ -1,0 +1,299 @@
+"""Chains for a whole batch: split it, choose a backend, run every part from start to end, join; and tune the step size."""
+
+from __future__ import annotations
+
+__all__ = [
+    "LARGEST_STEP",
+    "USUAL_ACCEPTANCE",
+    "ChainDraw",
+    "choose_backend",
+    "sample_target",
+    "tune_step_size",
+    "warn_if_stuck",
+]
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from energy_prior.errors import ArgumentError, BackendWarning, ChainWarning, warn
+from energy_prior.langevin import backends
+from energy_prior.langevin._threads import Halt, side_by_side
+from energy_prior.langevin.backends import Backend
+from energy_prior.langevin.chain import ChainResult, run_chain
+from energy_prior.langevin.cost import equal_parts, evaluation_cost
+from energy_prior.langevin.density import JointDensity, Target
+from energy_prior.langevin.noise import CounterNoise, InjectedNoise, NoiseSource, RandomNoise
+from energy_prior.langevin.settings import ChainSettings
+from energy_prior.langevin.step import StepConfig
+from energy_prior.langevin.trajectory import Trajectory
+from energy_prior.process import full_precision
+
+USUAL_ACCEPTANCE = 0.95
+"""What step sizes of unadjusted chains are tuned to: at larger steps their bias shows in what is learned from them."""
+LARGEST_STEP = 1.0
+"""Where tuning stops: with nothing to sample but N(0, I), every step size is accepted."""
+_HARDLY_MOVES = 0.05
+
+
+class ChainDraw(NamedTuple):
+    """All latents (z_1, …, z_L) at the end of a chain, and what the chain says of itself (None: no chain was needed)."""
+
+    latents: tuple[Tensor, ...]
+    result: ChainResult | None
+
+
+def sample_target(
+    target: Target,
+    settings: ChainSettings,
+    *,
+    default_step_size: float,
+    start: Sequence[Tensor] | None = None,
+    noise: NoiseSource | None = None,
+    measure: bool = False,
+    trace: bool = False,
+    every: int | None = None,
+) -> ChainDraw:
+    """Runs chains on `target` and returns all latents (z_1, …, z_L) at their end, the held ones included.
+
+    A batch that does not fit into `settings.max_memory` is run in parts, one after another, and so is every part that a
+    backend divides among the cores of a CPU, side by side. Callers freeze the modules and choose the random stream.
+
+    Args:
+        target: what to draw from.
+        settings: the chains' settings.
+        default_step_size: what to use where `settings.step_size` is None.
+        start: (z_1, …, z_L) to start from (entries of held layers are not read); None: ancestral, ε ~ N(0, I).
+        noise: the chains' random numbers; None: torch's global stream.
+        measure: report the acceptance of unadjusted chains too.
+        trace: report f after every step too, and all that `measure` does; its memory grows with the steps.
+        every: ≥ 1; report the frames at the start and after every `every` steps (`ChainResult.trajectory`). None: none.
+
+    Raises:
+        ArgumentError, ShapeError: if the settings or the noise do not fit the target.
+        DivergenceError: if a chain diverges; it names the layer and the step.
+    """
+    if not target.free:
+        return ChainDraw(tuple(target.held[layer] for layer in sorted(target.held)), None)
+    with full_precision(target.device):  # the chain's precision is its own setting
+        probe = target.rows(slice(0, 2)).density()
+        like = probe.topdown.reference
+        adjust = target.informed if settings.adjust is None else settings.adjust
+        adapt_steps = settings.steps // 2 if settings.step_size is None and target.informed else 0
+        _check_precision(settings, like.device.type, adjust)
+        config = StepConfig(
+            settings.scheme_in(target.space),
+            settings.temperature,
+            adjust=adjust,
+            adapt=adapt_steps > 0,
+            max_drift=settings.max_drift,
+            measured=measure or trace or adjust or adapt_steps > 0 or every is not None,
+            traced=trace,
+            precision=settings.precision,
+        )
+        backend = _chosen(settings, probe, target.batch_size, config, noise)
+        source = backend.noise(target.shapes, like) if noise is None else noise
+        _check_noise(source, target, like, settings.steps, adjust)
+        beginning = tuple(source.normal(0)) if start is None else tuple(start)
+
+        def run(rows: slice, halt: Halt | None = None) -> ChainDraw:
+            density = backend.prepare(target.rows(rows).density())
+            position = _position(density, [t[rows] for t in beginning], noise=start is None)
+            if not (settings.steps or measure or trace or every):
+                return ChainDraw(density.topdown.descend(position, target.space).latents, None)
+            result = run_chain(
+                density,
+                position,
+                config,
+                steps=settings.steps,
+                step_size=settings.step_size or default_step_size,
+                noise=source if rows == everything else source.rows(rows),
+                backend=backend,
+                adapt_steps=adapt_steps,
+                every=every,
+                halt=halt,
+            )
+            return ChainDraw(result.latents, result)
+
+        everything = slice(0, target.batch_size)
+        return join_batch(_run_parts(run, split_batch(target, probe, settings.max_memory), backend, probe, source))
+
+
+def tune_step_size(
+    target: Target,
+    *,
+    start_step_size: float,
+    target_acceptance: float = USUAL_ACCEPTANCE,
+    steps: int = 150,
+) -> float:
+    """The step size at which MALA on `target` accepts the share `target_acceptance`, at most 1.
+
+    Every chain of the batch adapts its own from an ancestral start; the result is their geometric mean. Unadjusted
+    chains at that step have little bias: what MALA would accept is what they get right.
+    """
+    scheme = ChainSettings().scheme_in(target.space)
+    config = StepConfig(scheme, adjust=True, adapt=True, target_acceptance=target_acceptance, measured=True)
+    with full_precision(target.device):
+        density = target.density()
+        source = RandomNoise(target.shapes, density.topdown.reference)
+        backend = _automatic(density, target.batch_size, 0, config, None)
+        density = backend.prepare(density)
+        result = run_chain(
+            density,
+            _position(density, source.normal(0), noise=True),
+            config,
+            steps=steps,
+            step_size=start_step_size,
+            noise=source,
+            backend=backend,
+            adapt_steps=steps,
+        )
+    return float(result.step_size.log().mean().exp().clamp(max=LARGEST_STEP))
+
+
+def choose_backend(name: str, target: Target, evaluations: int) -> str:
+    """The backend for chains that are measured, as in training: `name`, or what "auto" stands for.
+
+    Args:
+        name: "auto", or a backend's name.
+        target: of the chains.
+        evaluations: gradient evaluations of the batch that are to come.
+    """
+    if name != "auto":
+        return backends.get(name).name
+    config = StepConfig(ChainSettings().scheme_in(target.space), measured=True)
+    with full_precision(target.device):
+        return _automatic(target.rows(slice(0, 2)).density(), target.batch_size, evaluations, config, None).name
+
+
+def warn_if_stuck(result: ChainResult | None) -> None:
+    """Warns of chains that accepted hardly any step."""
+    accepted = None if result is None or result.acceptance is None else float(result.acceptance.mean())
+    if accepted is not None and accepted < _HARDLY_MOVES:
+        warn(
+            f"Metropolis–Hastings accepted {accepted:.1%} of the chains' steps, so they are hardly away from where they "
+            "started. Use a smaller step_size or more steps; if it is as low at every step_size, an energy is too steep to "
+            "sample.",
+            ChainWarning,
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- parts of a batch
+
+
+def split_batch(target: Target, probe: JointDensity, max_memory: float) -> list[slice]:
+    """The rows of each part: as few equal ones as an evaluation of each needs to keep at most `max_memory` bytes."""
+    return equal_parts(target.batch_size, evaluation_cost(probe).memory, max_memory)
+
+
+def join_batch(parts: Sequence[ChainDraw]) -> ChainDraw:
+    """The draw of the whole batch, from those of its parts."""
+    if len(parts) == 1:
+        return parts[0]
+    results = [part.result for part in parts if part.result is not None]
+    latents = _joined([part.latents for part in parts])
+    if not results:
+        return ChainDraw(latents, None)
+
+    def each(name: str, dim: int = 0) -> Tensor | None:
+        values = [getattr(result, name) for result in results]
+        return None if values[0] is None else torch.cat(values, dim)
+
+    frames = [result.trajectory for result in results if result.trajectory is not None]
+    result = ChainResult(
+        position=_joined([result.position for result in results]),
+        latents=latents,
+        step_size=torch.cat([result.step_size for result in results]),
+        acceptance=each("acceptance"),
+        drift_norm=each("drift_norm"),
+        cut_share=each("cut_share"),
+        energy=each("energy", 1),
+        trajectory=Trajectory.joined(frames) if frames else None,
+    )
+    return ChainDraw(latents, result)
+
+
+def _joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
+
+
+def _run_parts(
+    run: Callable[..., ChainDraw], parts: list[slice], backend: Backend, probe: JointDensity, noise: NoiseSource
+) -> list[ChainDraw]:
+    """`run` of every part, in their order or side by side."""
+    workers, cores = 1, 0
+    if isinstance(noise, CounterNoise | InjectedNoise):  # other numbers depend on the order in which they are asked for
+        workers, cores = backend.workers(probe, parts[0].stop)
+    if workers > 1:
+        parts = [piece for rows in parts for piece in _divided(rows, workers)]
+    if len(parts) > 1 and not hasattr(noise, "rows"):
+        raise ArgumentError(
+            f"noise: this batch is run in {len(parts)} parts, and {type(noise).__name__} has no rows(slice), which gives the "
+            "random numbers of one. Add it, or raise max_memory."
+        )
+    return [run(rows) for rows in parts] if workers == 1 else side_by_side(workers, cores, run, parts)
+
+
+def _divided(rows: slice, workers: int) -> list[slice]:
+    """These rows in equal pieces, at most `workers`."""
+    n = rows.stop - rows.start
+    size = n // max(count for count in range(1, workers + 1) if n % count == 0)
+    return [slice(first, first + size) for first in range(rows.start, rows.stop, size)]
+
+
+def _position(density: JointDensity, beginning: Sequence[Tensor], *, noise: bool) -> tuple[Tensor, ...]:
+    """Where chains start, in the density's coordinates, from ε of the free layers (`noise`) or from (z_1, …, z_L)."""
+    if not noise:
+        return density.topdown.position(beginning, density.space)
+    if density.space == "noise":
+        return tuple(beginning)
+    return density.topdown.position(density.topdown.descend(beginning, "noise").latents, "latent")
+
+
+# ------------------------------------------------------------------------------------------------------- backend and checks
+
+
+def _chosen(settings: ChainSettings, probe: JointDensity, rows: int, config: StepConfig, noise: NoiseSource | None) -> Backend:
+    """The backend that makes these chains, with a warning if it is not the one that was asked for."""
+    if settings.backend == "auto":
+        return _automatic(probe, rows, settings.steps, config, noise)
+    asked = backends.get(settings.backend)
+    why = asked.refusal(probe, config, noise)
+    if why is None:
+        return asked
+    there = asked.fallback in backends.available()
+    taker = backends.get(str(asked.fallback)) if there else _automatic(probe, rows, settings.steps, config, noise)
+    warn(f'backend="{asked.name}" cannot run this chain, and "{taker.name}" takes it: {why}.', BackendWarning)
+    return taker
+
+
+def _automatic(probe: JointDensity, rows: int, evaluations: int, config: StepConfig, noise: NoiseSource | None) -> Backend:
+    """The first that pays, else the one that runs every chain, else any that can run this one."""
+    there = [backends.get(name) for name in backends.available()]
+    refusals = {backend.name: backend.refusal(probe, config, noise) for backend in there}
+    able = [backend for backend in there if refusals[backend.name] is None]
+    if not able:
+        said = "; ".join(f'"{name}": {why}' for name, why in refusals.items())
+        raise ArgumentError(f"backend: none can run this chain ({said}).")
+    cost = evaluation_cost(probe)
+    ranked = sorted(able, key=lambda backend: (not backend.pays(cost, rows, evaluations), backend.fallback is not None))
+    return ranked[0]
+
+
+def _check_precision(settings: ChainSettings, device: str, adjust: bool) -> None:
+    if settings.precision == "tf32" and device != "cuda":
+        raise ArgumentError(f'precision: "tf32" needs a CUDA device, and the generator is on {device}; use "full" or "bf16".')
+    if settings.precision == "bf16" and adjust:
+        raise ArgumentError(
+            'precision: "bf16" is for unadjusted chains, and this one accepts or rejects by its density; use "full", or pass '
+            "adjust=False and a step_size."
+        )
+
+
+def _check_noise(noise: NoiseSource, target: Target, like: Tensor, steps: int, adjust: bool) -> None:
+    if not hasattr(noise, "normal"):
+        raise ArgumentError(f"noise: expected an InjectedNoise or another NoiseSource, got {type(noise).__name__}.")
+    if isinstance(noise, InjectedNoise):
+        noise.check(target.shapes, like, steps, adjust)

@@ -1,0 +1,150 @@
+"""`load_checkpoint` and `load_weights`: checkpoints of public code, read without running any, and what is wrong in words."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stand_ins import NVAE
+from torch import nn
+
+from energy_prior import ArgumentError, CheckpointError
+from energy_prior.adapters import load_checkpoint, load_weights
+
+
+def test_checkpoints_of_public_code(tmp_path: Path) -> None:
+    """NVAE's: args in a Namespace, and a `weight_normalized` that its code makes anew; VDVAE's: "module." before names."""
+    model, path = NVAE(), tmp_path / "checkpoint.pt"
+    weights = {f"module.{k}": v for k, v in model.state_dict().items()}
+    saved = {
+        "epoch": 3,
+        "state_dict": weights | {"module.stem.weight_normalized": torch.zeros(1)},
+        "arch_instance": {"a": ["b"]},
+    }
+    torch.save(saved | {"args": argparse.Namespace(num_latent_scales=2)}, path)
+    loaded = load_checkpoint(path)
+    assert loaded["args"].num_latent_scales == 2
+    other = NVAE()
+    assert load_weights(other, path) is other
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    assert load_weights(NVAE(), loaded) is not None
+    assert load_weights(NVAE(), {"model_state_dict": model.state_dict()}) is not None
+
+
+@pytest.mark.parametrize("prefix", ["model.", "_orig_mod.", "module._orig_mod.", "model.module."])
+def test_prefixes_of_wrappers_are_taken_off(prefix: str) -> None:
+    model, other = NVAE(), NVAE()
+    load_weights(other, {"state_dict": {prefix + k: v for k, v in model.state_dict().items()}})
+    assert torch.equal(other.stem.weight, model.stem.weight)
+    inside = nn.Module()
+    inside.model = nn.Linear(2, 2)
+    assert load_weights(inside, inside.state_dict()) is inside, "names that are the model's own stay"
+
+
+def test_a_compiled_model_is_filled_inside() -> None:
+    model, other = NVAE(), NVAE()
+    wrapped = torch.compile(other)
+    assert load_weights(wrapped, model.state_dict()) is wrapped  # type: ignore[type-var]
+    assert torch.equal(other.stem.weight, model.stem.weight)
+
+
+def test_the_home_folder_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model, other = NVAE(), NVAE()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    load_weights(other, "~/model.pt")
+    assert torch.equal(other.stem.weight, model.stem.weight)
+    assert load_checkpoint(Path("~/model.pt")).keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("path", ["", None, 3])
+def test_what_is_no_path(path: Any) -> None:
+    with pytest.raises(ArgumentError, match="path: expected a path, got"):
+        load_checkpoint(path)
+    with pytest.raises(ArgumentError, match="path: expected a path, got"):
+        load_weights(NVAE(), path)
+
+
+def test_what_was_allowed_before_is_allowed_after(tmp_path: Path) -> None:
+    torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "a.pt")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        load_checkpoint(tmp_path / "a.pt")
+        assert torch.load(tmp_path / "a.pt")["args"].a == 1
+
+
+class Harmful:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("touched"),))
+
+
+def test_unsafe_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "extra": Harmful()}, "bad.pt")
+    with pytest.raises(CheckpointError, match="'bad.pt' asks for getattr, .*more than tensors and plain values") as error:
+        load_checkpoint("bad.pt")
+    assert "weights_only" not in str(error.value), "torch's advice to switch its safety off is not passed on"
+    assert not Path("touched").exists()
+
+
+def truncated(path: Path) -> Any:
+    torch.save(NVAE().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:1000])
+    return load_weights(NVAE(), path)
+
+
+def another(path: Path) -> Any:
+    torch.save(NVAE(residual=False, vanilla=True).state_dict(), path)
+    return load_weights(NVAE(), path)
+
+
+def no_weights(path: Path) -> Any:
+    torch.save({"epoch": 3}, path)
+    return load_weights(NVAE(), path)
+
+
+def a_text(path: Path) -> Any:
+    path.write_text("hello")
+    return load_checkpoint(path)
+
+
+def an_empty_file(path: Path) -> Any:
+    path.write_bytes(b"")
+    return load_checkpoint(path)
+
+
+def a_folder(path: Path) -> Any:
+    path.mkdir()
+    (path / "weights.pt").write_bytes(b"")
+    return load_checkpoint(path)
+
+
+def a_zip(path: Path) -> Any:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a.txt", "text")
+    return load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "words"),
+    [
+        (truncated, CheckpointError, "is not a whole checkpoint|is damaged"),
+        (another, CheckpointError, "does not fit this NVAE: .*is missing.*Build the model with the settings"),
+        (no_weights, CheckpointError, "holds no state dict"),
+        (a_zip, CheckpointError, "is not a whole checkpoint"),
+        (load_checkpoint, FileNotFoundError, "No checkpoint at"),
+        (a_text, CheckpointError, "is not a whole checkpoint of torch.save"),
+        (an_empty_file, CheckpointError, "is not a whole checkpoint of torch.save .EOFError"),
+        (a_folder, FileNotFoundError, "It is a folder; give one of the files in it: weights.pt"),
+    ],
+)
+def test_bad_checkpoints(act: Callable[[Path], Any], error: type[Exception], words: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=re.compile(words)):
+        act(tmp_path / "model.pt")

@@ -1,0 +1,64 @@
+"""What a computation costs, counted, and the parts that follow from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small_priors import conv, lively, mlp, target_of
+from torch import nn
+
+from energy_prior import LadderVAE
+from energy_prior.langevin.cost import equal_parts, evaluation_cost
+
+
+def test_the_cost_of_an_evaluation_is_counted() -> None:
+    """Products: 2·(4·128 + 128·128 + 128) and 2·(3·128 + …) of the energies, 2·(3·16 + 16·16 + 16·8) of p(z_1 | z_2), twice."""
+    prior = lively(mlp())
+    with torch.no_grad():
+        cost = evaluation_cost(target_of(prior, 2).density())
+    products = sum(d * 128 + 128 * 128 + 128 for d in (4, 3)) + 3 * 16 + 16 * 16 + 16 * 8
+    assert cost.flops == 2 * 2 * products
+    assert cost.memory > 8 * 4 * 128
+    assert cost.operations > 20
+
+
+def test_it_is_counted_once_for_densities_of_one_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = lively(mlp())
+    with torch.no_grad():
+        first = evaluation_cost(target_of(prior, 2).density())
+        monkeypatch.setattr("energy_prior.langevin.cost._counted", lambda _: None)
+        assert evaluation_cost(target_of(prior, 5).density()) is first
+        held = {2: torch.randn(2, 3).double()}
+        assert evaluation_cost(target_of(prior, 2, held).density()) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "memory", "sizes"), [(10, 100, [10]), (10, 30, [3, 3, 3, 1]), (10, 49, [4, 4, 2]), (3, 1, [1, 1, 1])]
+)
+def test_equal_parts(rows: int, memory: float, sizes: list[int]) -> None:
+    parts = equal_parts(rows, 10.0, memory)
+    assert [part.stop - part.start for part in parts] == sizes
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(rows))
+
+
+def test_decoding_in_parts_gives_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = lively(conv())
+    sizes: list[int] = []
+    original = LadderVAE.likelihood
+
+    def spy(self: LadderVAE, state: Any) -> Any:
+        sizes.append(len(state))
+        return original(self, state)
+
+    assert isinstance(prior.generator, nn.Module)
+    latents = prior.sample_latents(40, steps=3)
+    monkeypatch.setattr(LadderVAE, "likelihood", spy)
+    images = []
+    with torch.no_grad():
+        for memory in (1e9, 2e4):
+            sizes.clear()
+            images.append(prior.decode(latents, max_memory=memory))
+    torch.testing.assert_close(*images, rtol=1e-10, atol=1e-10)
+    assert max(sizes) < 40, "the last call decoded in parts"

@@ -1,0 +1,78 @@
+"""The chains of a run: persistent ones, restarts, cut drifts, and the backend that makes their steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from runs import TwoLayers, X, make, task_of
+from torch import Tensor
+
+from energy_prior import ArgumentError, JointEBMPrior, LadderVAE
+from energy_prior.training import FitConfig
+from energy_prior.training.chains import TrainingChains
+
+
+def test_persistent_chains_grow_after_a_small_first_batch() -> None:
+    """A loader's first training batch may be its small last one."""
+    batches = [X.repeat(8, 1, 1, 1)[:256] for _ in range(4)] + [X[:6]]
+    prior = make()
+    prior.fit(batches, "two_stage", iterations=3, steps=2, progress=False)
+    assert bool(prior.energies[0].standardized)  # type: ignore[arg-type]
+
+
+def test_stages_without_persistent_chains_run_them_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    original = TrainingChains.run
+    monkeypatch.setattr(TrainingChains, "run", lambda self, start, n: (steps.append(n), original(self, start, n))[1])
+    make().fit(X, "multi_stage_nce", iterations=6, stages=2, steps=7, persistent=0, progress=False)
+    assert steps == [7, 7, 7]
+
+
+def test_the_backend_is_chosen_once_and_kept_in_checkpoints() -> None:
+    model = make().model
+    long = TrainingChains(model, FitConfig(iterations=10_000_000), X)
+    long._choose_backend(8, 20)
+    assert long.backend == "compiled"
+    resumed = TrainingChains(model, FitConfig(), X)
+    resumed.load_state(long.state())
+    resumed._choose_backend(8, 20)
+    assert resumed.backend == "compiled", "a resumed run does not switch"
+    short = TrainingChains(model, FitConfig(), X)
+    short.prior(8, 2)
+    assert short.backend == "eager", "a short run does not wait for a compiler"
+    with pytest.raises(ArgumentError, match="backend: expected one of"):
+        FitConfig(backend="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("restart", [0.0, 1.0])
+def test_restarted_chains_begin_at_ancestral_draws(restart: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    chains = TrainingChains(make().model, FitConfig(batch_size=8, persistent=8, restart_probability=restart), X)
+    monkeypatch.setattr(TrainingChains, "run", lambda self, start, steps: tuple(z.clone() for z in start))
+    first = chains.prior(8, 1)[0].sort(0).values
+    second = chains.prior(8, 1)[0].sort(0).values
+    assert torch.equal(first, second) == (restart == 0.0)
+
+
+def test_drifts_of_posterior_chains_are_cut() -> None:
+    torch.manual_seed(0)
+    steep = JointEBMPrior(LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8, sigma=1e-4))
+    steep.train_jointly()
+    _, figures = task_of(steep, "joint", posterior_steps=4).loss(X[:16], 1)
+    assert float(figures["posterior_cut_share"]) > 0.5
+
+
+def test_posterior_draws_and_tuning_leave_autocast() -> None:
+    """For a generator whose distributions take the dtype of autocast."""
+    model, x = JointEBMPrior(TwoLayers()).model, torch.randn(8, 8)
+
+    def numbers() -> list[Tensor]:
+        torch.manual_seed(1)
+        chains = TrainingChains(model, FitConfig(posterior_steps=2), x)
+        chains.tune()
+        draws = [*chains.posterior(x), *chains.prior(8, 2), *chains.ancestral(8)]
+        return [*draws, torch.tensor(chains.step_size), *chains.figures().values()]
+
+    plain = numbers()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = numbers()
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))

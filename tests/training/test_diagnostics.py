@@ -1,0 +1,47 @@
+"""Figures of the history, early warnings, and where a run is stopped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from runs import make, task_of
+
+from energy_prior import DivergenceError, JointEBMPrior, MLPEnergy
+from energy_prior.training import FitConfig
+from energy_prior.training.diagnostics import check_sound, early_warnings, history_entry
+
+
+def test_the_largest_energy_of_a_window() -> None:
+    prior = make()
+    figures = {name: torch.zeros(3) for name in ("loss", "energy_posterior", "energy_prior")}
+    figures |= {"largest_1": torch.tensor([1.0, 5.0, 2.0]), "largest_2": torch.tensor([3.0, 0.0, 0.0])}
+    chains = task_of(prior, "nce").chains
+    assert "saturation" not in history_entry(figures, chains)  # energies of one's own
+    figures |= {"saturation_1": torch.tensor([0.1, 0.1, 0.1]), "saturation_2": torch.tensor([0.0, 0.6, 0.0])}
+    got = history_entry(figures, chains)
+    assert got["max_energy"] == 5.0
+    assert got["saturation"] == pytest.approx(0.2)
+
+
+def test_energies_on_their_way_to_saturation_are_told() -> None:
+    entry = {"max_energy": 70.0, "saturation": 0.6}
+    said = early_warnings(entry, FitConfig())
+    assert set(said) == {"saturation"}
+    assert "at 60% of their saturation on average, and at 75% the run stops" in said["saturation"]
+    assert early_warnings(entry | {"saturation": 0.4}, FitConfig()) == {}
+
+
+@pytest.mark.parametrize("side", ["posterior", "prior"])
+def test_energies_that_run_away_on_one_side_stop_the_run(side: str) -> None:
+    prior = JointEBMPrior(make().generator, [MLPEnergy(shape, (8,)) for shape in make().generator.latent_shapes])
+    task = task_of(prior, "nce")
+    calls = iter(["posterior", "prior"])
+    one = prior.energies[0].forward
+
+    def one_sided(z: torch.Tensor) -> torch.Tensor:
+        return one(z) + (95.0 if next(calls, None) == side else 0.0)
+
+    prior.energies[0].forward = one_sided  # type: ignore[method-assign]
+    _, figures = task.loss(next(task.batches), 1)
+    with pytest.raises(DivergenceError, match="f_1, the energy of layer 1, is at 95% of its saturation on average"):
+        check_sound({name: value.detach()[None] for name, value in figures.items()}, 1, "nce", task.config)

@@ -1,0 +1,58 @@
+"""Every kind of generator and adapter of the library, small, by name, and observations for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from stand_ins import NVAE, VDVAE, DeepVAE, perturbed
+from torch import Tensor
+
+from energy_prior import LadderVAE, ResidualVAE
+from energy_prior.adapters import DeepVAEAdapter, NVAEAdapter, VDVAEAdapter
+from energy_prior.protocol import HierarchicalGenerator
+from energy_prior.topdown import TopDown
+
+ADAPTERS: dict[str, Callable[[], Any]] = {
+    "nvae": lambda: NVAEAdapter(perturbed(NVAE())),
+    "nvae bernoulli": lambda: NVAEAdapter(perturbed(NVAE("bernoulli"))),
+    "nvae normal, flows": lambda: NVAEAdapter(perturbed(NVAE("normal", flows=2))),
+    "nvae plain posterior": lambda: NVAEAdapter(perturbed(NVAE(residual=False)), prior_temperature=0.7),
+    "nvae one group": lambda: NVAEAdapter(perturbed(NVAE(vanilla=True))),
+    "vdvae": lambda: VDVAEAdapter(perturbed(VDVAE())),
+    "vdvae 5 bits": lambda: VDVAEAdapter(perturbed(VDVAE("ffhq_256")), prior_temperature=[0.5, 0.6, 0.7, 0.8, 0.9]),
+    "deep vae": lambda: DeepVAEAdapter(perturbed(DeepVAE())),
+    "deep vae without skips": lambda: DeepVAEAdapter(perturbed(DeepVAE("logistic", skips=False))),
+    "deep ladder, mixture": lambda: DeepVAEAdapter(perturbed(DeepVAE("mixture", ladder=True))),
+}
+
+GENERATORS: dict[str, Callable[[], Any]] = {
+    "ladder": lambda: LadderVAE((1, 8, 8), (3, 2), hidden=8).eval(),
+    "ladder, conv, mixture": lambda: LadderVAE((3, 4, 4), (3, 2), hidden=8, nets="conv", likelihood="mixture").eval(),
+    "ladder, discretised": lambda: LadderVAE((5,), (3, 2), hidden=8, likelihood="discretized_logistic").eval(),
+    "residual": lambda: ResidualVAE((3, 8, 8), groups=(2, 1), channels=8, latent_channels=2).eval(),
+    "residual gray, gaussian": lambda: ResidualVAE(
+        (1, 8, 8), groups=(2,), channels=8, likelihood="gaussian", tower_cells=0
+    ).eval(),
+    "residual bernoulli": lambda: ResidualVAE((1, 8, 8), groups=(1, 1), channels=8, likelihood="bernoulli").eval(),
+    "residual from the image's size": lambda: ResidualVAE((1, 4, 4), groups=(1, 2), downsample=0, channels=4).eval(),
+}
+
+EVERY = {**ADAPTERS, **GENERATORS}
+
+
+def ones(generator: HierarchicalGenerator, n: int = 2) -> list[Tensor]:
+    """A latent of ones for every layer."""
+    return [torch.ones(n, *shape) for shape in generator.latent_shapes]
+
+
+def likelihood_at_ones(generator: Any, n: int = 2) -> Any:
+    """p(x | z) at ε = 1."""
+    return generator.likelihood(TopDown(generator, n).descend(ones(generator, n), "noise", to_observation=True).state)
+
+
+def images(generator: Any, n: int = 3) -> Tensor:
+    """On the grid of 8-bit images; 0 or 1 for Bernoulli likelihoods."""
+    x = torch.randint(0, 256, (n, *generator.x_shape)) / 255
+    return (x > 0.5).float() if "Bernoulli" in repr(likelihood_at_ones(generator)) else x
