@@ -65,6 +65,7 @@ def test_log_prob_is_nats_per_observation() -> None:
     torch.testing.assert_close(likelihood.log_prob(x).detach(), expected)
 
 
+@pytest.mark.slow
 def test_fit_elbo_learns_digits_and_keeps_the_best() -> None:
     digits = torch.tensor(load_digits(return_X_y=True)[0].reshape(-1, 8, 8) / 16, dtype=torch.float32)[:, None]
     vae = LadderVAE((1, 8, 8), (8, 4), hidden=64)
