@@ -27,6 +27,7 @@ from energy_prior.checks.untouched import Snapshot, untouched
 from energy_prior.errors import ArgumentError, EnergyPriorError, GeneratorError, warn
 from energy_prior.process import exclusive, full_precision, reproducible, unvalidated
 from energy_prior.protocol import HierarchicalGenerator, find_infer
+from energy_prior.topdown import inferred_descent
 
 _SEED = 20230423
 
@@ -176,13 +177,13 @@ def _shapes(generator: Any, snapshot: Snapshot, reconstruct: Callable[[Tensor], 
     with torch.no_grad():
         if not _lazy(generator):
             _run_once(generator, reconstruct, x)
-            if snapshot.parameters_changed():
-                warn(
-                    "generator: its parameters are set by the first batch that it sees. They were set by x for this check, and "
-                    "are as they were now. Run the model once by its own forward, on training data, before you wrap it.",
-                    UserWarning,
-                )
         probe_generator(generator)
+    if snapshot.parameters_changed():
+        warn(
+            "generator: its parameters are set by the first batch that it sees. They were set by x for this check, and are put "
+            "back after it. Run the model once by its own forward, on training data, before you wrap it.",
+            UserWarning,
+        )
     return None
 
 
@@ -191,9 +192,13 @@ def _lazy(generator: Any) -> bool:
 
 
 def _run_once(generator: Any, reconstruct: Callable[[Tensor], Any] | None, x: Tensor) -> None:
-    """The model's forward pass, if there is one to be found, so that what initialises itself by data sees data."""
+    """A forward pass, the model's own if there is one to be found, so that what sets itself by data sees data."""
     model = getattr(generator, "model", None)
-    for call in (reconstruct, model if isinstance(model, nn.Module) else None, find_infer(generator)):
+
+    def through_the_protocol(x: Tensor) -> None:
+        generator.likelihood(inferred_descent(generator, generator.infer(x)).state)
+
+    for call in (reconstruct, model if isinstance(model, nn.Module) else None, through_the_protocol):
         if call is not None:
             try:
                 call(x)

@@ -6,6 +6,7 @@ __all__ = ["compare_kl", "compare_reconstruct", "compare_sample"]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from energy_prior._util import sum_event
 from energy_prior.checks.inference import Reading, kl_terms
 from energy_prior.checks.parting import Match, match_draw, match_observation, match_value, read_result
 from energy_prior.checks.replay import Replay, Step, plans
+from energy_prior.checks.tolerance import relative
 from energy_prior.errors import ArgumentError, GeneratorError
 from energy_prior.process import RandomStream
 from energy_prior.protocol import HierarchicalGenerator, Inferred
@@ -26,10 +28,20 @@ _SEED = 77
 
 
 class _Verdict(NamedTuple):
-    """What a run of the model's call showed: a fault, or what agrees; the better of two is the larger."""
+    """What a run of the model's call showed: a fault, or what agrees; the better of two is the larger.
+
+    Attributes:
+        agrees: nothing differs.
+        comparable: else the call gives something that cannot be held to anything.
+        layers: how many agree.
+        closeness: at the first layer that does not.
+        said: in words.
+    """
 
     agrees: bool
+    comparable: bool
     layers: int
+    closeness: float
     said: str
 
 
@@ -40,7 +52,8 @@ class _Trail:
     Attributes:
         layers: their number.
         parted: the first one that the two sides draw otherwise; 0: none was seen.
-        agreed: how many were seen to agree before it.
+        agreed: how many were seen to agree.
+        distance: of the two sides there.
         why: how it differs.
         certain: that it does, even if the observation should not show it: the model's code was followed elsewhere, or the
             difference is too small to be chance.
@@ -49,6 +62,7 @@ class _Trail:
     layers: int
     parted: int = 0
     agreed: int = 0
+    distance: float = 0.0
     why: str = ""
     _small: bool = False
     _clear: bool = False
@@ -57,10 +71,11 @@ class _Trail:
     def add(self, layer: int, found: Match) -> None:
         """The next layer."""
         if found.kind == "same":
-            self.agreed += not self.parted
+            self.agreed += 1
             self._followed |= found.followed
         elif found.kind == "other" and not self.parted:
-            self.parted, self.why, self._small, self._clear = layer, found.why, found.certain, found.followed
+            self.parted, self.why, self.distance = layer, found.why, found.distance
+            self._small, self._clear = found.certain, found.followed
 
     @property
     def certain(self) -> bool:
@@ -83,14 +98,16 @@ def compare_sample(generator: HierarchicalGenerator, x: Tensor, sample: Callable
         state, trail = generator.start(n), _Trail(layers)
         for layer in range(layers, 0, -1):
             conditional = generator.conditional(state, layer)
-            found = match_draw(steps.get(layer, []), *parameters(conditional))
+            loc, scale = parameters(conditional)
+            found = match_draw(steps.get(layer, []), loc, scale, 10 * relative(x.dtype))  # the rounding of one layer
             if found.kind == "other" and not trail.parted:
                 found = found._replace(why=found.why + _instead(generator, state, layer, steps[layer]))
             trail.add(layer, found)
             state = generator.descend(state, to_latent(conditional, noise[layer]) if found.z is None else found.z, layer)
         return _judged("sample", generator.likelihood(state), result, x, again, trail)
 
-    return _best("sample", lambda: sample(n), noise, x, (range(layers, 0, -1), range(1, layers + 1)), judge)
+    orders, read = (range(layers, 0, -1), range(1, layers + 1)), partial(read_result, "sample", x=x)
+    return _best("sample", lambda: sample(n), noise, x, orders, read, judge)
 
 
 def _instead(generator: HierarchicalGenerator, state: Any, layer: int, steps: Sequence[Step]) -> str:
@@ -102,7 +119,8 @@ def _instead(generator: HierarchicalGenerator, state: Any, layer: int, steps: Se
                 conditional = generator.conditional(state, other)
             except Exception:  # a state of this layer need not fit that one  # noqa: S112
                 continue
-            if match_draw(steps, *parameters(conditional)).kind == "same":
+            loc, scale = parameters(conditional)
+            if match_draw(steps, loc, scale).kind == "same":
                 return f" (it is what the generator has as layer {other} there: are z_{layer} and z_{other} swapped?)"
     return ""
 
@@ -126,7 +144,8 @@ def compare_reconstruct(generator: Any, x: Tensor, reconstruct: Callable[[Tensor
             return verdict
         return verdict._replace(said=f"{verdict.said}.{_swapped(generator, reading.inferred, result, x)}")
 
-    return _best("reconstruct", lambda: reconstruct(x), _noise_of(reading, layers), x, _orders(reading, layers), judge)
+    read = partial(read_result, "reconstruct", x=x)
+    return _best("reconstruct", lambda: reconstruct(x), _noise_of(reading, layers), x, _orders(reading, layers), read, judge)
 
 
 def _follow_infer(reading: Reading, steps: Mapping[int, list[Step]], layers: int) -> _Trail:
@@ -137,8 +156,19 @@ def _follow_infer(reading: Reading, steps: Mapping[int, list[Step]], layers: int
             found = match_draw(steps.get(layer, []), reading.loc[layer], reading.scale[layer].abs())
         else:
             found = match_value(steps.get(layer, []), reading.inferred.latents[layer - 1].detach())
-        trail.add(layer, found._replace(why=f"{found.why}, in q(z_{layer} | …, x)"))
+        swapped = _instead_of_infer(reading, layer, steps) if found.kind == "other" and not trail.parted else ""
+        trail.add(layer, found._replace(why=f"{found.why}, in q(z_{layer} | …, x){swapped}"))
     return trail
+
+
+def _instead_of_infer(reading: Reading, layer: int, steps: Mapping[int, list[Step]]) -> str:
+    """Which other layer of `infer` the model's draw of `layer` is, if it is one."""
+    for other, loc in reading.loc.items():
+        if other == layer or loc.shape != reading.noise[layer].shape:
+            continue
+        if match_draw(steps[layer], loc, reading.scale[other].abs()).kind == "same":
+            return f" (it is what infer has as z_{other}: are z_{layer} and z_{other} swapped in its latents?)"
+    return ""
 
 
 def _swapped(generator: HierarchicalGenerator, inferred: Inferred, result: Any, x: Tensor) -> str:
@@ -173,24 +203,31 @@ def compare_kl(generator: Any, x: Tensor, kl: Callable[[Tensor], Any], reading: 
         if theirs.shape[1] != layers:
             within = [(theirs[:, 0] - ours.sum(1)).abs() <= slack.sum(1) for ours in (drawn, analytic)]
             if any(bool(w.all()) for w in within):
-                return _Verdict(True, layers, "kl: the sum over layers agrees")
-            said = f"the model says {float(theirs[0, 0]):.6g} nats in all for the first observation, the generator "
-            return _Verdict(False, 0, f"kl: {said}{_values(drawn.sum(1), analytic.sum(1))}.{part}")
+                return _Verdict(True, True, layers, 0.0, "kl: the sum over layers agrees")
+            said = f"kl: the model says {float(theirs[0, 0]):.6g} nats in all for the first observation, the generator "
+            said += f"{_values(drawn.sum(1), analytic.sum(1))}.{part}"
+            return _Verdict(False, True, trail.agreed, -trail.distance, said)
         fits = [(theirs - ours).abs() <= slack for ours in (drawn, analytic)]
         right = [bool(fits[0][:, i].all() | fits[1][:, i].all()) for i in range(layers)]
         if all(right):
-            return _Verdict(True, layers, "kl: every layer agrees")
+            return _Verdict(True, True, layers, 0.0, "kl: every layer agrees")
         i = max(i for i, fine in enumerate(right) if not fine)
         said = (
             f"kl: it parts at layer {', '.join(str(j + 1) for j in reversed(range(layers)) if not right[j])}. At layer {i + 1} "
             f"the model says {float(theirs[0, i]):.6g} nats for the first observation, the generator "
             f"{_values(drawn[:, i], analytic[:, i])}."
         )
-        other = [j for j in range(layers) if j != i and bool(((theirs[:, j] - drawn[:, i]).abs() <= slack[:, i]).all())]
+        other = [
+            j
+            for j in range(layers)
+            for ours in (drawn, analytic)
+            if j != i and bool(((theirs[:, j] - ours[:, i]).abs() <= slack[:, i]).all())
+        ]
         hint = f" The model has that at layer {other[0] + 1}: kl and the generator both go from z_1 to z_L." if other else ""
-        return _Verdict(False, sum(right), said + hint + part)
+        return _Verdict(False, True, sum(right) + trail.agreed, -trail.distance, said + hint + part)
 
-    return _best("kl", lambda: kl(x), _noise_of(reading, layers), x, _orders(reading, layers), judge)
+    read = partial(_per_layer, x=x, layers=layers)
+    return _best("kl", lambda: kl(x), _noise_of(reading, layers), x, _orders(reading, layers), read, judge)
 
 
 def _per_layer(result: Any, x: Tensor, layers: int) -> Tensor:
@@ -222,7 +259,7 @@ def _judged(name: str, likelihood: Distribution, result: Any, x: Tensor, again: 
     """One run: the first layer that parts, and the observation."""
     differs, layer, layers = _differs(name, likelihood, result, x), trail.parted, trail.layers
     if differs is None and not trail.certain:
-        return _Verdict(True, layers, f"{name}: the observation agrees with the model's own, on the same noise")
+        return _Verdict(True, True, layers, 0.0, f"{name}: the observation agrees with the model's own, on the same noise")
     outcome = read_result(name, result, x)
     is_drawn = outcome.kind == "x" and not torch.equal(read_result(name, again(), x).value, outcome.value)
     if layer and (trail.certain or not is_drawn):
@@ -232,18 +269,18 @@ def _judged(name: str, likelihood: Distribution, result: Any, x: Tensor, again: 
             before = f"descend(…, layer={layer + 1})" if layer < layers else "start"
             inside = f" Look at {before} and conditional(…, layer={layer})."
         said = f"{name}: the model and the generator first part at layer {layer}: {above}on the same noise {trail.why}.{inside}"
-        return _Verdict(False, trail.agreed, said)
+        return _Verdict(False, True, trail.agreed, -trail.distance, said)
     if is_drawn and trail.agreed == layers:
         said = f"{name}: every z agrees with the model's own; its observation is drawn, and was not compared: give its mean"
-        return _Verdict(True, layers, said)
+        return _Verdict(True, True, layers, 0.0, said)
     if is_drawn:
-        raise ArgumentError(
-            f"{name}: it draws the observation, with random numbers that cannot be replayed. Give its mean, or log p(x | z)."
-        )
-    known = (
-        "Every z agrees" if trail.agreed == layers else f"{trail.agreed} of {layers} layers were seen to agree, none to differ"
-    )
-    return _Verdict(False, trail.agreed, f"{name}: the model and the generator part below z_1. {known}, but {differs}")
+        said = f"{name}: it draws the observation, with random numbers that cannot be replayed. Give its mean, or log p(x | z)."
+        return _Verdict(False, False, trail.agreed, -trail.distance, said)
+    known = "Every z agrees"
+    if trail.agreed < layers:
+        known = f"{trail.agreed} of {layers} layers were seen to agree, none to differ"
+    said = f"{name}: the model and the generator part below z_1. {known}, but {differs}"
+    return _Verdict(False, True, trail.agreed, 0.0, said)
 
 
 def _differs(name: str, likelihood: Distribution, result: Any, x: Tensor) -> str | None:
@@ -259,11 +296,12 @@ def _best(
     noise: Mapping[int, Tensor],
     x: Tensor,
     orders: Sequence[Sequence[int]],
+    read: Callable[[Any], Any],
     judge: Callable[[Any, Mapping[int, list[Step]], Callable[[], Any]], _Verdict],
 ) -> str:
     """Runs the model's call with the noise in every order that its draws allow; one in which all agrees is enough."""
     counting = Replay()
-    _on_fixed_numbers(call, counting, x.device)
+    read(_on_fixed_numbers(call, counting, x.device))
     shapes = {i: n.shape for i, n in noise.items()}
     best: _Verdict | None = None
     for plan in plans(counting.drawn, shapes, orders):
@@ -273,7 +311,7 @@ def _best(
             verdict = judge(
                 result, replay.steps, lambda plan=plan: _on_fixed_numbers(call, Replay(noise, plan, seed=1), x.device, 1)
             )
-        best = verdict if best is None or verdict[:2] > best[:2] else best
+        best = verdict if best is None or verdict[:4] > best[:4] else best
         if best.agrees:
             return best.said
     if best is None:
@@ -281,7 +319,7 @@ def _best(
             f"{name}: it draws normal numbers of shapes {[tuple(s) for s in counting.drawn]}, which are not those of the "
             f"layers, {[tuple(s) for s in shapes.values()]}. It must draw z as the model does, a batch of {len(x)}, with torch."
         )
-    raise GeneratorError(best.said)
+    raise GeneratorError(best.said) if best.comparable else ArgumentError(best.said)
 
 
 def _on_fixed_numbers(call: Callable[[], Any], replay: Replay, device: torch.device, seed: int = 0) -> Any:
@@ -305,4 +343,4 @@ def _orders(reading: Reading, layers: int) -> tuple[Sequence[int], ...]:
 
 def _numbers(seed: int, shape: Sequence[int], x: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(_SEED + seed)
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(x)
+    return torch.randn(tuple(shape), generator=generator).to(x)

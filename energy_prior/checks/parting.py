@@ -16,7 +16,7 @@ from energy_prior.checks.replay import Step
 from energy_prior.checks.tolerance import near, relative, same_log_density
 from energy_prior.errors import ArgumentError
 
-_ELEMENT_FACTOR = 10.0
+_FACTORS = (2.0, 3.0)  # over `relative`, of μ in units of σ and of σ
 _CLEARLY = 5e-3  # of σ: above the rounding of many layers in a row, below an error of 1 %
 _NEAR_SCALE = 1.33  # a scale that is off by less than this, at the right mean, is a scale with an error in it
 
@@ -33,6 +33,7 @@ class Match(NamedTuple):
         why: how it is another one.
         followed: "same" at a step that is no bare ε; "other" by far more than rounding, beside such steps.
         certain: "other" by so little that it can only be an error in μ or σ.
+        distance: how far they are apart, in units of σ.
     """
 
     kind: str
@@ -40,10 +41,18 @@ class Match(NamedTuple):
     why: str = ""
     followed: bool = False
     certain: bool = False
+    distance: float = 0.0
 
 
-def match_draw(steps: Sequence[Step], loc: Tensor, scale: Tensor) -> Match:
-    """Looks for loc + scale ε among the steps that a model's noise went through."""
+def match_draw(steps: Sequence[Step], loc: Tensor, scale: Tensor, clearly: float = _CLEARLY) -> Match:
+    """Looks for loc + scale ε among the steps that a model's noise went through.
+
+    Args:
+        steps: these.
+        loc: the generator's μ.
+        scale: the generator's σ.
+        clearly: difference, in units of σ, above which it is no rounding.
+    """
     if not steps:
         return Match("unknown")
     loc, scale = loc.detach(), scale.detach()
@@ -57,12 +66,13 @@ def match_draw(steps: Sequence[Step], loc: Tensor, scale: Tensor) -> Match:
         ratio = step.scale / scale
         close = bool(((ratio > 1 / _NEAR_SCALE) & (ratio < _NEAR_SCALE)).all())
         telling = bool((step.scale != 1).any())
-        certain = (same_loc and close) or (same_scale and telling)
-        shift = (step.loc - loc).abs() / (scale + _CLEARLY * loc.abs().max())
+        shift = (step.loc - loc).abs() / (scale + clearly * loc.abs().max())
         distance = float(shift.mean() + ratio.abs().log().abs().mean())
         if best is None or distance < best[0]:
-            clearly = telling and max(float(shift.max()), float((ratio - 1).abs().max())) > _CLEARLY
-            best = distance, Match("other", None, _difference(step, loc, scale, same_loc, same_scale), clearly, certain)
+            clear = max(float(shift.max()), float((ratio - 1).abs().max())) > clearly
+            certain = clear and ((same_loc and close) or (same_scale and telling))
+            why = _difference(step, loc, scale, same_loc, same_scale)
+            best = distance, Match("other", None, why, clear and telling, certain, distance)
     return Match("unknown") if best is None else best[1]
 
 
@@ -73,16 +83,16 @@ def match_value(steps: Sequence[Step], z: Tensor) -> Match:
     if not any(step.shifted for step in steps):
         return Match("unknown")
     off = min(float((step.value - z).abs().max()) for step in steps if step.shifted)
-    return Match("other", None, f"z is off by up to {off:.3g}", certain=False)
+    return Match("other", None, f"z is off by up to {off:.3g}", distance=off)
 
 
 def _same_loc(a: Tensor, b: Tensor, scale: Tensor) -> bool:
     r = relative(b.dtype)
-    return bool(((a - b).abs() <= r * float(b.abs().max()) + _ELEMENT_FACTOR * r * scale).all())
+    return bool(((a - b).abs() <= r * float(b.abs().max()) + _FACTORS[0] * r * scale).all())
 
 
 def _same_scale(a: Tensor, b: Tensor) -> bool:
-    return bool(((a.abs() - b).abs() <= _ELEMENT_FACTOR * relative(b.dtype) * b).all())
+    return bool(((a.abs() - b).abs() <= _FACTORS[1] * relative(b.dtype) * b).all())
 
 
 def _difference(step: Step, loc: Tensor, scale: Tensor, same_loc: bool, same_scale: bool) -> str:

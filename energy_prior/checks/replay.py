@@ -119,7 +119,7 @@ class Replay(TorchDispatchMode):
         """Numbers that depend on the shape and on how many of it there were, so that both sides get the same for x."""
         count = self._others[target.shape] = self._others.get(target.shape, 0) + 1
         generator = torch.Generator().manual_seed(1000 * self._seed + count)
-        return torch.randn(target.shape, generator=generator, dtype=torch.float64).to(target)
+        return torch.randn(target.shape, generator=generator).to(target)
 
     def _next(self, layer: int, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The step that an operation makes of one of a layer's steps, if that is what it works on."""

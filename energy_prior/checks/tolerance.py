@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["gaussian_rounding", "near", "relative", "same_conditional", "same_log_density"]
+__all__ = ["gaussian_rounding", "near", "relative", "same_conditional", "same_log_density", "same_tensors"]
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,9 +40,14 @@ def near(a: Tensor, b: Tensor, floor: float = 1.0) -> bool:
 
 def same_conditional(p: Distribution, q: Distribution) -> bool:
     """Two conditionals of one layer are one within rounding; small scales count by their own size."""
+    return same_tensors(parameters(p), parameters(q))
+
+
+def same_tensors(p: Sequence[Tensor], q: Sequence[Tensor]) -> bool:
+    """`same_conditional` of what two conditionals are made of."""
     return all(
         bool(torch.allclose(a, b, rtol=_ELEMENT_FACTOR * relative(a.dtype), atol=relative(a.dtype) * _size(a, b)))
-        for a, b in zip((t.detach() for t in parameters(p)), (t.detach() for t in parameters(q)), strict=True)
+        for a, b in zip((t.detach() for t in p), (t.detach() for t in q), strict=True)
     )
 
 

@@ -1,8 +1,12 @@
-"""`check_generator` passes sound generators and names the fault of each broken one."""
+"""`check_generator` names the fault of every broken generator, refuses no sound one, and leaves no trace."""
 
 from __future__ import annotations
 
 import math
+import random
+import re
+import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,70 +14,105 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faults import FAULTS, Case, Fault, N, SideLatent, SideLatentSetByData, correct_cases, deep, nvae, vdvae
 from ladders import LinearLadder
+from own_calls import deep_calls, nvae_calls, vdvae_calls
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
-from energy_prior import DataWarning, GeneratorError, Inferred, JointEBMPrior, LadderVAE, ResidualVAE, check_generator
+from energy_prior import (
+    ArgumentError,
+    DataWarning,
+    GeneratorError,
+    Inferred,
+    JointEBMPrior,
+    LadderVAE,
+    ResidualVAE,
+    check_generator,
+)
+from energy_prior.adapters import NVAEAdapter
+from energy_prior.checks.generator import probe_generator
+from energy_prior.process import exclusive
+
+PROTOCOL, WITH_INFER, WITH_ALL = 8, 11, 14  # sentences of what was checked
 
 
 def vae(**keywords: Any) -> LadderVAE:
     return LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8, **keywords).eval()
 
 
+def build(kind: type[LadderVAE]) -> LadderVAE:
+    return kind((1, 4, 4), latent_dims=(3, 2), hidden=8).eval()
+
+
 X = torch.linspace(0, 1, 64).reshape(4, 1, 4, 4)
 
 
+# ------------------------------------------------------------------------------------------ the planted faults of the issue
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_planted_faults_are_found(fault: Fault) -> None:
+    case = fault.make()
+    with pytest.raises(GeneratorError, match=f"(?s){fault.says}"):
+        check_generator(case.generator, case.x, **case.calls)
+
+
+@pytest.mark.slow
+def test_no_correct_generator_is_refused() -> None:
+    for name, case in correct_cases():
+        passed = check_generator(case.generator, case.x, **case.calls)
+        infers = WITH_INFER if hasattr(case.generator, "infer") else PROTOCOL
+        assert len(passed) == infers + sum(call is not None for call in case.calls.values()), name
+
+
 @pytest.mark.parametrize(
-    ("generator", "x"),
+    ("make", "sentences"),
     [
-        (vae(), X),
-        (vae(nets="conv"), X),
-        (vae(likelihood="bernoulli"), X),
-        (LinearLadder((3, 2, 2)), torch.randn(3, 3, dtype=torch.float64)),
-        (vae().double(), X.double()),
+        (nvae, WITH_ALL),
+        (vdvae, WITH_ALL),
+        (deep, WITH_ALL),
+        (lambda: Case(vae(), X, {}), WITH_INFER),
+        (lambda: Case(vae().double(), X.double(), {}), WITH_INFER),
+        (lambda: Case(SideLatent(), torch.randn(N, 6), {}), WITH_INFER),
     ],
 )
-def test_sound_generators_pass(generator: Any, x: Tensor) -> None:
-    assert len(check_generator(generator, x)) == 8
+def test_sound_generators_pass(make: Callable[[], Case], sentences: int) -> None:
+    case = make()
+    assert len(check_generator(case.generator, case.x, **case.calls)) == sentences
 
 
-class Reversed(LinearLadder):
-    """latent_shapes from the top down."""
-
-    def __init__(self) -> None:
-        super().__init__((3, 2), dtype=torch.float32)
-        self.latent_shapes = self.latent_shapes[::-1]
+# --------------------------------------------------------------------------------------------------- faults of the protocol
 
 
 class InPlace(LadderVAE):
     """descend writes into the state that it was given."""
 
     def start(self, batch_size: int) -> Any:
-        return {"state": super().start(batch_size)}
+        return {"z": super().start(batch_size)}
 
-    def conditional(self, state: Any) -> Normal:
-        return super().conditional(state["state"])
+    def conditional(self, state: Any, layer: int) -> Normal:
+        return super().conditional(state["z"], layer)
 
-    def descend(self, state: Any, z: Tensor) -> Any:
-        state["state"] = super().descend(state["state"], z)
+    def descend(self, state: Any, z: Tensor, layer: int) -> Any:
+        state["z"] = super().descend(state["z"], z, layer)
         return state
 
     def likelihood(self, state: Any) -> Distribution:
-        return super().likelihood(state["state"])
+        return super().likelihood(state["z"])
 
 
 class SharedBuffer(LadderVAE):
-    """descend stores on the model, so that a second branch overwrites the first."""
+    """conditional gives out a buffer of the model, so that a second branch overwrites the first."""
 
-    def descend(self, state: Any, z: Tensor) -> Any:
-        new = super().descend(state, z)
-        if new.layer == 1 and new.conditional is not None:
-            if not hasattr(self, "shared") or self.shared.shape != new.conditional.loc.shape:
-                self.shared = torch.empty_like(new.conditional.loc)
-            self.shared.copy_(new.conditional.loc.detach())
-            return new._replace(conditional=Normal(self.shared, new.conditional.scale))
-        return new
+    def conditional(self, state: Any, layer: int) -> Normal:
+        c = super().conditional(state, layer)
+        if layer == 2:
+            return c
+        if not hasattr(self, "shared") or self.shared.shape != c.loc.shape:
+            self.shared = torch.empty_like(c.loc)
+        self.shared.copy_(c.loc.detach())
+        return Normal(self.shared, c.scale)
 
 
 class KeptOnModel(LadderVAE):
@@ -81,18 +120,31 @@ class KeptOnModel(LadderVAE):
 
     kept: Tensor
 
-    def descend(self, state: Any, z: Tensor) -> Any:
-        if state.layer == 3:
+    def descend(self, state: Any, z: Tensor, layer: int) -> Any:
+        if layer == 3:
             self.kept = z.mean(1, keepdim=True)
-        return super().descend(state, z)
+        return super().descend(state, z, layer)
 
     def likelihood(self, state: Any) -> Distribution:
-        return super().likelihood(state._replace(z=state.z + self.kept))
+        return super().likelihood(state + self.kept)
+
+
+class KeptByInfer(LadderVAE):
+    """The likelihood looks at what infer has seen last."""
+
+    seen: Any = 0.0
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        self.seen = x[0].mean()
+        return super().infer(x, rng=rng)
+
+    def likelihood(self, state: Any) -> Distribution:
+        return super().likelihood(state + self.seen)
 
 
 class WithDropout(LadderVAE):
-    def conditional(self, state: Any) -> Normal:
-        c = super().conditional(state)
+    def conditional(self, state: Any, layer: int) -> Normal:
+        c = super().conditional(state, layer)
         return Normal(nn.functional.dropout(c.loc + 1, training=self.training), c.scale)
 
 
@@ -101,27 +153,27 @@ class WithBatchNorm(LadderVAE):
         super().__init__((1, 4, 4), latent_dims=(3, 2), hidden=8)
         self.norm = nn.BatchNorm1d(3, momentum=0.5)
 
-    def descend(self, state: Any, z: Tensor) -> Any:
-        return super().descend(state, self.norm(z) if state.layer == 1 else z)
+    def descend(self, state: Any, z: Tensor, layer: int) -> Any:
+        return super().descend(state, self.norm(z) if layer == 1 else z, layer)
 
 
 class Ignores(LadderVAE):
     """z_2 is never used."""
 
-    def descend(self, state: Any, z: Tensor) -> Any:
-        return super().descend(state, torch.zeros_like(z) if state.layer == 2 else z)
+    def descend(self, state: Any, z: Tensor, layer: int) -> Any:
+        return super().descend(state, torch.zeros_like(z) if layer == 2 else z, layer)
 
 
 class SkipsObservation(LadderVAE):
     """z_1 does not reach x."""
 
     def likelihood(self, state: Any) -> Distribution:
-        return super().likelihood(state._replace(z=torch.zeros_like(state.z)))
+        return super().likelihood(torch.zeros_like(state))
 
 
 class Detached(LadderVAE):
-    def descend(self, state: Any, z: Tensor) -> Any:
-        return super().descend(state, z.detach() if state.layer == 1 else z)
+    def descend(self, state: Any, z: Tensor, layer: int) -> Any:
+        return super().descend(state, z.detach() if layer == 1 else z, layer)
 
 
 class PerPixel(LadderVAE):
@@ -133,29 +185,123 @@ class PerPixel(LadderVAE):
         return likelihood.base_dist
 
 
-class InferReversed(LadderVAE):
+class OverBatchSize(LadderVAE):
+    """log_prob is divided by the number of observations."""
+
+    def likelihood(self, state: Any) -> Distribution:
+        likelihood: Any = super().likelihood(state)
+        log_prob = likelihood.log_prob
+        likelihood.log_prob = lambda x: log_prob(x) / len(x)
+        return likelihood
+
+
+class GrowingList(LadderVAE):
+    """The usual slip of skip connections: one list shared by all branches, which grows."""
+
+    def start(self, batch_size: int) -> Any:
+        return (super().start(batch_size), [])
+
+    def conditional(self, state: Any, layer: int) -> Normal:
+        return super().conditional(state[0], layer)
+
+    def descend(self, state: Any, z: Tensor, layer: int) -> Any:
+        state[1].append(z)
+        return (super().descend(state[0], z, layer), state[1])
+
+    def likelihood(self, state: Any) -> Distribution:
+        return super().likelihood(sum(s.sum(1, keepdim=True) for s in state[1]) + state[0])
+
+
+class DecoderDropout(LadderVAE):
+    def likelihood(self, state: Any) -> Distribution:
+        return super().likelihood(nn.functional.dropout(state, training=self.training))
+
+
+class NegativeScale(LadderVAE):
+    def conditional(self, state: Any, layer: int) -> Normal:
+        c = super().conditional(state, layer)
+        return Normal(c.loc, -c.scale, validate_args=False)
+
+
+class NotNormal(LadderVAE):
+    def conditional(self, state: Any, layer: int) -> Any:
+        return Independent(super().conditional(state, layer), 1)
+
+
+class Shapeless(LinearLadder):
+    """latent_shapes of numbers instead of shapes."""
+
+    def __init__(self) -> None:
+        super().__init__((3, 2), dtype=torch.float32)
+        self.latent_shapes = (3, 2)  # type: ignore[assignment]
+
+
+class Reversed(LinearLadder):
+    """latent_shapes from the top down."""
+
+    def __init__(self) -> None:
+        super().__init__((3, 2), dtype=torch.float32)
+        self.latent_shapes = self.latent_shapes[::-1]
+
+
+class CountedFromTheTop(LadderVAE):
+    """Takes layer 1 for the top."""
+
+    def conditional(self, state: Any, layer: int) -> Normal:
+        return super().conditional(state, 3 - layer)
+
+
+class ZeroInitialised(LadderVAE):
+    """As many public models are before training."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        nn.init.zeros_(self.prior[0][-2].weight)  # type: ignore[index,arg-type]
+
+
+# ------------------------------------------------------------------------------------------------------- faults of `infer`
+
+
+class Infer(LadderVAE):
+    """With something done to what infer gives."""
+
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
-        inferred = super().infer(x, rng=rng)
-        return Inferred(inferred.latents[::-1], inferred.log_q, inferred.factorization)
+        return self.changed(super().infer(x, rng=rng))
+
+    def changed(self, drawn: Inferred) -> Inferred:
+        return drawn
 
 
-class InferSummed(LadderVAE):
-    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
-        inferred = super().infer(x, rng=rng)
-        return Inferred(inferred.latents, inferred.log_q.sum(1), inferred.factorization)
+class InferReversed(Infer):
+    def changed(self, drawn: Inferred) -> Inferred:
+        return Inferred(drawn.latents[::-1], drawn.log_q)
 
 
-class InferDetached(LadderVAE):
-    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
-        inferred = super().infer(x, rng=rng)
-        return Inferred(tuple(z.detach() for z in inferred.latents), inferred.log_q, inferred.factorization)
+class InferSummed(Infer):
+    def changed(self, drawn: Inferred) -> Inferred:
+        return Inferred(drawn.latents, drawn.log_q.sum(1))
 
 
-class InferGlobal(LadderVAE):
-    """Ignores rng: sound, as the library calls it under a seeded stream."""
+class InferDetached(Infer):
+    def changed(self, drawn: Inferred) -> Inferred:
+        return Inferred(tuple(z.detach() for z in drawn.latents), drawn.log_q)
 
-    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
-        return super().infer(x)
+
+class LogQDetached(Infer):
+    """log q of one layer has lost its gradient; stacked with the other it still says that it has one."""
+
+    def changed(self, drawn: Inferred) -> Inferred:
+        return Inferred(drawn.latents, torch.stack([drawn.log_q[:, 0], drawn.log_q[:, 1].detach()], 1))
+
+
+class ConstantLogQ(Infer):
+    def changed(self, drawn: Inferred) -> Inferred:
+        return Inferred(drawn.latents, torch.zeros_like(drawn.log_q))
+
+
+class NotFinite(Infer):
+    def changed(self, drawn: Inferred) -> Inferred:
+        return Inferred(drawn.latents, drawn.log_q * float("inf"))
 
 
 class InferNumpy(LadderVAE):
@@ -171,10 +317,13 @@ class InferMean(LadderVAE):
         return super().infer(x, rng=torch.Generator().manual_seed(0))
 
 
-class InferConstantLogQ(LadderVAE):
+class SharedNoise(LinearLadder):
+    """One draw of noise for the whole batch."""
+
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
-        inferred = super().infer(x, rng=rng)
-        return Inferred(inferred.latents, torch.zeros_like(inferred.log_q), inferred.factorization)
+        latents = [x @ w.T + v * torch.randn(len(v), dtype=x.dtype) for w, v in zip(self.w, self.v, strict=True)]
+        pairs = zip(latents, self.w, self.v, strict=True)
+        return Inferred(tuple(latents), torch.stack([Normal(x @ w.T, v).log_prob(z).sum(1) for z, w, v in pairs], 1))
 
 
 class InferBatchNorm(LadderVAE):
@@ -182,103 +331,62 @@ class InferBatchNorm(LadderVAE):
         return super().infer(nn.functional.batch_norm(x, None, None, training=self.training), rng=rng)
 
 
-class GrowingList(LadderVAE):
-    """The usual slip of skip connections: one list shared by all branches, which grows."""
+class InferGlobal(LadderVAE):
+    """Ignores rng: sound, as the library calls it under a seeded stream."""
 
-    def start(self, batch_size: int) -> Any:
-        return (super().start(batch_size), [])
-
-    def conditional(self, state: Any) -> Normal:
-        return super().conditional(state[0])
-
-    def descend(self, state: Any, z: Tensor) -> Any:
-        state[1].append(z)
-        return (super().descend(state[0], z), state[1])
-
-    def likelihood(self, state: Any) -> Distribution:
-        return super().likelihood(state[0]._replace(z=sum(s.sum(1, keepdim=True) for s in state[1]) + state[0].z))
-
-
-class DecoderDropout(LadderVAE):
-    def likelihood(self, state: Any) -> Distribution:
-        return super().likelihood(state._replace(z=nn.functional.dropout(state.z, training=self.training)))
-
-
-class Shapeless(LinearLadder):
-    """latent_shapes of numbers instead of shapes."""
-
-    def __init__(self) -> None:
-        super().__init__((3, 2), dtype=torch.float32)
-        self.latent_shapes = (3, 2)  # type: ignore[assignment]
-
-
-class NotFinite(LadderVAE):
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
-        inferred = super().infer(x, rng=rng)
-        return Inferred(inferred.latents, inferred.log_q * float("inf"), inferred.factorization)
-
-
-class NegativeScale(LadderVAE):
-    def conditional(self, state: Any) -> Normal:
-        c = super().conditional(state)
-        return Normal(c.loc, -c.scale, validate_args=False)
-
-
-class NotNormal(LadderVAE):
-    def conditional(self, state: Any) -> Any:
-        return Independent(super().conditional(state), 1)
-
-
-def build(kind: type[LadderVAE]) -> LadderVAE:
-    return kind((1, 4, 4), latent_dims=(3, 2), hidden=8).eval()
+        return super().infer(x)
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (Reversed, "layer order: .* from z_1"),
+        (Reversed, "layer order: latent_shapes runs from the top; it must run from z_1"),
+        (lambda: build(CountedFromTheTop), "layer order: .*take layer 1 for the top; the top is layer 2"),
         (lambda: build(InPlace), "descend: one state at layer 2, taken down twice"),
-        (lambda: build(SharedBuffer), "descend: one state at layer 2, taken down twice"),
+        (lambda: build(SharedBuffer), "from layer 1 on.*kept on the model"),
         (
             lambda: KeptOnModel((1, 4, 4), latent_dims=(3, 2, 2), hidden=8).eval(),
             "a pass comes out otherwise where another one goes down between its calls, from layer x on.*kept on the model",
         ),
-        (lambda: build(WithDropout).train(), "two calls on one state differ .* dropout"),
+        (lambda: build(KeptByInfer), "from layer x on.*kept on the model"),
+        (lambda: build(WithDropout).train(), "two calls on one state differ at layer 2.* dropout"),
         (lambda: WithBatchNorm().train(), "changes with the rest of its batch.*batch norm in train mode"),
-        (lambda: build(Ignores), "changing z_2 does not change any layer below it"),
+        (lambda: build(Ignores), "changing z_2 does not change any layer below it or the observation"),
         (lambda: build(SkipsObservation), "changing z_1 does not change the observation"),
-        (lambda: build(Detached), "no gradient for it. Is the latent detached"),
+        (lambda: build(ZeroInitialised), "changing z_2 does not change .*zero-initialised layers.*check a trained one"),
+        (lambda: build(Detached), "the observation changes with z_1, but autograd gives no gradient.* Is the latent detached"),
         (lambda: build(PerPixel), r"batch_shape \(2,\) .* got \(2, 1, 4, 4\).*Independent\(…, 3\)"),
-        (lambda: build(InferReversed), "expected latents .z_1 first. of shapes"),
-        (lambda: build(InferSummed), r"log_q of shape \(batch, L\)"),
-        (lambda: build(InferDetached), "z_1 carries no gradient"),
-        (lambda: build(InferNumpy), "two draws under one seed of torch's random streams differ. Draw from torch .not numpy."),
-        (lambda: build(InferMean), "different seeds give the same draw"),
-        (lambda: build(NotFinite), "infer: its draws, or their log q, are not finite"),
-        (lambda: build(InferConstantLogQ), "log_q of layer 1 is the same for different draws"),
-        (
-            lambda: build(InferBatchNorm).train(),
-            "infer: the latents of an observation, or their log q, change with the rest of its batch",
-        ),
-        (lambda: build(GrowingList), "descend: one state at layer 1, taken down twice"),
+        (lambda: build(OverBatchSize), "likelihood: that of an observation changes with the rest of its batch.*averaged"),
+        (lambda: build(GrowingList), "descend: one state at layer [12], taken down twice"),
         (lambda: build(DecoderDropout).train(), "likelihood: two calls on one state differ.* dropout"),
         (Shapeless, r"latent_shapes: expected a shape per layer, .* got \(3, 2\)"),
         (lambda: build(NegativeScale), "scale of layer 2 must be above 0"),
         (lambda: build(NotNormal), "expected a torch.distributions.Normal for layer 2, got Independent"),
+        (lambda: build(InferReversed), "expected latents .z_1 first. of shapes"),
+        (lambda: build(InferSummed), r"log_q of shape \(batch, L\)"),
+        (lambda: build(InferDetached), r"infer: z_2 carries no gradient to inference\.[01]\."),
+        (lambda: build(LogQDetached), r"infer: log_q of layer 2 carries no gradient to inference\."),
+        (lambda: build(InferNumpy), "two draws under one seed of torch's random streams differ. Draw from torch .not numpy."),
+        (lambda: build(InferMean), "different seeds give the same draw of z_1"),
+        (lambda: SharedNoise((3, 2)), "equal observations of one batch get the same z_1"),
+        (lambda: build(NotFinite), "infer: its draws, or their log q, are not finite"),
+        (lambda: build(ConstantLogQ), "log_q of layer 1 is the same for different draws"),
+        (
+            lambda: build(InferBatchNorm).train(),
+            "infer: the latents of an observation, or their log q, change with the rest of its batch .seen at layer 1",
+        ),
     ],
 )
 def test_each_fault_is_named(make: Callable[[], Any], words: str) -> None:
+    generator = make()
+    x = torch.randn(4, 3, dtype=generator.out.dtype) if isinstance(generator, LinearLadder) else X
     with pytest.raises(GeneratorError, match=f"(?s){words}"):
-        check_generator(make(), X)
+        check_generator(generator, x)
 
 
-def test_observations_of_another_shape() -> None:
-    with pytest.raises(GeneratorError, match=r"an observation has shape \(1, 5, 5\), but .* event_shape is \(1, 4, 4\)"):
-        check_generator(vae(), torch.rand(4, 1, 5, 5))
-    with pytest.raises(GeneratorError, match=r"two or more observations, .* got shape \(1, 1, 4, 4\)"):
-        check_generator(vae(), X[:1])
-    with pytest.raises(GeneratorError, match=r"expected a torch.Tensor, got ndarray; torch.as_tensor makes one"):
-        check_generator(vae(), X.numpy())  # type: ignore[arg-type]
+def test_an_infer_that_ignores_rng_is_sound() -> None:
+    assert len(check_generator(build(InferGlobal), X)) == WITH_INFER
 
 
 def test_an_independent_of_too_few_dimensions() -> None:
@@ -292,16 +400,66 @@ def test_an_independent_of_too_few_dimensions() -> None:
         check_generator(build(Rows), X)
 
 
-def test_a_check_changes_nothing_and_claims_nothing_that_it_did_not_test() -> None:
-    model = WithBatchNorm()
-    assert model.training
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(GeneratorError):
-        check_generator(model, X)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    without = vae()
-    without.infer = None  # type: ignore[assignment,method-assign]
-    assert not any("infer" in sentence for sentence in check_generator(without, X))
+def test_gray_images_under_bernoulli_pixels() -> None:
+    """Torch's own check of a Bernoulli's support is not the protocol's: cross entropies of gray images are in use."""
+
+    class Plain(LadderVAE):
+        def likelihood(self, state: Any) -> Distribution:
+            return Independent(Bernoulli(logits=self.decoder(state)), 3)
+
+    assert check_generator(build(Plain), X)
+
+
+def test_missing_calls_are_named() -> None:
+    class Half(nn.Module):
+        latent_shapes = (torch.Size((2,)),)
+
+        def start(self, batch_size: int) -> None: ...
+
+    with pytest.raises(GeneratorError, match="lacks conditional, descend, likelihood"):
+        check_generator(Half(), X)  # type: ignore[arg-type]
+
+
+def test_the_earlier_protocol_is_named() -> None:
+    class Earlier(LadderVAE):
+        def conditional(self, state: Any) -> Any:  # type: ignore[override]
+            return super().conditional(state, 1)
+
+    class EarlierDescent(LadderVAE):
+        def descend(self, state: Any, z: Tensor) -> Any:  # type: ignore[override]
+            return z
+
+    class EarlierInferred(Infer):
+        def changed(self, drawn: Inferred) -> Inferred:
+            return Inferred(drawn.latents, drawn.log_q, "top_down")  # type: ignore[arg-type]
+
+    with pytest.raises(GeneratorError, match=r"expected conditional\(state, layer\), got conditional\(state.*earlier form"):
+        probe_generator(build(Earlier))
+    with pytest.raises(GeneratorError, match=r"expected descend\(state, z, layer\), got descend\(state.*earlier form"):
+        probe_generator(build(EarlierDescent))
+    with pytest.raises(GeneratorError, match="factorisation is no longer asked for"):
+        check_generator(build(EarlierInferred), X)
+
+
+def test_an_exception_inside_the_generator_is_told() -> None:
+    class Breaks(LadderVAE):
+        def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+            raise KeyError("encoder")
+
+    with pytest.raises(GeneratorError, match=r"while checking that infer gives .* raised KeyError: 'encoder'"):
+        check_generator(build(Breaks), X)
+
+
+# ------------------------------------------------------------------------------------------------------------ observations
+
+
+def test_observations_of_another_shape() -> None:
+    with pytest.raises(GeneratorError, match=r"an observation has shape \(1, 5, 5\), but .* event_shape is \(1, 4, 4\)"):
+        check_generator(vae(), torch.rand(4, 1, 5, 5))
+    with pytest.raises(GeneratorError, match=r"two or more observations, .* got shape \(1, 1, 4, 4\)"):
+        check_generator(vae(), X[:1])
+    with pytest.raises(GeneratorError, match=r"expected a torch.Tensor, got ndarray; torch.as_tensor makes one"):
+        check_generator(vae(), X.numpy())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -315,32 +473,6 @@ def test_a_check_changes_nothing_and_claims_nothing_that_it_did_not_test() -> No
 def test_observations_of_the_wrong_kind(x: Tensor, words: str) -> None:
     with pytest.raises(GeneratorError, match=f"(?s){words}"):
         check_generator(vae(), x)
-
-
-def test_missing_calls_are_named() -> None:
-    class Half(nn.Module):
-        latent_shapes = (torch.Size((2,)),)
-
-        def start(self, batch_size: int) -> None: ...
-
-    with pytest.raises(GeneratorError, match="lacks conditional, descend, likelihood"):
-        check_generator(Half(), X)  # type: ignore[arg-type]
-
-
-def test_an_exception_inside_the_generator_is_told() -> None:
-    class Breaks(LadderVAE):
-        def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
-            raise KeyError("encoder")
-
-    with pytest.raises(GeneratorError, match=r"while checking that infer gives .* raised KeyError: 'encoder'"):
-        check_generator(build(Breaks), X)
-
-
-def test_leaves_the_global_stream_alone() -> None:
-    generator = vae()
-    before = torch.get_rng_state()
-    check_generator(generator, X)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
@@ -370,6 +502,9 @@ def test_images_from_zero_for_a_symmetric_model() -> None:
     assert check_generator(generator, 2 * torch.rand(4, 1, 4, 4) - 1)
 
 
+# ------------------------------------------------------------------------------------------------------------------- log q
+
+
 class Flow(LadderVAE):
     """Posterior draws of z_1 doubled by a flow, whose log-determinant `infer` counts `share` of."""
 
@@ -379,27 +514,58 @@ class Flow(LadderVAE):
         drawn = super().infer(x, rng=rng)
         log_det = drawn.latents[0][0].numel() * math.log(2)
         log_q = drawn.log_q - self.share * torch.tensor([log_det, 0.0])
-        return Inferred((2 * drawn.latents[0], drawn.latents[1]), log_q, "bottom_up")
+        return Inferred((2 * drawn.latents[0], drawn.latents[1]), log_q)
+
+
+class CurvedFlow(LadderVAE):
+    """Draws of z_1 through sinh, which no μ and σ can be read off."""
+
+    share = 1.0
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        drawn = super().infer(x, rng=rng)
+        z = drawn.latents[0]
+        log_det = torch.stack([z.cosh().log().sum(1), z.new_zeros(len(z))], 1)
+        return Inferred((z.sinh(), drawn.latents[1]), drawn.log_q - self.share * log_det)
 
     def posterior_log_prob(self, x: Tensor, latents: tuple[Tensor, ...]) -> Tensor:
         below, terms = x, []
         for layer, (net, z) in enumerate(zip(self.inference, latents, strict=True)):
-            base = z / 2 if layer == 0 else z
+            base = z.asinh() if layer == 0 else z
             loc, raw = net(below).chunk(2, dim=1)
             terms.append(Normal(loc, (5 * torch.tanh(raw / 5)).exp()).log_prob(base).sum(1))
             below = base
-        return torch.stack(terms, 1) - torch.tensor([latents[0].shape[1] * math.log(2), 0.0])
+        return torch.stack(terms, 1) - torch.stack([latents[0].asinh().cosh().log().sum(1), torch.zeros(len(x))], 1)
 
 
+@pytest.mark.parametrize("kind", [Flow, CurvedFlow])
 @pytest.mark.parametrize("share", [1.0, 0.0, -1.0])
-def test_log_determinants(share: float) -> None:
-    generator = Flow((1, 4, 4), latent_dims=(3, 2), hidden=8).eval()
+def test_log_determinants(kind: type[LadderVAE], share: float) -> None:
+    """Of a flow that is affine, by μ and σ of its draws; of another, by the model's own `posterior_log_prob`."""
+    generator: Any = build(kind)
     generator.share = share
     if share == 1.0:
-        check_generator(generator, torch.rand(4, 1, 4, 4))
+        assert ("not in 1: layer 1: its draw is not μ + σ ε" in " ".join(check_generator(generator, X))) is (kind is CurvedFlow)
         return
-    with pytest.raises(GeneratorError, match="log q of layer 1: infer says .*log-determinant of a flow left out"):
-        check_generator(generator, torch.rand(4, 1, 4, 4))
+    with pytest.raises(GeneratorError, match="log q of layer 1: infer says .*log-determinant of a flow"):
+        check_generator(generator, X)
+
+
+def test_a_reading_is_not_faulted_for_what_it_cannot_read() -> None:
+    """log q of draws that are no normal ones is not held to anything; that is said."""
+
+    class Logistic(LinearLadder):
+        def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+            latents, log_q = [], []
+            for w, v in zip(self.w, self.v, strict=True):
+                u = torch.rand(len(x), len(v), dtype=x.dtype)
+                e = u.log() - (1 - u).log()
+                latents.append(x @ w.T + v * e)
+                log_q.append((u.log() + (1 - u).log() - v.log()).sum(1))
+            return Inferred(tuple(latents), torch.stack(log_q, 1))
+
+    said = check_generator(Logistic((3, 2)), torch.randn(4, 3).double())
+    assert "no layer; not in 1, 2: layer 2: no normal draw of torch's changes it" in said[-1]
 
 
 class TopDownInference(ResidualVAE):
@@ -413,7 +579,7 @@ class TopDownInference(ResidualVAE):
         if self.wrong == "order":
             return replace(found, conditionals=found.conditionals[::-1])
         if self.wrong == "detached":
-            detached = tuple(Normal(p.loc.detach(), p.scale.detach()) for p in found.conditionals)
+            detached = tuple(Normal(p.loc.detach(), p.scale.detach()) for p in found.conditionals)  # type: ignore[attr-defined]
             return replace(found, conditionals=detached)
         if self.wrong == "short":
             return replace(found, conditionals=found.conditionals[:1])
@@ -421,13 +587,13 @@ class TopDownInference(ResidualVAE):
             return replace(found, state=None)
         if self.wrong == "log q":
             return replace(found, log_q=found.log_q.mean(0, keepdim=True).expand_as(found.log_q))
-        return replace(found, state=found.state._replace(features=found.state.features + 1)) if self.wrong == "state" else found
+        return replace(found, state=found.state + 1) if self.wrong == "state" else found
 
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ("order", "conditionals\\[0\\] is not that of z_1"),
+        ("order", "conditionals\\[1\\] is not that of z_2"),
         ("state", "its state does not give"),
         ("detached", "conditionals\\[0\\] carries no gradient"),
         ("short", "expected Inferred.conditionals, .* got shapes .* Leave both out"),
@@ -443,15 +609,391 @@ def test_a_pass_that_is_handed_over(wrong: str, words: str) -> None:
         check_generator(generator, torch.rand(4, 1, 4, 4))
 
 
-def test_an_infer_that_ignores_rng_is_sound() -> None:
-    check_generator(InferGlobal((1, 4, 4), latent_dims=(3, 2), hidden=8).eval(), torch.rand(4, 1, 4, 4))
+# ----------------------------------------------------------------------------------------------------- the model's own calls
 
 
-def test_gray_images_under_bernoulli_pixels() -> None:
-    """Torch's own check of a Bernoulli's support is not the protocol's: cross entropies of gray images are in use."""
+class Handmade(nn.Module):
+    """A model of three layers of one shape, with its own forward pass and sampler that draw as they are told."""
 
-    class Plain(LadderVAE):
-        def likelihood(self, state: Any) -> Distribution:
-            return Independent(Bernoulli(logits=self.decoder(state.z)), 3)
+    latent_shapes = (torch.Size((2,)),) * 3
 
-    assert check_generator(Plain((1, 4, 4), latent_dims=(3, 2), hidden=8).eval(), torch.rand(4, 1, 4, 4))
+    def __init__(self, draws: str = "top down") -> None:
+        super().__init__()
+        self.p = nn.ModuleList(nn.Linear(2, 4) for _ in range(2))
+        self.q = nn.ModuleList(nn.Linear(6, 4) for _ in range(3))
+        self.out, self.draws = nn.Linear(2, 6), draws
+
+    def split(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        loc, raw = parameters.chunk(2, 1)
+        return loc, raw.exp()
+
+    def start(self, batch_size: int) -> Tensor:
+        return self.out.weight.new_zeros(batch_size, 2)
+
+    def conditional(self, state: Tensor, layer: int) -> Normal:
+        return Normal(state, torch.ones_like(state)) if layer == 3 else Normal(*self.split(self.p[layer - 1](state)))
+
+    def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
+        return z
+
+    def likelihood(self, state: Tensor) -> Distribution:
+        return Independent(Normal(self.out(state), 0.5), 1)
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        q = [Normal(*self.split(net(x))) for net in self.q]
+        latents = tuple(d.rsample() for d in q)
+        return Inferred(latents, torch.stack([d.log_prob(z).sum(1) for d, z in zip(q, latents, strict=True)], 1))
+
+    def noise(self, n: int) -> list[Tensor]:
+        """ε of z_1, z_2, z_3, drawn in one of several ways."""
+        if self.draws == "at once":
+            return list(torch.randn(n, 6).chunk(3, 1))
+        if self.draws == "stacked":
+            return list(torch.randn(3, n, 2).unbind())
+        if self.draws == "twice":  # a draw of the prior beside every one of the posterior
+            return [
+                torch.randn(2, n, 2)[0] if False else pair[0]
+                for pair in [(torch.randn(n, 2), torch.randn(n, 2)) for _ in "123"]
+            ]
+        drawn = [torch.randn(n, 2) for _ in "123"]
+        return drawn if self.draws == "bottom up" else drawn[::-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        draws = zip((net(x) for net in self.q), self.noise(len(x)), strict=True)
+        z = [loc + scale * e for (loc, scale), e in ((self.split(parameters), e) for parameters, e in draws)]
+        return self.out(z[0])
+
+    def sample(self, n: int) -> Tensor:
+        e = self.noise(n)
+        z = e[2]
+        for layer in (2, 1):
+            loc, scale = self.split(self.p[layer - 1](z))
+            z = loc + scale * e[layer - 1]
+        return self.out(z)
+
+    def kl(self, x: Tensor) -> Tensor:
+        """KL(q ‖ p), (batch, 3)."""
+        z, terms = self.noise(len(x)), []
+        q = [self.split(net(x)) for net in self.q]
+        z = [loc + scale * e for (loc, scale), e in zip(q, z, strict=True)]
+        for layer in (1, 2, 3):
+            p = self.conditional(z[layer] if layer < 3 else self.start(len(x)), layer)
+            terms.append(torch.distributions.kl_divergence(Normal(*q[layer - 1]), p).sum(1))
+        return torch.stack(terms, 1)
+
+
+HAND_X = torch.linspace(-1, 1, 24).reshape(4, 6)
+
+
+@pytest.mark.parametrize("draws", ["top down", "bottom up", "at once", "stacked", "twice"])
+def test_draws_are_aligned_whatever_their_order(draws: str) -> None:
+    model = Handmade(draws)
+    said = check_generator(model, HAND_X, reconstruct=model, sample=model.sample, kl=model.kl)
+    assert len(said) == WITH_ALL
+    model.p[0].weight.data[0, 0] += 0.05  # seen by both sides
+    wrong = Handmade(draws)
+    wrong.load_state_dict(model.state_dict())
+    wrong.p[1].bias.data[3] += 0.01  # σ of z_2, second element, 1 % larger
+    with pytest.raises(GeneratorError, match=r"sample: .*" + ("" if draws in ("at once", "stacked") else "part at layer 2")):
+        check_generator(wrong, HAND_X, sample=model.sample)
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+@pytest.mark.parametrize("of", ["q", "p"])
+def test_one_percent_of_a_scale_is_found_at_its_layer(of: str, layer: int) -> None:
+    """By each of the calls that can see it."""
+    if of == "p" and layer == 3:
+        pytest.skip("N(0, I) has no parameters here")
+    model = Handmade()
+    wrong = Handmade()
+    wrong.load_state_dict(model.state_dict())
+    getattr(wrong, of)[layer - 1].bias.data[2:] += 0.01
+    words = f"kl: it parts at layer [0-9, ]*{layer}[.,]" + (
+        f".*draws part first at layer {layer}: .*1.01005" if of == "q" else ""
+    )
+    with pytest.raises(GeneratorError, match=words):
+        check_generator(wrong, HAND_X, kl=model.kl)
+    name = "sample" if of == "p" else "reconstruct"
+    with pytest.raises(GeneratorError, match=f"{name}: .*first part at layer {layer}: .*generator's σ is 1.01005 times"):
+        check_generator(wrong, HAND_X, **{name: model.sample if of == "p" else model})
+
+
+def test_what_the_calls_may_give() -> None:
+    """Means, draws, log densities, distributions; KL in sum, as a tensor, or as a list of anything over a batch."""
+    model = Handmade()
+    mean, density = model, lambda x: model.likelihood_of(x).log_prob(x)
+    model.likelihood_of = lambda x: Independent(Normal(model(x), 0.5), 1)  # type: ignore[assignment]
+    spread: Any = lambda x: [term.unsqueeze(1).expand(-1, 4) / 4 for term in model.kl(x).unbind(1)]  # noqa: E731
+    for reconstruct in (
+        mean,
+        density,
+        model.likelihood_of,
+        lambda x: model.likelihood_of(x).sample(),
+        lambda x: model.likelihood_of(x).base_dist,
+        lambda x: model(x).numpy(),
+    ):
+        assert len(check_generator(model, HAND_X, reconstruct=reconstruct)) == WITH_INFER + 1
+    for kl in (model.kl, spread, lambda x: model.kl(x).sum(1), lambda x: list(model.kl(x).unbind(1))):
+        assert len(check_generator(model, HAND_X, kl=kl)) == WITH_INFER + 1
+
+
+def test_what_the_calls_may_not_give() -> None:
+    model = Handmade()
+    for keywords, words in (
+        (
+            {"reconstruct": lambda x: model(x)[:, :3]},
+            r"reconstruct: expected observations \(4, 6\).*Got torch.float32 of shape \(4, 3\)",
+        ),
+        ({"sample": lambda n: "images"}, "sample: expected observations .* Got str"),
+        ({"kl": lambda x: model.kl(x)[:, :2]}, r"kl: expected \(4, 3\), nats .* Got \(4, 2\)"),
+        ({"sample": 3}, "sample: expected a function, got int"),
+        (
+            {"sample": lambda n: model.out(torch.rand(n, 2))},
+            r"draws normal numbers of shapes \[\], which are not those of the layers",
+        ),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            check_generator(model, HAND_X, **keywords)  # type: ignore[arg-type]
+    model.infer = None  # type: ignore[assignment,method-assign]
+    with pytest.raises(ArgumentError, match="kl: it needs a generator with infer, to compare with; Handmade has none"):
+        check_generator(model, HAND_X, kl=model.kl)
+
+
+def test_observations_drawn_from_other_numbers_are_not_compared() -> None:
+    """A sampler's own pixel noise cannot be replayed; its layers can."""
+    model = Handmade()
+    said = check_generator(model, HAND_X, sample=lambda n: model.sample(n) + torch.rand(n, 6).logit())
+    assert "every z agrees with the model's own; its observation is drawn" in said[-1]
+
+
+def test_kl_in_the_other_order_and_latents_exchanged() -> None:
+    model = Handmade()
+    with pytest.raises(GeneratorError, match="kl: it parts at layer 3, 1.* The model has that at layer 1"):
+        check_generator(model, HAND_X, kl=lambda x: model.kl(x).flip(1))
+
+    class Exchanged(Handmade):
+        def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+            drawn = super().infer(x)
+            z, q = drawn.latents, drawn.log_q
+            return Inferred((z[1], z[0], z[2]), q[:, [1, 0, 2]])
+
+    wrong = Exchanged()
+    wrong.load_state_dict(model.state_dict())
+    assert len(check_generator(wrong, HAND_X)) == WITH_INFER  # nothing in the protocol says so
+    with pytest.raises(GeneratorError, match="it is what infer has as z_1: are z_2 and z_1 swapped in its latents"):
+        check_generator(wrong, HAND_X, reconstruct=model)
+
+
+def test_draws_of_torchscript_are_replayed() -> None:
+    """NVAE and VDVAE draw inside scripted functions, below what a TorchFunctionMode sees."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+
+        @torch.jit.script
+        def draw(mu: Tensor, sigma: Tensor) -> Tensor:
+            noise = mu.mul(0).normal_()
+            return noise.mul_(sigma).add_(mu)
+
+    model = Handmade()
+
+    def sample(n: int, factor: float = 1.0) -> Tensor:
+        z = draw(torch.zeros(n, 2), torch.ones(n, 2))
+        for layer in (2, 1):
+            loc, scale = model.split(model.p[layer - 1](z))
+            z = draw(loc, scale * (factor if layer == 1 else 1.0))
+        return model.out(z)
+
+    assert len(check_generator(model, HAND_X, sample=sample)) == WITH_INFER + 1
+    with pytest.raises(GeneratorError, match="first part at layer 1: .*σ is 1.0101 times the model's"):
+        check_generator(model, HAND_X, sample=lambda n: sample(n, 0.99))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 4, 5])
+def test_planted_faults_are_found_at_other_weights(seed: int) -> None:
+    for fault in FAULTS:
+        torch.manual_seed(seed)
+        case = fault.make()
+        with pytest.raises(GeneratorError, match=f"(?s){fault.says}"):
+            check_generator(case.generator, case.x, **case.calls)
+    for make, own in ((nvae, nvae_calls), (deep, deep_calls)):
+        case = make()
+        assert check_generator(case.generator, case.x, **own(case.generator.model).keywords())
+    case = vdvae()
+    assert check_generator(case.generator, case.x, **vdvae_calls(case.generator.model, case.x).keywords())
+
+
+# ---------------------------------------------------------------------------------------------------------------- no trace
+
+
+def everything(generator: nn.Module) -> dict[str, Any]:
+    """What a check could change, by value."""
+    found: dict[str, Any] = {name: value.clone() for name, value in generator.state_dict().items()}
+    found |= {f"grad of {n}": None if p.grad is None else p.grad.clone() for n, p in generator.named_parameters()}
+    found |= {f"requires_grad of {n}": p.requires_grad for n, p in generator.named_parameters()}
+    for name, module in generator.named_modules():
+        found |= {f"{name}.{key}": id(value) for key, value in module.__dict__.items()}
+        found[f"training of {name}"] = module.training
+    found |= {"python": random.getstate(), "numpy": np.random.get_state()[1].copy(), "torch": torch.get_rng_state()}  # type: ignore[index]
+    return found | {"validation": Distribution._validate_args, "gradients": torch.is_grad_enabled()}
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    def equal(x: Any, y: Any) -> bool:
+        return bool(np.array_equal(x, y)) if isinstance(x, Tensor | np.ndarray) else x == y
+
+    return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+
+
+class Untidy(LadderVAE):
+    """Writes on the model, draws from every stream, and collects gradients, in ways that are no fault of the protocol."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.seen: list[Tensor] = []
+        self.counts = {"infer": 0}
+        self.register_buffer("calls", torch.zeros(()))
+
+    def likelihood(self, state: Any) -> Distribution:
+        self.last = state
+        self.calls += 1
+        return super().likelihood(state)
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        random.random(), np.random.random()  # noqa: S311
+        self.seen.append(x)
+        self.counts["infer"] += 1
+        return super().infer(x, rng=rng)
+
+
+@pytest.mark.parametrize("kind", [Untidy, LadderVAE])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_check_leaves_no_trace(kind: type[LadderVAE], fails: bool) -> None:
+    generator = build(kind)
+    generator.inference[0].train()
+    generator.prior[0][1].weight.requires_grad_(False)  # type: ignore[union-attr,index,operator]
+    generator.decoder[1].bias.grad = torch.ones_like(generator.decoder[1].bias)  # type: ignore[arg-type]
+    before = everything(generator)
+
+    def sample(n: int) -> Tensor:
+        with torch.enable_grad():
+            generator.decoder(torch.randn(n, 3)).sum().backward()
+        generator.eval()
+        generator.extra = torch.ones(1)  # type: ignore[assignment]
+        if fails:
+            raise KeyboardInterrupt
+        return generator.decoder(torch.zeros(n, 3))
+
+    with pytest.raises(KeyboardInterrupt if fails else (GeneratorError, ArgumentError)):
+        check_generator(generator, X, sample=sample)
+    assert same(everything(generator), before)
+
+
+def test_running_statistics_stay_and_nothing_is_claimed_that_was_not_tested() -> None:
+    model = WithBatchNorm()
+    assert model.training
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(GeneratorError):
+        check_generator(model, X)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    without = vae()
+    without.infer = None  # type: ignore[assignment,method-assign]
+    assert not any("infer" in sentence for sentence in check_generator(without, X))
+
+
+def test_a_model_that_its_first_batch_sets() -> None:
+    """It is set by its own forward for the check, put back, and the user told; one without shapes yet is refused."""
+    model = SideLatentSetByData()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="set by the first batch.*Run the model once"):
+        assert len(check_generator(model, torch.randn(N, 6))) == WITH_INFER
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    lazy = SideLatent()
+    lazy.out = nn.LazyLinear(6)  # type: ignore[assignment]
+    with pytest.raises(GeneratorError, match="parameter out.weight has no shape yet.*Run the model once by its own forward"):
+        check_generator(lazy, torch.randn(N, 6))
+
+
+def test_other_calls_wait() -> None:
+    entered = threading.Event()
+
+    def other() -> None:
+        with exclusive():
+            entered.set()
+
+    class Watched(LadderVAE):
+        def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+            if not threads:
+                threads.append(threading.Thread(target=other))
+                threads[0].start()
+            assert not entered.wait(0.01)
+            return super().infer(x, rng=rng)
+
+    threads: list[threading.Thread] = []
+    assert check_generator(build(Watched), X)
+    threads[0].join()
+    assert entered.is_set()
+
+
+# --------------------------------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused_in_words(dtype: torch.dtype) -> None:
+    class Half(SideLatent):
+        def conditional(self, state: Any, layer: int) -> Normal:
+            c = super().conditional(state, layer)
+            return Normal(c.loc.to(dtype), c.scale.to(dtype))
+
+        def descend(self, state: Any, z: Tensor, layer: int) -> Any:
+            return super().descend(state, z.float(), layer)
+
+    for generator in (vae().to(dtype), Half()):
+        with pytest.raises(GeneratorError, match=re.escape(str(dtype)) + r".*hundreds of nats.*model\.float\(\)"):
+            probe_generator(generator)
+
+
+def test_autocast_changes_nothing() -> None:
+    case = nvae()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(check_generator(case.generator, case.x, **case.calls)) == WITH_ALL
+        assert probe_generator(Handmade()).latents[0].dtype == torch.float32
+
+
+def test_single_precision_is_judged_as_such_and_double_by_its_own_rounding() -> None:
+    """An error of 3e-6 of σ is rounding in float32, and an error in float64; noise may be drawn in single precision there."""
+    model = Handmade()
+
+    def sample(n: int) -> Tensor:
+        e = model.noise(n)
+        z = e[2].to(model.out.weight.dtype)
+        for layer in (2, 1):
+            loc, scale = model.split(model.p[layer - 1](z))
+            z = loc + (1 + 3e-6) * scale * e[layer - 1].to(z)
+        return model.out(z)
+
+    assert check_generator(model, HAND_X, sample=sample)
+    model.double()
+    with pytest.raises(GeneratorError, match="sample: .*first part at layer 2"):
+        check_generator(model, HAND_X.double(), sample=sample)
+
+
+def test_a_narrow_posterior_is_no_fault() -> None:
+    """σ of 1e-6 beside a mean of 3: log q is known to what rounding leaves of it."""
+
+    class Narrow(Handmade):
+        def split(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+            loc, scale = super().split(parameters)
+            return loc + 3, 1e-6 * scale
+
+    assert len(check_generator(Narrow(), HAND_X)) == WITH_INFER
+
+
+def test_adapters_of_nvae_keep_their_convolutions() -> None:
+    """The model's own forward keeps normalised weights on it; after a check they are those of before."""
+    case = nvae()
+    convolutions = [part for part in case.generator.model.modules() if hasattr(part, "weight_normalized")]
+    before = [part.weight_normalized for part in convolutions]
+    assert isinstance(case.generator, NVAEAdapter)
+    check_generator(case.generator, case.x, **case.calls)
+    assert all(part.weight_normalized is kept for part, kept in zip(convolutions, before, strict=True))
