@@ -80,10 +80,9 @@ class StateInPlace(VDVAEAdapter):
     """descend writes into the features that it is given, as the repository's own code does."""
 
     def descend(self, state: Any, z: Tensor, layer: int) -> Any:
-        place = self._place(layer)
-        block = self.model.decoder.dec_blocks[place]
+        block = self._block(layer)
         state.by_resolution[block.base] = block.resnet(state.after + block.z_proj(z))
-        return self._at(place + 1, state.by_resolution)
+        return self._above(layer - 1, state.by_resolution)
 
 
 class FromTheTop(NVAEAdapter):
@@ -202,8 +201,8 @@ class RootOfScale(VDVAEAdapter):
 class SwappedLayers(NVAEAdapter):
     """Layers 1 and 2, of one shape, have each other's parts."""
 
-    def _group(self, layer: int) -> int:
-        return super()._group({1: 2, 2: 1}.get(layer, layer))
+    def _index(self, layer: int) -> int:
+        return super()._index({1: 2, 2: 1}.get(layer, layer))
 
 
 # -------------------------------------------------------------------------------------------------------------- with kl, q
