@@ -642,8 +642,8 @@ class JointEBMPrior(nn.Module):
     def train_jointly(self) -> None:
         """Makes the generator, an `nn.Module`, part of the prior: `parameters()` and `state_dict()` hold it from now on."""
         if not self.trained_jointly:
-            generator = self.__dict__.pop("generator")
-            self.add_module("generator", generator)
+            self._modules["generator"] = self.__dict__["generator"]  # first: other threads always find one of the two
+            del self.__dict__["generator"]
 
     # --------------------------------------------------------------------------------------------------------- checkpoints
 

@@ -53,7 +53,9 @@ def labelled(folder: Path, size: int, channels: int) -> Path:
 
 
 CASES = [
-    pytest.param("mnist_toy.py", 28, 1, {"samples.png", "transitions.png", "results.json"}, id="mnist_toy"),
+    pytest.param(
+        "mnist_toy.py", 28, 1, {"samples.png", "transitions.png", "results.json"}, id="mnist_toy", marks=pytest.mark.slow
+    ),
     pytest.param(
         "mnist.py",
         28,

@@ -55,6 +55,7 @@ def test_sampling_guide(backend: str) -> None:
     assert names["run"].steps.tolist() == [0, 25, 50]
 
 
+@pytest.mark.slow
 def test_adapter_guide(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that the reader has never seen, from nothing to samples: the blocks one after the other."""
     monkeypatch.chdir(tmp_path)

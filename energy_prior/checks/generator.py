@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from energy_prior.checks.arguments import as_observations, is_array
 from energy_prior.checks.decoder import (
     check_deterministic,
     check_likelihood,
@@ -34,7 +35,7 @@ _SEED = 20230423
 
 def check_generator(
     generator: HierarchicalGenerator,
-    x: Tensor,
+    x: Any,
     *,
     reconstruct: Callable[[Tensor], Any] | None = None,
     sample: Callable[[int], Any] | None = None,
@@ -49,7 +50,7 @@ def check_generator(
 
     Args:
         generator: the generator, or an adapter of yours.
-        x: two or more observations of the kind it was trained on, (batch, *x_shape).
+        x: two or more observations of the kind it was trained on, (batch, *x_shape); a tensor, or a numpy array.
         reconstruct: of x: the model's forward pass: the mean of p(x | z) at a draw z ~ q(z | x), (batch, *x_shape) in the units
             of x; or log p(x | z), (batch,), nats; or what has `log_prob`, such as a distribution.
         sample: of n = len(x): the model's own sampler: means, or draws, of p(x | z) at z ~ p(z); or log p(x | z) of the x given
@@ -70,8 +71,12 @@ def check_generator(
         >>> ep.check_generator(vae, torch.rand(4, 1, 8, 8))[0]
         'shapes, types and layer order agree with latent_shapes'
     """
+    if is_array(x):
+        with exclusive(), torch.no_grad(), untouched(generator):
+            reference = probe_generator(generator).latents[0]
+        x = as_observations("x", x, x.shape[1:], reference)
     if not isinstance(x, Tensor):
-        raise GeneratorError(f"x: expected a torch.Tensor, got {type(x).__name__}; torch.as_tensor makes one.")
+        raise GeneratorError(f"x: expected a torch.Tensor or a numpy array, got {type(x).__name__}.")
     if x.ndim < 2 or len(x) < 2:
         raise GeneratorError(f"x: expected two or more observations, (batch, *x_shape), got shape {tuple(x.shape)}.")
     for name, call in {"reconstruct": reconstruct, "sample": sample, "kl": kl}.items():
@@ -89,6 +94,7 @@ def check_generator(
         reproducible(torch.Generator().manual_seed(_SEED), x.device),
         unvalidated(),
     ):
+        x = x.detach().clone()  # made in inference mode, it could not take part in autograd
         passed, faults = _run(generator, x, reconstruct, sample, kl, snapshot)
     if faults:
         raise GeneratorError(f"{type(generator).__name__} breaks the generator protocol:\n- " + "\n- ".join(faults))

@@ -5,9 +5,10 @@ from __future__ import annotations
 __all__ = ["Snapshot", "untouched"]
 
 import contextlib
+import functools
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,9 +31,9 @@ class Snapshot:
         self._sets: list[tuple[set[Any], set[Any]]] = []
         for thing in things:
             if _is_function(thing):
-                for module in _modules_of(thing):
+                for module in _modules_of(thing, set()):
                     self._take(module)
-            if not _is_function(thing):
+            else:
                 self._take(thing, attributes=True)
 
     def parameters_changed(self) -> bool:
@@ -106,23 +107,32 @@ def untouched(*things: Any) -> Iterator[Snapshot]:
 
 
 def _is_function(thing: Any) -> bool:
-    return hasattr(thing, "__code__") or hasattr(thing, "__func__")
+    return hasattr(thing, "__code__") or hasattr(thing, "__func__") or isinstance(thing, functools.partial)
 
 
-def _modules_of(function: Callable[..., Any]) -> Iterator[nn.Module]:
-    """The modules that a function uses: that it is a method of, that it closes over, that it names."""
-    if isinstance(getattr(function, "__self__", None), nn.Module):
-        yield function.__self__  # type: ignore[attr-defined]
-    function = getattr(function, "__func__", function)
-    for cell in getattr(function, "__closure__", None) or ():
-        with contextlib.suppress(ValueError):  # an empty cell
-            if isinstance(cell.cell_contents, nn.Module):
-                yield cell.cell_contents
+def _modules_of(thing: Any, seen: set[int]) -> Iterator[nn.Module]:
+    """The modules that a function uses, itself or by other functions: it is their method, closes over them, or names them."""
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, nn.Module):
+        yield thing
+    elif isinstance(thing, functools.partial):
+        for part in (thing.func, *thing.args, *thing.keywords.values()):
+            yield from _modules_of(part, seen)
+    elif _is_function(thing):
+        function = getattr(thing, "__func__", thing)
+        used = [getattr(thing, "__self__", None), *(getattr(function, "__globals__", {}).get(n) for n in _names_in(function))]
+        for cell in getattr(function, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                used.append(cell.cell_contents)
+        for part in used:
+            yield from _modules_of(part, seen)
+
+
+def _names_in(function: Any) -> tuple[str, ...]:
     code = getattr(function, "__code__", None)
-    for name in () if code is None else code.co_names:
-        value = function.__globals__.get(name)  # type: ignore[attr-defined]
-        if isinstance(value, nn.Module):
-            yield value
+    return () if code is None else code.co_names
 
 
 def _equal(tensor: Tensor, value: Tensor) -> bool:

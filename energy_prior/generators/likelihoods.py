@@ -177,8 +177,8 @@ class DiscretizedLogisticMixture(Distribution):
             ShapeError: if there are other numbers of channels or colours.
         """
         per_colour = 3 if colours == 3 else 2
-        mixtures, rest = divmod(parameters.shape[1], 1 + colours * per_colour) if colours in (1, 3) else (0, 0)
-        if mixtures < 1 or rest:
+        mixtures = parameters.shape[1] // (1 + colours * per_colour)
+        if colours not in (1, 3) or mixtures < 1 or parameters.shape[1] != mixtures * (1 + colours * per_colour):
             raise ShapeError(
                 "parameters: expected 10·M channels for 3 colours or 3·M for 1, got "
                 f"{parameters.shape[1]} for {colours} colours."

@@ -28,6 +28,7 @@ def test_settings_of_an_adapter_tell_models_apart(model: nn.Module, make: Any) -
     assert fingerprint(make(model, 0.5)) == fingerprint(make(model, 0.5)) != fingerprint(make(model, 1.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("adapt", "make"), [(NVAEAdapter, NVAE), (VDVAEAdapter, VDVAE), (DeepVAEAdapter, DeepVAE)])
 def test_a_compiled_model_is_the_model_inside(adapt: Any, make: Callable[[], nn.Module]) -> None:
     model = perturbed(make())

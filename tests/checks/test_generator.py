@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -458,8 +459,15 @@ def test_observations_of_another_shape() -> None:
         check_generator(vae(), torch.rand(4, 1, 5, 5))
     with pytest.raises(GeneratorError, match=r"two or more observations, .* got shape \(1, 1, 4, 4\)"):
         check_generator(vae(), X[:1])
-    with pytest.raises(GeneratorError, match=r"expected a torch.Tensor, got ndarray; torch.as_tensor makes one"):
-        check_generator(vae(), X.numpy())  # type: ignore[arg-type]
+    with pytest.raises(GeneratorError, match=r"expected a torch.Tensor or a numpy array, got list"):
+        check_generator(vae(), X.tolist())
+
+
+def test_arrays_are_converted_to_the_model() -> None:
+    generator = vae()
+    assert check_generator(generator, X.numpy()) == check_generator(generator, X.double().numpy())
+    with torch.inference_mode():
+        assert len(check_generator(generator, X.clone())) == WITH_INFER
 
 
 @pytest.mark.parametrize(
@@ -886,6 +894,21 @@ def test_a_check_leaves_no_trace(kind: type[LadderVAE], fails: bool) -> None:
     with pytest.raises(KeyboardInterrupt if fails else (GeneratorError, ArgumentError)):
         check_generator(generator, X, sample=sample)
     assert same(everything(generator), before)
+
+
+def test_a_model_that_only_the_calls_know_is_left_alone_too() -> None:
+    """Behind a partial, another function, and a closure."""
+    generator, own = Handmade(), nn.BatchNorm1d(6)
+    before = everything(own)
+
+    def run(n: int) -> Tensor:
+        return own(torch.randn(n, 6))
+
+    def sample(unused: str, n: int) -> Tensor:
+        return generator.sample(n) + 0 * run(n)
+
+    assert len(check_generator(generator, HAND_X, sample=partial(sample, "unused"))) == WITH_INFER + 1
+    assert same(everything(own), before)
 
 
 def test_running_statistics_stay_and_nothing_is_claimed_that_was_not_tested() -> None:

@@ -16,6 +16,7 @@ from energy_prior.cli.demo import DemoData, DemoSettings, load_demo_data, run_de
 from energy_prior.cli.main import main
 
 
+@pytest.mark.slow
 def test_demo_quick_writes_its_files_and_prints_a_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

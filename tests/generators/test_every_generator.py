@@ -156,21 +156,6 @@ def test_compiled(name: str, recwarn: pytest.WarningsRecorder) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_posterior_chains_compile_through_the_mixture(recwarn: pytest.WarningsRecorder) -> None:
-    """The likelihood is part of their step."""
-    generator = EVERY["residual"]()
-    prior, x = JointEBMPrior(generator), images(generator, 2)
-    runs = [
-        prior.sample_posterior(x, steps=2, step_size=0.05, backend=backend, rng=torch.Generator().manual_seed(1))
-        for backend in ("eager", "compiled")
-    ]
-    assert [str(w.message) for w in recwarn if "Backend" in w.category.__name__] == []
-    for a, b in zip(*runs, strict=True):
-        assert torch.isfinite(b).all()
-        assert a.shape == b.shape
-
-
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_settings_of_an_adapter_are_plain_numbers(name: str) -> None:
     adapter = EVERY[name]()

@@ -65,6 +65,7 @@ def test_log_prob_is_nats_per_observation() -> None:
     torch.testing.assert_close(likelihood.log_prob(x).detach(), expected)
 
 
+@pytest.mark.slow
 def test_fit_elbo_learns_digits_and_keeps_the_best() -> None:
     digits = torch.tensor(load_digits(return_X_y=True)[0].reshape(-1, 8, 8) / 16, dtype=torch.float32)[:, None]
     vae = LadderVAE((1, 8, 8), (8, 4), hidden=64)
@@ -153,6 +154,7 @@ def test_settings_of_any_kind_of_number() -> None:
         assert (other.x_shape, other.latent_shapes, other.x_range) == (plain.x_shape, plain.latent_shapes, plain.x_range)
         assert {type(n) for shape in (other.x_shape, *other.latent_shapes) for n in shape} == {int}
         assert {type(n) for n in other.x_range} == {float}
+        assert {type(m.out_features) for m in other.modules() if isinstance(m, torch.nn.Linear)} == {int}
         other.load_state_dict(plain.state_dict())
         assert fingerprint(other) == fingerprint(plain)
 

@@ -178,6 +178,22 @@ def test_a_likelihood_is_in_the_dtype_of_its_weights() -> None:
         assert found.log_prob(torch.zeros(2, 1, 4, 4)).dtype == torch.float32
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", get_args(Likelihood))
+def test_likelihoods_are_traced_in_one_piece(name: Likelihood) -> None:
+    """Compiled posterior chains run them in every step: no check of arguments may stop the compiler."""
+    pixels, x = PixelLikelihood((3, 2, 2), name), torch.randint(0, 2, (2, 3, 2, 2)).float()
+    parameters = torch.randn(2, pixels.channels, 2, 2)
+
+    def log_prob(parameters: Tensor) -> Tensor:
+        return pixels(parameters).log_prob(x)
+
+    torch._dynamo.reset()
+    for dynamic in (False, True):
+        traced = torch.compile(log_prob, fullgraph=True, backend="eager", dynamic=dynamic)
+        torch.testing.assert_close(traced(parameters), log_prob(parameters))
+
+
 def test_sample_shape_and_other_units() -> None:
     base = mixture(3, 2)
     assert base.sample((4, 3)).shape == (4, 3, 2, 3, 1, 1)

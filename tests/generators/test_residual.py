@@ -104,6 +104,7 @@ def test_compiled_towers_change_nothing_but_rounding() -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", ["mixture", "gaussian", "bernoulli", "discretized_logistic"])
 def test_learns_digits(likelihood: Any) -> None:
     data = load_demo_data(9, 0)
@@ -188,6 +189,7 @@ def test_compiled_chains_with_checkpointing(recwarn: pytest.WarningsRecorder) ->
     assert [str(w.message) for w in recwarn if "Backend" in w.category.__name__] == []
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_leaves_autograd_as_it_was() -> None:
     """Checkpointing inside a generator stops the compiler in torch.func, which must not cost later chains their hooks."""
 

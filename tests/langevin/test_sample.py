@@ -296,6 +296,7 @@ def test_chains_that_hardly_move_are_told() -> None:
         sampling.warn_if_stuck(None)
 
 
+@pytest.mark.slow
 def test_the_step_size_that_is_tuned() -> None:
     """With f = 0 every step is accepted; with energies MALA accepts the share that was asked for, and the seed decides."""
     flat = JointEBMPrior(mlp().double())

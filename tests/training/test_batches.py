@@ -183,6 +183,7 @@ def test_orders_do_not_depend_on_the_default_device(request: pytest.FixtureReque
     assert all(map(torch.equal, wanted, got))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["nce", "two_stage", "joint"])
 def test_a_run_under_another_default_device_is_the_same(method: Method, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     options: dict[str, Any] = {"iterations": 6, "batch_size": 16, "steps": 2, "posterior_steps": 2, "checkpoint_every": 4}

@@ -179,6 +179,7 @@ class Steep(nn.Module):
         return 300 * self.w * z.square().sum(1)
 
 
+@pytest.mark.slow
 def test_divergence_keeps_the_last_good_prior_in_the_folder(tmp_path: Path) -> None:
     prior = JointEBMPrior(make().generator, [Steep(), Steep()])
     with (
@@ -194,6 +195,7 @@ def test_divergence_keeps_the_last_good_prior_in_the_folder(tmp_path: Path) -> N
     assert all(bool(torch.isfinite(p).all()) for p in kept.parameters())
 
 
+@pytest.mark.slow
 def test_a_fixed_step_that_is_too_large_is_named_as_the_cause() -> None:
     prior = JointEBMPrior(make().generator, [Steep(), Steep()])
     with recorded() as said, pytest.raises(DivergenceError, match="fixed step_size = 5"):

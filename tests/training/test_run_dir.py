@@ -36,7 +36,7 @@ def everything(prior: JointEBMPrior) -> dict[str, Tensor]:
     return {**prior.state_dict(), **{f"g.{k}": v for k, v in prior.generator.state_dict().items()}}
 
 
-QUICK: list[Any] = [("nce", None), ("multi_stage_nce", None), ("two_stage", 0)]
+QUICK: list[Any] = [("nce", None)]
 
 
 class Killed(BaseException):
@@ -114,6 +114,7 @@ def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-00000010", "checkpoint-00000014"]
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(tmp_path: Path) -> None:
     """Where the caller gives one; a script without any goes on."""
     make().fit(X, **SETTINGS, run_dir=tmp_path / "a", rng=seeded())
@@ -232,6 +233,7 @@ def test_run_dir_that_is_no_folder(tmp_path: Path) -> None:
         make().fit(X, **SETTINGS, sample_every=2)
 
 
+@pytest.mark.slow
 def test_tensorboard_and_sample_grids_do_not_change_a_run(tmp_path: Path) -> None:
     plain, shown = make(), make()
     plain.fit(X, **SETTINGS, rng=seeded(), run_dir=tmp_path / "a")
@@ -242,6 +244,7 @@ def test_tensorboard_and_sample_grids_do_not_change_a_run(tmp_path: Path) -> Non
     assert any((tmp_path / "b" / "tensorboard").glob("events.*"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::energy_prior.TrainingWarning")
 def test_penalty_and_cut_share_go_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a gap that is above its limit throughout, and drifts that are cut: both have moved when the run is stopped."""

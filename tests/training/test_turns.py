@@ -68,6 +68,7 @@ def test_a_seeded_fit_and_seeded_scores_of_another_prior_beside_it_are_those_alo
     assert all(p.requires_grad for p in other.parameters())
 
 
+@pytest.mark.slow
 def test_draws_from_the_global_stream_do_not_reach_a_seeded_fit() -> None:
     other = make(seed=7)
     alone, _ = fitted(make())
@@ -154,6 +155,7 @@ def inside(run: Callable[[Any], object], other: Callable[[], object]) -> None:
     run(lambda entry: other())
 
 
+@pytest.mark.slow
 def test_two_runs_cannot_train_the_same() -> None:
     prior = make()
     vae = prior.generator
@@ -198,6 +200,7 @@ def test_a_random_generator_in_use_is_refused_elsewhere() -> None:
 # ------------------------------------------------------------------------------------------------------- the caller's switches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "switch",
     [lambda: torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad, torch.inference_mode],

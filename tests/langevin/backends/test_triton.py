@@ -43,7 +43,7 @@ def lively(activation: str = "silu", dims: tuple[int, ...] = (5, 3), hidden: tup
         pytest.param(lively(), (), marks=pytest.mark.slow),
         pytest.param(lively("gelu", (4, 3, 2), (20,)), (), marks=pytest.mark.slow),
         pytest.param(lively("tanh", (4, 3, 2)), (3,), marks=pytest.mark.slow),
-        (lively("softplus", (70,)), ()),
+        pytest.param(lively("softplus", (70,)), (), marks=pytest.mark.slow),
     ],
     ids=["two layers", "three layers", "the top one held", "one wide layer"],
 )
