@@ -245,7 +245,7 @@ FAULTS = (
     Fault(
         "missing scale",
         lambda: nvae(WithoutScaling),
-        r"reconstruct: [^-]*part below z_1.*2 times the model's − 1 \(data scaling",
+        r"part below z_1.*2 times the model's − 1 \(data scaling",
     ),
     Fault("exp for softplus", lambda: deep(ExpForSoftplus), "first part at layer 3.*exp where the model has softplus"),
     Fault("dropped residual", lambda: vdvae(DroppedResidual), r"first part at layer 3.*z_5 … z_4 agree.*layer=4"),

@@ -55,8 +55,8 @@ class _Trail:
         agreed: how many were seen to agree.
         distance: of the two sides there.
         why: how it differs.
-        certain: that it does, even if the observation should not show it: the model's code was followed elsewhere, or the
-            difference is too small to be chance.
+        certain: that it does, even if the observation does not show it: the model's code was followed at other layers, or
+            only one of μ and σ differs.
     """
 
     layers: int

@@ -32,7 +32,7 @@ class Match(NamedTuple):
         z: the model's z_i, where it is the same.
         why: how it is another one.
         followed: "same" at a step that is no bare ε; "other" by far more than rounding, beside such steps.
-        certain: "other" by so little that it can only be an error in μ or σ.
+        certain: "other" in μ or σ alone, so that it can only be an error in that one.
         distance: how far they are apart, in units of σ.
     """
 
@@ -70,7 +70,8 @@ def match_draw(steps: Sequence[Step], loc: Tensor, scale: Tensor, clearly: float
         distance = float(shift.mean() + ratio.abs().log().abs().mean())
         if best is None or distance < best[0]:
             clear = max(float(shift.max()), float((ratio - 1).abs().max())) > clearly
-            certain = clear and ((same_loc and close) or (same_scale and telling))
+            varied = bool((step.loc != step.loc.flatten()[0]).any())  # no μ of 0, which many a step may have
+            certain = clear and ((same_loc and (close or varied)) or (same_scale and telling))
             why = _difference(step, loc, scale, same_loc, same_scale)
             best = distance, Match("other", None, why, clear and telling, certain, distance)
     return Match("unknown") if best is None else best[1]
