@@ -115,6 +115,7 @@ def nvae_calls(model: Any, t: float = 1.0, as_density: bool = False) -> OwnCalls
             output.means.transpose(1, 2),
             output.log_scales.transpose(1, 2),
             output.coeffs.transpose(1, 2),
+            bottom=-0.999,
             top=0.99,
         )
         return mixture.log_prob(2 * x - 1) if as_density and x is not None else ((mixture.mean + 1) / 2).clamp(0, 1)
@@ -171,7 +172,7 @@ def vdvae_calls(
 
     def log_p(parameters: Tensor, x: Tensor) -> Tensor:
         level = 255 * x if bins == 255 else torch.floor((255 * x).round() / 8) * 8
-        mixture = DiscretizedLogisticMixture.from_channels(parameters, levels=int(bins) + 1, top=0.999)
+        mixture = DiscretizedLogisticMixture.from_channels(parameters, levels=int(bins) + 1, bottom=-0.999, top=0.999)
         return mixture.log_prob(level / 127.5 - 1)
 
     def encoded(x: Tensor) -> dict[int, Tensor]:
@@ -205,7 +206,8 @@ def deep_calls(model: Any, as_density: bool = False) -> OwnCalls:
             for stage in model.stages:
                 data, here = stage.infer(data)
                 found.append(here)
-        features, skips, kls = None, None, []
+        features: Any = None
+        skips, kls = None, []
         for i in range(len(model.stages) - 1, -1, -1):
             stage = model.stages[i]
             if features is None:
@@ -234,7 +236,7 @@ def deep_calls(model: Any, as_density: bool = False) -> OwnCalls:
             return Bernoulli(**module.get_distribution_kwargs(module.activation(features)))
         given = module.get_distribution_kwargs(features)
         if module.kind == "mixture":
-            return Halved(DiscretizedLogisticMixture.from_channels(given["all_params"], top=0.999))
+            return Halved(DiscretizedLogisticMixture.from_channels(given["all_params"], bottom=-0.999, top=0.999))
         n = module.n_bins
         scale = given["logscale"].exp() * n / (n - 1)
         return DiscretizedLogistic((given["mean"] - 0.5 / n) * n / (n - 1), scale, n, floor=1e-7)

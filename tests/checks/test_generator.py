@@ -619,8 +619,8 @@ class Handmade(nn.Module):
 
     def __init__(self, draws: str = "top down") -> None:
         super().__init__()
-        self.p = nn.ModuleList(nn.Linear(2, 4) for _ in range(2))
-        self.q = nn.ModuleList(nn.Linear(6, 4) for _ in range(3))
+        self.p: Any = nn.ModuleList(nn.Linear(2, 4) for _ in range(2))
+        self.q: Any = nn.ModuleList(nn.Linear(6, 4) for _ in range(3))
         self.out, self.draws = nn.Linear(2, 6), draws
 
     def split(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -698,12 +698,9 @@ def test_draws_are_aligned_whatever_their_order(draws: str) -> None:
         check_generator(wrong, HAND_X, sample=model.sample)
 
 
-@pytest.mark.parametrize("layer", [1, 2, 3])
-@pytest.mark.parametrize("of", ["q", "p"])
+@pytest.mark.parametrize(("of", "layer"), [("q", 1), ("q", 2), ("q", 3), ("p", 1), ("p", 2)])
 def test_one_percent_of_a_scale_is_found_at_its_layer(of: str, layer: int) -> None:
     """By each of the calls that can see it."""
-    if of == "p" and layer == 3:
-        pytest.skip("N(0, I) has no parameters here")
     model = Handmade()
     wrong = Handmade()
     wrong.load_state_dict(model.state_dict())
@@ -713,23 +710,25 @@ def test_one_percent_of_a_scale_is_found_at_its_layer(of: str, layer: int) -> No
     )
     with pytest.raises(GeneratorError, match=words):
         check_generator(wrong, HAND_X, kl=model.kl)
-    name = "sample" if of == "p" else "reconstruct"
+    name, call = ("sample", model.sample) if of == "p" else ("reconstruct", model)
     with pytest.raises(GeneratorError, match=f"{name}: .*first part at layer {layer}: .*generator's σ is 1.01005 times"):
-        check_generator(wrong, HAND_X, **{name: model.sample if of == "p" else model})
+        check_generator(wrong, HAND_X, **{name: call})  # type: ignore[arg-type]
 
 
 def test_what_the_calls_may_give() -> None:
     """Means, draws, log densities, distributions; KL in sum, as a tensor, or as a list of anything over a batch."""
     model = Handmade()
-    mean, density = model, lambda x: model.likelihood_of(x).log_prob(x)
-    model.likelihood_of = lambda x: Independent(Normal(model(x), 0.5), 1)  # type: ignore[assignment]
+
+    def likelihood(x: Tensor) -> Independent:
+        return Independent(Normal(model(x), 0.5), 1)
+
     spread: Any = lambda x: [term.unsqueeze(1).expand(-1, 4) / 4 for term in model.kl(x).unbind(1)]  # noqa: E731
     for reconstruct in (
-        mean,
-        density,
-        model.likelihood_of,
-        lambda x: model.likelihood_of(x).sample(),
-        lambda x: model.likelihood_of(x).base_dist,
+        model,
+        likelihood,
+        lambda x: likelihood(x).log_prob(x),
+        lambda x: likelihood(x).sample(),
+        lambda x: likelihood(x).base_dist,
         lambda x: model(x).numpy(),
     ):
         assert len(check_generator(model, HAND_X, reconstruct=reconstruct)) == WITH_INFER + 1
@@ -860,7 +859,7 @@ class Untidy(LadderVAE):
         return super().likelihood(state)
 
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
-        random.random(), np.random.random()  # noqa: S311
+        _ = random.random(), np.random.random()  # noqa: S311
         self.seen.append(x)
         self.counts["infer"] += 1
         return super().infer(x, rng=rng)
