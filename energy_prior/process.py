@@ -58,8 +58,9 @@ def exclusive() -> Iterator[None]:
     if outer is not None and outer.active:
         yield
         return
-    with contextlib.nullcontext() if _lock._is_owned() else _turnstile:  # type: ignore[attr-defined]
-        _lock.acquire()
+    lock = _lock  # a process that is forked inside gets new ones
+    with contextlib.nullcontext() if lock._is_owned() else _turnstile:  # type: ignore[attr-defined]
+        lock.acquire()
     try:
         hold = _Hold()
         token = _hold.set(hold)
@@ -69,7 +70,7 @@ def exclusive() -> Iterator[None]:
             hold.active = False
             _hold.reset(token)
     finally:
-        _lock.release()
+        lock.release()
 
 
 def _after_fork() -> None:

@@ -57,7 +57,7 @@ def noise_for(prior: JointEBMPrior, steps: int) -> InjectedNoise:
         ("compiled", mlp, "noise", {"adjust": True, "steps": 20}),
         ("compiled", mlp, "noise", {}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_long_chain_is_that_of_the_reference(backend: str, make: Any, space: str, options: dict[str, Any]) -> None:
     """Twice: the second time with what was compiled or recorded the first time, and other noise."""
