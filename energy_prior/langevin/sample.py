@@ -58,8 +58,8 @@ def sample_target(
 ) -> ChainDraw:
     """Runs chains on `target` and returns all latents (z_1, …, z_L) at their end, the held ones included.
 
-    A batch that does not fit into `settings.max_memory` is run in parts, one after another, and so is every part that a
-    backend divides among the cores of a CPU, side by side. Callers freeze the modules and choose the random stream.
+    A batch that does not fit into `settings.max_memory` is run in parts, one after another. On a CPU a backend may divide
+    every part among the cores; these run side by side. Callers freeze the modules and choose the random stream.
 
     Args:
         target: what to draw from.
@@ -97,6 +97,7 @@ def sample_target(
         source = backend.noise(target.shapes, like) if noise is None else noise
         _check_noise(source, target, like, settings.steps, adjust)
         beginning = tuple(source.normal(0)) if start is None else tuple(start)
+        parts = split_batch(target, probe, settings.max_memory)
 
         def run(rows: slice, halt: Halt | None = None) -> ChainDraw:
             density = backend.prepare(target.rows(rows).density())
@@ -109,7 +110,7 @@ def sample_target(
                 config,
                 steps=settings.steps,
                 step_size=settings.step_size or default_step_size,
-                noise=source if rows == everything else source.rows(rows),
+                noise=source if rows == slice(0, target.batch_size) else source.rows(rows),
                 backend=backend,
                 adapt_steps=adapt_steps,
                 every=every,
@@ -117,8 +118,7 @@ def sample_target(
             )
             return ChainDraw(result.latents, result)
 
-        everything = slice(0, target.batch_size)
-        return join_batch(_run_parts(run, split_batch(target, probe, settings.max_memory), backend, probe, source))
+        return join_batch(_run_parts(run, parts, backend, probe, source))
 
 
 def tune_step_size(
