@@ -62,6 +62,7 @@ from energy_prior import ArgumentError, JointEBMPrior, LadderVAE
 from energy_prior.langevin import backends
 from energy_prior.langevin import step as reference
 warnings.simplefilter("error")
+warnings.filterwarnings("ignore", category=DeprecationWarning)  # of torch's own compiler
 gone = sys.argv[1]
 assert gone not in backends.available() and len(backends.available()) == 3, backends.available()
 assert not [name for name in sys.modules if name.endswith("backends." + gone)]
