@@ -608,6 +608,7 @@ def test_wrapped_generators_are_the_model_inside(tmp_path: Path, wrap: Any) -> N
     JointEBMPrior.load(tmp_path / "p.safetensors", wrap(vae))
 
 
+@pytest.mark.slow
 def test_compiled_parts_and_energies_have_the_names_of_what_is_inside(tmp_path: Path) -> None:
     torch.manual_seed(0)
     vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8)
