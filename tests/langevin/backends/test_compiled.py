@@ -185,7 +185,7 @@ def test_many_settings_of_one_kind_are_all_compiled() -> None:
 
     cache = compiler.CompileCache("a model", "a key", None)
     with torch._dynamo.config.patch(cache_size_limit=2), warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", BackendWarning)
         for temperature in (0.5, 0.7, 0.9):
             torch.testing.assert_close(
                 cache.call(scaled, temperature, torch.ones(3), temperature), torch.full((3,), temperature)
@@ -299,6 +299,11 @@ class Branches(LinearLadder):
         return super().conditional(state, layer)
 
 
+def told(caught: Any) -> list[str]:
+    """Files that warnings of the library point at (the compiler warns of itself when it is first imported)."""
+    return [warning.filename for warning in caught if warning.category is BackendWarning]
+
+
 @pytest.mark.slow
 def test_what_cannot_be_compiled_runs_in_eager_mode_with_one_warning() -> None:
     prior = lively(Branches((3, 2), seed=1))
@@ -306,8 +311,7 @@ def test_what_cannot_be_compiled_runs_in_eager_mode_with_one_warning() -> None:
     words = r"Branches.*cannot be compiled and run in eager mode: .*(data-dependent|Tensor\.item)"
     with pytest.warns(BackendWarning, match=words) as caught:
         compiled = prior.sample_latents(N, noise=noise, steps=STEPS, backend="compiled")
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
+    assert told(caught) == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = prior.sample_latents(N, noise=noise, steps=STEPS, backend="compiled")
@@ -319,7 +323,7 @@ def test_what_cannot_be_compiled_runs_in_eager_mode_with_one_warning() -> None:
         seeded = [
             single.sample_latents(N, steps=STEPS, rng=torch.Generator().manual_seed(0), backend="compiled") for _ in range(3)
         ]
-    assert len(caught) == 1
+    assert told(caught) == [__file__]
     for latents in seeded[1:]:
         torch.testing.assert_close(latents, seeded[0], rtol=1e-4, atol=1e-4)
 

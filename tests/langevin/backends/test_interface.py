@@ -58,11 +58,9 @@ def test_chains_that_run_from_start_to_end(config: StepConfig, why: str | None) 
 CODE = """
 import sys, warnings
 import torch
-from energy_prior import ArgumentError, JointEBMPrior, LadderVAE
+from energy_prior import ArgumentError, BackendWarning, JointEBMPrior, LadderVAE
 from energy_prior.langevin import backends
-from energy_prior.langevin import step as reference
-warnings.simplefilter("error")
-warnings.filterwarnings("ignore", category=DeprecationWarning)  # of torch's own compiler
+warnings.simplefilter("error", BackendWarning)
 gone = sys.argv[1]
 assert gone not in backends.available() and len(backends.available()) == 3, backends.available()
 assert not [name for name in sys.modules if name.endswith("backends." + gone)]
