@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
+from energy_prior import scores
 from energy_prior.checkpoint import (
     check_generator_fits,
     check_state_fits,
@@ -41,7 +42,7 @@ from energy_prior.langevin import USUAL_ACCEPTANCE, ChainOptions, ChainSettings,
 from energy_prior.model import JointModel
 from energy_prior.process import evaluating, exclusive, frozen, full_precision, reproducible
 from energy_prior.protocol import HierarchicalGenerator, unwrapped
-from energy_prior.scores import ANOMALY_SCORES, ScoreTerms, calibrated, expected_score, llr_scores, log_joint, score_terms
+from energy_prior.scores import ANOMALY_SCORES, ScoreTerms, calibrated
 from energy_prior.topdown import Decode, Space, TopDown
 from energy_prior.training import FitConfig, FitHooks, FitResult, Method, fit_energies
 
@@ -155,10 +156,11 @@ class JointEBMPrior(nn.Module):
             DivergenceError: if the chain diverges, or an observation is not finite.
         """
         _check_decode(decode)
-        settings = _check_prior(prior, given, chain)
+        settings = ChainSettings.of(chain)
+        _check_prior(prior, given, chain)
         n = check_count("n", n)
         given = self._check_given(given, n)
-        with self._call(rng) as model:
+        with self._computing(rng) as model:
             if given or (prior == "joint" and settings.steps):
                 return model.decode(model.sample(n, settings, held=given), decode, settings.max_memory)
             return model.decode_ancestral(n, decode, settings.max_memory)
@@ -192,11 +194,12 @@ class JointEBMPrior(nn.Module):
             ArgumentError, ShapeError: if an argument does not fit; the message says how.
             DivergenceError: if the chain diverges; it names the layer and the step.
         """
-        settings = _check_prior(prior, given or start or noise, chain)
+        settings = ChainSettings.of(chain)
+        _check_prior(prior, given or start or noise, chain)
         n = check_count("n", n)
         given = self._check_given(given, n)
         self._check_start(start, n)
-        with self._call(rng) as model:
+        with self._computing(rng) as model:
             if prior == "generator":
                 return model.ancestral(n)
             return model.sample(n, settings, held=given, start=start, noise=noise)
@@ -234,7 +237,7 @@ class JointEBMPrior(nn.Module):
             raise ArgumentError('method: "infer" runs no chain, so it takes neither start, noise nor options of a chain.')
         if noise is not None and start is None:
             raise ArgumentError("noise: give `start` as well; the draw of q that a chain starts from is random too.")
-        with self._call(rng) as model:
+        with self._computing(rng) as model:
             if method == "infer":
                 return checked_infer(self.generator, x).latents
             return model.sample_posterior(x, settings, start=start, noise=noise)
@@ -265,7 +268,7 @@ class JointEBMPrior(nn.Module):
         _check_decode(decode)
         settings = ChainSettings(max_memory=max_memory)
         self._check_latents("latents", latents)
-        with self._call(rng) as model:
+        with self._computing(rng) as model:
             return model.decode(latents, decode, settings.max_memory)
 
     def reconstruct(
@@ -289,7 +292,7 @@ class JointEBMPrior(nn.Module):
         """
         _check_decode(decode)
         x, settings = self._observations(x), ChainSettings.of(posterior or {})
-        with self._call(rng) as model:
+        with self._computing(rng) as model:
             return model.decode(model.posterior_draw(x, settings).latents, decode, settings.max_memory)
 
     def trajectory(
@@ -324,7 +327,7 @@ class JointEBMPrior(nn.Module):
         self._check_start(start, n)
         if len(given or {}) == len(self.energies):
             raise ArgumentError("given: every layer is held, so there is nothing to follow; leave one free.")
-        with self._call(rng) as model:
+        with self._computing(rng) as model:
             return model.trajectory(n, every, settings, held=given, start=start, noise=noise)
 
     # ----------------------------------------------------------------------------------------------------------- densities
@@ -377,8 +380,8 @@ class JointEBMPrior(nn.Module):
         """
         k, num_samples = check_k(k, len(self.energies)), check_count("num_samples", num_samples)
         x, settings, of_posterior = self._observations(x), ChainSettings.of(chain), ChainSettings.of(posterior or {})
-        with self._call(rng) as model:
-            return log_joint(model, x, k, num_samples, settings, of_posterior)
+        with self._computing(rng) as model:
+            return scores.log_joint(model, x, k, num_samples, settings, of_posterior)
 
     def llr_score(
         self,
@@ -404,8 +407,8 @@ class JointEBMPrior(nn.Module):
         """
         k, num_samples = check_k(k, len(self.energies)), check_count("num_samples", num_samples)
         x, settings, of_posterior = self._observations(x), ChainSettings.of(chain), ChainSettings.of(posterior or {})
-        with self._call(rng) as model:
-            return llr_scores(model, x, [k], num_samples, settings, of_posterior)[:, 0]
+        with self._computing(rng) as model:
+            return scores.llr_scores(model, x, [k], num_samples, settings, of_posterior)[:, 0]
 
     def llr_scores(
         self,
@@ -427,8 +430,8 @@ class JointEBMPrior(nn.Module):
         """
         num_samples = check_count("num_samples", num_samples)
         x, settings, of_posterior = self._observations(x), ChainSettings.of(chain), ChainSettings.of(posterior or {})
-        with self._call(rng) as model:
-            return llr_scores(model, x, range(1, len(self.energies) + 1), num_samples, settings, of_posterior)
+        with self._computing(rng) as model:
+            return scores.llr_scores(model, x, range(1, len(self.energies) + 1), num_samples, settings, of_posterior)
 
     def score_terms(
         self,
@@ -451,8 +454,8 @@ class JointEBMPrior(nn.Module):
         """
         num_samples = check_count("num_samples", num_samples)
         x, settings = self._observations(x), ChainSettings.of(posterior or {})
-        with self._call(rng) as model:
-            return score_terms(model, x, num_samples, settings)
+        with self._computing(rng) as model:
+            return scores.score_terms(model, x, num_samples, settings)
 
     def anomaly_score(
         self,
@@ -492,8 +495,8 @@ class JointEBMPrior(nn.Module):
             score = ANOMALY_SCORES[method]
         num_samples = check_count("num_samples", num_samples)
         x, settings = self._observations(x), ChainSettings.of(posterior or {})
-        with self._call(rng) as model:
-            return -expected_score(model, x, score, num_samples, settings)
+        with self._computing(rng) as model:
+            return -scores.expected_score(model, x, score, num_samples, settings)
 
     def calibrate(
         self,
@@ -517,8 +520,8 @@ class JointEBMPrior(nn.Module):
         x, settings = self._observations(x), ChainSettings.of(posterior or {})
         if len(x) < 2:
             raise ShapeError("x: expected two or more observations to calibrate on, got one.")
-        with self._call(rng) as model:
-            terms = expected_score(model, x, ScoreTerms.calibration_terms, num_samples, settings)
+        with self._computing(rng) as model:
+            terms = scores.expected_score(model, x, ScoreTerms.calibration_terms, num_samples, settings)
             spread = terms.std(0)
             if not bool((spread > 0).all()):
                 raise ArgumentError(
@@ -627,7 +630,7 @@ class JointEBMPrior(nn.Module):
         """
         target_acceptance = check_share("target_acceptance", target_acceptance)
         batch_size = check_count("batch_size", batch_size)
-        with self._call(rng) as model:
+        with self._computing(rng) as model:
             tuned = tune_step_size(
                 model.target(batch_size), start_step_size=model.step_size, target_acceptance=target_acceptance
             )
@@ -763,7 +766,7 @@ class JointEBMPrior(nn.Module):
     # --------------------------------------------------------------------------------------------------------- once per call
 
     @contextlib.contextmanager
-    def _call(self, rng: torch.Generator | None) -> Iterator[JointModel]:
+    def _computing(self, rng: torch.Generator | None) -> Iterator[JointModel]:
         """Where a public call computes: alone, without gradients, in evaluation mode and full precision, with `rng`."""
         here = self.device
         with (
@@ -797,14 +800,12 @@ def _check_decode(decode: Any) -> None:
         raise ArgumentError(f'decode: expected "mean", "sample" or None, got {decode!r}.')
 
 
-def _check_prior(prior: str, more: object, chain: ChainOptions) -> ChainSettings:
-    """The chain's settings, if `prior` is known, and takes them and what `more` there is."""
-    settings = ChainSettings.of(chain)
+def _check_prior(prior: str, more: object, chain: ChainOptions) -> None:
+    """Whether `prior` is known, and takes these options of a chain and what `more` there is."""
     if prior not in ("joint", "generator"):
         raise ArgumentError(f'prior: expected "joint" or "generator", got {prior!r}.')
     if prior == "generator" and (more or chain):
         raise ArgumentError('prior="generator" is ancestral: it takes neither `given` nor options of a chain.')
-    return settings
 
 
 def _of_generator(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

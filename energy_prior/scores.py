@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from energy_prior._util import not_none
 from energy_prior.errors import DivergenceError
 from energy_prior.langevin import ChainSettings
 from energy_prior.model import JointModel, PosteriorDraw
@@ -80,19 +81,19 @@ def log_joint(
 def llr_scores(
     model: JointModel,
     x: Tensor,
-    layers: Sequence[int],
+    ks: Sequence[int],
     num_samples: int,
     prior_chain: ChainSettings,
     posterior_chain: ChainSettings,
 ) -> Tensor:
-    """LLR^{>k}(x) = L^{>0}(x) − L^{>k}(x) for each k of `layers`, (batch, len(layers)), nats (Havtorn et al., ICML 2021).
+    """LLR^{>k}(x) = L^{>0}(x) − L^{>k}(x) for each k of `ks`, (batch, len(ks)), nats (Havtorn et al., ICML 2021).
 
     Every term of an observation is at the same posterior draws; log Z cancels, and LLR^{>0} is exactly 0.
 
     Args:
         model: the joint model.
         x: observations, (batch, *x_shape).
-        layers: the k, each 0 … L.
+        ks: each 0 … L.
         num_samples: posterior draws, ≥ 1.
         prior_chain: of p(z_{<=k} | z_{>k}).
         posterior_chain: of the posterior, for generators without `infer`.
@@ -100,9 +101,9 @@ def llr_scores(
 
     def once() -> Tensor:
         draw = model.posterior_draw(x, posterior_chain)
-        all_kept = _terms(model, x, draw, 0, prior_chain).log_joint()
-        redrawn = [_terms(model, x, draw, k, prior_chain).log_joint() if k else all_kept for k in layers]
-        return torch.stack([all_kept - term for term in redrawn], dim=1)
+        l_0 = _terms(model, x, draw, 0).log_joint()
+        l_ks = [_terms(model, x, draw, k, prior_chain).log_joint() if k else l_0 for k in ks]
+        return torch.stack([l_0 - l_k for l_k in l_ks], dim=1)
 
     return _mean(once, num_samples)
 
@@ -111,12 +112,12 @@ def expected_score(
     model: JointModel, x: Tensor, score: Callable[[ScoreTerms], Tensor], num_samples: int, posterior_chain: ChainSettings
 ) -> Tensor:
     """E[score(terms of L^{>0}(x))] over posterior draws, of the score's shape (batch, …)."""
-    return _mean(lambda: score(_terms(model, x, model.posterior_draw(x, posterior_chain), 0, posterior_chain)), num_samples)
+    return _mean(lambda: score(_terms(model, x, model.posterior_draw(x, posterior_chain), 0)), num_samples)
 
 
 def score_terms(model: JointModel, x: Tensor, num_samples: int, posterior_chain: ChainSettings) -> ScoreTerms:
     """Every term of L^{>0}(x), each its mean over `num_samples` posterior draws."""
-    draws = [_terms(model, x, model.posterior_draw(x, posterior_chain), 0, posterior_chain) for _ in range(num_samples)]
+    draws = [_terms(model, x, model.posterior_draw(x, posterior_chain), 0) for _ in range(num_samples)]
 
     def mean(values: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(values)).mean(0)
@@ -130,16 +131,19 @@ def score_terms(model: JointModel, x: Tensor, num_samples: int, posterior_chain:
     )
 
 
-def _terms(model: JointModel, x: Tensor, draw: PosteriorDraw | None, k: int, prior_chain: ChainSettings) -> ScoreTerms:
+def _terms(
+    model: JointModel, x: Tensor, draw: PosteriorDraw | None, k: int, prior_chain: ChainSettings | None = None
+) -> ScoreTerms:
     """The terms of L^{>k}(x) at one posterior draw.
 
     Keeps z_{>k} and redraws z_{<=k} ~ p(z_{<=k} | z_{>k}) from the joint prior by Langevin; the pass down to layer
-    k + 1 is computed once, so that a step costs k layers. k = 0 keeps the draw as it is and runs no chain.
+    k + 1 is computed once, so that a step costs k layers. k = 0 keeps the draw as it is and runs no chain;
+    k = L needs no draw.
     """
     latents, log_q = ((), None) if draw is None else draw
     if k:
         held = {layer: latents[layer - 1] for layer in range(k + 1, len(latents) + 1)}
-        latents, log_q = model.sample(len(x), prior_chain, held=held), None
+        latents, log_q = model.sample(len(x), not_none(prior_chain), held=held), None
     topdown = TopDown(model.generator, len(x))
     descent = topdown.descend(latents, "latent", to_observation=True)
     log_likelihood = topdown.likelihood(descent).log_prob(x)

@@ -34,7 +34,8 @@ class ChainResult:
         acceptance: mean over the steps of the acceptance probability, (batch,); None if nothing asked for it.
         drift_norm: ‖∇ log p̃‖ over all free layers at the end, (batch,); None as for `acceptance`.
         cut_share: share of the steps whose drift was cut, (batch,); None without `max_drift`.
-        energy: Σ_i f_i of the free layers at the start and after every step, (steps + 1, batch), nats; None if not traced.
+        negative_energy: Σ_i f_i of the free layers at the start and after every step, (steps + 1, batch), nats; None if not
+            traced.
         trajectory: the frames that were asked for; None if none were.
     """
 
@@ -44,7 +45,7 @@ class ChainResult:
     acceptance: Tensor | None = None
     drift_norm: Tensor | None = None
     cut_share: Tensor | None = None
-    energy: Tensor | None = None
+    negative_energy: Tensor | None = None
     trajectory: Trajectory | None = None
 
 
@@ -87,8 +88,8 @@ def run_chain(
             every step; on a CPU it is raised within 127 steps, elsewhere at the end, as the host never waits for a chain
             under way. A proposal of density zero (log density −∞) is not an error with `adjust`: it is rejected.
     """
-    # the last steps of an unmeasured chain need no density where they arrive
-    last = steps if config.measured else steps - min(steps, backend.tail(steps))
+    # `finalize` makes the last steps of an unmeasured chain: nothing needs the density where they arrive
+    looped = steps if config.measured else steps - min(steps, backend.tail(steps))
     like, series = start[0], [float(t) ** -0.6 for t in range(1, adapt_steps + 1)]
     gains = torch.tensor(series, dtype=like.dtype, device=like.device)
     with matrix_products(config.precision):
@@ -96,24 +97,25 @@ def run_chain(
         sums, watch = _Sums(state.step_size), _FiniteWatch(density)
         watch.note(info)
         watch.fold(state.step_size)
-        energies = [not_none(info.energy)] if config.traced else []
+        traced = [not_none(info.negative_energy)] if config.traced else []
         frames = [Frame.of(density, 0, state, torch.ones_like(state.step_size))] if every else []
         t = 0
-        while t < last:
+        while t < looped:
             config = config._replace(adapt=t < adapt_steps)
-            ahead = [last - t, *([adapt_steps - t] if config.adapt else []), *([every - t % every] if every else [])]
-            count = backend.span(density, config, noise, min(ahead))
+            until = [looped - t, *([adapt_steps - t] if config.adapt else []), *([every - t % every] if every else [])]
+            count = backend.span(density, config, noise, min(until))
+            # every backend does what `energy_prior.langevin.step.step` does; `propose` there is the Langevin step
             state, info = backend.step(density, config, state, Draws(noise, t + 1, count, gains))
             t += count
             sums.add(info)
             watch.note(info)
             if config.traced:
-                energies.append(not_none(info.energy))
+                traced.append(not_none(info.negative_energy))
             if watch.full:
-                _fold(watch, state.step_size, t, halt)
+                _look(watch, state.step_size, t, halt)
             if every and t % every == 0:
                 frames.append(Frame.of(density, t, state, sums.accepted_since() / every))
-    end, info = backend.finalize(density, config, state, Draws(noise, last + 1, steps - last, gains))
+    end, info = backend.finalize(density, config, state, Draws(noise, looped + 1, steps - looped, gains))
     sums.add(info)
     watch.note(info)
     watch.finish(steps, end, state.step_size)
@@ -125,12 +127,12 @@ def run_chain(
         acceptance=sums.accepted / share if config.measured else None,
         drift_norm=density.drift_norm(state.position, state.gradient) if config.measured else None,
         cut_share=sums.cut / share if config.max_drift is not None else None,
-        energy=torch.cat(energies) if config.traced else None,
+        negative_energy=torch.cat(traced) if config.traced else None,
         trajectory=Trajectory.of(frames) if every else None,
     )
 
 
-def _fold(watch: _FiniteWatch, step_size: Tensor, step: int, halt: Halt | None) -> None:
+def _look(watch: _FiniteWatch, step_size: Tensor, step: int, halt: Halt | None) -> None:
     """Lets the watch look, tells the chains of other parts what it finds, and ends with them."""
     try:
         watch.fold(step_size)
@@ -187,13 +189,13 @@ class _FiniteWatch:
 
     def fold(self, step_size: Tensor) -> None:
         """Takes the rows since the last time into the record; no host waits, on a CPU it is read."""
-        self._fold()
+        self._record_rows()
         if self._early:
             self._read(step_size)
 
     def finish(self, steps: int, end: End, step_size: Tensor) -> None:
         """Reads what is left, and looks at the last position of all, whose density may not have been needed."""
-        self._fold()
+        self._record_rows()
         self._read(step_size)
         bad = [not math.isfinite(value) for value in end.finite_check.tolist()]
         if any(bad):
@@ -202,7 +204,7 @@ class _FiniteWatch:
             layer = self._worst([bad[i] or bad[layers + i] for i in range(layers)], latest)
             self._fail(steps, layer, f"z_{layer} or its energy f_{layer} at the end of layer {layer} is not finite", step_size)
 
-    def _fold(self) -> None:
+    def _record_rows(self) -> None:
         if not self._rows:
             return
         rows = torch.cat(self._rows)

@@ -99,9 +99,10 @@ def sample_target(
         beginning = tuple(source.normal(0)) if start is None else tuple(start)
         parts = split_batch(target, probe, settings.max_memory)
 
-        def run(rows: slice, halt: Halt | None = None) -> ChainDraw:
+        def draw_rows(rows: slice, halt: Halt | None = None) -> ChainDraw:
+            """The chains of one part of the batch, from start to end."""
             density = backend.prepare(target.rows(rows).density())
-            position = _position(density, [t[rows] for t in beginning], noise=start is None)
+            position = _position(density, [t[rows] for t in beginning], from_noise=start is None)
             if not (settings.steps or measure or trace or every):
                 return ChainDraw(density.topdown.descend(position, target.space).latents, None)
             result = run_chain(
@@ -118,7 +119,7 @@ def sample_target(
             )
             return ChainDraw(result.latents, result)
 
-        return join_batch(_run_parts(run, parts, backend, probe, source))
+        return join_batch(_run_parts(draw_rows, parts, backend, probe, source))
 
 
 def tune_step_size(
@@ -142,7 +143,7 @@ def tune_step_size(
         density = backend.prepare(density)
         result = run_chain(
             density,
-            _position(density, source.normal(0), noise=True),
+            _position(density, source.normal(0), from_noise=True),
             config,
             steps=steps,
             step_size=start_step_size,
@@ -209,7 +210,7 @@ def join_batch(parts: Sequence[ChainDraw]) -> ChainDraw:
         acceptance=each("acceptance"),
         drift_norm=each("drift_norm"),
         cut_share=each("cut_share"),
-        energy=each("energy", 1),
+        negative_energy=each("negative_energy", 1),
         trajectory=Trajectory.joined(frames) if frames else None,
     )
     return ChainDraw(latents, result)
@@ -220,9 +221,9 @@ def _joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 
 def _run_parts(
-    run: Callable[..., ChainDraw], parts: list[slice], backend: Backend, probe: JointDensity, noise: NoiseSource
+    draw_rows: Callable[..., ChainDraw], parts: list[slice], backend: Backend, probe: JointDensity, noise: NoiseSource
 ) -> list[ChainDraw]:
-    """`run` of every part, in their order or side by side."""
+    """`draw_rows` of every part, in their order or side by side."""
     workers, cores = 1, 0
     if isinstance(noise, CounterNoise | InjectedNoise):  # other numbers depend on the order in which they are asked for
         workers, cores = backend.workers(probe, parts[0].stop)
@@ -233,7 +234,7 @@ def _run_parts(
             f"noise: this batch is run in {len(parts)} parts, and {type(noise).__name__} has no rows(slice), which gives the "
             "random numbers of one. Add it, or raise max_memory."
         )
-    return [run(rows) for rows in parts] if workers == 1 else side_by_side(workers, cores, run, parts)
+    return [draw_rows(rows) for rows in parts] if workers == 1 else side_by_side(workers, cores, draw_rows, parts)
 
 
 def _divided(rows: slice, workers: int) -> list[slice]:
@@ -243,9 +244,9 @@ def _divided(rows: slice, workers: int) -> list[slice]:
     return [slice(first, first + size) for first in range(rows.start, rows.stop, size)]
 
 
-def _position(density: JointDensity, beginning: Sequence[Tensor], *, noise: bool) -> tuple[Tensor, ...]:
-    """Where chains start, in the density's coordinates, from ε of the free layers (`noise`) or from (z_1, …, z_L)."""
-    if not noise:
+def _position(density: JointDensity, beginning: Sequence[Tensor], *, from_noise: bool) -> tuple[Tensor, ...]:
+    """Where chains start, in the density's coordinates, from ε of the free layers (`from_noise`) or from (z_1, …, z_L)."""
+    if not from_noise:
         return density.topdown.position(beginning, density.space)
     if density.space == "noise":
         return tuple(beginning)

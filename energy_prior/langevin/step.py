@@ -43,7 +43,7 @@ Scheme = Literal["crank_nicolson", "euler"]
 
 
 class StepConfig(NamedTuple):
-    """Static configuration of the steps of a chain; part of the compile key.
+    """Static configuration of the steps that one call makes; part of the compile key.
 
     Attributes:
         scheme: "crank_nicolson" or "euler".
@@ -71,9 +71,9 @@ class StepConfig(NamedTuple):
 class StepCoefficients(NamedTuple):
     """c₀, c₁ and τ of y' = c₀ y + c₁ g + τ n; each broadcasts against (batch,)."""
 
-    keep: Tensor
-    drift: Tensor
-    noise: Tensor
+    c0: Tensor
+    c1: Tensor
+    tau: Tensor
 
 
 class State(NamedTuple):
@@ -107,13 +107,13 @@ class Info(NamedTuple):
 
     Attributes:
         finite_check: one row per proposed state, finite where all of it is, (steps, …); None: nothing was looked at.
-        energy: Σ_i f_i over the free layers after every step, (steps, batch), nats; None if not traced.
+        negative_energy: Σ_i f_i over the free layers after every step, (steps, batch), nats; None if not traced.
         accepted: sum of the acceptance probabilities, (batch,); None if not measured.
         cut: number of steps made with a cut drift, (batch,); None without `max_drift`.
     """
 
     finite_check: Tensor | None = None
-    energy: Tensor | None = None
+    negative_energy: Tensor | None = None
     accepted: Tensor | None = None
     cut: Tensor | None = None
 
@@ -194,7 +194,7 @@ def init(density: JointDensity, config: StepConfig, position: Sequence[Tensor], 
     c = coefficients(step_size, config.scheme, density.space, config.temperature)
     state = _state(at, c, step_size, config)
     check = _finite_check(at, density_of_zero_is_bad=True)
-    return state, Info(check[None], _energy([state], config))
+    return state, Info(check[None], _traced([state], config))
 
 
 def step(density: JointDensity, config: StepConfig, state: State, draws: Sequence[Draw]) -> tuple[State, Info]:
@@ -209,7 +209,7 @@ def step(density: JointDensity, config: StepConfig, state: State, draws: Sequenc
         states.append(state)
     return state, Info(
         finite_check=torch.stack(rows),
-        energy=_energy(states, config),
+        negative_energy=_traced(states, config),
         accepted=accepted if config.measured else None,
         cut=None if config.max_drift is None else cut,
     )
@@ -217,19 +217,19 @@ def step(density: JointDensity, config: StepConfig, state: State, draws: Sequenc
 
 def finalize(density: JointDensity, config: StepConfig, state: State, draws: Sequence[Draw]) -> tuple[End, Info]:
     """The end of a chain, after one more step if `draws` has one: without the evaluation that only a further step needs."""
-    position, energy, cut = state.position, state.negative_energy, None
+    position, f, cut = state.position, state.negative_energy, None
     for draw in draws:
-        position, energy = propose(position, state.drift, state.coefficients, draw.noise), None
+        position, f = propose(position, state.drift, state.coefficients, draw.noise), None
         cut = None if state.was_cut is None else state.was_cut.to(state.step_size.dtype)
-    return end_at(density, position, energy), Info(cut=cut)
+    return end_at(density, position, f), Info(cut=cut)
 
 
-def end_at(density: JointDensity, position: tuple[Tensor, ...], energy: Tensor | None = None) -> End:
+def end_at(density: JointDensity, position: tuple[Tensor, ...], f: Tensor | None = None) -> End:
     """The end of a chain at this position, with f_i of the free layers there, (batch, free layers), if they are known."""
     latents = density.topdown.descend(position, density.space).latents
-    energy = density.negative_energy(latents) if energy is None else energy
+    f = density.negative_energy(latents) if f is None else f
     sums = torch.stack([p.sum() for p in position])
-    return End(position, latents, torch.cat([energy.abs().amax(0).to(sums.dtype), sums]))
+    return End(position, latents, torch.cat([f.abs().amax(0).to(sums.dtype), sums]))
 
 
 def one_step(density: JointDensity, config: StepConfig, state: State, draw: Draw) -> tuple[State, Tensor, Tensor | None]:
@@ -254,6 +254,7 @@ def one_step(density: JointDensity, config: StepConfig, state: State, draw: Draw
         s = s * torch.exp(not_none(draw.gain) * (acceptance - config.target_acceptance))
         s = s.clamp(max=2 * math.sqrt(config.temperature)) if config.scheme == "crank_nicolson" else s
         c = coefficients(s, config.scheme, density.space, config.temperature)
+        # the limit of `cut_drift` depends on the coefficients
         at = Evaluation(new.position, not_none(new.negative_energy), new.log_density, new.gradient)
         new = _state(at, c, s, config)
     return new, check, acceptance
@@ -288,7 +289,8 @@ def _select(accept: Tensor, new: State, old: State) -> State:
     )
 
 
-def _energy(states: Sequence[State], config: StepConfig) -> Tensor | None:
+def _traced(states: Sequence[State], config: StepConfig) -> Tensor | None:
+    """Σ_i f_i after every step, (steps, batch), if it is asked for."""
     return torch.stack([not_none(state.negative_energy).sum(1) for state in states]) if config.traced else None
 
 
@@ -302,13 +304,13 @@ def _finite_check(at: Evaluation, *, density_of_zero_is_bad: bool) -> Tensor:
     Returns:
         (2 · free layers [+ 1],), in the dtype of the positions.
     """
-    energy, gradient, log_density = at.negative_energy, at.gradient, at.log_density
+    f, gradient, log_density = at.negative_energy, at.gradient, at.log_density
     if log_density is not None and not density_of_zero_is_bad:
         zero = torch.isneginf(log_density)
-        energy = energy.masked_fill(zero[:, None], 0.0)
+        f = f.masked_fill(zero[:, None], 0.0)
         gradient = tuple(g.masked_fill(_match(zero, g), 0.0) for g in gradient)
         log_density = log_density.masked_fill(zero, 0.0)
-    parts = [energy.abs().amax(0), torch.stack([g.sum() for g in gradient])]
+    parts = [f.abs().amax(0), torch.stack([g.sum() for g in gradient])]
     return torch.cat(parts if log_density is None else [*parts, log_density.sum()[None]])
 
 
@@ -341,7 +343,7 @@ def coefficients(step_size: Tensor, scheme: Scheme, space: Space, temperature: f
 
 
 def cut_drift(gradient: Sequence[Tensor], c: StepCoefficients, max_drift: float) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Each layer's drift cut to `max_drift` times the length of the noise, ‖c₁ g_i‖ ≤ max_drift · τ √d_i.
+    """Each layer's g cut so that ‖c₁ g_i‖ ≤ max_drift · τ √d_i, `max_drift` times the length of the noise.
 
     A truncated drift (MALTA of Roberts and Tweedie, Bernoulli 1996): a chain cannot be thrown off by a steep spot, and as
     the cut depends on the position alone, Metropolis–Hastings with it at both ends stays exact.
@@ -352,11 +354,11 @@ def cut_drift(gradient: Sequence[Tensor], c: StepCoefficients, max_drift: float)
         max_drift: > 0; at 1 a cut drift is as long as the noise that comes with it.
 
     Returns:
-        The gradients, and whether each chain's was cut in any layer, (batch,).
+        g of each layer as the step uses it, and whether each chain's was cut in any layer, (batch,).
     """
     gradients, cut = [], torch.zeros_like(gradient[0].flatten(1)[:, 0], dtype=torch.bool)
     for g in gradient:
-        limit = max_drift * c.noise * math.sqrt(g[0].numel()) / c.drift
+        limit = max_drift * c.tau * math.sqrt(g[0].numel()) / c.c1
         length = sum_event(g**2).sqrt()
         over = length > limit  # False where the length is not finite: that is for the chain's watch to report
         gradients.append(g * _match(torch.where(over, limit / length, 1.0), g))
@@ -365,19 +367,18 @@ def cut_drift(gradient: Sequence[Tensor], c: StepCoefficients, max_drift: float)
 
 
 def propose(
-    position: Sequence[Tensor], gradient: Sequence[Tensor], c: StepCoefficients, noise: Sequence[Tensor]
+    position: Sequence[Tensor], drift: Sequence[Tensor], c: StepCoefficients, noise: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """One unadjusted step from `position` with the injected standard normal `noise`; one tensor per free layer each."""
+    """The Langevin step y' = c₀ y + c₁ g + τ n of every free layer: y `position`, g `drift`, n `noise`, standard normal."""
     return tuple(
-        _match(c.keep, y) * y + _match(c.drift, y) * g + _match(c.noise, y) * n
-        for y, g, n in zip(position, gradient, noise, strict=True)
+        _match(c.c0, y) * y + _match(c.c1, y) * g + _match(c.tau, y) * n for y, g, n in zip(position, drift, noise, strict=True)
     )
 
 
 def log_acceptance(
     old: State | Evaluation,
     new: State | Evaluation,
-    new_gradient: Sequence[Tensor],
+    new_drift: Sequence[Tensor],
     c: StepCoefficients,
     noise: Sequence[Tensor],
     temperature: float = 1.0,
@@ -385,11 +386,11 @@ def log_acceptance(
     """log of the Metropolis–Hastings ratio of the step old -> new made with `noise`, (batch,).
 
     log α = [log p̃(y') − log p̃(y)]/T + ½‖n‖² − ½‖n'‖², where n' = (y − c₀ y' − c₁ g(y'))/τ would lead back, with
-    `new_gradient` as g(y'). A proposal of density zero has log α = −∞.
+    `new_drift` as g(y'). A proposal of density zero has log α = −∞.
     """
     ratio = (not_none(new.log_density) - not_none(old.log_density)) / temperature
-    for y, y_new, g_new, n in zip(old.position, new.position, new_gradient, noise, strict=True):
-        back = (y - _match(c.keep, y) * y_new - _match(c.drift, y) * g_new) / _match(c.noise, y)
+    for y, y_new, g_new, n in zip(old.position, new.position, new_drift, noise, strict=True):
+        back = (y - _match(c.c0, y) * y_new - _match(c.c1, y) * g_new) / _match(c.tau, y)
         ratio = ratio + 0.5 * (sum_event(n**2) - sum_event(back**2))
     return torch.where(torch.isneginf(not_none(new.log_density)), not_none(new.log_density), ratio)
 

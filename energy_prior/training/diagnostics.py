@@ -62,7 +62,7 @@ def history_entry(figures: dict[str, Tensor], chains: TrainingChains) -> dict[st
             last[name] = float(figures[name].mean())
     if "acceptance" in figures:
         last["step_size"] = chains.step_size
-        path = chains.last.energy if chains.last else None
+        path = chains.last.negative_energy if chains.last else None
         if path is not None and len(path) > 4:
             last["chain_ess"] = float(effective_sample_size(path[1:, :, None]).mean())
     if "posterior_acceptance" in figures:

@@ -185,6 +185,8 @@ def check_state_is_tensors(module: nn.Module, what: str, error: type[Exception])
 
 
 class _Loop:
+    """One run: the optimiser, the record, and what is due after an update."""
+
     def __init__(
         self, task: Task, batches: Batches, config: RunConfig, engine: Engine, turns: Turns, folder: RunFolder | None
     ) -> None:
@@ -200,6 +202,7 @@ class _Loop:
         self.writer: Any = None
 
     def run(self, callback: Callback | None) -> RunRecord:
+        """All iterations that are left. The objective is `task.loss`: in `rules.py` for `fit`, in `elbo.py` for `fit_elbo`."""
         config, total = self.config, self.config.iterations
         with self.turns.turn():
             done = self._resume()

@@ -33,7 +33,7 @@ from energy_prior.training.turns import same_stream_after
 
 _STANDARDIZE_DRAWS = 2048
 _SOUND_DRAWS = 64
-_REFRESH = 10
+_REFRESH = 10  # persistent chains of a stage run on by this part of `steps`: their target stands still
 _PICTURES = 64
 
 
@@ -222,33 +222,35 @@ class FitTask:
     def _loss(self, x: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
         self._enter_stage(iteration)
         draw = self._posterior(x)
-        positive, negative = draw.latents, self._prior_draws(len(x))
-        f_positive, f_negative = self.model.negative_energy(positive), self.model.negative_energy(negative)
-        total_positive, total_negative = f_positive.sum(1), f_negative.sum(1)
+        z_posterior, z_prior = draw.latents, self._prior_draws(len(x))
+        f_posterior, f_prior = self.model.negative_energy(z_posterior), self.model.negative_energy(z_prior)
+        total_posterior, total_prior = f_posterior.sum(1), f_prior.sum(1)
         figures: dict[str, Tensor] = {}
         if self.method in LANGEVIN_METHODS:
-            loss = maximum_likelihood(total_positive, total_negative)
+            loss = maximum_likelihood(total_posterior, total_prior)
         else:
-            logits = total_positive, total_negative
+            logit_posterior, logit_prior = total_posterior, total_prior
             if self.previous is not None:
                 before = dataclasses.replace(self.model, energies=list(self.previous))
-                logits = tuple(t - before.negative_energy(z).sum(1) for t, z in zip(logits, (positive, negative)))
-            loss = noise_contrastive(*logits)
-            figures["weight_ess"] = diagnostics.weight_share(logits[1].detach())
+                logit_posterior = logit_posterior - before.negative_energy(z_posterior).sum(1)
+                logit_prior = logit_prior - before.negative_energy(z_prior).sum(1)
+            loss = noise_contrastive(logit_posterior, logit_prior)
+            figures["weight_ess"] = diagnostics.weight_share(logit_prior.detach())
         if self.joint:
             topdown = TopDown(self.model.generator, len(x))
-            descent = topdown.descend(positive, "latent", to_observation=True)
+            descent = topdown.descend(z_posterior, "latent", to_observation=True)
             log_likelihood = topdown.likelihood(descent).log_prob(x)
-            below = self.model.log_prior(negative).sum(1)
-            loss = loss + generator_likelihood(log_likelihood, descent.log_priors().sum(1), below, draw.log_q)
+            log_prior = self.model.log_prior(z_prior).sum(1)
+            loss = loss + generator_likelihood(log_likelihood, descent.log_priors().sum(1), log_prior, draw.log_q)
             figures["log_likelihood"] = log_likelihood.mean()
-        if positive[0].requires_grad:  # the penalties are the energies' alone, not the inference model's
-            f_positive = self.model.negative_energy([z.detach() for z in positive])
-        self._gaps.append((total_positive.mean() - total_negative.mean()).detach())
-        penalty = self.penalty.value * energy_penalty(f_positive.sum(1), total_negative)
-        penalty = penalty + WALL_WEIGHT * energy_wall(f_positive, f_negative, self.config.energy_bound)
-        figures |= diagnostics.energy_figures(self.energies, (f_positive, f_negative))
-        figures |= {"loss": loss, "energy_posterior": total_positive.mean(), "energy_prior": total_negative.mean()}
+        f_penalised = f_posterior
+        if z_posterior[0].requires_grad:  # the penalties are the energies' alone, not the inference model's
+            f_penalised = self.model.negative_energy([z.detach() for z in z_posterior])
+        self._gaps.append((total_posterior.mean() - total_prior.mean()).detach())
+        penalty = self.penalty.value * energy_penalty(f_penalised.sum(1), total_prior)
+        penalty = penalty + WALL_WEIGHT * energy_wall(f_penalised, f_prior, self.config.energy_bound)
+        figures |= diagnostics.energy_figures(self.energies, (f_penalised, f_prior))
+        figures |= {"loss": loss, "energy_posterior": total_posterior.mean(), "energy_prior": total_prior.mean()}
         if self.method in LANGEVIN_METHODS:
             figures["penalty"] = self.penalty.value
         return loss + penalty, figures | self.chains.figures()

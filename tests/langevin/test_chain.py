@@ -72,7 +72,7 @@ def test_what_a_chain_reports_on_the_way(options: dict[str, Any], span: int) -> 
     close(frames.acceptance[1:], acceptance.reshape(3, 50, N).mean(1))
     close(frames.acceptance[0], torch.ones(N).double())
     close(result.acceptance, acceptance.mean(0))
-    close(result.energy, not_none(reference.trajectory).negative_energy.sum(2))
+    close(result.negative_energy, not_none(reference.trajectory).negative_energy.sum(2))
     close(result.step_size, reference.step_size)
     close(result.latents, reference.latents)
     close(result.drift_norm, not_none(reference.trajectory).drift_norm[-1])

@@ -131,9 +131,9 @@ def test_what_is_reported_is_of_the_whole_batch() -> None:
         assert result is not None
         assert result.trajectory is None
         results.append(result)
-    for field in ("acceptance", "drift_norm", "cut_share", "energy", "step_size", "position"):
+    for field in ("acceptance", "drift_norm", "cut_share", "negative_energy", "step_size", "position"):
         torch.testing.assert_close(getattr(results[1], field), getattr(results[0], field), rtol=1e-10, atol=1e-10)
-    assert results[1].energy.shape == (STEPS + 1, MANY)
+    assert results[1].negative_energy.shape == (STEPS + 1, MANY)
     assert torch.equal(results[0].step_size, torch.full((MANY,), 0.4, dtype=torch.float64))
 
 

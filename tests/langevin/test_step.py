@@ -27,8 +27,8 @@ def test_a_long_drift_is_cut_to_the_length_of_the_noise() -> None:
     assert torch.equal(cut_ones[0], short)
     assert torch.equal(cut_ones[1][1], long[1])
     assert cut.tolist() == [True, False]
-    length = float((c.drift * cut_ones[1][0]).norm())
-    assert length == pytest.approx(0.7 * float(c.noise) * math.sqrt(4))
+    length = float((c.c1 * cut_ones[1][0]).norm())
+    assert length == pytest.approx(0.7 * float(c.tau) * math.sqrt(4))
     assert bool((cut_ones[1][0] > 0).all()), "the direction stays"
 
 
@@ -100,12 +100,12 @@ def test_init_step_and_finalize_make_the_steps_that_are_written_out() -> None:
             torch.testing.assert_close(end.latents, density.topdown.descend(position, "noise").latents)
             assert not_none(info.finite_check).shape == (2, 4 + config.measured)
             if config.measured:
-                torch.testing.assert_close(info.energy, torch.stack(energies))
+                torch.testing.assert_close(info.negative_energy, torch.stack(energies))
                 torch.testing.assert_close(info.accepted, accepted)
                 torch.testing.assert_close(not_none(info.cut) + not_none(last.cut), cut)
                 assert 0 < float(cut.mean()) <= 3
             else:
-                assert (info.energy, info.accepted, info.cut, last.cut) == (None, None, None, None)
+                assert (info.negative_energy, info.accepted, info.cut, last.cut) == (None, None, None, None)
 
 
 def test_a_rejected_step_leaves_the_state_as_it_was() -> None:

@@ -58,8 +58,8 @@ def test_coefficients_have_the_stationary_variance_of_theory(step_size: float, t
         ("euler", temperature / (1 - step_size**2 / (4 * temperature))),
     ):
         c = coefficients(s, scheme, "noise", temperature)  # type: ignore[arg-type]
-        if abs(float(c.keep)) < 1:
-            assert float(c.noise**2 / (1 - c.keep**2)) == pytest.approx(expected, rel=1e-12)
+        if abs(float(c.c0)) < 1:
+            assert float(c.tau**2 / (1 - c.c0**2)) == pytest.approx(expected, rel=1e-12)
 
 
 def stationary_covariance(ladder: LinearLadder, space: str, scheme: Scheme, s: float) -> Tensor:
@@ -76,7 +76,7 @@ def stationary_covariance(ladder: LinearLadder, space: str, scheme: Scheme, s: f
         moved = torch.cat(propose(split(y), density.evaluate(split(y)).gradient, c, split(torch.zeros_like(y))), 1)
         k = (moved[:n] - moved[n]).T
         covariance = torch.zeros(n, n, dtype=torch.float64)
-        power, term = k, float(c.noise) ** 2 * torch.eye(n).double()
+        power, term = k, float(c.tau) ** 2 * torch.eye(n).double()
         for _ in range(40):  # Σ = Σ_m K^m τ² (K^m)ᵀ by doubling
             covariance = term
             term = term + power @ term @ power.T

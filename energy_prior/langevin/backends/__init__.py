@@ -11,8 +11,8 @@ __all__ = ["Backend", "available", "get", "plain_refusal", "unevaluated"]
 import functools
 import importlib
 import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +24,10 @@ from energy_prior.langevin.noise import NoiseSource, RandomNoise
 from energy_prior.langevin.step import Draws, End, Info, State, StepConfig, coefficients, per_chain
 
 
-class Backend(Protocol):
-    """One way of making the steps of a chain. Its methods may be called by several threads at once.
+class Backend(ABC):
+    """One way of making the steps of a chain: those of `energy_prior.langevin.step`, which is the reference.
+
+    Its methods may be called by several threads at once.
 
     Attributes:
         name: what users ask for.
@@ -35,10 +37,11 @@ class Backend(Protocol):
     name: str
     fallback: str | None = None
 
+    @abstractmethod
     def init(
         self, density: JointDensity, config: StepConfig, position: Sequence[Tensor], step_size: float | Tensor
     ) -> tuple[State, Info]:
-        """The chain at its start.
+        """The chain at its start: what `step.init` does.
 
         Args:
             density: the target.
@@ -46,15 +49,14 @@ class Backend(Protocol):
             position: the free layers, ascending, in the density's coordinates.
             step_size: s > 0, of all chains, or one per chain, (batch,).
         """
-        ...
 
+    @abstractmethod
     def step(self, density: JointDensity, config: StepConfig, state: State, draws: Draws) -> tuple[State, Info]:
-        """The chain after `draws.steps` steps, at most as many as `span` says."""
-        ...
+        """The chain after `draws.steps` steps, at most as many as `span` says: what `step.step` does."""
 
+    @abstractmethod
     def finalize(self, density: JointDensity, config: StepConfig, state: State, draws: Draws) -> tuple[End, Info]:
-        """The end of the chain, after the last `draws.steps` steps, at most as many as `tail` says."""
-        ...
+        """The chain's end after its last `draws.steps` steps, at most as many as `tail` says: what `step.finalize` does."""
 
     def span(self, density: JointDensity, config: StepConfig, noise: NoiseSource, left: int) -> int:
         """How many of the `left` ≥ 1 next steps one call of `step` makes."""

@@ -147,7 +147,7 @@ def step(density: JointDensity, config: StepConfig, state: State, new: Ahead) ->
     totals = iter(values[rows_end:sums_end])
     info = Info(
         finite_check=values[0],
-        energy=values[1] if config.traced else None,
+        negative_energy=values[1] if config.traced else None,
         accepted=next(totals) if config.measured else None,
         cut=next(totals) if config.max_drift is not None else None,
     )

@@ -60,8 +60,8 @@ class Compiled(Backend):
 
         state, info = _call(loops.step, density, config, state, new, loop=True, fallback=one_by_one)
         n = draws.steps
-        check, energy = (None if table is None else table[:n] for table in (info.finite_check, info.energy))
-        return state, info._replace(finite_check=check, energy=energy)
+        check, f = (None if table is None else table[:n] for table in (info.finite_check, info.negative_energy))
+        return state, info._replace(finite_check=check, negative_energy=f)
 
     def finalize(self, density: JointDensity, config: StepConfig, state: State, draws: Draws) -> tuple[End, Info]:
         if _deep(density):
