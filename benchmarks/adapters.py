@@ -24,7 +24,7 @@ from measure import added_memory, alternate, apart, goal_rows, ratio_table
 from results import ROOT, write_results
 from torch import Tensor, nn
 
-from energy_prior import JointEBMPrior, ResidualVAE
+from energy_prior import ConvEnergy, JointEBMPrior, ResidualVAE
 from energy_prior.adapters import NVAEAdapter
 from energy_prior.process import frozen
 
@@ -183,11 +183,11 @@ def nvae_style(quick: bool = False) -> NVAEAdapter:
 
 
 def with_energies(generator: Any) -> JointEBMPrior:
-    """The joint prior of a generator with the default energies, of a few nats."""
-    prior = JointEBMPrior(generator)
-    for f in prior.energies:
-        nn.init.normal_(f.net[-1].weight, std=0.1)  # type: ignore[union-attr,index]
-    return prior
+    """The joint prior of a generator with energies of z_i, of a few nats: their chains run the generator in every step."""
+    energies = [ConvEnergy(shape) for shape in generator.latent_shapes]
+    for f in energies:
+        nn.init.normal_(f.net[-1].weight, std=0.1)  # type: ignore[index, arg-type]
+    return JointEBMPrior(generator, energies)
 
 
 def full_pass(generator: Any, noise: list[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -9,6 +9,7 @@ __all__ = [
     "ChainWarning",
     "CheckpointError",
     "ConvEnergy",
+    "DenoisingEnergy",
     "DataWarning",
     "DiscretizedLogisticMixture",
     "DistributedError",
@@ -32,12 +33,13 @@ __all__ = [
     "__version__",
     "check_generator",
     "default_energies",
+    "denoising_energies",
     "fit_elbo",
     "map_batches",
 ]
 
 from energy_prior.checks.generator import check_generator
-from energy_prior.energies import ConvEnergy, Energy, MLPEnergy, default_energies
+from energy_prior.energies import ConvEnergy, DenoisingEnergy, Energy, MLPEnergy, default_energies, denoising_energies
 from energy_prior.errors import (
     ArgumentError,
     BackendWarning,

@@ -16,7 +16,7 @@ from energy_prior.checks.arguments import checked_infer
 from energy_prior.errors import DivergenceError
 from energy_prior.langevin import ChainSettings, NoiseSource, Target, Trajectory, sample_target, warn_if_stuck
 from energy_prior.langevin.cost import equal_parts, forward_memory
-from energy_prior.protocol import HierarchicalGenerator, find_infer
+from energy_prior.protocol import HierarchicalGenerator, find_infer, layer_energy, reads_noise
 from energy_prior.topdown import Decode, Space, TopDown, ancestral, ancestral_noise, decode_state
 
 _NEVER_SPLIT = 16
@@ -45,9 +45,25 @@ class JointModel:
     space: Space
     step_size: float
 
-    def negative_energy(self, latents: Sequence[Tensor]) -> Tensor:
-        """f_i(z_i), (batch, L), nats."""
-        return torch.stack([f(z).to(z.dtype) for f, z in zip(self.energies, latents, strict=True)], dim=1)
+    def negative_energy(self, latents: Sequence[Tensor], noise: Sequence[Tensor] | None = None) -> Tensor:
+        """f_i, (batch, L), nats.
+
+        Args:
+            latents: (z_1, …, z_L).
+            noise: (ε_1, …, ε_L) of them, if it is known.
+        """
+        if noise is None and any(map(reads_noise, self.energies)):
+            noise = self.noise(latents)
+        layers = enumerate(self.energies, start=1)
+        return torch.stack([layer_energy(f, i, latents, noise).to(latents[0].dtype) for i, f in layers], dim=1)
+
+    def energies_at(self, noise: Sequence[Tensor], level: Tensor) -> Tensor:
+        """f_i(ε_i, …, ε_L; t) at waymark t = `level`, (batch,), of energies that have waymarks: (batch, L), nats."""
+        return torch.stack([f(tuple(noise[i:]), level) for i, f in enumerate(self.energies)], dim=1)
+
+    def noise(self, latents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """(ε_1, …, ε_L) of (z_1, …, z_L), by one top-down pass."""
+        return TopDown(self.generator, len(latents[0])).position(tuple(latents), "noise")
 
     def log_prior(self, latents: Sequence[Tensor]) -> Tensor:
         """log p_β(z_i | z_{>i}), (batch, L), nats."""

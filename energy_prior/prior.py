@@ -118,7 +118,8 @@ class JointEBMPrior(nn.Module):
         else:
             modules = nn.ModuleList(energy_modules(energies))
             with torch.no_grad(), full_precision(reference.device), evaluating(modules):
-                check_energies(modules, probe.latents)
+                noise = TopDown(generator, len(reference)).position(probe.latents, "noise")
+                check_energies(modules, probe.latents, noise)
         object.__setattr__(self, "generator", generator)  # not a submodule: see the class docstring
         self.energies, self.space, self.x_shape = modules, space, probe.x_shape
         self.register_buffer("calibration", torch.zeros(2, 3, dtype=reference.dtype, device=reference.device))
@@ -535,7 +536,7 @@ class JointEBMPrior(nn.Module):
     def fit(
         self,
         data: Tensor | Iterable[Any],
-        method: Method | str = "nce",
+        method: Method | str | None = None,
         *,
         config: FitConfig | None = None,
         run_dir: str | os.PathLike[str] | None = None,
@@ -548,6 +549,8 @@ class JointEBMPrior(nn.Module):
 
         Training again goes on where it stood. The rules, with z⁺ the posterior's draws and z⁻ the prior's:
 
+            "denoising"        score matching of f along waymarks between the posterior's noise and N(0, I), for energies that
+                               have them (Vincent, Neural Computation 2011)
             "nce"              one classifier of z⁺ ~ q_ω against z⁻ ~ p_β with logit Σ f_i (Aneja et al., NeurIPS 2021)
             "multi_stage_nce"  `stages` such estimates, each against draws of the prior before it; f is their sum
             "two_stage"        maximum likelihood, ∂/∂α_i = E[∂f_i(z⁺)] − E[∂f_i(z⁻)], with z⁺ ~ q_ω and z⁻ ~ p(z) by short
@@ -555,7 +558,7 @@ class JointEBMPrior(nn.Module):
             "variational"      the same, with the generator and its inference model learning too (joint training, z⁺ ~ q_ω)
             "joint"            the same, with z⁺ by Langevin on p(z | x): maximum likelihood of the whole model
 
-        The first three leave the generator as it is. The last two train it in place, best from a pretrained one, and then
+        The first four leave the generator as it is. The last two train it in place, best from a pretrained one, and then
         `parameters()`, `state_dict()` and `save` hold it too.
 
         Other threads' calls run between two iterations. Scores of this prior that overlap its `fit` are of the weights of
@@ -566,7 +569,8 @@ class JointEBMPrior(nn.Module):
                 again and again (a `DataLoader`) giving batches: tensors or arrays, tuples whose first entry is one, or dicts
                 with one under "x", "image", "images", "pixel_values", "img", "data", "input" or "inputs", or with one alone
                 of the right shape. Arrays are converted to the model's dtype and device.
-            method: the learning rule.
+            method: the learning rule; None: "denoising" where all energies have waymarks, as those of models with maps do by
+                default, else "nce".
             config: settings; None: the defaults of `energy_prior.FitConfig`.
             run_dir: folder for checkpoints of the whole run, TensorBoard and sample grids. The same call after a kill goes
                 on from the last checkpoint, with the weights that it would have had. None: nothing is written.

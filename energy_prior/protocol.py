@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["CALLS", "HierarchicalGenerator", "Inferred", "find_infer", "unwrapped"]
+__all__ = ["CALLS", "HierarchicalGenerator", "Inferred", "find_infer", "layer_energy", "reads_noise", "unwrapped"]
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -102,6 +102,25 @@ def find_infer(generator: Any) -> Callable[..., Any] | None:
     """The generator's `infer`, or None if it has none."""
     infer = getattr(generator, "infer", None)
     return infer if callable(infer) else None
+
+
+def reads_noise(energy: Any) -> bool:
+    """Whether an energy is a function of the noise of its layer and of those above, instead of z_i: it says `reads_noise`."""
+    return bool(getattr(energy, "reads_noise", False))
+
+
+def layer_energy(energy: Any, layer: int, latents: Sequence[Tensor], noise: Sequence[Tensor] | None) -> Tensor:
+    """f_i of layer i = `layer`, (batch,), nats: f_i(z_i), or f_i(ε_i, …, ε_L) of an energy that reads noise.
+
+    Args:
+        energy: f_i.
+        layer: i, 1 … L.
+        latents: (z_1, …, z_L).
+        noise: (ε_1, …, ε_L); None where no energy reads it.
+    """
+    if reads_noise(energy) and noise is not None:
+        return energy(tuple(noise[layer - 1 :]))
+    return energy(latents[layer - 1])
 
 
 def unwrapped(generator: Any) -> Any:

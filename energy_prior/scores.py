@@ -147,7 +147,7 @@ def _terms(
     topdown = TopDown(model.generator, len(x))
     descent = topdown.descend(latents, "latent", to_observation=True)
     log_likelihood = topdown.likelihood(descent).log_prob(x)
-    return _finite(ScoreTerms(log_likelihood, descent.log_priors(), model.negative_energy(latents), log_q))
+    return _finite(ScoreTerms(log_likelihood, descent.log_priors(), model.negative_energy(latents, descent.noise()), log_q))
 
 
 def _mean(once: Callable[[], Tensor], num_samples: int) -> Tensor:

@@ -183,6 +183,11 @@ class TopDown:
         return self._above[self.free[-1]]
 
     @property
+    def noise_above(self) -> dict[int, Tensor]:
+        """ε_j of the held layers above the highest free one, by layer."""
+        return {j: to_noise(self._above[j], z) for j, z in self.held.items() if not self.free or j > self.free[-1]}
+
+    @property
     def held_below(self) -> tuple[int, ...]:
         """Held layers with a free layer above them: their log p_βj(c_j | z_{>j}) depends on the free ones."""
         return tuple(j for j in self.held if self.free and j < self.free[-1])

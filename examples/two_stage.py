@@ -9,9 +9,9 @@
 
 Stage one trains a `ResidualVAE`, or takes the checkpoint of an NVAE (whose own code builds the model, and needs what it always
 needs: a GPU, as its batch norm has no form for a CPU, and tensorboardX); stage two learns the
-energies on it, frozen, for 6,500 iterations as published (Cui, Wu and Han, CVPR 2023), by a ratio estimate and then by maximum
-likelihood. The published 10 steps of 0.003 hardly move a chain: step sizes and learning rates are the library's. The full
-size is meant for GPUs.
+energies on it, frozen, for 6,500 iterations as published (Cui, Wu and Han, CVPR 2023), by the rule for deep latents, denoising.
+The published 10 steps of 0.003 hardly move a chain: step sizes and learning rates are the library's. The full size is meant
+for GPUs.
 
 Writes to --out: samples.png (real | Gaussian prior | joint prior), long_chain.png, results.json, prior.safetensors, with
 --export N folders of N samples of either prior for a FID tool, and checkpoints: the same command after a kill goes on where it
@@ -117,14 +117,13 @@ def run(options: argparse.Namespace, accelerator: Any = None) -> dict[str, Any]:
         elbo = fit_elbo(generator, images, validation=validation, learning_rate=5e-4, run_dir=out / "elbo", **length, **shared)
         results["validation_elbo"] = elbo.validation_elbo
 
-    # 3. The energies on the frozen generator: a ratio estimate first, then maximum likelihood on persistent chains.
+    # 3. The energies on the frozen generator.
     prior = JointEBMPrior(generator).to(place)
     size: dict[str, Any] = {"iterations": 6500, "checkpoint_every": 500}
     if quick:
         size = {"iterations": 4, "step_size": 0.3}  # tuning it would take most of the time
     batches = stream(setting.energy_batch)
-    prior.fit(batches, "nce", run_dir=out / "nce", **size, **shared)
-    fit = prior.fit(batches, "two_stage", run_dir=out / "two_stage", **size, **({"steps": 3} if quick else {}), **shared)
+    fit = prior.fit(batches, "denoising", run_dir=out / "denoising", **size, **shared)
 
     # 4. Samples of both priors, and a long chain with its energy profile.
     count = max(8 if quick else 64, options.export)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from energy_prior import Inferred, JointEBMPrior, LadderVAE, TrainingWarning
+from energy_prior import Inferred, JointEBMPrior, LadderVAE, TrainingWarning, denoising_energies
 from energy_prior.training import FitConfig, FitHooks
 from energy_prior.training.batches import Batches
 from energy_prior.training.distributed import Engine
@@ -27,6 +27,12 @@ def seeded(seed: int = 1) -> torch.Generator:
 def make(energies: list[nn.Module] | None = None, seed: int = 0) -> JointEBMPrior:
     torch.manual_seed(seed)
     return JointEBMPrior(LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8), energies)
+
+
+def make_for(method: str) -> JointEBMPrior:
+    """The same, with energies that this rule can train."""
+    torch.manual_seed(0)
+    return make(list(denoising_energies([(3,), (2,)], channels=4))) if method == "denoising" else make()
 
 
 def hooks_of(prior: JointEBMPrior) -> FitHooks:

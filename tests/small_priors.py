@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from energy_prior import JointEBMPrior, LadderVAE
+from energy_prior import DenoisingEnergy, JointEBMPrior, LadderVAE
 from energy_prior.langevin import InjectedNoise, Target
 
 N, STEPS = 6, 8
@@ -19,8 +19,18 @@ def lively(generator: Any, space: Any = "noise") -> JointEBMPrior:
     energies = getattr(generator, "energies", None)
     prior = JointEBMPrior(generator, energies, space=space).double()
     for f in prior.energies if energies is None else ():
-        nn.init.normal_(f.net[-1].weight, std=0.5)  # type: ignore[union-attr, operator]
+        enliven(f)
     return prior
+
+
+def enliven(energy: Any, std: float = 0.5) -> None:
+    """Draws the weights that start at 0, so that a built-in energy is not 0."""
+    if isinstance(energy, DenoisingEnergy):
+        for parameter in energy.net.parameters():
+            if not bool(parameter.any()):
+                nn.init.normal_(parameter, std=std / 10)
+    else:
+        nn.init.normal_(energy.net[-1].weight, std=std)
 
 
 def mlp() -> LadderVAE:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from energy_prior.checks.settings import whole_number
 from energy_prior.errors import ArgumentError, DataWarning, DivergenceError, GeneratorError, ShapeError, warn
-from energy_prior.protocol import HierarchicalGenerator, Inferred
+from energy_prior.protocol import HierarchicalGenerator, Inferred, layer_energy, reads_noise
 
 _RANGE_SLACK = 0.05
 
@@ -81,15 +81,16 @@ def energy_modules(energies: Any) -> list[nn.Module]:
     return modules
 
 
-def check_energies(energies: Sequence[nn.Module] | nn.ModuleList, latents: Sequence[Tensor]) -> None:
-    """One energy per layer, each giving (batch,) values in the latents' dtype."""
+def check_energies(energies: Sequence[nn.Module] | nn.ModuleList, latents: Sequence[Tensor], noise: Sequence[Tensor]) -> None:
+    """One energy per layer, each giving (batch,) values in the latents' dtype, of z_i or, if it reads noise, of ε_i, …, ε_L."""
     if len(energies) != len(latents):
         raise ArgumentError(f"energies: expected one module per layer, {len(latents)} (z_1 first), got {len(energies)}.")
     for layer, (energy, z) in enumerate(zip(energies, latents, strict=True), start=1):
-        leaf = z.detach().requires_grad_()
+        given = noise if reads_noise(energy) else latents
+        leaves = tuple(t.detach().requires_grad_() for t in given)
         try:
             with torch.enable_grad():
-                value = energy(leaf)
+                value = layer_energy(energy, layer, leaves, leaves)
         except RuntimeError as error:
             raise ShapeError(
                 f"energies: f_{layer} fails on a batch of z_{layer} of shape {tuple(z.shape)}, {z.dtype} on {z.device}: {error}"
@@ -103,8 +104,10 @@ def check_energies(energies: Sequence[nn.Module] | nn.ModuleList, latents: Seque
         if value.dtype != z.dtype:
             raise ArgumentError(f"energies: expected f_{layer} in the latents' {z.dtype}, got {value.dtype}.")
         ones = torch.ones_like(value)
+        leaf = leaves[layer - 1]
         followed = value.requires_grad and torch.autograd.grad(value, leaf, ones, allow_unused=True)[0] is not None
-        if not followed and not torch.equal(value.detach(), energy(z + 1).detach()):
+        moved = tuple(t.detach() + 1 for t in given)
+        if not followed and not torch.equal(value.detach(), layer_energy(energy, layer, moved, moved).detach()):
             raise ArgumentError(
                 f"energies: f_{layer}(z_{layer}) has no gradient in z_{layer}, which Langevin follows. Is z detached, or is "
                 "there a torch.no_grad() inside?"

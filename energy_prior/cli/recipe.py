@@ -23,7 +23,7 @@ from energy_prior.checks.settings import check_count, check_device, check_path, 
 from energy_prior.errors import ArgumentError
 from energy_prior.generators import LadderVAE
 from energy_prior.training import ElboConfig, FitConfig
-from energy_prior.training.config import Method, check_method
+from energy_prior.training.config import METHODS, Method, check_method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Recipe:
     data: DataSettings
     generator: dict[str, Any]
     elbo: ElboConfig | None
-    fit: tuple[tuple[Method, FitConfig], ...]
+    fit: tuple[tuple[Method | None, FitConfig], ...]
     out: str
     seed: int = 0
     device: str | None = None
@@ -179,9 +179,7 @@ def settings_help() -> str:
         parts.append(f"\n{title}")
         meanings = _meanings(kind)
         if kind is FitConfig:
-            parts.append(
-                _paragraph("method", "nce", "the learning rule: nce, multi_stage_nce, two_stage, variational or joint.")
-            )
+            parts.append(_paragraph("method", None, f"the learning rule: {', '.join(METHODS)}; null: as `prior.fit` chooses."))
         for field in dataclasses.fields(kind):
             default = "" if field.default is dataclasses.MISSING else field.default
             parts.append(_paragraph(field.name, default, meanings.get(field.name, "")))
@@ -266,12 +264,13 @@ def _build(kind: type[Any], section: Mapping[str, Any], name: str) -> Any:
         raise ArgumentError(message if message.startswith(name) else f"{name}.{message}") from None
 
 
-def _fit(entry: Any, name: str) -> tuple[Method, FitConfig]:
+def _fit(entry: Any, name: str) -> tuple[Method | None, FitConfig]:
     if not isinstance(entry, dict):
         raise ArgumentError(f"{name}: expected a section with a method and its settings, got {entry!r}.")
     settings = dict(entry)
     try:
-        method = check_method(settings.pop("method", "nce"))
+        named = settings.pop("method", None)
+        method = None if named is None else check_method(named)
     except ArgumentError as error:
         raise ArgumentError(f"{name}.{error}") from None
     return method, _build(FitConfig, settings, name)

@@ -21,7 +21,7 @@ from energy_prior.cli.recipe import DataSettings, Recipe, build_generator, read_
 from energy_prior.data import load_images
 from energy_prior.errors import ArgumentError, CheckpointError
 from energy_prior.prior import JointEBMPrior
-from energy_prior.training import fit_elbo, launched_accelerator
+from energy_prior.training import fit_elbo, launched_accelerator, usual_method
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -89,7 +89,8 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[s
         report["elbo"] = {"validation_elbo": elbo.validation_elbo, "iteration": elbo.best_iteration}
     before = JointEBMPrior(generator).sample(_SHOWN, prior="generator", rng=torch.Generator().manual_seed(recipe.seed))
     prior = JointEBMPrior(generator)
-    for i, (method, config) in enumerate(recipe.fit):
+    for i, (named, config) in enumerate(recipe.fit):
+        method = usual_method(prior.energies) if named is None else named
         result = prior.fit(train, method, config=config, run_dir=out / f"fit-{i}-{method}", accelerator=accelerator, rng=rng)
         report[f"fit-{i}-{method}"] = {
             "last": result.history[-1],

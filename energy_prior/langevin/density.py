@@ -7,7 +7,7 @@ __all__ = ["Evaluation", "JointDensity", "Precision", "Target", "matrix_products
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from energy_prior._util import sum_event
-from energy_prior.protocol import HierarchicalGenerator
-from energy_prior.topdown import Space, TopDown
+from energy_prior.protocol import HierarchicalGenerator, layer_energy, reads_noise
+from energy_prior.topdown import Descent, Space, TopDown
 
 Precision = Literal["full", "tf32", "bf16"]
 """Of the matrix products in a chain's gradients: the dtype of the latents, TF32 (CUDA only), or bf16 by autocast."""
@@ -135,6 +135,7 @@ class JointDensity:
         self.energies = energies
         self.space: Space = space
         self.x = x.clone() if x is not None and x.is_inference() else x
+        self._reads_noise = any(map(reads_noise, energies))
 
     @functools.cached_property
     def cache_key(self) -> Hashable:
@@ -176,9 +177,26 @@ class JointDensity:
                 log_density = log_density - 0.5 * sum(sum_event(p**2) for p in leaves)
         return Evaluation(leaves, energy, log_density, gradient)
 
-    def negative_energy(self, latents: Sequence[Tensor]) -> Tensor:
-        """f_i of the free layers, of (z_1, …, z_L), (batch, free layers), nats."""
-        return torch.stack([self.energies[i - 1](latents[i - 1]) for i in self.topdown.free], dim=1)
+    def gradient_at(self, position: Sequence[Tensor], level: Tensor) -> tuple[Tensor, ...]:
+        """∇_ε Σ f_i(·; t) over the free layers at waymark t = `level`, (batch,), with the layers above held where they are."""
+        with torch.enable_grad():
+            leaves = tuple(p.detach().requires_grad_() for p in position)
+            noise = {**self.topdown.noise_above, **dict(zip(self.topdown.free, leaves, strict=True))}
+            layers = range(1, self.topdown.layers + 1)
+            tilts = [self.energies[i - 1](tuple(noise[j] for j in layers[i - 1 :]), level) for i in self.topdown.free]
+            total = torch.stack(tilts).sum()
+            return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+
+    def energies_of(self, layers: Iterable[int], position: Sequence[Tensor], descent: Descent) -> Tensor:
+        """f_i of these layers, (batch, layers), nats.
+
+        Args:
+            layers: their numbers.
+            position: the free layers, ascending, in the density's coordinates.
+            descent: the pass down at this position.
+        """
+        noise = self._noise(position, descent) if self._reads_noise else None
+        return torch.stack([layer_energy(self.energies[i - 1], i, descent.latents, noise) for i in layers], dim=1)
 
     def drift_norm(self, position: Sequence[Tensor], gradient: Sequence[Tensor]) -> Tensor:
         """‖∇ log p̃‖ over all free layers, (batch,), from `gradient` as an `Evaluation` has it."""
@@ -192,13 +210,35 @@ class JointDensity:
         dtype = position[0].dtype
         coarse = precision == "bf16"
         with torch.autocast(position[0].device.type, torch.bfloat16) if coarse else contextlib.nullcontext():
-            descent = self.topdown.descend(position, self.space, to_observation=self.x is not None)
-            free = self.topdown.free
-            energy = torch.stack([self.energies[i - 1](descent.latents[i - 1]).to(dtype) for i in free], dim=1)
-        log_tilt = energy.sum(1)
+            free, below = self.topdown.free, self.topdown.held_below
+            descent = self._descent(position)
+            noise = self._noise(position, descent) if self._reads_noise else None
+            latents = () if descent is None else descent.latents
+            energy = torch.stack([layer_energy(self.energies[i - 1], i, latents, noise).to(dtype) for i in free], dim=1)
+            log_tilt = energy.sum(1)
+            for layer in below:  # they are functions of the free layers above them
+                if reads_noise(self.energies[layer - 1]):
+                    log_tilt = log_tilt + layer_energy(self.energies[layer - 1], layer, latents, noise).to(dtype)
+        if descent is None:
+            return log_tilt, energy
         counted = free if self.space == "latent" else ()
         for layer in (*counted, *self.topdown.held_below):
             log_tilt = log_tilt + descent.log_prior(layer)
         if self.x is not None:
             log_tilt = log_tilt + self.topdown.likelihood(descent).log_prob(self.x)
         return log_tilt, energy
+
+    def _descent(self, position: tuple[Tensor, ...]) -> Descent | None:
+        """The pass down; None where nothing needs one: in noise space, with energies that read the noise alone."""
+        free = self.topdown.free
+        apart = self.space == "noise" and self.x is None and not self.topdown.held_below
+        if apart and all(reads_noise(self.energies[i - 1]) for i in free):
+            return None
+        return self.topdown.descend(position, self.space, to_observation=self.x is not None)
+
+    def _noise(self, position: Sequence[Tensor], descent: Descent | None) -> tuple[Tensor, ...]:
+        """(ε_1, …, ε_L) at this position."""
+        noise = self.topdown.noise_above if descent is None else dict(enumerate(descent.noise(), start=1))
+        if self.space == "noise":
+            noise = {**noise, **dict(zip(self.topdown.free, position, strict=True))}
+        return tuple(noise[i] for i in range(1, self.topdown.layers + 1))

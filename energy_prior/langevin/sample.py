@@ -29,6 +29,7 @@ from energy_prior.langevin.noise import CounterNoise, InjectedNoise, NoiseSource
 from energy_prior.langevin.settings import ChainSettings
 from energy_prior.langevin.step import StepConfig
 from energy_prior.langevin.trajectory import Trajectory
+from energy_prior.langevin.waymarks import can_cross, cross
 from energy_prior.process import full_precision
 
 USUAL_ACCEPTANCE = 0.95
@@ -102,7 +103,10 @@ def sample_target(
         def draw_rows(rows: slice, halt: Halt | None = None) -> ChainDraw:
             """The chains of one part of the batch, from start to end."""
             density = backend.prepare(target.rows(rows).density())
-            position = _position(density, [t[rows] for t in beginning], from_noise=start is None)
+            begin = [t[rows] for t in beginning]
+            if start is None and settings.steps and settings.waymarks and can_cross(density):
+                begin = cross(density, begin, settings.waymarks)
+            position = _position(density, begin, from_noise=start is None)
             if not (settings.steps or measure or trace or every):
                 return ChainDraw(density.topdown.descend(position, target.space).latents, None)
             result = run_chain(
@@ -140,10 +144,13 @@ def tune_step_size(
         density = target.density()
         source = RandomNoise(target.shapes, density.topdown.reference)
         backend = _automatic(density, target.batch_size, 0, config, None)
+        begin = source.normal(0)
+        if can_cross(density):
+            begin = cross(density, begin, ChainSettings().waymarks)
         density = backend.prepare(density)
         result = run_chain(
             density,
-            _position(density, source.normal(0), from_noise=True),
+            _position(density, begin, from_noise=True),
             config,
             steps=steps,
             step_size=start_step_size,

@@ -26,6 +26,7 @@ class ChainOptions(TypedDict, total=False):
     temperature: float
     scheme: Scheme | None
     max_drift: float | None
+    waymarks: int
     backend: str
     precision: Precision
     max_memory: float
@@ -50,6 +51,8 @@ class ChainSettings:
         max_drift: each layer's drift is cut to this multiple of the noise's length, > 0 (`energy_prior.langevin.cut_drift`): a
             steep spot cannot throw an unadjusted chain off, at the price of a bias where it acts. None: never. Training
             has its own, on by default.
+        waymarks: ≥ 0; where energies have waymarks (`DenoisingEnergy`), a chain that starts ancestrally crosses this many of
+            them first, from N(0, I) to the joint prior, each at the cost of a step; 0: none. Not with steps=0.
         backend: how steps are made. "eager": the reference, operation by operation. "compiled": the same step through
             `torch.compile`, compiled once per process and kind of chain, which takes seconds to minutes; for training and
             for repeated sampling. "graph": on a GPU, the compiled steps of a whole chain in one launch, for unadjusted
@@ -74,6 +77,7 @@ class ChainSettings:
     temperature: float = 1.0
     scheme: Scheme | None = None
     max_drift: float | None = None
+    waymarks: int = 20
     backend: str = "auto"
     precision: Precision = "full"
     max_memory: float = 2.0**30
@@ -83,6 +87,7 @@ class ChainSettings:
             object.__setattr__(self, name, value)  # numbers of any kind, as Python's own
 
         keep("steps", check_count("steps", self.steps, least=0))
+        keep("waymarks", check_count("waymarks", self.waymarks, least=0))
         for name in ("temperature", "max_memory"):
             keep(name, check_positive(name, getattr(self, name)))
         for name in ("step_size", "max_drift"):

@@ -226,10 +226,10 @@ def finalize(density: JointDensity, config: StepConfig, state: State, draws: Seq
 
 def end_at(density: JointDensity, position: tuple[Tensor, ...], f: Tensor | None = None) -> End:
     """The end of a chain at this position, with f_i of the free layers there, (batch, free layers), if they are known."""
-    latents = density.topdown.descend(position, density.space).latents
-    f = density.negative_energy(latents) if f is None else f
+    descent = density.topdown.descend(position, density.space)
+    f = density.energies_of(density.topdown.free, position, descent) if f is None else f
     sums = torch.stack([p.sum() for p in position])
-    return End(position, latents, torch.cat([f.abs().amax(0).to(sums.dtype), sums]))
+    return End(position, descent.latents, torch.cat([f.abs().amax(0).to(sums.dtype), sums]))
 
 
 def one_step(density: JointDensity, config: StepConfig, state: State, draw: Draw) -> tuple[State, Tensor, Tensor | None]:

@@ -34,9 +34,9 @@ class Frame(NamedTuple):
             state: measured.
             acceptance: mean acceptance probability since the frame before, (batch,).
         """
-        latents = density.topdown.descend(state.position, density.space).latents
-        energy = torch.stack([f(z) for f, z in zip(density.energies, latents, strict=True)], dim=1)
-        return cls(step, latents, energy, acceptance, density.drift_norm(state.position, state.gradient))
+        descent = density.topdown.descend(state.position, density.space)
+        f = density.energies_of(range(1, len(descent.latents) + 1), state.position, descent)
+        return cls(step, descent.latents, f, acceptance, density.drift_norm(state.position, state.gradient))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Learning: the generator's ELBO, and the joint prior by five rules, on one process or many, resumable."""
+"""Learning: the generator's ELBO, and the joint prior by six rules, on one process or many, resumable."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ __all__ = [
     "FitResult",
     "Method",
     "RunConfig",
+    "denoising",
     "elbo",
     "energy_penalty",
     "fit_elbo",
@@ -21,13 +22,14 @@ __all__ = [
     "map_batches",
     "maximum_likelihood",
     "noise_contrastive",
+    "usual_method",
 ]
 
 from energy_prior.training.config import METHODS, FitConfig, Method, RunConfig
 from energy_prior.training.distributed import launched_accelerator, map_batches
 from energy_prior.training.elbo import ElboConfig, ElboResult, elbo, fit_elbo
-from energy_prior.training.fit import FitResult, fit_energies
+from energy_prior.training.fit import FitResult, fit_energies, usual_method
 from energy_prior.training.loop import Callback
-from energy_prior.training.objectives import generator_likelihood, maximum_likelihood, noise_contrastive
+from energy_prior.training.objectives import denoising, generator_likelihood, maximum_likelihood, noise_contrastive
 from energy_prior.training.penalty import energy_penalty
 from energy_prior.training.rules import FitHooks

@@ -23,7 +23,7 @@ from energy_prior.checks.settings import check_count, check_flag, check_not_nega
 from energy_prior.errors import ArgumentError
 from energy_prior.langevin import USUAL_ACCEPTANCE
 
-Method = Literal["nce", "multi_stage_nce", "two_stage", "variational", "joint"]
+Method = Literal["denoising", "nce", "multi_stage_nce", "two_stage", "variational", "joint"]
 """The learning rules; `JointEBMPrior.fit` says what each does."""
 
 StepBackend = Literal["auto", "eager", "compiled"]
@@ -125,7 +125,8 @@ class FitConfig(RunConfig):
         energy_bound: |f_i| in nats beyond which a steep penalty, 0.1 (|f_i| − energy_bound)², holds each layer's energy back,
             > 0; energies of a good prior stay well inside it.
         ema_decay: d in [0, 1) of the running average of the weights, a ← d a + (1 − d) w, which is what the prior uses;
-            early on d is at most (1 + t)/(10 + t). The joint rules average the generator's weights as well.
+            early on d is at most (1 + t)/(10 + t); None: 0.999 for "denoising", else 0.99. The joint rules average the
+            generator's weights as well.
         max_energy: largest |f_i| in nats on a training batch, > 0; beyond it the run has diverged and stops. Built-in energies
             saturate before: for them it has where their mean |f_i| on posterior or on prior draws is above three quarters of
             their saturation.
@@ -154,7 +155,7 @@ class FitConfig(RunConfig):
     energy_penalty: float = 1e-3
     gap_limit: float = 1.0
     energy_bound: float = 25.0
-    ema_decay: float = 0.99
+    ema_decay: float | None = None
     max_energy: float = 1e3
     steps: int = 20
     persistent: int | None = None
@@ -185,7 +186,7 @@ class FitConfig(RunConfig):
         if self.backend not in get_args(StepBackend):
             raise ArgumentError(f"backend: expected one of {get_args(StepBackend)}, got {self.backend!r}.")
         self._keep_unless_none(check_positive, "step_size")
-        self._keep(_decay, "ema_decay")
+        self._keep_unless_none(_decay, "ema_decay")
         self._keep(_acceptance, "target_acceptance")
 
     def for_method(self, method: Method) -> FitConfig:
@@ -193,11 +194,12 @@ class FitConfig(RunConfig):
         if method == "multi_stage_nce" and self.stages > self.iterations:
             raise ArgumentError(f"stages: expected at most iterations = {self.iterations}, got {self.stages}.")
         restarted = 0.05 if method == "multi_stage_nce" else 0.3
-        rate = 1e-3 * min(max(math.sqrt(2000 / self.iterations), 1.0), 3.0)
+        rate = 2e-3 if method == "denoising" else 1e-3 * min(max(math.sqrt(2000 / self.iterations), 1.0), 3.0)
         return dataclasses.replace(
             self,
             restart_probability=restarted if self.restart_probability is None else self.restart_probability,
             learning_rate=rate if self.learning_rate is None else self.learning_rate,
+            ema_decay=(0.999 if method == "denoising" else 0.99) if self.ema_decay is None else self.ema_decay,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FitResult", "fit_energies"]
+__all__ = ["FitResult", "fit_energies", "usual_method"]
 
 import contextlib
 import copy
@@ -21,7 +21,7 @@ from energy_prior.checks.settings import check_path, check_settings
 from energy_prior.errors import ArgumentError, CheckpointError, DivergenceError, GeneratorError
 from energy_prior.model import JointModel
 from energy_prior.process import claimed, evaluating, exclusive, training_mode
-from energy_prior.protocol import find_infer
+from energy_prior.protocol import find_infer, layer_energy
 from energy_prior.topdown import TopDown
 from energy_prior.training.batches import Batches
 from energy_prior.training.chains import tuned_step_size
@@ -65,7 +65,7 @@ class FitResult:
 def fit_energies(
     model: JointModel,
     data: Tensor | Iterable[Any],
-    method: str,
+    method: str | None,
     config: FitConfig | None = None,
     settings: Mapping[str, Any] | None = None,
     *,
@@ -83,7 +83,7 @@ def fit_energies(
     Args:
         model: generator and energies; its step size is where the chains' starts.
         data: observations.
-        method: the learning rule.
+        method: the learning rule; None: "denoising" where all energies have waymarks, else "nce".
         config: settings; None: the defaults.
         settings: single settings, over those in `config`.
         x_shape: shape of an observation.
@@ -93,7 +93,7 @@ def fit_energies(
         rng: random number generator.
         callback: called between two iterations with a copy of every new entry of the history.
     """
-    rule = check_method(method)
+    rule = check_method(usual_method(model.energies) if method is None else method)
     config = _settings(config, settings or {}).for_method(rule)
     check_callback(callback)
     folder = None if run_dir is None else check_path("run_dir", run_dir)
@@ -151,11 +151,16 @@ def fit_energies(
         config=config,
         history=record.history,
         clipped={name: count / config.iterations for name, count in record.clipped.items()},
-        cut_share=None if rule == "nce" else task.cut_share,
+        cut_share=None if rule in ("denoising", "nce") else task.cut_share,
         warnings=list(task.warned.values()),
         step_size=step_size,
         resumed_at=record.resumed_at,
     )
+
+
+def usual_method(energies: Iterable[nn.Module]) -> Method:
+    """The rule of `fit` where none is named: "denoising" where all energies have waymarks, else "nce"."""
+    return "denoising" if all(getattr(f, "has_waymarks", False) for f in energies) else "nce"
 
 
 def _settings(config: Any, settings: Mapping[str, Any]) -> FitConfig:
@@ -171,6 +176,12 @@ def _check_learnable(generator: Any, energies: nn.ModuleList, method: Method) ->
         check_state_is_tensors(energy, f"energies (f_{layer})", ArgumentError)
     if not _trainable(energies):
         raise ArgumentError("energies: none of their parameters requires a gradient, so there is nothing to fit.")
+    if method == "denoising" and not all(getattr(energy, "has_waymarks", False) for energy in energies):
+        layer = next(i for i, energy in enumerate(energies, start=1) if not getattr(energy, "has_waymarks", False))
+        raise ArgumentError(
+            f'method: "denoising" needs energies with waymarks, and f_{layer} is {type(energies[layer - 1]).__name__}. Build '
+            "the prior with energies=denoising_energies(generator.latent_shapes), or use another rule."
+        )
     if method not in JOINT_METHODS:
         return
     if not isinstance(generator, nn.Module) or not _trainable(generator):
@@ -192,9 +203,10 @@ def _trainable(module: nn.Module) -> list[nn.Parameter]:
 
 def _check_copies(energies: nn.ModuleList, shapes: Sequence[torch.Size], reference: Tensor) -> None:
     """Each stage of "multi_stage_nce" needs a copy of the energies as they are after an update."""
-    for layer, (energy, shape) in enumerate(zip(energies, shapes, strict=True), start=1):
+    for layer, energy in enumerate(energies, start=1):
         with evaluating(energy):
-            energy(reference.new_zeros(2, *shape))  # some modules keep what they computed last, which cannot be copied
+            zeros = [reference.new_zeros(2, *s) for s in shapes]
+            layer_energy(energy, layer, zeros, zeros)  # some modules keep what they computed last, which cannot be copied
         try:
             copy.deepcopy(energy)
         except Exception as error:

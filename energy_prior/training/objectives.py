@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["generator_likelihood", "maximum_likelihood", "noise_contrastive"]
+__all__ = ["denoising", "generator_likelihood", "maximum_likelihood", "noise_contrastive"]
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,6 +23,31 @@ def noise_contrastive(positive: Tensor, negative: Tensor) -> Tensor:
         negative: the logit at draws of the prior that is to be corrected, (batch,), nats.
     """
     return F.softplus(-positive).mean() + F.softplus(negative).mean()
+
+
+def denoising(
+    gradient: Sequence[Tensor], clean: Sequence[Tensor], added: Sequence[Tensor], alpha: Tensor, sigma: Tensor
+) -> Tensor:
+    """E‖(σ/α) ∇_ε Σ f(ε_t; t) − (σ ε_q − α n)‖² per unit, a scalar, at ε_t = α ε_q + σ n; 1 where f = 0 and ε_q ~ N(0, I).
+
+    Denoising score matching (Vincent, Neural Computation 2011) of the tilt: its minimum is ∇f(·; t) = ∇ log q_t(ε) + ε with
+    q_t the density of ε_t, as ∇ log q_t = −E[n | ε_t]/σ. In the weighting of Salimans and Ho (ICLR 2022, v) every waymark
+    counts the same. It sees one number per unit and draw, where a classifier sees one per draw, so that it learns where
+    posterior and prior are told apart completely.
+
+    Args:
+        gradient: ∇ Σ f at ε_t of every layer, (batch, *shape).
+        clean: ε_q of every layer, the posterior's noise.
+        added: n of every layer.
+        alpha: α, (batch,).
+        sigma: σ, (batch,).
+    """
+    total, units = 0.0, 0
+    for g, e, n in zip(gradient, clean, added, strict=True):
+        a, s = (value.reshape(-1, *[1] * (e.ndim - 1)) for value in (alpha, sigma))
+        total = total + (s / a * g - (s * e - a * n)).square().flatten(1).sum(1)
+        units += e[0].numel()
+    return torch.as_tensor(total).mean() / units
 
 
 def maximum_likelihood(positive: Tensor, negative: Tensor) -> Tensor:

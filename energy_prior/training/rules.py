@@ -1,4 +1,4 @@
-"""What the five learning rules do in an iteration, and the running average that a prior keeps of it."""
+"""What the six learning rules do in an iteration, and the running average that a prior keeps of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from energy_prior._util import not_none
 from energy_prior.checks.arguments import checked_infer
-from energy_prior.energies import Energy
+from energy_prior.energies import LAST_LEVEL, DenoisingEnergy, Energy, waymark
 from energy_prior.errors import DivergenceError, TrainingWarning, warn
 from energy_prior.model import JointModel, PosteriorDraw
 from energy_prior.process import frozen, full_precision
@@ -27,7 +27,7 @@ from energy_prior.training.chains import TrainingChains
 from energy_prior.training.config import JOINT_METHODS, LANGEVIN_METHODS, FitConfig, Method
 from energy_prior.training.distributed import Engine
 from energy_prior.training.loop import Group
-from energy_prior.training.objectives import generator_likelihood, maximum_likelihood, noise_contrastive
+from energy_prior.training.objectives import denoising, generator_likelihood, maximum_likelihood, noise_contrastive
 from energy_prior.training.penalty import WALL_WEIGHT, PenaltyWeight, energy_penalty, energy_wall
 from energy_prior.training.turns import same_stream_after
 
@@ -35,6 +35,10 @@ _STANDARDIZE_DRAWS = 2048
 _SOUND_DRAWS = 64
 _REFRESH = 10  # persistent chains of a stage run on by this part of `steps`: their target stands still
 _PICTURES = 64
+_LOOKED_AT = 16
+_SMALL_LAYER = 128  # units; limits on |f| are for layers up to this, and grow with larger ones
+_MOMENT_DRAWS = 8192
+_MOMENT_NUMBERS = 2**27
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +107,18 @@ class FitTask:
         self.penalty = PenaltyWeight(config.energy_penalty, config.gap_limit, self.weights[0])
         self._gaps: list[Tensor] = []
         self._cut = 0.0
+        units = max(shape.numel() for shape in model.generator.latent_shapes)
+        self._scale = max(1.0, units / _SMALL_LAYER)
 
     @property
     def cut_share(self) -> float:
         """Share of the prior's training chains' steps whose drift was cut, in [0, 1], at the end of a run."""
         return self._cut / self.config.iterations
+
+    @property
+    def _watched(self) -> FitConfig:
+        """The settings with `max_energy` for a layer of this size."""
+        return dataclasses.replace(self.config, max_energy=self.config.max_energy * self._scale)
 
     def begin(self) -> None:
         """Standardises the energies and tunes the step size of the chains."""
@@ -131,21 +142,21 @@ class FitTask:
         if self.method in LANGEVIN_METHODS:
             self.penalty.update(torch.stack(self._gaps).mean())
         self._gaps = []
-        decay = min(self.config.ema_decay, (1 + iteration) / (10 + iteration))
+        decay = min(not_none(self.config.ema_decay), (1 + iteration) / (10 + iteration))
         with torch.no_grad():
             for average, weight in zip(self.average, self.weights, strict=True):
                 average.lerp_(weight, 1 - decay)
 
     def look(self, first: int, figures: dict[str, Tensor]) -> dict[str, float]:
         """Stops at the first iteration that is not sound, else remembers the average as good; warns of what is coming."""
-        diagnostics.check_sound(figures, first, self.method, self.config)
+        diagnostics.check_sound(figures, first, self.method, self._watched)
         self.engine.share(self.buffers)
         # the figures are of weights before the window's last update: what was latest until now is known to be good
         self.good, self.latest = self.latest, self._snapshot()
         self.learned = True
         entry = diagnostics.history_entry(figures, self.chains)
         self._cut += entry.get("cut_share", 0.0) * len(figures["loss"])
-        for kind, message in diagnostics.early_warnings(entry, self.config).items():
+        for kind, message in diagnostics.early_warnings(entry, self._watched).items():
             if kind not in self.warned:
                 self.warned[kind] = f"Iteration {first + len(figures['loss']) - 1} of {self.name}: {message}"
                 warn(self.warned[kind], TrainingWarning)
@@ -160,7 +171,7 @@ class FitTask:
             f = self.model.negative_energy(z)
         figures = diagnostics.energy_figures(self.energies, [f])
         last = {name: value[None] for name, value in figures.items()}
-        diagnostics.check_sound(last, self.config.iterations, self.method, self.config)
+        diagnostics.check_sound(last, self.config.iterations, self.method, self._watched)
         self.good = self.latest
 
     def picture(self) -> Tensor | None:
@@ -220,6 +231,8 @@ class FitTask:
         return [t.detach().clone() for t in (*self.average, *self.buffers)]
 
     def _loss(self, x: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.method == "denoising":
+            return self._denoise(x)
         self._enter_stage(iteration)
         draw = self._posterior(x)
         z_posterior, z_prior = draw.latents, self._prior_draws(len(x))
@@ -254,6 +267,25 @@ class FitTask:
         if self.method in LANGEVIN_METHODS:
             figures["penalty"] = self.penalty.value
         return loss + penalty, figures | self.chains.figures()
+
+    def _denoise(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of "denoising" and figures, f at the first waymark of a few draws."""
+        with full_precision(x.device), torch.no_grad(), frozen(self.model.generator):
+            clean = self.model.noise(self._posterior(x).latents)
+        added = [torch.randn_like(e) for e in clean]
+        level = LAST_LEVEL * (torch.rand(()) + torch.arange(len(x)) / len(x)).remainder(1).to(clean[0])  # evenly spread
+        alpha, sigma = waymark(level)
+        noised = tuple(_mixed(e, n, alpha, sigma).requires_grad_() for e, n in zip(clean, added, strict=True))
+        tilt = self.model.energies_at(noised, level).sum()
+        loss = denoising(torch.autograd.grad(tilt, noised, create_graph=True), clean, added, alpha, sigma)
+        few = slice(0, _LOOKED_AT)
+        with torch.no_grad():
+            zero = level[few] * 0
+            f_posterior = self.model.energies_at([e[few] for e in clean], zero)
+            f_prior = self.model.energies_at([n[few] for n in added], zero)
+        figures = diagnostics.energy_figures(self.energies, (f_posterior, f_prior))
+        means = {"energy_posterior": f_posterior.sum(1).mean(), "energy_prior": f_prior.sum(1).mean()}
+        return loss, figures | {"loss": loss} | means
 
     def _posterior(self, x: Tensor) -> PosteriorDraw:
         """Posterior draws as the method has them: Langevin ("joint"), reparameterised ("variational"), or plain."""
@@ -297,6 +329,10 @@ class FitTask:
         """Tells built-in energies the scale of their layer, from posterior and prior draws in equal parts."""
         if all(not isinstance(f, Energy) or bool(f.standardized) for f in self.energies):
             return
+        if any(isinstance(f, DenoisingEnergy) for f in self.energies):
+            self._set_moments()
+            if all(isinstance(f, DenoisingEnergy) for f in self.energies):
+                return
         draws: list[tuple[Tensor, ...]] = []
         while sum(len(z[0]) for z in draws) < _STANDARDIZE_DRAWS:
             x = next(self.batches)
@@ -304,13 +340,34 @@ class FitTask:
                 draws.append(self._posterior(x).latents)
             draws.append(self.chains.ancestral(len(x)))
         for energy, z in zip(self.energies, zip(*draws, strict=True), strict=True):
-            if isinstance(energy, Energy):
+            if isinstance(energy, Energy) and not isinstance(energy, DenoisingEnergy):
                 energy.standardize(torch.cat([part.detach() for part in z]))
                 if self.engine.world > 1:
                     _copy([energy.shift, energy.scale], self.engine.mean([energy.shift, energy.scale]))
+
+    def _set_moments(self) -> None:
+        """Sets the closed part of energies that have one, from the posterior's noise."""
+        draws: list[tuple[Tensor, ...]] = []
+        units = sum(shape.numel() for shape in self.model.generator.latent_shapes)
+        wanted = min(_MOMENT_DRAWS, max(_STANDARDIZE_DRAWS, _MOMENT_NUMBERS // units))
+        while sum(len(e[0]) for e in draws) < wanted:
+            with torch.no_grad(), frozen(self.model.generator, self.energies):
+                draws.append(self.model.noise(self._posterior(next(self.batches)).latents))
+        for energy, noise in zip(self.energies, zip(*draws, strict=True), strict=True):
+            if isinstance(energy, DenoisingEnergy):
+                energy.set_moments(torch.cat([part.detach() for part in noise]))
+                if self.engine.world > 1:
+                    closed = [t.cpu() for t in energy.quadratic.buffers()]
+                    _copy(energy.quadratic.buffers(), self.engine.objects(closed)[0])
 
 
 @torch.no_grad()
 def _copy(to: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     for here, value in zip(to, values, strict=True):
         here.copy_(value)
+
+
+def _mixed(clean: Tensor, added: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """α ε + σ n, with α and σ of every row, (batch,)."""
+    wide = (-1, *[1] * (clean.ndim - 1))
+    return alpha.reshape(wide) * clean + sigma.reshape(wide) * added

@@ -120,7 +120,7 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
     (
         lambda p: p.fit(X, "contrastive_divergence"),
         ArgumentError,
-        r"method: expected one of \('nce', 'multi_stage_nce', 'two_stage', 'variational', 'joint'\)",
+        r"method: expected one of \('denoising', 'nce', 'multi_stage_nce', 'two_stage', 'variational', 'joint'\)",
     ),
     (lambda p: p.fit(X, learning_rte=1.0), ArgumentError, "learning_rte: not a setting of fit. Did you mean 'learning_rate'"),
     (lambda p: p.fit(X, iterations=0), ArgumentError, "iterations: expected a whole number of at least 1"),

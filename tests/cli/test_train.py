@@ -63,7 +63,7 @@ def test_a_recipe_from_a_file_and_flags(recipe: Path) -> None:
     assert read.seed == 9
     bare = read_recipe(None, ["data.source=somewhere", "elbo=null", "generator.factory=a:b"])
     assert bare.elbo is None
-    assert bare.fit == (("nce", FitConfig()),)
+    assert bare.fit == ((None, FitConfig()),)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_recipe_from_a_file_and_flags(recipe: Path) -> None:
     [
         ("fit.0.learning_rat=1", "learning_rat: not a setting of fit.0. Did you mean 'learning_rate'"),
         ("fit.0.learning_rate=-1", "fit.0.learning_rate: expected a finite number above 0, got -1"),
-        ("fit.0.method=gan", r"fit.0.method: expected one of \('nce'"),
+        ("fit.0.method=gan", r"fit.0.method: expected one of \('denoising', 'nce'"),
         ("fit.5.method=nce", "expected a number from 0 to 2 after the list's name, got '5'"),
         ("fit=nce", "fit: expected a list of fits"),
         ("elbo.kl_warmup=9", "elbo.kl_warmup: expected fewer than iterations = 4"),

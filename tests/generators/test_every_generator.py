@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_priors import enliven
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from zoo import ADAPTERS, EVERY, images, likelihood_at_ones
@@ -99,7 +100,7 @@ def test_a_prior_on_it(name: str, tmp_path: Path) -> None:
     x = images(generator, 4)
     prior = JointEBMPrior(generator)
     for f in prior.energies:
-        torch.nn.init.normal_(f.net[-1].weight, std=0.1)  # type: ignore[union-attr,index]
+        enliven(f, 0.1)
     assert prior.sample(2, steps=2).shape == (2, *generator.x_shape)
     assert torch.isfinite(prior.sample(2, steps=2, decode="sample")).all()
     assert torch.isfinite(prior.llr_score(x, 1, steps=2, num_samples=1)).all()

@@ -43,7 +43,7 @@ KINDS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("config", [FitConfig, ElboConfig])
 def test_numbers_of_any_kind_become_pythons_own(config: type[RunConfig], kind: str) -> None:
     chosen = {"batch_size": 8, "warmup": 3, "learning_rate": 0.5, "kl_warmup": 5, "persistent": 16, "step_size": 0.25}
-    chosen |= {"restart_probability": 0.5}
+    chosen |= {"restart_probability": 0.5, "ema_decay": 0.5}
     fields = {f.name: chosen.get(f.name, f.default) for f in dataclasses.fields(config)}
     given: dict[str, Any] = {name: value if isinstance(value, str) else KINDS[kind](value) for name, value in fields.items()}
     made = config(**given)

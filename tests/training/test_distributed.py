@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from runs import TwoLayers, X, make, recorded, seeded, weights
+from runs import TwoLayers, X, make, make_for, recorded, seeded, weights
 from torch import Tensor, nn
 
 from energy_prior import ArgumentError, JointEBMPrior, LadderVAE, fit_elbo
@@ -89,7 +89,7 @@ def test_mixed_precision_leaves_the_chains_alone(method: Method, monkeypatch: py
         return original(self, position, **how)
 
     monkeypatch.setattr(JointDensity, "evaluate", spy)
-    prior = make()
+    prior = make_for(method)
     settings: dict[str, Any] = {"iterations": 4, "steps": 4, "posterior_steps": 2, "stages": 2, "progress": False}
     result = prior.fit(X, method, accelerator=accelerator, **settings)
     assert not any(seen)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ladders import LinearLadder, QuadraticEnergy
-from runs import X, make, recorded, seeded, weights
+from runs import X, make, make_for, recorded, seeded, weights
 from torch import Tensor, nn
 
 from energy_prior import ArgumentError, CheckpointError, DivergenceError, GeneratorError, JointEBMPrior, LadderVAE, fit_elbo
@@ -68,7 +68,7 @@ def test_the_known_optimum_is_found(method: str) -> None:
 
 @pytest.mark.parametrize("method", [*METHODS[:-1], pytest.param("joint", marks=pytest.mark.slow)])
 def test_history_and_result(method: Method) -> None:
-    prior = make()
+    prior = make_for(method)
     result = prior.fit(X, method, iterations=25, log_every=10, steps=6, posterior_steps=4, progress=False)
     assert [h["iteration"] for h in result.history] == [10, 20, 25]
     assert result.method == method
@@ -80,16 +80,17 @@ def test_history_and_result(method: Method) -> None:
     assert all(0 <= share <= 1 for share in result.clipped.values())
     keys = {"iteration", "loss", "energy_posterior", "energy_prior", "gap", "max_energy", "saturation"}
     keys |= {"gradient_norm_energies"}
-    keys |= set() if method in LANGEVIN_METHODS else {"weight_ess"}
+    keys |= {"weight_ess"} if method in ("nce", "multi_stage_nce") else set()
     keys |= {"gradient_norm_generator", "log_likelihood"} if joint else set()
     chains = {"step_size", "acceptance", "drift_norm", "cut_share"} | (
         {"chain_ess", "penalty"} if method in LANGEVIN_METHODS else set()
     )
     keys |= {"posterior_acceptance", "posterior_step_size", "posterior_cut_share"} if method == "joint" else set()
-    assert set(result.history[-1]) == (keys if method == "nce" else keys | chains)
-    assert result.cut_share is None if method == "nce" else 0 <= result.history[-1]["cut_share"] <= 1
+    without_chains = method in ("denoising", "nce")
+    assert set(result.history[-1]) == (keys if without_chains else keys | chains)
+    assert result.cut_share is None if without_chains else 0 <= result.history[-1]["cut_share"] <= 1
     assert result.step_size == pytest.approx(float(prior.step_size))
-    if method != "nce":
+    if not without_chains:
         assert 0 < result.history[-1]["acceptance"] <= 1
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import X, make, recorded, seeded
+from runs import X, make, make_for, recorded, seeded
 from torch import Tensor, nn
 
 from energy_prior import ArgumentError, CheckpointError, DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy, fit_elbo
@@ -62,16 +62,16 @@ def killed_after(saves: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stopped_run_goes_on_bit_by_bit(
     method: Method, persistent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = make()
+    whole = make_for(method)
     settings: dict[str, Any] = SETTINGS | {"persistent": persistent, "accumulate": 2, "step_size": None}
     expected = whole.fit(X, method, **settings, run_dir=tmp_path / "a", rng=seeded())
     assert expected.resumed_at is None
     with monkeypatch.context() as patch:
         killed_after(2, patch)
         with pytest.raises(Killed):
-            make().fit(X, method, **settings, run_dir=tmp_path / "b", rng=seeded())
+            make_for(method).fit(X, method, **settings, run_dir=tmp_path / "b", rng=seeded())
     torch.rand(7)  # the stream of the new process is elsewhere
-    again = make()
+    again = make_for(method)
     result = again.fit(X, method, **settings, run_dir=tmp_path / "b", rng=seeded())
     assert result.resumed_at == 10
     assert result.history == expected.history

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_priors import enliven
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,7 +72,7 @@ def lively(generator: Any, space: Any = "noise") -> JointEBMPrior:
     torch.manual_seed(0)
     prior = JointEBMPrior(generator, space=space).to(DEVICE)
     for f in prior.energies:
-        nn.init.normal_(f.net[-1].weight, std=0.5)  # type: ignore[union-attr]
+        enliven(f)
     return prior
 
 

@@ -1,11 +1,11 @@
-"""Energy networks f_i(z_i): one scalar per observation, higher = more probable, exactly 0 until trained."""
+"""Energies of z_i: fully connected and convolutional networks, and what the built-in energies have in common."""
 
 from __future__ import annotations
 
-__all__ = ["ConvEnergy", "Energy", "MLPEnergy", "build_energies", "default_energies", "describe_energies"]
+__all__ = ["ConvEnergy", "Energy", "MLPEnergy"]
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
 
 from energy_prior.checks.settings import check_flag, check_positive, check_shape, check_sizes
-from energy_prior.errors import ArgumentError, CheckpointError, ShapeError
+from energy_prior.errors import ArgumentError, ShapeError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "softplus": nn.Softplus, "tanh": nn.Tanh}
 """The smooth activations by name. Langevin follows ∇f: a kink in f is a jump in the drift."""
@@ -50,7 +50,7 @@ class Energy(nn.Module):
     saturation: Tensor
     standardized: Tensor
     config: dict[str, Any]
-    net: nn.Sequential
+    net: nn.Module
 
     def __init__(self, latent_shape: Sequence[int], saturation: float | None = None) -> None:
         super().__init__()
@@ -62,11 +62,9 @@ class Energy(nn.Module):
         self.register_buffer("scale", torch.ones(self._statistics_shape()))
         self.register_buffer("standardized", torch.zeros((), dtype=torch.bool))
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Any, /) -> Tensor:
         """f(z), (batch,), nats."""
-        out = self.net((z - self.shift) / self.scale).squeeze(1)
-        g = out.to(torch.promote_types(out.dtype, torch.float32))  # the slope of the bound is a difference
-        return (g / torch.hypot(torch.ones_like(g), g / self.saturation)).to(out.dtype)
+        return self._bounded(self.net((z - self.shift) / self.scale).squeeze(1))
 
     def extra_repr(self) -> str:
         """The saturation; the rest shows in the layers."""
@@ -80,6 +78,11 @@ class Energy(nn.Module):
         self.shift.copy_(latents.mean(over, keepdim=True)[0])
         self.scale.copy_(latents.std(over, keepdim=True)[0].clamp_min(1e-3))
         self.standardized.fill_(True)
+
+    def _bounded(self, out: Tensor) -> Tensor:
+        """g/√(1 + (g/s)²)."""
+        g = out.to(torch.promote_types(out.dtype, torch.float32))  # the slope of the bound is a difference
+        return (g / torch.hypot(torch.ones_like(g), g / self.saturation)).to(out.dtype)
 
     def _statistics_shape(self) -> tuple[int, ...]:
         return tuple(self.latent_shape)
@@ -164,56 +167,6 @@ class ConvEnergy(Energy):
 
     def _statistics_shape(self) -> tuple[int, ...]:
         return (self.latent_shape[0], 1, 1)
-
-
-BUILT_IN: dict[str, type[MLPEnergy] | type[ConvEnergy]] = {"MLPEnergy": MLPEnergy, "ConvEnergy": ConvEnergy}
-"""The energies that a checkpoint can describe by name."""
-
-
-def default_energies(latent_shapes: Sequence[Sequence[int]]) -> nn.ModuleList:
-    """One energy per layer, in the order z_1, …, z_L: convolutional for (channels, height, width) maps, else an MLP.
-
-    Args:
-        latent_shapes: shapes of z_1, …, z_L without the batch.
-    """
-    return nn.ModuleList(
-        ConvEnergy(shape) if len(shape) == 3 and min(shape[1:]) > 1 else MLPEnergy(shape) for shape in latent_shapes
-    )
-
-
-def describe_energies(energies: Iterable[nn.Module]) -> list[dict[str, Any]]:
-    """What a checkpoint says of each energy, enough to build the built-in ones again; others are only named."""
-    described: list[dict[str, Any]] = []
-    for energy in energies:
-        energy = getattr(energy, "_orig_mod", energy)  # what torch.compile wraps
-        kind = type(energy)
-        if isinstance(energy, Energy) and BUILT_IN.get(kind.__name__) is kind:
-            described.append({"kind": kind.__name__, "latent_shape": list(energy.latent_shape), **energy.config})
-        else:
-            described.append({"kind": "custom", "name": kind.__qualname__})
-    return described
-
-
-def build_energies(described: Iterable[Mapping[str, Any]]) -> nn.ModuleList:
-    """The built-in energies that `describe_energies` described.
-
-    Raises:
-        CheckpointError: if one of them is not built in.
-    """
-    built = nn.ModuleList()
-    for layer, entry in enumerate(described, start=1):
-        if not isinstance(entry, Mapping) or entry.get("kind") not in (*BUILT_IN, "custom"):
-            raise CheckpointError(f"energies: the description of f_{layer}, {entry!r}, is not one that this version can read.")
-        if entry["kind"] == "custom":
-            raise CheckpointError(
-                f"energies: f_{layer} was a module of your own, {entry.get('name')}; a checkpoint holds its weights but not "
-                "its code. Pass energies=[…] to load, built as they were when the prior was saved."
-            )
-        try:
-            built.append(BUILT_IN[entry["kind"]](**{key: value for key, value in entry.items() if key != "kind"}))
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"energies: f_{layer} cannot be built from {dict(entry)!r}: {error}") from error
-    return built
 
 
 _Weighted = TypeVar("_Weighted", nn.Linear, nn.Conv2d)

@@ -1,0 +1,179 @@
+"""Denoising: its loss against closed forms, and what a run of it learns."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal
+
+from energy_prior import (
+    ArgumentError,
+    DenoisingEnergy,
+    Inferred,
+    JointEBMPrior,
+    LadderVAE,
+    MLPEnergy,
+    denoising_energies,
+    fit_elbo,
+)
+from energy_prior.energies.quadratic import Quadratic
+from energy_prior.evaluate import two_sample_accuracy
+from energy_prior.training.objectives import denoising
+
+QUIET: dict[str, Any] = {"progress": False}
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images(n: int = 300) -> Tensor:
+    """Blobs at two places, in [0, 1]."""
+    rng = seeded(0)
+    grid = torch.stack(torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij"))
+    centre = torch.where(torch.rand(n, 1, generator=rng) < 0.5, torch.tensor([[2.0, 2.0]]), torch.tensor([[5.0, 5.0]]))
+    centre = centre + 0.3 * torch.randn(n, 2, generator=rng)
+    return torch.exp(-0.5 * (grid - centre[:, :, None, None]).square().sum(1, keepdim=True))
+
+
+def small(data: Tensor) -> JointEBMPrior:
+    torch.manual_seed(0)
+    vae = LadderVAE((1, 8, 8), latent_dims=(2, 2), hidden=8, depth=1, nets="conv")
+    fit_elbo(vae, data, iterations=60, batch_size=50, rng=seeded(1), **QUIET)
+    return JointEBMPrior(vae, denoising_energies(vae.latent_shapes, channels=8))
+
+
+class MapUnderVector(nn.Module):
+    """z_2 is a vector, z_1 a map; its inference model is the prior, shifted by the image."""
+
+    latent_shapes = (torch.Size([1, 4, 4]), torch.Size([3]))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 16)
+
+    def start(self, batch_size: int) -> Tensor:
+        return self.net.weight.new_zeros(batch_size, 3)
+
+    def conditional(self, state: Tensor, layer: int) -> Normal:
+        loc = state if layer == 2 else self.net(state).reshape(-1, 1, 4, 4)
+        return Normal(loc, torch.ones_like(loc))
+
+    def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
+        return z
+
+    def likelihood(self, state: Tensor) -> Independent:
+        return Independent(Normal(state, 0.5), 3)
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        q2 = Normal(x.mean((2, 3)).expand(-1, 3), 0.5)
+        z2 = q2.rsample()
+        q1 = Normal(self.net(z2).reshape(-1, 1, 4, 4) + x, 0.5)
+        z1 = q1.rsample()
+        return Inferred((z1, z2), torch.stack([q1.log_prob(z1).flatten(1).sum(1), q2.log_prob(z2).sum(1)], 1))
+
+
+def test_loss_of_the_closed_form_is_the_least() -> None:
+    """For ε_q ~ N(m, C) the least loss is tr[C (α² C + σ² I)⁻¹]/d, that of f = 0 is σ² E ε_q² + α², both per unit."""
+    torch.manual_seed(0)
+    n, variances, mean = 200_000, torch.tensor([4.0, 0.1]).double(), torch.tensor([0.5, -1.0]).double()
+    clean = torch.randn(n, 2).double() * variances.sqrt() + mean
+    added = torch.randn(n, 2).double()
+    f = Quadratic((2,)).double()
+    f.mean.copy_(mean)
+    f.vectors.copy_(torch.eye(2))
+    f.variances.copy_(variances)
+    for angle in (0.2, 1.0, 1.5):
+        alpha, sigma = (torch.full((n,), value).double() for value in (math.cos(angle), math.sin(angle)))
+
+        def loss(scale: float, shift: float, alpha: Tensor = alpha, sigma: Tensor = sigma) -> float:
+            noised = (alpha[:, None] * clean + sigma[:, None] * added).requires_grad_()
+            (gradient,) = torch.autograd.grad(f(noised, alpha).sum(), noised)
+            return float(denoising([scale * gradient + shift * alpha[:, None]], [clean], [added], alpha, sigma))
+
+        a, s = math.cos(angle) ** 2, math.sin(angle) ** 2
+        least = float((variances / (a * variances + s)).mean())
+        untilted = float((s * (variances + mean.square()) + a).mean())
+        assert loss(1.0, 0.0) == pytest.approx(least, rel=0.02)
+        assert loss(0.0, 0.0) == pytest.approx(untilted, rel=0.02)
+        assert min(loss(0.8, 0.0), loss(1.2, 0.0), loss(1.0, 0.2), loss(1.0, -0.2)) > loss(1.0, 0.0)
+
+
+def test_a_run_brings_prior_draws_to_posterior_draws() -> None:
+    data = images()
+    prior = small(data)
+    result = prior.fit(data, iterations=80, batch_size=64, rng=seeded(2), **QUIET)
+    assert result.method == "denoising", "the default where energies have waymarks"
+    assert result.warnings == []
+
+    def noise(latents: Any) -> Tensor:
+        return torch.cat([e.detach().flatten(1) for e in prior.model.noise(latents)], 1)
+
+    draws = {"posterior": torch.cat([noise(prior.sample_posterior(data, rng=seeded(s))) for s in range(4)])}
+    for which in ("generator", "joint"):
+        draws[which] = noise(prior.sample_latents(len(draws["posterior"]), prior=which, rng=seeded(9)))
+    half = len(draws["posterior"]) // 2
+    parts = {name: (own[:half], own[half:]) for name, own in draws.items()}
+    generator, joint = (
+        two_sample_accuracy(parts["posterior"][0], parts[w][0], parts["posterior"][1], parts[w][1], epochs=10)
+        for w in ("generator", "joint")
+    )
+    assert joint - 0.5 < 0.7 * (generator - 0.5)
+
+
+def test_the_closed_part_is_set_once_and_not_trained() -> None:
+    data = images()
+    prior = small(data)
+    prior.fit(data, "denoising", iterations=2, batch_size=64, rng=seeded(2), **QUIET)
+    first = [f.quadratic.mean.clone() for f in prior.energies if isinstance(f, DenoisingEnergy)]
+    assert len(first) == 2
+    assert all(bool(mean.any()) for mean in first)
+    prior.fit(data.flip(0) * 0.5, "denoising", iterations=2, batch_size=64, rng=seeded(3), **QUIET)
+    assert all(torch.equal(m, f.quadratic.mean) for m, f in zip(first, prior.energies) if isinstance(f, DenoisingEnergy))
+
+
+def test_layers_of_different_kinds_learn_together() -> None:
+    """A map below a vector, as in a pyramid."""
+    torch.manual_seed(0)
+    prior = JointEBMPrior(MapUnderVector())
+    assert all(isinstance(f, DenoisingEnergy) for f in prior.energies)
+    result = prior.fit(torch.rand(40, 1, 4, 4), iterations=3, batch_size=20, step_size=0.2, rng=seeded(1), **QUIET)
+    assert result.method == "denoising"
+    assert prior.sample(3, steps=2).shape == (3, 1, 4, 4)
+    assert prior.llr_scores(torch.rand(3, 1, 4, 4), steps=2).shape == (3, 2)
+
+
+def test_other_energies_are_refused_and_learn_by_nce() -> None:
+    data = images()
+    vae = small(data).generator
+    plain = JointEBMPrior(vae, [MLPEnergy(shape, hidden=(8,)) for shape in vae.latent_shapes])
+    with pytest.raises(ArgumentError, match='"denoising" needs energies with waymarks, and f_1 is MLPEnergy'):
+        plain.fit(data, "denoising", iterations=2, **QUIET)
+    assert plain.fit(data, iterations=2, batch_size=50, **QUIET).method == "nce"
+
+
+def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    data = images()
+
+    def run(folder: Path, *, stops: bool) -> Tensor:
+        prior = small(data)
+
+        def stop(entry: dict[str, float]) -> None:
+            if stops and entry["iteration"] == 4:
+                raise KeyboardInterrupt
+
+        settings: dict[str, Any] = {"iterations": 8, "batch_size": 50, "checkpoint_every": 4, "log_every": 4} | QUIET
+        if stops:
+            with pytest.raises(KeyboardInterrupt):
+                prior.fit(data, run_dir=folder, rng=seeded(5), callback=stop, **settings)
+            prior = small(data)
+        result = prior.fit(data, run_dir=folder, rng=seeded(5), **settings)
+        assert result.resumed_at == (4 if stops else None)
+        return torch.cat([p.detach().flatten() for p in prior.parameters()])
+
+    assert torch.equal(run(tmp_path / "a", stops=True), run(tmp_path / "b", stops=False))
