@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from energy_prior.checks.settings import check_count, check_positive, check_shape
 from energy_prior.energies.networks import Energy
 from energy_prior.energies.quadratic import Quadratic
+from energy_prior.errors import ArgumentError
 
 LAST_LEVEL = 0.995
 """Where training and sampling begin: at t = 1 itself the posterior's noise has no share."""
@@ -69,6 +70,9 @@ class DenoisingEnergy(Energy):
         channels: width of the network: channels at the full size of a map, doubled at each halving, or units/4 for vectors.
         saturation: s in nats per unit of the layer, > 0.
 
+    Raises:
+        ArgumentError, ShapeError: if a setting is impossible, or if it is called with something else than the noise of its layers.
+
     Shape: (ε_i, …, ε_L), (batch, *shape) each, and t, (batch,), () or None for 0 -> (batch,), nats.
     """
 
@@ -90,9 +94,16 @@ class DenoisingEnergy(Energy):
         self.quadratic = Quadratic(shape)
         net = _MapNet if len(shape) == 3 and min(shape[1:]) > 1 else _VectorNet
         self.net = net(shape, shapes, channels)
+        self._reads = 1 + len(shapes)
 
     def forward(self, noise: Sequence[Tensor], /, level: Tensor | None = None) -> Tensor:
         """f_i, (batch,), nats, at waymark t = `level`."""
+        if isinstance(noise, Tensor) or len(noise) != self._reads:
+            got = "one tensor" if isinstance(noise, Tensor) else f"{len(noise)}"
+            raise ArgumentError(
+                f"noise: expected the noise of {self._reads} layers, (ε_i, …, ε_L), got {got}. For latents, call "
+                "prior.negative_energy(latents)."
+            )
         own = noise[0]
         level = own.new_zeros(len(own)) if level is None else level.expand(len(own))
         alpha, sigma = waymark(level)

@@ -10,7 +10,15 @@ import torch
 from small_priors import enliven
 from torch import Tensor
 
-from energy_prior import DenoisingEnergy, JointEBMPrior, LadderVAE, MLPEnergy, default_energies, denoising_energies
+from energy_prior import (
+    ArgumentError,
+    DenoisingEnergy,
+    JointEBMPrior,
+    LadderVAE,
+    MLPEnergy,
+    default_energies,
+    denoising_energies,
+)
 from energy_prior.energies import LAST_LEVEL, waymark
 
 SHAPES = [
@@ -62,6 +70,14 @@ def test_is_bounded_in_proportion_to_the_layer() -> None:
     enliven(f, 1e3)
     assert float(f.saturation) == 64
     assert float(f([noise_of([(2, 8, 8)], 3)[0].float()]).detach().abs().max()) <= 64
+
+
+def test_latents_in_place_of_noise_are_refused() -> None:
+    f = denoising_energies([(2, 8, 8), (3,)], channels=4)[0]
+    with pytest.raises(ArgumentError, match=r"noise: expected the noise of 2 layers, \(ε_i, …, ε_L\), got one tensor"):
+        f(torch.randn(3, 2, 8, 8))
+    with pytest.raises(ArgumentError, match="got 1"):
+        f([torch.randn(3, 2, 8, 8)])
 
 
 def test_waymarks_go_from_little_noise_to_nothing_else() -> None:
