@@ -71,7 +71,7 @@ class DenoisingEnergy(Energy):
         saturation: s in nats per unit of the layer, > 0.
 
     Raises:
-        ArgumentError, ShapeError: if a setting is impossible, or if it is called with something else than the noise of its layers.
+        ArgumentError, ShapeError: if a setting is impossible, or it is called with other things than the noise of its layers.
 
     Shape: (ε_i, …, ε_L), (batch, *shape) each, and t, (batch,), () or None for 0 -> (batch,), nats.
     """
