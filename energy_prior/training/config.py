@@ -127,9 +127,10 @@ class FitConfig(RunConfig):
         ema_decay: d in [0, 1) of the running average of the weights, a ← d a + (1 − d) w, which is what the prior uses;
             early on d is at most (1 + t)/(10 + t); None: 0.999 for "denoising", else 0.99. The joint rules average the
             generator's weights as well.
-        max_energy: largest |f_i| in nats on a training batch, > 0; beyond it the run has diverged and stops. Built-in energies
-            saturate before: for them it has where their mean |f_i| on posterior or on prior draws is above three quarters of
-            their saturation.
+        max_energy: largest |f_i| in nats on a training batch, > 0, of layers of up to 128 units, and in proportion more of
+            larger ones (per unit in "denoising"); beyond it the run has diverged and stops. Built-in energies saturate
+            before: for them it has where their mean |f_i| on posterior or on prior draws is above three quarters of their
+            saturation.
         steps: Langevin steps per prior draw, ≥ 1. "multi_stage_nce": of the chains that a stage starts with.
         persistent: chains kept from update to update (Tieleman, ICML 2008): each update takes as many as a batch has, where
             they stood, and runs them on. None: four batches of them; 0: every chain starts ancestrally.

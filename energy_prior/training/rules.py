@@ -108,7 +108,8 @@ class FitTask:
         self._gaps: list[Tensor] = []
         self._cut = 0.0
         units = max(shape.numel() for shape in model.generator.latent_shapes)
-        self._scale = max(1.0, units / _SMALL_LAYER)
+        # denoising learns ∇f: the closed part alone may be of hundreds of nats, and f is bounded per unit
+        self._scale = float(units) if method == "denoising" else max(1.0, units / _SMALL_LAYER)
 
     @property
     def cut_share(self) -> float:
