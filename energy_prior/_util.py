@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["draw", "first_line", "normal_like", "not_none", "plain_normal", "sum_event"]
+__all__ = ["draw", "first_line", "normal_like", "not_none", "per_row", "plain_normal", "sum_event"]
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -23,6 +23,11 @@ def not_none(value: _T | None) -> _T:
 def sum_event(values: Tensor) -> Tensor:
     """Sum over everything but the batch: (batch, …) -> (batch,)."""
     return values.flatten(1).sum(1) if values.ndim > 1 else values
+
+
+def per_row(values: Tensor, like: Tensor) -> Tensor:
+    """A scalar or one value for each row, (batch,), shaped to multiply `like` of shape (batch, …)."""
+    return values.reshape(-1, *([1] * (like.ndim - 1))) if values.ndim else values
 
 
 def normal_like(shape: Sequence[int], reference: Tensor) -> Tensor:

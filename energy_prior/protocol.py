@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["CALLS", "HierarchicalGenerator", "Inferred", "find_infer", "layer_energy", "reads_noise", "unwrapped"]
+__all__ = [
+    "CALLS",
+    "HierarchicalGenerator",
+    "Inferred",
+    "find_infer",
+    "have_waymarks",
+    "layer_energy",
+    "reads_noise",
+    "unwrapped",
+]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from energy_prior._util import not_none
 from energy_prior.errors import GeneratorError
 
 CALLS = ("start", "conditional", "descend", "likelihood")
@@ -118,9 +128,14 @@ def layer_energy(energy: Any, layer: int, latents: Sequence[Tensor], noise: Sequ
         latents: (z_1, …, z_L).
         noise: (ε_1, …, ε_L); None where no energy reads it.
     """
-    if reads_noise(energy) and noise is not None:
-        return energy(tuple(noise[layer - 1 :]))
+    if reads_noise(energy):
+        return energy(tuple(not_none(noise)[layer - 1 :]))
     return energy(latents[layer - 1])
+
+
+def have_waymarks(energies: Iterable[Any]) -> bool:
+    """Whether all energies are functions of the waymark too, f_i((ε_i, …, ε_L), t): they say `has_waymarks`."""
+    return all(getattr(energy, "has_waymarks", False) for energy in energies)
 
 
 def unwrapped(generator: Any) -> Any:

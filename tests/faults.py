@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from ladders import LinearLadder, ScaleLadder
 from own_calls import deep_calls, nvae_calls, vdvae_calls
+from runs import TwoLayers
 from stand_ins import NVAE, VDVAE, DeepVAE, perturbed
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
@@ -259,38 +260,6 @@ FAULTS = (
 
 
 # ------------------------------------------------------------------------------------------------------- correct generators
-
-
-class TwoLayers(nn.Module):
-    """README's example: z_2 ~ N(0, I), z_1 | z_2 ~ N(m(z_2), 0.5²), x | z_1 ~ N(g(z_1), 0.1²)."""
-
-    latent_shapes = (torch.Size((4,)), torch.Size((2,)))
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.m, self.g = nn.Linear(2, 4), nn.Linear(4, 8)
-        self.q2, self.q1 = nn.Linear(8, 2), nn.Linear(10, 4)
-
-    def start(self, batch_size: int) -> Tensor:
-        return self.m.weight.new_zeros(batch_size, 2)
-
-    def conditional(self, state: Tensor, layer: int) -> Normal:
-        return Normal(state, torch.ones_like(state)) if layer == 2 else Normal(self.m(state), 0.5)
-
-    def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
-        return z
-
-    def likelihood(self, state: Tensor) -> Distribution:
-        return Independent(Normal(self.g(state), 0.1), 1)
-
-    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
-        def draw(loc: Tensor) -> tuple[Tensor, Tensor]:
-            z = loc + 0.3 * torch.randn(loc.shape, generator=rng, dtype=loc.dtype)
-            return z, Normal(loc, 0.3).log_prob(z).sum(1)
-
-        z2, log_q2 = draw(self.q2(x))
-        z1, log_q1 = draw(self.q1(torch.cat([x, z2], 1)))
-        return Inferred((z1, z2), torch.stack([log_q1, log_q2], 1))
 
 
 class SideLatent(nn.Module):

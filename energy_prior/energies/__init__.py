@@ -1,8 +1,9 @@
 """Energy networks f_i(z_i): one scalar per observation, higher = more probable, exactly 0 until trained."""
 
+from energy_prior.energies.base import Energy
 from energy_prior.energies.build import build_energies, default_energies, denoising_energies, describe_energies
-from energy_prior.energies.denoising import LAST_LEVEL, DenoisingEnergy, Waymark, angle, waymark
-from energy_prior.energies.networks import ConvEnergy, Energy, MLPEnergy
+from energy_prior.energies.denoising import LAST_LEVEL, DenoisingEnergy, angle, waymark
+from energy_prior.energies.networks import ConvEnergy, MLPEnergy
 
 __all__ = [
     "LAST_LEVEL",
@@ -10,7 +11,6 @@ __all__ = [
     "DenoisingEnergy",
     "Energy",
     "MLPEnergy",
-    "Waymark",
     "angle",
     "build_energies",
     "default_energies",

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from energy_prior.energies.base import Energy
 from energy_prior.energies.denoising import DenoisingEnergy
-from energy_prior.energies.networks import ConvEnergy, Energy, MLPEnergy
+from energy_prior.energies.networks import ConvEnergy, MLPEnergy
 from energy_prior.errors import CheckpointError
 
 BUILT_IN: dict[str, type[MLPEnergy | ConvEnergy | DenoisingEnergy]] = {

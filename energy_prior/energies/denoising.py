@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["LAST_LEVEL", "DenoisingEnergy", "Waymark", "angle", "waymark"]
+__all__ = ["LAST_LEVEL", "DenoisingEnergy", "angle", "waymark"]
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from energy_prior.checks.settings import check_count, check_positive, check_shape
-from energy_prior.energies.networks import Energy
+from energy_prior.energies.base import Energy
 from energy_prior.energies.quadratic import Quadratic
 from energy_prior.errors import ArgumentError
 
@@ -29,25 +29,18 @@ _SMALLEST_MAP = 4
 Level = TypeVar("Level", float, Tensor)
 
 
-class Waymark(NamedTuple):
-    """α and σ of ε_t = α ε_q + σ n, n ~ N(0, I), α² + σ² = 1; of all rows, or (batch,)."""
-
-    alpha: Tensor
-    sigma: Tensor
-
-
 def angle(level: Level) -> Level:
     """θ of the waymark at t = `level`."""
     return _FIRST_ANGLE + (math.pi / 2 - _FIRST_ANGLE) * level
 
 
-def waymark(level: Tensor) -> Waymark:
-    """The waymark at t in [0, 1]: σ = sin θ, α = cos θ, θ evenly from arcsin 0.15 at t = 0 to π/2 at t = 1.
+def waymark(level: Tensor) -> tuple[Tensor, Tensor]:
+    """α = cos θ and σ = sin θ of ε_t = α ε_q + σ n, n ~ N(0, I); θ from arcsin 0.15 at t = 0 evenly to π/2 at t = 1.
 
     At t = 0 the little noise that there is leaves a density that a network can follow; its 2 % of the variance hardly show.
     """
     theta = angle(level)
-    return Waymark(theta.cos(), theta.sin())
+    return theta.cos(), theta.sin()
 
 
 class DenoisingEnergy(Energy):
@@ -56,7 +49,7 @@ class DenoisingEnergy(Energy):
         f_i(ε_i, …, ε_L; t) = log N(ε_i; α m, α² C + σ² I) − log N(ε_i; 0, I) + h/√(1 + (h/s)²),
         h = (α/σ) ⟨ε_i, net(ε_i, …, ε_L, t)⟩
 
-    The first part is closed: `set_moments` sets it from the posterior's noise. The second is learned, by
+    The first part is closed: `fit` sets it from the posterior's noise. The second is learned, by
     `fit(method="denoising")`: Σ_i f_i(·; t) is the log ratio of the density of ε_t = α ε_q + σ n to N(0, I), so that the sum of
     the ratios between neighbouring waymarks is the ratio of the posterior's noise to the prior's (telescoping, Rhodes, Xu and
     Gutmann, NeurIPS 2020). At t = 1 it is 0.
@@ -67,7 +60,7 @@ class DenoisingEnergy(Energy):
     Args:
         latent_shape: shape of z_i without the batch.
         above: latent shapes of the layers above, z_{i+1}, …, z_L.
-        channels: width of the network: channels at the full size of a map, doubled at each halving, or units/4 for vectors.
+        channels: width of the network: its channels at the full size of a map, twice as many below, or its units/4 for vectors.
         saturation: s in nats per unit of the layer, > 0.
 
     Raises:
@@ -78,6 +71,8 @@ class DenoisingEnergy(Energy):
 
     reads_noise = True
     has_waymarks = True
+    bounded = False
+    draws = 16_384
 
     def __init__(
         self,
@@ -110,14 +105,9 @@ class DenoisingEnergy(Energy):
         g = (own * self.net(noise, level)).flatten(1).sum(1)
         return self.quadratic(own, alpha) + self._bounded(alpha / sigma * g)
 
-    def set_moments(self, noise: Tensor) -> None:
-        """Sets the closed part from draws of the posterior's ε_i, (n, *latent_shape), once."""
-        if not bool(self.standardized):
-            self.quadratic.set_moments(noise)
-            self.standardized.fill_(True)
-
-    def _statistics_shape(self) -> tuple[int, ...]:
-        return (1,) * len(self.latent_shape)
+    def _set_from(self, posterior: Sequence[Tensor], prior: Sequence[Tensor]) -> None:
+        """Sets the closed part from the posterior's ε_i."""
+        self.quadratic.set_moments(torch.cat([*posterior]))
 
 
 class _MapNet(nn.Module):

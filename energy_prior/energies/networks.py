@@ -1,94 +1,62 @@
-"""Energies of z_i: fully connected and convolutional networks, and what the built-in energies have in common."""
+"""Energies of z_i: fully connected and convolutional networks."""
 
 from __future__ import annotations
 
-__all__ = ["ConvEnergy", "Energy", "MLPEnergy"]
+__all__ = ["ConvEnergy", "LatentEnergy", "MLPEnergy"]
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
 
-from energy_prior.checks.settings import check_flag, check_positive, check_shape, check_sizes
+from energy_prior.checks.settings import check_flag, check_shape, check_sizes
+from energy_prior.energies.base import Energy
 from energy_prior.errors import ArgumentError, ShapeError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "softplus": nn.Softplus, "tanh": nn.Tanh}
 """The smooth activations by name. Langevin follows ∇f: a kink in f is a jump in the drift."""
 
-_NO_SATURATION = 1e30
 
-
-class Energy(nn.Module):
-    """Base of the built-in energies: f(z) = g/√(1 + (g/s)²) with g = net((z − shift)/scale) and s = `saturation`.
+class LatentEnergy(Energy):
+    """f(z) = g/√(1 + (g/s)²) with g = net((z − shift)/scale).
 
     `shift` and `scale` bring a layer to unit scale, so that layers of very different width learn at one rate; `fit` sets
     them once, from posterior and prior draws. They are buffers and travel with checkpoints.
 
-    As |f| < s, e^(−L·s) < Z < e^(L·s): the joint prior of L layers can always be normalised. With an energy that grows
-    without limit, Z need not be finite where the scales of a layer depend on those above, and a chain may run off to a far
-    region that outweighs all others. Between ±s/4 f equals g to 3 %, and f orders latents as g does, up to rounding. s is a
-    buffer too, 1e30 for None.
-
     Args:
         latent_shape: shape of z without the batch.
-        saturation: s in nats, > 0; None: f = g.
-
-    Attributes:
-        config: the settings that a checkpoint keeps: plain values, which JSON can hold.
-
-    Raises:
-        ArgumentError, ShapeError: if a setting is impossible; the message says which.
+        saturation: s of `Energy`.
 
     Shape: (batch, *latent_shape) -> (batch,), nats.
     """
 
     shift: Tensor
     scale: Tensor
-    saturation: Tensor
-    standardized: Tensor
-    config: dict[str, Any]
-    net: nn.Module
 
     def __init__(self, latent_shape: Sequence[int], saturation: float | None = None) -> None:
-        super().__init__()
-        limit = None if saturation is None else check_positive("saturation", saturation)
-        self.config = {"saturation": limit}
-        self.register_buffer("saturation", torch.tensor(_NO_SATURATION if limit is None else limit))
-        self.latent_shape = check_shape("latent_shape", latent_shape)
+        super().__init__(latent_shape, saturation)
         self.register_buffer("shift", torch.zeros(self._statistics_shape()))
         self.register_buffer("scale", torch.ones(self._statistics_shape()))
-        self.register_buffer("standardized", torch.zeros((), dtype=torch.bool))
 
-    def forward(self, z: Any, /) -> Tensor:
+    def forward(self, z: Tensor) -> Tensor:
         """f(z), (batch,), nats."""
         return self._bounded(self.net((z - self.shift) / self.scale).squeeze(1))
 
-    def extra_repr(self) -> str:
-        """The saturation; the rest shows in the layers."""
-        return f"saturation={float(self.saturation):g}"
-
-    def standardize(self, latents: Tensor) -> None:
-        """Sets shift and scale to the mean and standard deviation of `latents`, (n, *latent_shape), unless already set."""
-        if bool(self.standardized):
-            return
+    def _set_from(self, posterior: Sequence[Tensor], prior: Sequence[Tensor]) -> None:
+        """Sets shift and scale to the mean and standard deviation of the draws in equal parts."""
+        latents = torch.cat([part for pair in zip(posterior, prior, strict=True) for part in pair])
         over = [0] + [d for d, size in enumerate(self.shift.shape, start=1) if size == 1 < self.latent_shape[d - 1]]
         self.shift.copy_(latents.mean(over, keepdim=True)[0])
         self.scale.copy_(latents.std(over, keepdim=True)[0].clamp_min(1e-3))
-        self.standardized.fill_(True)
-
-    def _bounded(self, out: Tensor) -> Tensor:
-        """g/√(1 + (g/s)²)."""
-        g = out.to(torch.promote_types(out.dtype, torch.float32))  # the slope of the bound is a difference
-        return (g / torch.hypot(torch.ones_like(g), g / self.saturation)).to(out.dtype)
 
     def _statistics_shape(self) -> tuple[int, ...]:
         return tuple(self.latent_shape)
 
 
-class MLPEnergy(Energy):
+class MLPEnergy(LatentEnergy):
     """A fully connected energy, as in Cui, Wu and Han (CVPR 2023), with a smooth activation.
 
     Args:
@@ -127,7 +95,7 @@ class MLPEnergy(Energy):
         self.net = nn.Sequential(*layers, _zero_head(width))
 
 
-class ConvEnergy(Energy):
+class ConvEnergy(LatentEnergy):
     """A convolutional energy for latents of shape (channels, height, width): strided 3×3 convolutions and a linear head.
 
     Args:

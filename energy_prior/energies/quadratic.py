@@ -49,7 +49,7 @@ class Quadratic(nn.Module):
 
     def forward(self, noise: Tensor, alpha: Tensor | float = 1.0) -> Tensor:
         """f(ε), (batch,), at α in [0, 1], (batch,) or one for all rows."""
-        alpha = _column(alpha)
+        alpha = torch.as_tensor(alpha, dtype=noise.dtype, device=noise.device).reshape(-1, 1, 1)
         with torch.autocast(noise.device.type, enabled=False):  # it is a small difference of large numbers
             blocks, mean = self._blocks(noise), alpha * self.mean
             variances = 1 + alpha**2 * (self.variances - 1)
@@ -92,8 +92,3 @@ def shrunk_covariance(draws: Tensor) -> Tensor:
     error = (draws.square().sum(1).square().sum() / n - sample.square().sum()) / n
     rho = float((error / (sample - eye).square().sum().clamp_min(1e-300)).clamp(0, 1))
     return (1 - rho) * sample + rho * eye
-
-
-def _column(value: Tensor | float) -> Tensor | float:
-    """A number, or (batch,) numbers as (batch, 1, 1)."""
-    return value.reshape(-1, 1, 1) if isinstance(value, Tensor) and value.ndim else value

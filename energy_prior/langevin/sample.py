@@ -103,10 +103,8 @@ def sample_target(
         def draw_rows(rows: slice, halt: Halt | None = None) -> ChainDraw:
             """The chains of one part of the batch, from start to end."""
             density = backend.prepare(target.rows(rows).density())
-            begin = [t[rows] for t in beginning]
-            if start is None and settings.steps and settings.waymarks and can_cross(density):
-                begin = cross(density, begin, settings.waymarks)
-            position = _position(density, begin, from_noise=start is None)
+            waymarks = settings.waymarks if settings.steps else 0
+            position = _position(density, [t[rows] for t in beginning], from_noise=start is None, waymarks=waymarks)
             if not (settings.steps or measure or trace or every):
                 return ChainDraw(density.topdown.descend(position, target.space).latents, None)
             result = run_chain(
@@ -144,13 +142,10 @@ def tune_step_size(
         density = target.density()
         source = RandomNoise(target.shapes, density.topdown.reference)
         backend = _automatic(density, target.batch_size, 0, config, None)
-        begin = source.normal(0)
-        if can_cross(density):
-            begin = cross(density, begin, ChainSettings().waymarks)
         density = backend.prepare(density)
         result = run_chain(
             density,
-            _position(density, begin, from_noise=True),
+            _position(density, source.normal(0), from_noise=True, waymarks=ChainSettings().waymarks),
             config,
             steps=steps,
             step_size=start_step_size,
@@ -251,10 +246,15 @@ def _divided(rows: slice, workers: int) -> list[slice]:
     return [slice(first, first + size) for first in range(rows.start, rows.stop, size)]
 
 
-def _position(density: JointDensity, beginning: Sequence[Tensor], *, from_noise: bool) -> tuple[Tensor, ...]:
-    """Where chains start, in the density's coordinates, from ε of the free layers (`from_noise`) or from (z_1, …, z_L)."""
+def _position(density: JointDensity, beginning: Sequence[Tensor], *, from_noise: bool, waymarks: int) -> tuple[Tensor, ...]:
+    """Where chains start, in the density's coordinates: at (z_1, …, z_L), or from ε ~ N(0, I) of the free layers.
+
+    From noise they cross so many waymarks first, where the energies have some.
+    """
     if not from_noise:
         return density.topdown.position(beginning, density.space)
+    if waymarks and can_cross(density):
+        beginning = cross(density, beginning, waymarks)
     if density.space == "noise":
         return tuple(beginning)
     return density.topdown.position(density.topdown.descend(beginning, "noise").latents, "latent")

@@ -33,7 +33,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from energy_prior._util import not_none, sum_event
+from energy_prior._util import not_none, per_row, sum_event
 from energy_prior.langevin.density import Evaluation, JointDensity, Precision
 from energy_prior.langevin.noise import NoiseSource
 from energy_prior.topdown import Space
@@ -272,7 +272,7 @@ def _select(accept: Tensor, new: State, old: State) -> State:
     """Row by row the new state where accepted, the old one elsewhere."""
 
     def pick(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(_match(accept, a), a, b)
+        return torch.where(per_row(accept, a), a, b)
 
     def pick_each(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(pick(x, y) for x, y in zip(a, b))
@@ -308,7 +308,7 @@ def _finite_check(at: Evaluation, *, density_of_zero_is_bad: bool) -> Tensor:
     if log_density is not None and not density_of_zero_is_bad:
         zero = torch.isneginf(log_density)
         f = f.masked_fill(zero[:, None], 0.0)
-        gradient = tuple(g.masked_fill(_match(zero, g), 0.0) for g in gradient)
+        gradient = tuple(g.masked_fill(per_row(zero, g), 0.0) for g in gradient)
         log_density = log_density.masked_fill(zero, 0.0)
     parts = [f.abs().amax(0), torch.stack([g.sum() for g in gradient])]
     return torch.cat(parts if log_density is None else [*parts, log_density.sum()[None]])
@@ -361,7 +361,7 @@ def cut_drift(gradient: Sequence[Tensor], c: StepCoefficients, max_drift: float)
         limit = max_drift * c.tau * math.sqrt(g[0].numel()) / c.c1
         length = sum_event(g**2).sqrt()
         over = length > limit  # False where the length is not finite: that is for the chain's watch to report
-        gradients.append(g * _match(torch.where(over, limit / length, 1.0), g))
+        gradients.append(g * per_row(torch.where(over, limit / length, 1.0), g))
         cut = cut | over
     return tuple(gradients), cut
 
@@ -371,7 +371,8 @@ def propose(
 ) -> tuple[Tensor, ...]:
     """The Langevin step y' = c₀ y + c₁ g + τ n of every free layer: y `position`, g `drift`, n `noise`, standard normal."""
     return tuple(
-        _match(c.c0, y) * y + _match(c.c1, y) * g + _match(c.tau, y) * n for y, g, n in zip(position, drift, noise, strict=True)
+        per_row(c.c0, y) * y + per_row(c.c1, y) * g + per_row(c.tau, y) * n
+        for y, g, n in zip(position, drift, noise, strict=True)
     )
 
 
@@ -390,11 +391,6 @@ def log_acceptance(
     """
     ratio = (not_none(new.log_density) - not_none(old.log_density)) / temperature
     for y, y_new, g_new, n in zip(old.position, new.position, new_drift, noise, strict=True):
-        back = (y - _match(c.c0, y) * y_new - _match(c.c1, y) * g_new) / _match(c.tau, y)
+        back = (y - per_row(c.c0, y) * y_new - per_row(c.c1, y) * g_new) / per_row(c.tau, y)
         ratio = ratio + 0.5 * (sum_event(n**2) - sum_event(back**2))
     return torch.where(torch.isneginf(not_none(new.log_density)), not_none(new.log_density), ratio)
-
-
-def _match(coefficient: Tensor, y: Tensor) -> Tensor:
-    """A scalar or (batch,) coefficient, shaped to multiply y of shape (batch, …)."""
-    return coefficient.reshape(-1, *([1] * (y.ndim - 1))) if coefficient.ndim else coefficient

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from energy_prior.energies import LAST_LEVEL, angle
 from energy_prior.langevin.density import JointDensity
+from energy_prior.protocol import have_waymarks
 
 
 def can_cross(density: JointDensity) -> bool:
     """Whether the energies of all free layers have waymarks, and nothing below pulls at the free layers."""
     topdown = density.topdown
-    energies = [density.energies[i - 1] for i in topdown.free]
-    return density.x is None and not topdown.held_below and all(getattr(f, "has_waymarks", False) for f in energies)
+    free = [density.energies[i - 1] for i in topdown.free]
+    return density.x is None and not topdown.held_below and have_waymarks(free)
 
 
 def cross(density: JointDensity, noise: Sequence[Tensor], levels: int) -> tuple[Tensor, ...]:

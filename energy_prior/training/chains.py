@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from energy_prior._util import not_none
+from energy_prior._util import not_none, per_row
 from energy_prior.checks.arguments import checked_infer
 from energy_prior.errors import ArgumentError
 from energy_prior.langevin import (
@@ -89,10 +89,7 @@ class TrainingChains:
         kept = not_none(self.persistent)
         rows = torch.randperm(len(kept[0]), device=self._device)[:n]
         again = torch.rand(n, device=self._device) < (self.config.restart_probability or 0.0)
-        start = [
-            torch.where(again.reshape(-1, *([1] * (old.ndim - 1))), new, old[rows])
-            for new, old in zip(self.ancestral(n), kept, strict=True)
-        ]
+        start = [torch.where(per_row(again, old), new, old[rows]) for new, old in zip(self.ancestral(n), kept, strict=True)]
         draws = self.run(start, steps)
         for old, z in zip(kept, draws, strict=True):
             old[rows] = z

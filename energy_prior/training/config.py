@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from energy_prior.checks.settings import check_count, check_flag, check_not_negative, check_positive, real_number
+from energy_prior.checks.settings import check_count, check_flag, check_not_negative, check_positive, check_share, real_number
 from energy_prior.errors import ArgumentError
 from energy_prior.langevin import USUAL_ACCEPTANCE
 
@@ -188,7 +188,7 @@ class FitConfig(RunConfig):
             raise ArgumentError(f"backend: expected one of {get_args(StepBackend)}, got {self.backend!r}.")
         self._keep_unless_none(check_positive, "step_size")
         self._keep_unless_none(_decay, "ema_decay")
-        self._keep(_acceptance, "target_acceptance")
+        self._keep(check_share, "target_acceptance")
 
     def for_method(self, method: Method) -> FitConfig:
         """With the method's own restart probability, and the learning rate of so long a run, where none was given."""
@@ -227,11 +227,4 @@ def _decay(name: str, value: Any) -> float:
     number = real_number(value)
     if number is None or not 0 <= number < 1:
         raise ArgumentError(f"{name}: expected a number in [0, 1), got {value!r}.")
-    return number
-
-
-def _acceptance(name: str, value: Any) -> float:
-    number = real_number(value)
-    if number is None or not 0 < number < 1:
-        raise ArgumentError(f"{name}: expected a number between 0 and 1, got {value!r}.")
     return number

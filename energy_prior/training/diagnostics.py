@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from energy_prior.energies import DenoisingEnergy, Energy
+from energy_prior.energies import Energy
 from energy_prior.errors import DivergenceError
 from energy_prior.evaluate import effective_sample_size
 from energy_prior.training.chains import TrainingChains
@@ -44,7 +44,7 @@ def energy_figures(energies: Iterable[nn.Module], draws: Sequence[Tensor]) -> di
     for layer, energy in enumerate(energies, start=1):
         sizes = [f[:, layer - 1].abs() for f in draws]
         figures[f"largest_{layer}"] = torch.stack([size.amax() for size in sizes]).amax()
-        if isinstance(energy, Energy) and not isinstance(energy, DenoisingEnergy):  # its closed part has no bound
+        if isinstance(energy, Energy) and energy.bounded:
             figures[f"saturation_{layer}"] = torch.stack([size.mean() for size in sizes]).amax() / energy.saturation
     return figures
 

@@ -21,7 +21,7 @@ from energy_prior.checks.settings import check_path, check_settings
 from energy_prior.errors import ArgumentError, CheckpointError, DivergenceError, GeneratorError
 from energy_prior.model import JointModel
 from energy_prior.process import claimed, evaluating, exclusive, training_mode
-from energy_prior.protocol import find_infer, layer_energy
+from energy_prior.protocol import find_infer, have_waymarks, layer_energy
 from energy_prior.topdown import TopDown
 from energy_prior.training.batches import Batches
 from energy_prior.training.chains import tuned_step_size
@@ -160,7 +160,7 @@ def fit_energies(
 
 def usual_method(energies: Iterable[nn.Module]) -> Method:
     """The rule of `fit` where none is named: "denoising" where all energies have waymarks, else "nce"."""
-    return "denoising" if all(getattr(f, "has_waymarks", False) for f in energies) else "nce"
+    return "denoising" if have_waymarks(energies) else "nce"
 
 
 def _settings(config: Any, settings: Mapping[str, Any]) -> FitConfig:
@@ -176,8 +176,8 @@ def _check_learnable(generator: Any, energies: nn.ModuleList, method: Method) ->
         check_state_is_tensors(energy, f"energies (f_{layer})", ArgumentError)
     if not _trainable(energies):
         raise ArgumentError("energies: none of their parameters requires a gradient, so there is nothing to fit.")
-    if method == "denoising" and not all(getattr(energy, "has_waymarks", False) for energy in energies):
-        layer = next(i for i, energy in enumerate(energies, start=1) if not getattr(energy, "has_waymarks", False))
+    if method == "denoising" and not have_waymarks(energies):
+        layer = next(i for i, energy in enumerate(energies, start=1) if not have_waymarks([energy]))
         raise ArgumentError(
             f'method: "denoising" needs energies with waymarks, and f_{layer} is {type(energies[layer - 1]).__name__}. Build '
             "the prior with energies=denoising_energies(generator.latent_shapes), or use another rule."

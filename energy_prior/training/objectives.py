@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from energy_prior._util import per_row, sum_event
+
 
 def noise_contrastive(positive: Tensor, negative: Tensor) -> Tensor:
     """Logistic loss of one classifier of the whole z: E₊[log(1 + e^{−f})] + E₋[log(1 + e^f)], a scalar, 2 log 2 at f = 0.
@@ -44,8 +46,8 @@ def denoising(
     """
     total, units = 0.0, 0
     for g, e, n in zip(gradient, clean, added, strict=True):
-        a, s = (value.reshape(-1, *[1] * (e.ndim - 1)) for value in (alpha, sigma))
-        total = total + (s / a * g - (s * e - a * n)).square().flatten(1).sum(1)
+        a, s = per_row(alpha, e), per_row(sigma, e)
+        total = total + sum_event((s / a * g - (s * e - a * n)).square())
         units += e[0].numel()
     return torch.as_tensor(total).mean() / units
 

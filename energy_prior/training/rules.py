@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from energy_prior._util import not_none
+from energy_prior._util import not_none, per_row
 from energy_prior.checks.arguments import checked_infer
-from energy_prior.energies import LAST_LEVEL, DenoisingEnergy, Energy, waymark
+from energy_prior.energies import LAST_LEVEL, Energy, waymark
 from energy_prior.errors import DivergenceError, TrainingWarning, warn
 from energy_prior.model import JointModel, PosteriorDraw
 from energy_prior.process import frozen, full_precision
-from energy_prior.protocol import find_infer
+from energy_prior.protocol import find_infer, reads_noise
 from energy_prior.topdown import TopDown
 from energy_prior.training import diagnostics
 from energy_prior.training.batches import Batches
@@ -31,14 +31,13 @@ from energy_prior.training.objectives import denoising, generator_likelihood, ma
 from energy_prior.training.penalty import WALL_WEIGHT, PenaltyWeight, energy_penalty, energy_wall
 from energy_prior.training.turns import same_stream_after
 
-_STANDARDIZE_DRAWS = 2048
+_LEAST_DRAWS = 2048
 _SOUND_DRAWS = 64
 _REFRESH = 10  # persistent chains of a stage run on by this part of `steps`: their target stands still
 _PICTURES = 64
 _LOOKED_AT = 16
 _SMALL_LAYER = 128  # units; limits on |f| are for layers up to this, and grow with larger ones
-_MOMENT_DRAWS = 8192
-_MOMENT_NUMBERS = 2**27
+_NUMBERS = 2**28  # that draws for it hold at most, unless fewer than the least draws fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +121,10 @@ class FitTask:
         return dataclasses.replace(self.config, max_energy=self.config.max_energy * self._scale)
 
     def begin(self) -> None:
-        """Standardises the energies and tunes the step size of the chains."""
+        """Sets what is not learned of the energies, and tunes the step size of the chains."""
         self._start()
         try:
-            self._standardize()
+            self._set_energies()
             if self.method in LANGEVIN_METHODS and self.config.step_size is None:
                 self.chains.tune()
         except DivergenceError as error:
@@ -276,7 +275,9 @@ class FitTask:
         added = [torch.randn_like(e) for e in clean]
         level = LAST_LEVEL * (torch.rand(()) + torch.arange(len(x)) / len(x)).remainder(1).to(clean[0])  # evenly spread
         alpha, sigma = waymark(level)
-        noised = tuple(_mixed(e, n, alpha, sigma).requires_grad_() for e, n in zip(clean, added, strict=True))
+        noised = tuple(
+            (per_row(alpha, e) * e + per_row(sigma, e) * n).requires_grad_() for e, n in zip(clean, added, strict=True)
+        )
         tilt = self.model.energies_at(noised, level).sum()
         loss = denoising(torch.autograd.grad(tilt, noised, create_graph=True), clean, added, alpha, sigma)
         few = slice(0, _LOOKED_AT)
@@ -326,49 +327,32 @@ class FitTask:
         self.chains.model = dataclasses.replace(self.model, energies=list(self.previous))
         return self.previous
 
-    def _standardize(self) -> None:
-        """Tells built-in energies the scale of their layer, from posterior and prior draws in equal parts."""
-        if all(not isinstance(f, Energy) or bool(f.standardized) for f in self.energies):
+    def _set_energies(self) -> None:
+        """Lets built-in energies set what is not learned, from posterior and prior draws in equal parts."""
+        waiting = [f for f in self.energies if isinstance(f, Energy) and not bool(f.is_set)]
+        if not waiting:
             return
-        if any(isinstance(f, DenoisingEnergy) for f in self.energies):
-            self._set_moments()
-            if all(isinstance(f, DenoisingEnergy) for f in self.energies):
-                return
-        draws: list[tuple[Tensor, ...]] = []
-        while sum(len(z[0]) for z in draws) < _STANDARDIZE_DRAWS:
-            x = next(self.batches)
-            with torch.no_grad(), frozen(self.model.generator, self.energies):
-                draws.append(self._posterior(x).latents)
-            draws.append(self.chains.ancestral(len(x)))
-        for energy, z in zip(self.energies, zip(*draws, strict=True), strict=True):
-            if isinstance(energy, Energy) and not isinstance(energy, DenoisingEnergy):
-                energy.standardize(torch.cat([part.detach() for part in z]))
-                if self.engine.world > 1:
-                    _copy([energy.shift, energy.scale], self.engine.mean([energy.shift, energy.scale]))
-
-    def _set_moments(self) -> None:
-        """Sets the closed part of energies that have one, from the posterior's noise."""
-        draws: list[tuple[Tensor, ...]] = []
         units = sum(shape.numel() for shape in self.model.generator.latent_shapes)
-        wanted = min(_MOMENT_DRAWS, max(_STANDARDIZE_DRAWS, _MOMENT_NUMBERS // units))
-        while sum(len(e[0]) for e in draws) < wanted:
-            with torch.no_grad(), frozen(self.model.generator, self.energies):
-                draws.append(self.model.noise(self._posterior(next(self.batches)).latents))
-        for energy, noise in zip(self.energies, zip(*draws, strict=True), strict=True):
-            if isinstance(energy, DenoisingEnergy):
-                energy.set_moments(torch.cat([part.detach() for part in noise]))
-                if self.engine.world > 1:
-                    closed = [t.cpu() for t in energy.quadratic.buffers()]
-                    _copy(energy.quadratic.buffers(), self.engine.objects(closed)[0])
+        wanted = min(max(f.draws for f in waiting), max(_LEAST_DRAWS, _NUMBERS // units))
+        posterior: list[list[Tensor]] = []
+        prior: list[list[Tensor]] = []
+        with torch.no_grad(), frozen(self.model.generator, self.energies):
+            while sum(len(batch[0]) for batch in (*posterior, *prior)) < wanted:
+                x = next(self.batches)
+                posterior.append(self._read(self._posterior(x).latents))
+                prior.append(self._read(self.chains.ancestral(len(x))))
+        for layer, energy in enumerate(self.energies):
+            if isinstance(energy, Energy):
+                energy.set_from([batch[layer] for batch in posterior], [batch[layer] for batch in prior])
+                _copy(energy.buffers(), self.engine.objects([b.cpu() for b in energy.buffers()])[0])
+
+    def _read(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        """Of every layer what its energy reads: z_i, or ε_i."""
+        noise = self.model.noise(latents) if any(map(reads_noise, self.energies)) else latents
+        return [e if reads_noise(f) else z for f, z, e in zip(self.energies, latents, noise, strict=True)]
 
 
 @torch.no_grad()
 def _copy(to: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     for here, value in zip(to, values, strict=True):
         here.copy_(value)
-
-
-def _mixed(clean: Tensor, added: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """α ε + σ n, with α and σ of every row, (batch,)."""
-    wide = (-1, *[1] * (clean.ndim - 1))
-    return alpha.reshape(wide) * clean + sigma.reshape(wide) * added

@@ -97,7 +97,7 @@ def test_checkpoint_keeps_all_of_them(tmp_path: Path) -> None:
     prior = JointEBMPrior(vae, denoising_energies(vae.latent_shapes, channels=4))
     for f, shape in zip(prior.energies, vae.latent_shapes, strict=True):
         enliven(f)
-        f.set_moments(torch.randn(50, *shape) * 2)  # type: ignore[operator]
+        f.set_from([torch.randn(50, *shape) * 2], [])  # type: ignore[operator]
     prior.save(tmp_path / "prior.safetensors")
     again = JointEBMPrior.load(tmp_path / "prior.safetensors", vae)
     z = prior.sample_latents(3, prior="generator")

@@ -21,6 +21,7 @@ from energy_prior import (
     ShapeError,
 )
 from energy_prior.energies import build_energies, describe_energies
+from energy_prior.energies.networks import LatentEnergy
 
 
 @pytest.mark.parametrize(
@@ -138,14 +139,14 @@ def test_saturation_has_to_be_a_positive_number(saturation: Any) -> None:
 
 
 @pytest.mark.parametrize(("f", "shape"), [(MLPEnergy((4,)), (4,)), (ConvEnergy((2, 6, 6)), (2, 1, 1))])
-def test_standardize_sets_the_scale_once(f: Energy, shape: tuple[int, ...]) -> None:
+def test_the_scale_is_set_once(f: LatentEnergy, shape: tuple[int, ...]) -> None:
     z = 5 + 3 * torch.randn(4000, *f.latent_shape)
-    f.standardize(z)
+    f.set_from([z[::2]], [z[1::2]])
     assert f.shift.shape == f.scale.shape == shape
     torch.testing.assert_close(f.shift, torch.full(shape, 5.0), atol=0.3, rtol=0)
     torch.testing.assert_close(f.scale, torch.full(shape, 3.0), atol=0.3, rtol=0)
     kept = f.shift.clone()
-    f.standardize(100 * z)
+    f.set_from([100 * z], [100 * z])
     assert torch.equal(f.shift, kept)
 
 
@@ -202,7 +203,7 @@ def test_another_default_device_changes_nothing() -> None:
     f, z = MLPEnergy((4,)), torch.randn(3, 4)
     torch.set_default_device("meta")
     try:
-        f.standardize(z)
+        f.set_from([z[::2]], [z[1::2]])
         assert f(z).device.type == "cpu"
     finally:
         torch.set_default_device(None)

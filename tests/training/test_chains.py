@@ -17,7 +17,7 @@ def test_persistent_chains_grow_after_a_small_first_batch() -> None:
     batches = [X.repeat(8, 1, 1, 1)[:256] for _ in range(4)] + [X[:6]]
     prior = make()
     prior.fit(batches, "two_stage", iterations=3, steps=2, progress=False)
-    assert bool(prior.energies[0].standardized)  # type: ignore[arg-type]
+    assert bool(prior.energies[0].is_set)  # type: ignore[arg-type]
 
 
 def test_stages_without_persistent_chains_run_them_in_full(monkeypatch: pytest.MonkeyPatch) -> None:

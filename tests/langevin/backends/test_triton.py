@@ -32,7 +32,7 @@ def lively(activation: str = "silu", dims: tuple[int, ...] = (5, 3), hidden: tup
             net[-2].weight.mul_(3)  # type: ignore[index, union-attr, operator]
     energies = [MLPEnergy((d,), hidden, activation, saturation=None if d == 3 else 2.0) for d in dims]
     for f in energies:
-        f.standardize(1 + 2 * torch.randn(50, *f.latent_shape))
+        f.set_from([1 + 2 * torch.randn(50, *f.latent_shape)], [torch.randn(50, *f.latent_shape)])
         nn.init.normal_(f.net[-1].weight, std=0.5)  # type: ignore[arg-type]
     return JointEBMPrior(generator, energies).to(DEVICE)
 
