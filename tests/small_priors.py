@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from energy_prior import DenoisingEnergy, JointEBMPrior, LadderVAE
+from energy_prior import ConvEnergy, DenoisingEnergy, JointEBMPrior, LadderVAE
 from energy_prior.langevin import InjectedNoise, Target
 
 N, STEPS = 6, 8
@@ -41,6 +41,15 @@ def mlp() -> LadderVAE:
 def conv() -> LadderVAE:
     """Two layers of feature maps."""
     return LadderVAE((1, 8, 8), latent_dims=(2, 3), hidden=4, depth=1, nets="conv")
+
+
+def conv_of_few_operations() -> JointEBMPrior:
+    """The same with an energy of z_i alone per layer, whose step a compiled backend makes as a loop."""
+    generator = conv()
+    prior = JointEBMPrior(generator, [ConvEnergy(shape) for shape in generator.latent_shapes]).double()
+    for f in prior.energies:
+        enliven(f)
+    return prior
 
 
 def target_of(prior: JointEBMPrior, n: int = N, held: Any = None, x: Any = None) -> Target:

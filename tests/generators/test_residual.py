@@ -11,7 +11,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.utils.checkpoint import checkpoint
 
-from energy_prior import ArgumentError, BackendWarning, CheckpointError, JointEBMPrior, ResidualVAE, ShapeError, fit_elbo
+from energy_prior import ArgumentError, BackendWarning, CheckpointError, ConvEnergy, JointEBMPrior, ResidualVAE, ShapeError, fit_elbo
 from energy_prior.checkpoint import fingerprint
 from energy_prior.cli.demo import load_demo_data
 from energy_prior.topdown import TopDown, parameters
@@ -198,7 +198,8 @@ def test_a_compiler_that_fails_leaves_autograd_as_it_was() -> None:
             return checkpoint(part, features, use_reentrant=False)  # type: ignore[no-any-return]
 
     vae = Checkpoints((1, 8, 8), groups=(1, 1), channels=8, latent_channels=2).eval()
-    prior = JointEBMPrior(vae)
+    energies = [ConvEnergy(shape) for shape in vae.latent_shapes]  # of z_i: a chain passes through the generator for them
+    prior = JointEBMPrior(vae, energies)
     with pytest.warns(BackendWarning, match="cannot be compiled"):
         z = prior.sample_latents(2, steps=2, step_size=0.1, backend="compiled")
     assert z[0].shape == (2, 2, 4, 4)

@@ -15,7 +15,7 @@ import torch._dynamo
 import torch._dynamo.utils
 import torch._inductor.config
 from ladders import LinearLadder, ScaleLadder
-from small_priors import STEPS, N, conv, injected, lively, mlp, target_of
+from small_priors import STEPS, N, conv, conv_of_few_operations, injected, lively, mlp, target_of
 from torch import Tensor, nn
 
 from energy_prior import BackendWarning, DivergenceError, JointEBMPrior
@@ -105,7 +105,7 @@ def test_of_a_deep_model_one_step_is_compiled(monkeypatch: pytest.MonkeyPatch) -
     """Once, whatever made the state before it; its start and end, which each chain has one of, are made eagerly."""
     monkeypatch.setattr(compiled_file, "_MANY_OPERATIONS", 10)
     torch._dynamo.utils.counters.clear()
-    prior = lively(conv())
+    prior = conv_of_few_operations()
     noise = injected(prior)
     ends = [prior.sample_latents(N, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]
     for a, b in zip(*ends, strict=True):
@@ -277,12 +277,12 @@ def test_how_many_parts_side_by_side(rows: int, cores: int, expected: tuple[int,
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "options"),
-    [(conv, {"steps": 130}), (mlp, {"steps": 21, "every": 7, "max_drift": 0.5})],
+    [(conv_of_few_operations, {"steps": 130}), (lambda: lively(mlp()), {"steps": 21, "every": 7, "max_drift": 0.5})],
     ids=["plain, convolutions", "cut, measured"],
 )
 def test_a_chain_of_many_calls_is_compiled_once(make: Any, options: dict[str, Any]) -> None:
     """Whatever comes in: at first what `init` gives, and then what the loop before has given."""
-    prior = lively(make()).float()
+    prior = make().float()
     torch._dynamo.utils.counters.clear()
     for _ in range(2):
         run = prior.trajectory if "every" in options else prior.sample_latents
