@@ -11,7 +11,16 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.utils.checkpoint import checkpoint
 
-from energy_prior import ArgumentError, BackendWarning, CheckpointError, ConvEnergy, JointEBMPrior, ResidualVAE, ShapeError, fit_elbo
+from energy_prior import (
+    ArgumentError,
+    BackendWarning,
+    CheckpointError,
+    ConvEnergy,
+    JointEBMPrior,
+    ResidualVAE,
+    ShapeError,
+    fit_elbo,
+)
 from energy_prior.checkpoint import fingerprint
 from energy_prior.cli.demo import load_demo_data
 from energy_prior.topdown import TopDown, parameters
