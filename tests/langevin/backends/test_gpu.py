@@ -20,7 +20,7 @@ from energy_prior.process import frozen
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
-    pytest.mark.filterwarnings("error"),  # a backend that falls back must not pass for itself
+    pytest.mark.filterwarnings("error::energy_prior.BackendWarning"),  # a backend that falls back must not pass for itself
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
