@@ -21,6 +21,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 ROWS = 16
 """Chains per program: the least that a matrix product takes."""
+INPUTS, OUTPUTS, WARPS = 32, 64, 4
+"""Inputs and outputs of the part of a matrix product that a program makes at a time, and its threads over 32."""
 COLUMNS = 12
 """Numbers of an instruction: kind, source, target, third, fourth, inputs, outputs, weight, its two strides, bias, flags."""
 
@@ -80,8 +82,9 @@ def launch(
             precision=products,
             ROWS=ROWS,
             COLUMNS=COLUMNS,
-            INPUTS=32,
-            OUTPUTS=64,
+            INPUTS=INPUTS,
+            OUTPUTS=OUTPUTS,
+            num_warps=WARPS,
         )
 
 

@@ -177,9 +177,10 @@ def _record(density: JointDensity, config: StepConfig, like: _Inputs, count: int
 
     try:
         graph, outputs = _captured(lambda: steps(min(count, _WARM_UP)), lambda: steps(count), like.step_size.device)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever code of the user's does that cannot be recorded
+        _forget()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         warn(
             f"Langevin steps of {type(generator).__name__}, batch of {batch}, cannot be recorded as a CUDA graph and run one "
             f"after another: {type(error).__name__}: {first_line(error)}",
@@ -192,8 +193,14 @@ def _record(density: JointDensity, config: StepConfig, like: _Inputs, count: int
 def _captured(
     warm_up: Callable[[], object], run: Callable[[], _Outputs], device: torch.device
 ) -> tuple[_Recorded, _Outputs]:  # pragma: no cover (needs a GPU; tests have one of their own)
-    """`run` as a graph. What libraries and compilers do in a first call, they do before; no random number is used up."""
+    """`run` as a graph. What libraries and compilers do in a first call, they do before; no random number is used up.
+
+    A recording that fails leaves torch's generator waiting for its end, and every later draw would be an error: its state is
+    replaced by a copy of what it was. Recordings that were made before read the old one.
+    """
     with torch.cuda.device(device), torch.random.fork_rng(devices=[device]):
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = generator.clone_state()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -201,9 +208,20 @@ def _captured(
                 warm_up()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = run()
+        try:
+            with torch.cuda.graph(graph):
+                outputs = run()
+        except BaseException:
+            generator.graphsafe_set_state(before)
+            raise
     return graph, outputs
+
+
+def _forget() -> None:
+    """Drops all recordings: the random numbers of their launches come from a state that a failed recording has replaced."""
+    for known in _records.values():
+        for key in [key for key, record in known.items() if record is not None]:
+            del known[key]
 
 
 def _contents(density: JointDensity) -> Hashable:

@@ -104,6 +104,11 @@ def with_net(change: Any) -> Any:
     return changed
 
 
+def with_energy(make: Any) -> Any:
+    """Puts another f_1 in."""
+    return lambda prior: JointEBMPrior(prior.generator, [make().to(DEVICE), prior.energies[1]])
+
+
 @pytest.mark.parametrize(
     ("change", "options", "why"),
     [
@@ -117,9 +122,9 @@ def with_net(change: Any) -> Any:
         (with_net(lambda net: weight_norm(net[1])), {}, "as it was built"),
         (with_net(lambda net: net[1].register_forward_hook(lambda *_: None)), {}, "as it was built"),
         (lambda p: JointEBMPrior(p.generator, p.energies, space="latent"), {}, "in noise space"),
-        (lambda p: JointEBMPrior(p.generator, [MLPEnergy((5,), spectral_norm=True), p.energies[1]]), {}, "spectral_norm"),
-        (lambda p: JointEBMPrior(p.generator, [nn.Sequential(nn.Linear(5, 1), nn.Flatten(0)), p.energies[1]]), {}, "MLPEnergy"),
-        (lambda p: JointEBMPrior(LadderVAE((1, 4, 4), latent_dims=(2,), hidden=4, nets="conv")), {}, "LadderVAE"),
+        (with_energy(lambda: MLPEnergy((5,), spectral_norm=True)), {}, "spectral_norm"),
+        (with_energy(lambda: nn.Sequential(nn.Linear(5, 1), nn.Flatten(0))), {}, "MLPEnergy"),
+        (lambda p: JointEBMPrior(LadderVAE((1, 4, 4), latent_dims=(2,), hidden=4, nets="conv")).to(DEVICE), {}, "LadderVAE"),
     ],
     ids=[
         *(
@@ -167,7 +172,7 @@ from energy_prior.langevin.backends import _kernels as kernels
 
 types = {"program": "*i64", "seed": "i64"} | dict.fromkeys(("memory", "weights", "noise"), "*fp32")
 types |= dict.fromkeys(("keep", "drift", "scale"), "fp32")
-sizes = {"ROWS": kernels.ROWS, "COLUMNS": kernels.COLUMNS, "INPUTS": 32, "OUTPUTS": 64}
+sizes = {"ROWS": kernels.ROWS, "COLUMNS": kernels.COLUMNS, "INPUTS": kernels.INPUTS, "OUTPUTS": kernels.OUTPUTS}
 for fixed in ({"injected": False, "precision": "ieee"}, {"injected": True, "precision": "tf32"}):
     fixed |= sizes
     signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernels.run_chains.arg_names}
