@@ -55,10 +55,9 @@ class ChainSettings:
             them first, from N(0, I) to the joint prior, each at the cost of a step; 0: none. Not with steps=0.
         backend: how steps are made. "eager": the reference, operation by operation. "compiled": the same step through
             `torch.compile`, compiled once per process and kind of chain, which takes seconds to minutes; for training and
-            for repeated sampling. "graph": on a GPU, the compiled steps of a whole chain in one launch, for unadjusted
-            chains of the prior. "triton": on a GPU, the whole chain in one kernel, for unadjusted chains of the prior
-            in noise space on a `LadderVAE` of fully connected nets with `MLPEnergy`. "compiled" takes other chains than
-            those, with a warning. "auto": compiled where one call is so long that it pays for that, else eager.
+            for repeated sampling. "graph": on a GPU, the kernels of a whole chain recorded and launched together, for
+            unadjusted chains of the prior; "compiled" takes other chains, with a warning. "auto": compiled where one call
+            is so long that it pays for that, else eager.
             (`energy_prior.langevin.backends.available()` names what there is.)
         precision: of the matrix products in the gradients; positions, densities and noise keep the latents' dtype. "full";
             "tf32" (CUDA only, about three digits); "bf16" (two to three digits), for unadjusted chains alone: densities

@@ -6,7 +6,7 @@ deleted. All of them do what `energy_prior.langevin.step` does, with the same no
 
 from __future__ import annotations
 
-__all__ = ["Backend", "available", "get", "plain_refusal", "unevaluated"]
+__all__ = ["Backend", "available", "get"]
 
 import functools
 import importlib
@@ -14,14 +14,13 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from energy_prior.errors import ArgumentError
 from energy_prior.langevin.cost import Cost
 from energy_prior.langevin.density import JointDensity
 from energy_prior.langevin.noise import NoiseSource, RandomNoise
-from energy_prior.langevin.step import Draws, End, Info, State, StepConfig, coefficients, per_chain
+from energy_prior.langevin.step import Draws, End, Info, State, StepConfig
 
 
 class Backend(ABC):
@@ -117,22 +116,3 @@ def _found() -> dict[str, Backend]:
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
     backends: list[Backend] = [module.BACKEND for module in modules if hasattr(module, "BACKEND")]
     return {backend.name: backend for backend in backends}
-
-
-def plain_refusal(config: StepConfig) -> str | None:
-    """In words, why a chain is none that runs from start to end with nothing to look at in between; None if it is."""
-    if config.adjust or config.adapt:
-        return "it is for unadjusted chains of a fixed step size"
-    if config.measured:
-        return "it shows nothing of a chain but its end"
-    return "it has no bf16" if config.precision == "bf16" else None
-
-
-def unevaluated(density: JointDensity, config: StepConfig, position: Sequence[Tensor], step_size: float | Tensor) -> State:
-    """A state of positions alone, for backends that evaluate nothing between their calls.
-
-    Where all chains have one step size, its coefficients are numbers on the host, in float64.
-    """
-    s = step_size if isinstance(step_size, Tensor) else torch.tensor(step_size, dtype=torch.float64, device="cpu")
-    c = coefficients(s, config.scheme, density.space, config.temperature)
-    return State(tuple(position), None, None, (), (), None, c, per_chain(step_size, position))

@@ -1,8 +1,9 @@
 """Whole chains as CUDA graphs: the kernels of all steps are recorded once and then launched together.
 
 A chain of short steps is bound by the launches of its hundred kernels per step, not by their work. Recorded, they cost one
-launch. Any generator and energies will do whose kernels depend on nothing but their weights and inputs; steps are recorded in
-their compiled form, and their noise is Philox noise, whose seed and offset torch's generator gives to every launch.
+launch. Any generator and energies will do whose kernels depend on nothing but their weights and inputs. What is recorded is
+the reference's steps: nothing is compiled, so a first call takes little longer than in eager mode. Their noise is Philox
+noise, whose seed and offset torch's generator gives to every launch.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from energy_prior._util import first_line, not_none
 from energy_prior.errors import BackendWarning, warn
-from energy_prior.langevin.backends import Backend, available, get, plain_refusal, unevaluated
+from energy_prior.langevin import step as reference
+from energy_prior.langevin.backends import Backend
 from energy_prior.langevin.density import JointDensity, matrix_products
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
-from energy_prior.langevin.step import Draws, End, Info, State, StepConfig, end_at
+from energy_prior.langevin.step import Draws, End, Info, State, StepConfig, coefficients, end_at, per_chain
 from energy_prior.topdown import TopDown
 
 _DEVICES = ("cuda",)
@@ -46,7 +48,9 @@ class Graph(Backend):
     def init(
         self, density: JointDensity, config: StepConfig, position: Sequence[Tensor], step_size: float | Tensor
     ) -> tuple[State, Info]:
-        return unevaluated(density, config, position, step_size), Info()
+        s = step_size if isinstance(step_size, Tensor) else torch.tensor(step_size, dtype=torch.float64, device="cpu")
+        c = coefficients(s, config.scheme, density.space, config.temperature)
+        return State(tuple(position), None, None, (), (), None, c, per_chain(step_size, position)), Info()
 
     def step(self, density: JointDensity, config: StepConfig, state: State, draws: Draws) -> tuple[State, Info]:
         end, info = _launch(density, config, state, draws)
@@ -63,8 +67,12 @@ class Graph(Backend):
 
     def refusal(self, density: JointDensity, config: StepConfig, noise: NoiseSource | None) -> str | None:
         device = density.topdown.reference.device.type
-        if (why := plain_refusal(config)) is not None:
-            return why
+        if config.adjust or config.adapt:
+            return "it is for unadjusted chains of a fixed step size"
+        if config.measured:
+            return "it shows nothing of a chain but its end"
+        if config.precision == "bf16":
+            return "it has no bf16"
         if device not in _DEVICES:
             return f"it needs a CUDA device, and the generator is on {device}"
         if density.x is not None:
@@ -133,23 +141,17 @@ def _launch(density: JointDensity, config: StepConfig, state: State, draws: Draw
 
 def _steps(density: JointDensity, config: StepConfig, inputs: _Inputs, count: int) -> _Outputs:
     """What is recorded: `count` steps from the position of the inputs on, one by one."""
-    backend = _made_of()
     own = RandomNoise(density.topdown.shapes, density.topdown.reference)
     one = Draws(InjectedNoise(inputs.noise) if inputs.noise else own, first=0, steps=1, gains=inputs.step_size)
-    state, info = backend.init(density, config, inputs.position, inputs.step_size)
+    state, info = reference.init(density, config, inputs.position, inputs.step_size)
     rows, cuts = [not_none(info.finite_check)], []
     for number in range(count - 1):
-        state, info = backend.step(density, config, state, one._replace(first=number))
+        state, info = reference.step(density, config, state, one._replace(first=number).each(config))
         rows.append(not_none(info.finite_check))
         cuts.append(info.cut)
-    end, info = backend.finalize(density, config, state, one._replace(first=count - 1))
+    end, info = reference.finalize(density, config, state, one._replace(first=count - 1).each(config))
     cut = None if info.cut is None else torch.stack([not_none(c) for c in (*cuts, info.cut)]).sum(0)
     return _Outputs(end, Info(finite_check=torch.cat(rows), cut=cut))
-
-
-def _made_of() -> Backend:
-    """The backend whose steps are recorded."""
-    return get(next(name for name in ("compiled", "eager") if name in available()))
 
 
 def _recorded(density: JointDensity, config: StepConfig, like: _Inputs, count: int) -> _Record | None:

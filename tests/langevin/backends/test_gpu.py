@@ -43,8 +43,6 @@ def noise_for(prior: JointEBMPrior, steps: int) -> InjectedNoise:
         ("graph", mlp, "noise", {}),
         ("graph", mlp, "latent", {"step_size": 0.02, "max_drift": 0.1}),
         ("graph", conv, "noise", {}),
-        ("triton", mlp, "noise", {}),
-        ("triton", mlp, "noise", {"scheme": "euler", "temperature": 1.3}),
         ("compiled", mlp, "noise", {"adjust": True, "steps": 20}),
         ("compiled", mlp, "noise", {}),
     ],
@@ -62,13 +60,12 @@ def test_a_long_chain_is_that_of_the_reference(backend: str, make: Any, space: s
             torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("backend", ["graph", "triton"])
-def test_a_seed_decides_what_a_launch_draws(backend: str) -> None:
+def test_a_seed_decides_what_a_launch_draws() -> None:
     prior = on_gpu(mlp)
 
     def draw(seed: int) -> Tensor:
         rng = torch.Generator().manual_seed(seed)
-        return torch.cat(prior.sample_latents(ROWS, steps=LONG, step_size=0.2, backend=backend, rng=rng), 1)
+        return torch.cat(prior.sample_latents(ROWS, steps=LONG, step_size=0.2, backend="graph", rng=rng), 1)
 
     first = draw(1)
     assert torch.equal(first, draw(1))

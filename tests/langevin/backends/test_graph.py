@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from energy_prior import BackendWarning, DivergenceError, JointEBMPrior, LadderVAE
-from energy_prior.langevin import InjectedNoise, backends
+from energy_prior.langevin import InjectedNoise
 from energy_prior.langevin.backends import graph as graphs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,7 +63,6 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     if DEVICE == "cpu":
         monkeypatch.setattr(graphs, "_captured", captured)
         monkeypatch.setattr(graphs, "_DEVICES", ("cpu",))
-        monkeypatch.setattr(graphs, "_made_of", lambda: backends.get("eager"))
         monkeypatch.setattr(graphs.BACKEND, "fallback", "eager")
     return made
 
@@ -188,7 +187,6 @@ def test_a_divergence_is_named_by_layer_and_step(monkeypatch: pytest.MonkeyPatch
     assert (error.value.step, error.value.layer) == (reference.value.step, reference.value.layer)
 
 
-@pytest.mark.filterwarnings("ignore:.*cannot be compiled:energy_prior.BackendWarning")  # on a GPU, where it is tried first
 def test_code_that_cannot_be_recorded_runs_step_by_step_with_one_warning() -> None:
     """Other chains go on as before: what was recorded draws what its seed says."""
 
@@ -215,7 +213,7 @@ def test_code_that_cannot_be_recorded_runs_step_by_step_with_one_warning() -> No
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"adjust": True}, "unadjusted"), ({"precision": "bf16"}, "bf16")],
+    [({"adjust": True}, "unadjusted chains of a fixed step size"), ({"precision": "bf16"}, "it has no bf16")],
 )
 def test_other_chains_are_for_the_compiled_backend(options: dict[str, Any], words: str) -> None:
     prior = lively(mlp())
