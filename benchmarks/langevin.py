@@ -130,9 +130,9 @@ def write_gpu(out: Path, figures: Mapping[tuple[str, str], float]) -> None:
     goals = GPU_GOALS | {key: None for key in figures if key not in GPU_GOALS}
     rows = goal_rows(goals, figures, lambda case, metric: "not measured: the command was stopped before")
     text = (
-        "`python benchmarks/langevin.py --gpu`: chains of 60 steps in noise space, from start to end. Ratios of times in one run, "
-        "against a plain eager loop. `ms_per_step`: time of a chain over its steps. `first_call_s`: the first call, with what it "
-        f"compiles or records. Measured on: {torch.cuda.get_device_name()}, torch {torch.__version__}."
+        "`python benchmarks/langevin.py --gpu`: chains of 60 steps in noise space, from start to end. Ratios of times in one "
+        "run, against a plain eager loop. `ms_per_step`: time of a chain over its steps. `first_call_s`: the first call, with "
+        f"what it compiles or records. Measured on: {machine()}, torch {torch.__version__}."
     )
     write(out / "langevin_gpu", text, rows)
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+import torch
 from typing_extensions import NotRequired
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +59,7 @@ def provenance() -> dict[str, Any]:
 
 
 def machine() -> str:
-    """The processor with its units for bf16, the number of cores, and the system."""
+    """The processor with its units for bf16, the number of cores, the system, and the GPU if there is one."""
     name, flags = platform.machine(), set[str]()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -69,7 +70,8 @@ def machine() -> str:
                 flags.update(value.split())
     found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
     bf16 = f"with {' and '.join(found)}" if found else "without avx512_bf16 and amx_bf16"
-    return f"{name}, {bf16}, {os.cpu_count()} CPU cores, {platform.system()}"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {bf16}, {os.cpu_count()} CPU cores, {platform.system()}{gpu}"
 
 
 def _as_seen_from_root(argument: str) -> str:
