@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_sound", "early_warnings", "energy_figures", "history_entry", "weight_share"]
+__all__ = ["check_sound", "early_warnings", "energy_figures", "history_entry", "told_apart", "weight_share"]
 
 from collections.abc import Iterable, Sequence
 
@@ -21,6 +21,7 @@ _HIGH_SATURATION = 0.5
 _SATURATED = 0.75
 _LOW_ACCEPTANCE = 0.5
 _OFTEN_CUT = 0.1
+_ALL_TOLD_APART = 0.99
 
 
 def weight_share(logits: Tensor) -> Tensor:
@@ -31,6 +32,19 @@ def weight_share(logits: Tensor) -> Tensor:
     """
     weights = torch.softmax(logits, 0)
     return 1 / (len(logits) * weights.square().sum())
+
+
+def told_apart(positive: Tensor, negative: Tensor) -> Tensor:
+    """Accuracy of the classifier that the ratio is learned by, in [0, 1], a scalar; ½ where the two cannot be told apart.
+
+    Near 1 the logistic loss has hardly a gradient left, however far the logit is from the log ratio: the estimate is saturated
+    (the density chasm of Rhodes, Xu and Gutmann, NeurIPS 2020).
+
+    Args:
+        positive: the logit at posterior draws, (batch,), nats.
+        negative: the logit at draws of the prior, (batch,), nats.
+    """
+    return 0.5 * ((positive > 0).to(positive).mean() + (negative < 0).to(negative).mean())
 
 
 def energy_figures(energies: Iterable[nn.Module], draws: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -57,7 +71,7 @@ def history_entry(figures: dict[str, Tensor], chains: TrainingChains) -> dict[st
     last["max_energy"] = max(float(value.max()) for value in _by_layer(figures, "largest_").values())
     if saturation := _by_layer(figures, "saturation_"):
         last["saturation"] = max(float(value.mean()) for value in saturation.values())
-    for name in ("cut_share", "posterior_cut_share", "acceptance", "weight_ess"):
+    for name in ("cut_share", "posterior_cut_share", "acceptance", "told_apart", "weight_ess"):
         if name in figures:
             last[name] = float(figures[name].mean())
     if "acceptance" in figures:
@@ -100,6 +114,13 @@ def early_warnings(entry: dict[str, float], config: FitConfig) -> dict[str, str]
         found["cut_share"] = (
             f"the drift was cut in {entry['cut_share']:.0%} of the steps: the energies are steeper than the chains can follow. "
             "Raise energy_penalty, lower learning_rate, or make step_size smaller."
+        )
+    if entry.get("told_apart", 0.0) > _ALL_TOLD_APART:
+        found["told_apart"] = (
+            f"the ratio estimate is saturated: {entry['told_apart']:.1%} of the draws are told apart, so that nothing shows "
+            "how far the posterior is from the prior, and the energies stop learning long before it is reached. Build the "
+            "prior with energies=denoising_energies(generator.latent_shapes), the default where layers are maps, and use "
+            'method="denoising"; with few latents also "multi_stage_nce" or "two_stage".'
         )
     if entry.get("weight_ess", 1.0) < _FEW_WEIGHTS:
         found["weight_ess"] = (

@@ -249,6 +249,7 @@ class FitTask:
                 logit_prior = logit_prior - before.negative_energy(z_prior).sum(1)
             loss = noise_contrastive(logit_posterior, logit_prior)
             figures["weight_ess"] = diagnostics.weight_share(logit_prior.detach())
+            figures["told_apart"] = diagnostics.told_apart(logit_posterior.detach(), logit_prior.detach())
         if self.joint:
             topdown = TopDown(self.model.generator, len(x))
             descent = topdown.descend(z_posterior, "latent", to_observation=True)

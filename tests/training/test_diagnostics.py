@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from runs import make, task_of
+from runs import make, recorded, task_of
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal
 
-from energy_prior import DivergenceError, JointEBMPrior, MLPEnergy
+from energy_prior import DivergenceError, Inferred, JointEBMPrior, MLPEnergy
 from energy_prior.training import FitConfig
 from energy_prior.training.diagnostics import check_sound, early_warnings, history_entry
 
@@ -45,3 +49,45 @@ def test_energies_that_run_away_on_one_side_stop_the_run(side: str) -> None:
     _, figures = task.loss(next(task.batches), 1)
     with pytest.raises(DivergenceError, match="f_1, the energy of layer 1, is at 95% of its saturation on average"):
         check_sound({name: value.detach()[None] for name, value in figures.items()}, 1, "nce", task.config)
+
+
+def test_a_saturated_ratio_estimate_is_told_with_the_rule_to_use_instead() -> None:
+    """A posterior 2σ away in each of 40 units: every draw is told apart at once. One that overlaps is not complained of."""
+    told = {}
+    for far in (2.0, 0.3):
+        torch.manual_seed(0)
+        prior = JointEBMPrior(Shifted(far, 40))
+        with recorded() as said:
+            result = prior.fit(torch.zeros(64, 1), "nce", iterations=100, log_every=50, batch_size=64, progress=False)
+        told[far] = [text for text in said if "ratio estimate is saturated" in text]
+        assert told[far] == [text for text in result.warnings if "ratio estimate is saturated" in text]
+        assert 0.5 < result.history[-1]["told_apart"] <= 1.0
+    assert told[0.3] == []
+    assert len(told[2.0]) == 1, "once"
+    assert 'method="denoising"' in told[2.0][0]
+
+
+class Shifted(nn.Module):
+    """One layer of N(0, I) whose posterior is N(far, I) whatever is observed."""
+
+    def __init__(self, far: float, units: int) -> None:
+        super().__init__()
+        self.latent_shapes, self.x_shape, self.far = (torch.Size((units,)),), (1,), far
+        self.anchor = nn.Parameter(torch.zeros(units))
+
+    def start(self, batch_size: int) -> Tensor:
+        return self.anchor.expand(batch_size, -1)
+
+    def conditional(self, state: Tensor, layer: int) -> Normal:
+        return Normal(state, torch.ones_like(state))
+
+    def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
+        return z
+
+    def likelihood(self, state: Tensor) -> Any:
+        return Independent(Normal(state[:, :1], 1.0), 1)
+
+    def infer(self, x: Tensor) -> Inferred:
+        q = Normal(self.anchor.expand(len(x), -1) + self.far, 1.0)
+        z = q.rsample()
+        return Inferred((z,), q.log_prob(z).sum(1, keepdim=True))

@@ -80,7 +80,7 @@ def test_history_and_result(method: Method) -> None:
     assert all(0 <= share <= 1 for share in result.clipped.values())
     keys = {"iteration", "loss", "energy_posterior", "energy_prior", "gap", "max_energy"}
     keys |= {"gradient_norm_energies"} | ({"saturation"} if method != "denoising" else set())
-    keys |= {"weight_ess"} if method in ("nce", "multi_stage_nce") else set()
+    keys |= {"told_apart", "weight_ess"} if method in ("nce", "multi_stage_nce") else set()
     keys |= {"gradient_norm_generator", "log_likelihood"} if joint else set()
     chains = {"step_size", "acceptance", "drift_norm", "cut_share"} | (
         {"chain_ess", "penalty"} if method in LANGEVIN_METHODS else set()
