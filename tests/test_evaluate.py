@@ -11,7 +11,15 @@ import torch
 from scipy.linalg import sqrtm
 
 from energy_prior import ArgumentError, MissingExtraError, ShapeError
-from energy_prior.evaluate import detection, effective_sample_size, excess_ratio, frechet_distance, two_sample_accuracy
+from energy_prior.cli.demo import load_demo_data
+from energy_prior.evaluate import (
+    detection,
+    effective_sample_size,
+    efficientnet_features,
+    excess_ratio,
+    frechet_distance,
+    two_sample_accuracy,
+)
 
 
 def test_frechet_distance_of_known_gaussians() -> None:
@@ -119,3 +127,27 @@ def test_chains_that_stay_apart_are_worth_little() -> None:
     assert float(effective_sample_size(x)) < 3
     with pytest.raises(ShapeError, match="series: expected shape"):
         effective_sample_size(torch.zeros(3, 2, 1))
+
+
+def test_features_of_images() -> None:
+    """They tell digits from noise by far more than one half of the digits from the other; gray counts as three channels."""
+    digits = load_demo_data(1, 0).train
+    state = torch.get_rng_state()
+    real = efficientnet_features(digits[:400])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert real.shape == (400, 1280)
+    assert real.dtype == torch.float32
+    torch.testing.assert_close(
+        efficientnet_features(digits[:5].expand(-1, 3, -1, -1), batch_size=2), real[:5], rtol=1e-3, atol=1e-4
+    )
+    near = frechet_distance(real[:200], real[200:])
+    far = frechet_distance(real[:200], efficientnet_features(torch.rand(200, 1, 8, 8)))
+    assert far > 5 * near
+    assert efficientnet_features(digits[:0]).shape == (0, 1280)
+    for wrong, error, words in (
+        (255 * digits[:2], ArgumentError, r"values in \[0, 1\], got some from 0 to 2"),
+        (digits[:2] * torch.nan, ArgumentError, "got some from nan"),
+        (digits[0], ShapeError, r"expected \(n, 1 or 3, height, width\), got \(1, 8, 8\)"),
+    ):
+        with pytest.raises(error, match=words):
+            efficientnet_features(wrong)
