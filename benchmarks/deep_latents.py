@@ -1,0 +1,362 @@
+"""What a joint prior does for models with deep latents: one backbone's samples under several priors of its latents.
+
+    python benchmarks/deep_latents.py --data DATA --case fashion_mnist_small   # hours on two cores; goes on where it stopped
+    python benchmarks/deep_latents.py --data DATA                              # every case, days
+    python benchmarks/deep_latents.py --quick                                  # see that it runs, on scikit-learn's digits
+
+DATA: a folder with `cifar10` and `fashion_mnist`, as `energy_prior.data.load_images` reads them. Of the training images the
+last 10,000 are held out: 5,000 are the reference of every Fréchet distance (EfficientNet-Lite0 features, no FID), the other
+5,000 are what is reconstructed and what the temperature is chosen on. Test images are not used.
+
+    gap_closed = (FD(Gaussian) − FD(this prior)) / (FD(Gaussian) − FD(reconstructions))
+
+Beside the joint prior of the defaults: the Gaussian prior at its best temperature; N(m, C) fitted to the posterior's noise of
+all layers; a mixture of 50 such Gaussians with one covariance. Every unit is a line of docs/results/deep_latents.partial.jsonl
+as it ends; weights are in `--runs`. Writes docs/results/deep_latents.json and .md, and a picture per case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from deep_measures import GaussianMixture, flat, layers_of, noise_of, tell_apart
+from results import ROOT, Row, code_key, mean_row, write_results
+from torch import Tensor
+
+from energy_prior import JointEBMPrior, ResidualVAE, fit_elbo
+from energy_prior._util import not_none
+from energy_prior.checkpoint import fingerprint
+from energy_prior.cli.demo import load_demo_data
+from energy_prior.data import load_images
+from energy_prior.evaluate import efficientnet_features, frechet_distance
+from energy_prior.plots import image_panels
+from energy_prior.topdown import TopDown
+
+TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0)
+GOALS: dict[tuple[str, str], tuple[float, str]] = {
+    ("fashion_mnist_small", "gap_closed"): (0.8, "higher"),
+    ("fashion_mnist_small", "above_gaussian_refit"): (0.15, "higher"),
+    ("cifar10_pyramid", "gap_closed"): (0.6, "higher"),
+    ("cifar10_pyramid", "long_over_short"): (1.1, "lower"),
+    ("cifar10_pyramid", "latent_two_sample_ratio"): (0.7, "lower"),
+    ("cifar10_wide", "gap_closed"): (0.2, "higher"),
+}
+
+
+class Case(NamedTuple):
+    """A data set, a backbone, and how both of its parts are trained."""
+
+    data: str
+    make: Callable[[], ResidualVAE]
+    backbone: dict[str, Any]
+    energies: dict[str, Any]
+
+
+class Sizes(NamedTuple):
+    """Numbers of images and of steps."""
+
+    images: int = 5000
+    draws: int = 3
+    moments: int = 20_000
+    components: int = 50
+    few: int = 1000
+    long: int = 1000
+    held: int = 10_000
+
+
+CASES = {
+    "fashion_mnist_small": Case(
+        "fashion_mnist",
+        lambda: ResidualVAE((1, 28, 28), groups=(1, 2), channels=16, latent_channels=4),
+        {"iterations": 1500, "batch_size": 64},
+        {"iterations": 3000, "batch_size": 128},
+    ),
+    "cifar10_pyramid": Case(
+        "cifar10",
+        lambda: ResidualVAE((3, 32, 32), groups=(2, 1, 1), channels=32, latent_channels=8, downsample=2),
+        {"iterations": 6000, "batch_size": 64},
+        {"iterations": 3000, "batch_size": 128},
+    ),
+    "cifar10_wide": Case(
+        "cifar10",
+        lambda: ResidualVAE((3, 32, 32), groups=(2, 2), channels=32, latent_channels=8),
+        {"iterations": 4000, "batch_size": 64},
+        {"iterations": 1500, "batch_size": 128},
+    ),
+}
+QUICK = {
+    "digits": Case(
+        "",
+        lambda: ResidualVAE((1, 8, 8), groups=(1, 1), channels=8, latent_channels=2),
+        {"iterations": 30, "batch_size": 64, "progress": False},
+        {"iterations": 10, "batch_size": 64, "progress": False},
+    )
+}
+
+
+def main() -> None:
+    """Runs what is missing, prints and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default=str(ROOT.parent / "shared" / "data"), help="folder with the image sets")
+    parser.add_argument("--case", choices=tuple(CASES), action="append", help="only this one; may be given several times")
+    parser.add_argument("--runs", default=str(ROOT / "runs"), help="folder for weights and pictures")
+    parser.add_argument("--quick", action="store_true", help="see that it runs; writes nothing into docs/results")
+    options = parser.parse_args()
+    out, runs = ROOT / "docs" / "results", Path(options.runs)
+    cases, sizes = {name: CASES[name] for name in options.case or CASES}, Sizes()
+    if options.quick:
+        out = runs = Path(tempfile.mkdtemp())
+        cases, sizes = QUICK, Sizes(images=100, draws=2, moments=200, components=2, few=50, long=40, held=400)
+    key = code_key(Path(__file__), Path(__file__).with_name("deep_measures.py"))
+    rows: list[Row] = []
+    for name, case in cases.items():
+        images = digits() if options.quick else load_images(Path(options.data) / case.data).images
+        folder = runs / f"deep-{name}-{key}"
+        run = CaseRun(case, images, folder, Log(out / "deep_latents.partial.jsonl", key, name), sizes)
+        rows += rows_of(name, run.run())
+        image_panels(out / f"deep_latents_{name}.png", run.panels(), columns=5)
+    write_results(out / "deep_latents.json", rows)
+    (out / "deep_latents.md").write_text(table(rows))
+    print(table(rows))
+
+
+def digits() -> Tensor:
+    """The digits of the demo, twice."""
+    data = load_demo_data(1, 0)
+    return torch.cat([data.train, data.train])
+
+
+class Log:
+    """Units of a case that are done, a line each; those of other code do not count."""
+
+    def __init__(self, path: Path, key: str, case: str) -> None:
+        self.path, self.key, self.case = path, key, case
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.done = {line["unit"]: line["result"] for line in lines if (line["key"], line["case"]) == (key, case)}
+
+    def unit(self, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of a unit, which is run if it is not there."""
+        if name not in self.done:
+            begin = time.perf_counter()
+            self.done[name] = run() | {"seconds": round(time.perf_counter() - begin)}
+            line = {"key": self.key, "case": self.case, "unit": name, "result": self.done[name]}
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(self.case, name, self.done[name], flush=True)
+        return self.done[name]
+
+
+# ------------------------------------------------------------------------------------------------------------------- one case
+
+
+class CaseRun:
+    """A case's backbone, energies and distances. Every unit is run once; weights are files in `folder`.
+
+    Args:
+        case: what is trained, and how.
+        images: all training images.
+        folder: for weights.
+        log: units that are done.
+        sizes: numbers of images and steps.
+    """
+
+    def __init__(self, case: Case, images: Tensor, folder: Path, log: Log, sizes: Sizes) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.case, self.folder, self.log, self.sizes = case, folder, log, sizes
+        self.train, held = images[: -sizes.held], images[-sizes.held :]
+        self.reference, self.others = held[: sizes.images], held[sizes.images : 2 * sizes.images]
+        torch.manual_seed(0)
+        self.vae = case.make()
+        self.units = sum(shape.numel() for shape in self.vae.latent_shapes)
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        """All units, in order."""
+        unit, draws = self.log.unit, range(self.sizes.draws)
+        unit("backbone", self._backbone)
+        self.vae.load_state_dict(torch.load(self.folder / "backbone.pt", weights_only=True))
+        self.vae.eval()
+        unit("energies", self._energies)
+        self.prior = JointEBMPrior.load(self.folder / "prior.safetensors", self.vae)
+        unit("real", lambda: self._distance(self.others))
+        unit("few real", lambda: self._distance(self.others[: self.sizes.few]))
+        unit("reconstructions", lambda: self._distance(self._reconstructed(self.others)))
+        temperature = unit("best temperature", self._temperature)["temperature"]
+        for i in draws:
+            unit(f"gaussian {i}", lambda i=i: self._distance(self._gaussian(self.sizes.images, i)))
+            unit(f"temperature {i}", lambda i=i: self._distance(self._gaussian(self.sizes.images, i, temperature)))
+            unit(f"gaussian_refit {i}", lambda i=i: self._distance(self._refit(self.sizes.images, i)))
+            unit(f"mixture_refit {i}", lambda i=i: self._distance(self._refit(self.sizes.images, i, mixture=True)))
+        for i in draws:
+            unit(f"joint {i}", lambda i=i: self._distance(self._joint(self.sizes.images, i, self.folder / f"joint-{i}.pt")))
+        unit("two sample", self._two_sample)
+        unit("few short", lambda: self._distance(self._joint(self.sizes.few, 90)))
+        unit("few long", lambda: self._distance(self._joint(self.sizes.few, 90, steps=self.sizes.long)))
+        return self.log.done
+
+    def panels(self) -> dict[str, Tensor]:
+        """Forty images of each kind, the last of them frames of five chains of the joint prior."""
+        path = self.prior.trajectory(5, every=max(1, self.sizes.long // 70), steps=self.sizes.long // 10, rng=_seeded(99))
+        frames = torch.linspace(0, len(path.steps) - 1, 8).long()
+        chains = self.prior.decode([z[frames].flatten(0, 1) for z in path.latents])
+        images = {
+            "real": self.reference[:40],
+            "reconstructions": self._reconstructed(self.others[:40]),
+            "Gaussian prior": self._gaussian(40, 99),
+            "refitted Gaussian": self._refit(40, 99),
+            "joint prior": self._joint(40, 99),
+            "its chains, downwards": chains,
+        }
+        return {title: x.clamp(0, 1) for title, x in images.items()}
+
+    def _backbone(self) -> dict[str, Any]:
+        validation, folder = self.others[: self.sizes.few], self.folder / "backbone"
+        result = fit_elbo(self.vae, self.train, validation=validation, run_dir=folder, rng=_seeded(0), **self.case.backbone)
+        torch.save(self.vae.state_dict(), self.folder / "backbone.pt")
+        elbo = not_none(result.validation_elbo)
+        bits = -elbo / (self.vae.x_shape.numel() * math.log(2))
+        return {"validation_elbo": elbo, "bits_per_dimension": bits, "fingerprint": fingerprint(self.vae)}
+
+    def _energies(self) -> dict[str, Any]:
+        prior = JointEBMPrior(self.vae)
+        result = prior.fit(self.train, run_dir=self.folder / "energies", rng=_seeded(1), **self.case.energies)
+        prior.save(self.folder / "prior.safetensors")
+        last = {name: round(value, 4) for name, value in result.history[-1].items()}
+        return {"method": result.method, "last": last, "warnings": result.warnings}
+
+    def _temperature(self) -> dict[str, Any]:
+        count = 2 * self.sizes.few
+        chosen_on = efficientnet_features(self.others[:count])
+        found = {t: _frechet(self._gaussian(count, 50, t), chosen_on) for t in TEMPERATURES}
+        return {"temperature": min(found, key=lambda t: found[t]), "distances": found}
+
+    def _two_sample(self) -> dict[str, Any]:
+        files = [self.folder / f"joint-{i}.pt" for i in range(self.sizes.draws)]
+        chains = torch.cat([torch.load(file, weights_only=True) for file in files])
+        posterior = self._posterior[: len(chains)]
+        chains = chains[: len(posterior)]
+        gaussian = tell_apart(self.vae, posterior, torch.randn(chains.shape, generator=_seeded(3)))
+        joint = tell_apart(self.vae, posterior, chains)
+        return {"gaussian": gaussian, "joint": joint, "ratio": (joint - 0.5) / (gaussian - 0.5)}
+
+    @functools.cached_property
+    def _reference_features(self) -> Tensor:
+        return efficientnet_features(self.reference)
+
+    @functools.cached_property
+    def _posterior(self) -> Tensor:
+        """The posterior's noise of training images, a row each."""
+        torch.manual_seed(2)
+        return flat(noise_of(self.vae, self.train[: self.sizes.moments]))
+
+    @functools.cached_property
+    def _one_gaussian(self) -> GaussianMixture:
+        return GaussianMixture(self._posterior, 1)
+
+    @functools.cached_property
+    def _mixture(self) -> GaussianMixture:
+        return GaussianMixture(self._posterior, self.sizes.components)
+
+    def _distance(self, x: Tensor) -> dict[str, Any]:
+        return {"fd": _frechet(x, self._reference_features)}
+
+    def _reconstructed(self, x: Tensor) -> Tensor:
+        return torch.cat([self.prior.reconstruct(batch) for batch in x.split(250)])
+
+    def _gaussian(self, n: int, number: int, temperature: float = 1.0) -> Tensor:
+        return self._decoded(temperature * torch.randn(n, self.units, generator=_seeded(number)))
+
+    def _refit(self, n: int, number: int, *, mixture: bool = False) -> Tensor:
+        return self._decoded((self._mixture if mixture else self._one_gaussian).sample(n, _seeded(number)))
+
+    def _decoded(self, noise: Tensor) -> Tensor:
+        """Images of rows of noise, through T_β."""
+        parts = []
+        with torch.no_grad():
+            for rows in noise.split(250):
+                descent = TopDown(self.vae, len(rows)).descend(layers_of(rows, self.vae), "noise")
+                parts.append(self.prior.decode(descent.latents))
+        return torch.cat(parts)
+
+    def _joint(self, n: int, number: int, keep: Path | None = None, **chain: Any) -> Tensor:
+        """Images of the joint prior; `keep`: the file that their noise goes into."""
+        rng = _seeded(number)
+        latents = [self.prior.sample_latents(min(250, n - at), rng=rng, **chain) for at in range(0, n, 250)]
+        if keep is not None:
+            with torch.no_grad():
+                torch.save(torch.cat([flat(TopDown(self.vae, len(z[0])).position(z, "noise")) for z in latents]), keep)
+        return torch.cat([self.prior.decode(z) for z in latents])
+
+
+def _seeded(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
+def _frechet(x: Tensor, features: Tensor) -> float:
+    return frechet_distance(efficientnet_features(x.clamp(0, 1)), features)
+
+
+# ------------------------------------------------------------------------------------------------------------------ the table
+
+
+def rows_of(case: str, found: dict[str, dict[str, Any]]) -> list[Row]:
+    """The rows of a case from its units."""
+    real, reconstructions = found["real"]["fd"], found["reconstructions"]["fd"]
+
+    def distances(kind: str) -> list[float]:
+        return [found[f"{kind} {i}"]["fd"] for i in range(len(found)) if f"{kind} {i}" in found]
+
+    gaussian = statistics.fmean(distances("gaussian"))
+
+    def row(metric: str, values: Sequence[float], better: str = "lower") -> Row:
+        goal, better = GOALS.get((case, metric), (None, better))
+        return mean_row(case, metric, values, goal, better)
+
+    def closed(kind: str) -> list[float]:
+        return [(gaussian - fd) / (gaussian - reconstructions) for fd in distances(kind)]
+
+    rows = [row("bits_per_dimension", [found["backbone"]["bits_per_dimension"]]), row("fd_real", [real])]
+    rows.append(row("fd_reconstructions", [reconstructions]))
+    for kind in ("gaussian", "temperature", "gaussian_refit", "mixture_refit", "joint"):
+        rows.append(row(f"fd_{kind}", distances(kind)))
+    for kind in ("temperature", "gaussian_refit", "mixture_refit"):
+        rows.append(row(f"gap_closed_{kind}", closed(kind), "higher"))
+    rows.append(row("gap_closed", closed("joint"), "higher"))
+    above = statistics.fmean(closed("joint")) - statistics.fmean(closed("gaussian_refit"))
+    rows.append(row("above_gaussian_refit", [above], "higher"))
+    floor = found["few real"]["fd"]
+    rows.append(row("long_over_short", [(found["few long"]["fd"] - floor) / (found["few short"]["fd"] - floor)]))
+    rows.append(row("latent_two_sample_ratio", [found["two sample"]["ratio"]]))
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "# Deep latents",
+        "",
+        "`python benchmarks/deep_latents.py`: one backbone's samples under several priors of its latents; its docstring says "
+        "what is compared. Fréchet distances (EfficientNet-Lite0) to 5,000 held-out training images, means over draws.",
+        "",
+        "| case | metric | value | sd | goal |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        goal = "" if row["goal"] is None else f"{'≤' if row['better'] == 'lower' else '≥'} {row['goal']:g}"
+        sd = "" if row["sd"] is None else f"{row['sd']:.2g}"
+        lines.append(f"| {row['case']} | {row['metric']} | {row['value']:.4g} | {sd} | {goal} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
