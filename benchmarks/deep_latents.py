@@ -107,11 +107,13 @@ QUICK = {
 def main() -> None:
     """Runs what is missing, prints and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=str(ROOT.parent / "shared" / "data"), help="folder with the image sets")
+    parser.add_argument("--data", help="folder with the image sets; needed but for --quick")
     parser.add_argument("--case", choices=tuple(CASES), action="append", help="only this one; may be given several times")
     parser.add_argument("--runs", default=str(ROOT / "runs"), help="folder for weights and pictures")
     parser.add_argument("--quick", action="store_true", help="see that it runs; writes nothing into docs/results")
     options = parser.parse_args()
+    if not (options.data or options.quick):
+        parser.error("--data: the folder with cifar10 and fashion_mnist is needed")
     out, runs = ROOT / "docs" / "results", Path(options.runs)
     cases, sizes = {name: CASES[name] for name in options.case or CASES}, Sizes()
     if options.quick:

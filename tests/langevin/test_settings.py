@@ -53,7 +53,7 @@ def test_bad_options(name: str, value: Any) -> None:
 
 
 def test_the_backends_that_there_are_are_listed() -> None:
-    with pytest.raises(ArgumentError, match=r"'auto', 'compiled', 'eager', 'graph'"):
+    with pytest.raises(ArgumentError, match=r"'auto', 'compiled', 'eager', 'graph'\)"):
         ChainSettings(backend="fast")
 
 

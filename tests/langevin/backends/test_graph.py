@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from small_priors import enliven
+from small_priors import enliven, target_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from energy_prior import BackendWarning, DivergenceError, JointEBMPrior, LadderVAE
 from energy_prior.langevin import InjectedNoise
 from energy_prior.langevin.backends import graph as graphs
+from energy_prior.langevin.step import StepConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -219,6 +220,20 @@ def test_other_chains_are_for_the_compiled_backend(options: dict[str, Any], word
     prior = lively(mlp())
     with pytest.warns(BackendWarning, match=words):
         prior.sample_latents(N, steps=2, step_size=0.3, backend="graph", **options)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (StepConfig("euler"), None),
+        (StepConfig("euler", adjust=True, measured=True), "it is for unadjusted chains of a fixed step size"),
+        (StepConfig("euler", adapt=True, measured=True), "it is for unadjusted chains of a fixed step size"),
+        (StepConfig("euler", measured=True), "it shows nothing of a chain but its end"),
+        (StepConfig("euler", precision="bf16"), "it has no bf16"),
+    ],
+)
+def test_chains_that_run_from_start_to_end(config: StepConfig, why: str | None) -> None:
+    assert graphs.BACKEND.refusal(target_of(lively(mlp())).density(), config, None) == why
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
