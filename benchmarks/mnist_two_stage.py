@@ -1,7 +1,7 @@
 """How much better MNIST samples get by the joint prior on a frozen VAE, and whether long chains hold: three seeds.
 
-    python benchmarks/mnist_two_stage.py --data ../shared/data/mnist     # half an hour a seed and core; resumable
-    python benchmarks/mnist_two_stage.py --data ../shared/data/mnist --quick
+    python benchmarks/mnist_two_stage.py --data DATA     # half an hour a seed and core; resumable
+    python benchmarks/mnist_two_stage.py --data DATA --quick
 
 Runs examples/mnist.py. Its settings were chosen on other seeds with 9,000 held-out training images in place of the test
 images. Writes docs/results/mnist_two_stage.json and .md, and the pictures of the first seed.
@@ -46,7 +46,7 @@ DETAILS = {
 def main() -> None:
     """Runs what is missing, then writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=str(ROOT.parent / "shared" / "data" / "mnist"), help="as examples/mnist.py has it")
+    parser.add_argument("--data", required=True, help="as examples/mnist.py has it")
     parser.add_argument("--runs", default=str(ROOT / "runs"), help="folder for the runs, their checkpoints and pictures")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time, one thread each")
     parser.add_argument("--quick", action="store_true", help="see that it runs; writes nothing into docs/results")
