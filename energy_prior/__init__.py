@@ -24,6 +24,7 @@ __all__ = [
     "JointEBMPrior",
     "LadderVAE",
     "MLPEnergy",
+    "Mismatch",
     "MissingExtraError",
     "ScoreTerms",
     "ResidualVAE",
@@ -56,6 +57,7 @@ from energy_prior.errors import (
 )
 from energy_prior.generators import DiscretizedLogisticMixture, LadderVAE, ResidualVAE
 from energy_prior.langevin import ChainSettings, Trajectory
+from energy_prior.mismatch import Mismatch
 from energy_prior.prior import JointEBMPrior
 from energy_prior.protocol import HierarchicalGenerator, Inferred
 from energy_prior.scores import ScoreTerms

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["draw", "first_line", "normal_like", "not_none", "per_row", "plain_normal", "sum_event"]
+__all__ = ["draw", "first_line", "normal_like", "not_none", "per_row", "plain_normal", "resized", "sum_event"]
 
 from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Normal
 
@@ -38,6 +39,15 @@ def normal_like(shape: Sequence[int], reference: Tensor) -> Tensor:
 def plain_normal(loc: Tensor, scale: Tensor) -> Normal:
     """N(loc, scale²), without checks that would wait for a GPU."""
     return Normal(loc, scale, validate_args=False)
+
+
+def resized(h: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map of this height and width: nearest neighbours of a coarser one, means of a finer one."""
+    if tuple(h.shape[2:]) == size:
+        return h
+    if h.shape[2] <= size[0] and h.shape[3] <= size[1]:
+        return F.interpolate(h, size=size, mode="nearest")
+    return F.adaptive_avg_pool2d(h, size)
 
 
 def draw(q: Normal) -> tuple[Tensor, Tensor]:

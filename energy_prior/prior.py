@@ -39,6 +39,7 @@ from energy_prior.checks.settings import check_count, check_path, check_share
 from energy_prior.energies import build_energies, default_energies, describe_energies
 from energy_prior.errors import ArgumentError, ShapeError
 from energy_prior.langevin import USUAL_ACCEPTANCE, ChainOptions, ChainSettings, NoiseSource, Trajectory, tune_step_size
+from energy_prior.mismatch import LEAST_DRAWS, Mismatch, mismatch_of
 from energy_prior.model import JointModel
 from energy_prior.process import evaluating, exclusive, frozen, full_precision, reproducible
 from energy_prior.protocol import HierarchicalGenerator, unwrapped
@@ -569,8 +570,9 @@ class JointEBMPrior(nn.Module):
                 again and again (a `DataLoader`) giving batches: tensors or arrays, tuples whose first entry is one, or dicts
                 with one under "x", "image", "images", "pixel_values", "img", "data", "input" or "inputs", or with one alone
                 of the right shape. Arrays are converted to the model's dtype and device.
-            method: the learning rule; None: "denoising" where all energies have waymarks, as those of models with maps do by
-                default, else "nce".
+            method: the learning rule; None: "denoising" where all energies have waymarks, as those of deep models have by
+                default, else "nce", or "multi_stage_nce" where posterior and prior are told apart so well that "nce" would
+                saturate.
             config: settings; None: the defaults of `energy_prior.FitConfig`.
             run_dir: folder for checkpoints of the whole run, TensorBoard and sample grids. The same call after a kill goes
                 on from the last checkpoint, with the weights that it would have had. None: nothing is written.
@@ -621,6 +623,39 @@ class JointEBMPrior(nn.Module):
         )
         self.step_size.fill_(result.step_size)
         return result
+
+    def mismatch(
+        self,
+        x: Any,
+        *,
+        prior: Literal["joint", "generator"] = "joint",
+        rng: torch.Generator | None = None,
+        posterior: ChainOptions | None = None,
+        **chain: Unpack[ChainOptions],
+    ) -> Mismatch:
+        """How far the posterior of observations is from the prior: before `fit` what has to be learned, after it what was.
+
+        In noise space, ε_i = (z_i − μ_i)/σ_i: there the generator's own prior is N(0, I). `print` shows it as a table.
+
+        Args:
+            x: observations, (n, *x_shape), n ≥ 32; a thousand give stable figures.
+            prior: "joint": draws of the joint prior are compared with too; "generator": its own prior alone, without a chain.
+            rng: random number generator.
+            posterior: options of the posterior's chain, for generators without `infer`.
+            **chain: options of the prior's chain.
+
+        Returns:
+            Moments and nats of every layer, and how often a classifier tells posterior draws from draws of either prior.
+
+        Raises:
+            ArgumentError, ShapeError: if an argument does not fit; the message says how.
+        """
+        x, settings, of_posterior = self._observations(x), ChainSettings.of(chain), ChainSettings.of(posterior or {})
+        _check_prior(prior, None, chain)
+        if len(x) < LEAST_DRAWS:
+            raise ShapeError(f"x: expected at least {LEAST_DRAWS} observations, got {len(x)}: fewer show no moments.")
+        with self._computing(rng) as model:
+            return mismatch_of(model, x, of_posterior, settings if prior == "joint" else None)
 
     def tune_step_size(
         self, *, target_acceptance: float = USUAL_ACCEPTANCE, batch_size: int = 64, rng: torch.Generator | None = None

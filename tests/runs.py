@@ -99,3 +99,29 @@ class TwoLayers(nn.Module):
         z2, log_q2 = draw(self.q2(x))
         z1, log_q1 = draw(self.q1(torch.cat([x, z2], 1)))
         return Inferred((z1, z2), torch.stack([log_q1, log_q2], 1))
+
+
+class Shifted(nn.Module):
+    """One layer of N(0, I) whose posterior is N(far, I) whatever is observed."""
+
+    def __init__(self, far: float, units: int) -> None:
+        super().__init__()
+        self.latent_shapes, self.x_shape, self.far = (torch.Size((units,)),), (1,), far
+        self.anchor = nn.Parameter(torch.zeros(units))
+
+    def start(self, batch_size: int) -> Tensor:
+        return self.anchor.expand(batch_size, -1)
+
+    def conditional(self, state: Tensor, layer: int) -> Normal:
+        return Normal(state, torch.ones_like(state))
+
+    def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
+        return z
+
+    def likelihood(self, state: Tensor) -> Any:
+        return Independent(Normal(state[:, :1], 1.0), 1)
+
+    def infer(self, x: Tensor) -> Inferred:
+        q = Normal(self.anchor.expand(len(x), -1) + self.far, 1.0)
+        z = q.rsample()
+        return Inferred((z,), q.log_prob(z).sum(1, keepdim=True))

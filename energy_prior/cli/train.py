@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["add_command", "load_run", "run_recipe"]
 
 import argparse
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -21,7 +22,7 @@ from energy_prior.cli.recipe import DataSettings, Recipe, build_generator, read_
 from energy_prior.data import load_images
 from energy_prior.errors import ArgumentError, CheckpointError
 from energy_prior.prior import JointEBMPrior
-from energy_prior.training import fit_elbo, launched_accelerator, usual_method
+from energy_prior.training import fit_elbo, launched_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -90,10 +91,12 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[s
     before = JointEBMPrior(generator).sample(_SHOWN, prior="generator", rng=torch.Generator().manual_seed(recipe.seed))
     prior = JointEBMPrior(generator)
     for i, (named, config) in enumerate(recipe.fit):
-        method = usual_method(prior.energies) if named is None else named
-        result = prior.fit(train, method, config=config, run_dir=out / f"fit-{i}-{method}", accelerator=accelerator, rng=rng)
-        report[f"fit-{i}-{method}"] = {
+        name = f"fit-{i}" if named is None else f"fit-{i}-{named}"
+        result = prior.fit(train, named, config=config, run_dir=out / name, accelerator=accelerator, rng=rng)
+        report[name] = {
+            "method": result.method,
             "last": result.history[-1],
+            "mismatch": None if result.mismatch is None else dataclasses.asdict(result.mismatch),
             "step_size": result.step_size,
             "clipped": result.clipped,
             "cut_share": result.cut_share,

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from energy_prior._util import resized
 from energy_prior.checks.settings import check_count, check_positive, check_shape
 from energy_prior.energies.base import Energy
 from energy_prior.energies.quadratic import Quadratic
@@ -134,7 +135,7 @@ class _MapNet(nn.Module):
         self.out = _zero(nn.Conv2d(width, shape[0], 3, padding=1))
 
     def forward(self, noise: Sequence[Tensor], level: Tensor) -> Tensor:
-        maps = [_resized(e, self._size) for e, is_map in zip(noise, self._map) if is_map]
+        maps = [resized(e, self._size) for e, is_map in zip(noise, self._map) if is_map]
         rest = [e.flatten(1) for e, is_map in zip(noise, self._map) if not is_map]
         embedded = self.embed(level, rest)
         h, kept = self.enter(torch.cat(maps, 1)), []
@@ -146,7 +147,7 @@ class _MapNet(nn.Module):
         h = self.up_blocks[-1](self.whole(h), embedded)
         for block, up in zip([*self.up_blocks][-2::-1], [*self.up][::-1]):
             skip = kept.pop()
-            h = block(skip + up(_resized(h, (skip.shape[2], skip.shape[3]))), embedded)
+            h = block(skip + up(resized(h, (skip.shape[2], skip.shape[3]))), embedded)
         return self.out(F.silu(h))
 
 
@@ -217,15 +218,6 @@ class _Whole(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return h + self.second(F.silu(self.first(h.flatten(1)))).reshape(h.shape)
-
-
-def _resized(h: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map of this height and width: nearest neighbours of a coarser one, means of a finer one."""
-    if tuple(h.shape[2:]) == size:
-        return h
-    if h.shape[2] <= size[0] and h.shape[3] <= size[1]:
-        return F.interpolate(h, size=size, mode="nearest")
-    return F.adaptive_avg_pool2d(h, size)
 
 
 def _zero(layer: nn.Module) -> nn.Module:

@@ -82,6 +82,11 @@ class Batches:
         self._stream = torch.Generator(device="cpu").manual_seed(seed).get_state()
         self._begin()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the batches are."""
+        return self._reference.device
+
     def fingerprint(self) -> str:
         """What tells one set of observations from another: a tensor's shape and contents, a loader's kind and sizes."""
         if self.whole is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from energy_prior.energies import Energy
 from energy_prior.errors import DivergenceError
 from energy_prior.evaluate import effective_sample_size
+from energy_prior.mismatch import SATURATED
 from energy_prior.training.chains import TrainingChains
 from energy_prior.training.config import FitConfig, Method
 
@@ -21,7 +22,6 @@ _HIGH_SATURATION = 0.5
 _SATURATED = 0.75
 _LOW_ACCEPTANCE = 0.5
 _OFTEN_CUT = 0.1
-_ALL_TOLD_APART = 0.99
 
 
 def weight_share(logits: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def early_warnings(entry: dict[str, float], config: FitConfig) -> dict[str, str]
             f"the drift was cut in {entry['cut_share']:.0%} of the steps: the energies are steeper than the chains can follow. "
             "Raise energy_penalty, lower learning_rate, or make step_size smaller."
         )
-    if entry.get("told_apart", 0.0) > _ALL_TOLD_APART:
+    if entry.get("told_apart", 0.0) > SATURATED:
         found["told_apart"] = (
             f"the ratio estimate is saturated: {entry['told_apart']:.1%} of the draws are told apart, so that nothing shows "
             "how far the posterior is from the prior, and the energies stop learning long before it is reached. Build the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FitResult", "fit_energies", "usual_method"]
+__all__ = ["FitResult", "fit_energies"]
 
 import contextlib
 import copy
@@ -19,8 +19,10 @@ from energy_prior._util import first_line
 from energy_prior.checkpoint import digest, fingerprint
 from energy_prior.checks.settings import check_path, check_settings
 from energy_prior.errors import ArgumentError, CheckpointError, DivergenceError, GeneratorError
+from energy_prior.langevin import ChainSettings
+from energy_prior.mismatch import LEAST_DRAWS, Mismatch, mismatch_of
 from energy_prior.model import JointModel
-from energy_prior.process import claimed, evaluating, exclusive, training_mode
+from energy_prior.process import claimed, evaluating, exclusive, frozen, full_precision, reproducible, training_mode
 from energy_prior.protocol import find_infer, have_waymarks, layer_energy
 from energy_prior.topdown import TopDown
 from energy_prior.training.batches import Batches
@@ -33,6 +35,9 @@ from energy_prior.training.turns import Turns, being_trained, plain_gradients
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_SHORT = 100  # iterations: what fewer gained is not worth the draws
+_COMPARED = 512  # draws of posterior and prior at the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,8 @@ class FitResult:
         warnings: what was warned of, in the order that it came.
         step_size: the Langevin step size that the prior uses from now on: tuned, or that of the settings.
         resumed_at: the iteration after which a run that had been stopped went on; None if it did not.
+        mismatch: how far the posterior is from the generator's prior and from what was learned, on a few hundred
+            observations of the data (`JointEBMPrior.mismatch` takes others); None for runs of fewer than 100 iterations.
     """
 
     method: Method
@@ -60,6 +67,7 @@ class FitResult:
     warnings: list[str]
     step_size: float
     resumed_at: int | None
+    mismatch: Mismatch | None
 
 
 def fit_energies(
@@ -83,7 +91,7 @@ def fit_energies(
     Args:
         model: generator and energies; its step size is where the chains' starts.
         data: observations.
-        method: the learning rule; None: "denoising" where all energies have waymarks, else "nce".
+        method: the learning rule; None: one that fits the energies and how far the posterior is.
         config: settings; None: the defaults.
         settings: single settings, over those in `config`.
         x_shape: shape of an observation.
@@ -93,8 +101,9 @@ def fit_energies(
         rng: random number generator.
         callback: called between two iterations with a copy of every new entry of the history.
     """
-    rule = check_method(usual_method(model.energies) if method is None else method)
-    config = _settings(config, settings or {}).for_method(rule)
+    rule = check_method(("denoising" if have_waymarks(model.energies) else "nce") if method is None else method)
+    settled = _settings(config, settings or {})
+    config = settled.for_method(rule)
     check_callback(callback)
     folder = None if run_dir is None else check_path("run_dir", run_dir)
     engine = Engine(accelerator)
@@ -116,6 +125,9 @@ def fit_energies(
             if batches.whole is not None:
                 engine.agree("data", batches.fingerprint())
             with turns.turn():
+                if method is None and not have_waymarks(energies):
+                    rule = _rule_that_reaches(model, batches, settled, engine)
+                    config = settled.for_method(rule)
                 start = fingerprint(generator)
                 if rule == "multi_stage_nce":
                     _check_copies(energies, generator.latent_shapes, reference)
@@ -146,6 +158,8 @@ def fit_energies(
         with turns.turn():
             task.keep_average()
             step_size = config.step_size or _tuned(model, config, engine, reference)
+            learned = dataclasses.replace(model, step_size=step_size)
+            mismatch = None if config.iterations < _SHORT else _mismatch(learned, batches, config, engine, joint=True)
     return FitResult(
         method=rule,
         config=config,
@@ -155,12 +169,8 @@ def fit_energies(
         warnings=list(task.warned.values()),
         step_size=step_size,
         resumed_at=record.resumed_at,
+        mismatch=mismatch,
     )
-
-
-def usual_method(energies: Iterable[nn.Module]) -> Method:
-    """The rule of `fit` where none is named: "denoising" where all energies have waymarks, else "nce"."""
-    return "denoising" if have_waymarks(energies) else "nce"
 
 
 def _settings(config: Any, settings: Mapping[str, Any]) -> FitConfig:
@@ -222,6 +232,35 @@ def _tuned(model: JointModel, config: FitConfig, engine: Engine, reference: Tens
     """The step size for what was learned, the same in every process."""
     tuned = tuned_step_size(model, model.step_size, config.target_acceptance, reference.device)
     return tuned if engine.world == 1 else float(engine.mean([reference.new_tensor(tuned)])[0])
+
+
+def _rule_that_reaches(model: JointModel, batches: Batches, config: FitConfig, engine: Engine) -> Method:
+    """The rule for energies without waymarks where none is named: "nce", unless its estimate would be saturated."""
+    state = batches.state()
+    found = _mismatch(model, batches, config, engine, joint=False)
+    batches.load_state(state)
+    return "multi_stage_nce" if found is not None and found.far else "nce"
+
+
+def _mismatch(model: JointModel, batches: Batches, config: FitConfig, engine: Engine, *, joint: bool) -> Mismatch | None:
+    """How far the posterior of some observations is, always the same ones of a tensor; the same figures in every process."""
+    rng = torch.Generator(device="cpu").manual_seed(0)
+    if batches.whole is not None:
+        size = config.batch_size or config.usual_batch
+        rows = torch.randperm(len(batches.whole), generator=rng, device="cpu")[:_COMPARED]
+        x = batches.whole[rows.to(batches.whole.device)].to(batches.device)
+    else:
+        several = [next(batches)]
+        size = len(several[0])
+        while sum(map(len, several)) < min(_COMPARED, max(LEAST_DRAWS, 2 * size)):
+            several.append(next(batches))
+        x = torch.cat(several)[:_COMPARED]
+    if len(x) < LEAST_DRAWS:
+        return None
+    of_posterior = ChainSettings(steps=config.posterior_steps, max_drift=config.max_drift)
+    with reproducible(rng, x.device), full_precision(x.device), torch.no_grad(), frozen(model.generator, *model.energies):
+        found = mismatch_of(model, x, of_posterior, ChainSettings() if joint else None, size)
+    return engine.objects(found)[0]
 
 
 def _with_what_was_kept(error: DivergenceError, hooks: FitHooks, folder: Path | None) -> DivergenceError:

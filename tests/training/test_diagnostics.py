@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from runs import make, recorded, task_of
-from torch import Tensor, nn
-from torch.distributions import Independent, Normal
+from runs import Shifted, make, recorded, task_of
 
-from energy_prior import DivergenceError, Inferred, JointEBMPrior, MLPEnergy
+from energy_prior import DivergenceError, JointEBMPrior, MLPEnergy
 from energy_prior.training import FitConfig
 from energy_prior.training.diagnostics import check_sound, early_warnings, history_entry
 
@@ -65,29 +61,3 @@ def test_a_saturated_ratio_estimate_is_told_with_the_rule_to_use_instead() -> No
     assert told[0.3] == []
     assert len(told[2.0]) == 1, "once"
     assert 'method="denoising"' in told[2.0][0]
-
-
-class Shifted(nn.Module):
-    """One layer of N(0, I) whose posterior is N(far, I) whatever is observed."""
-
-    def __init__(self, far: float, units: int) -> None:
-        super().__init__()
-        self.latent_shapes, self.x_shape, self.far = (torch.Size((units,)),), (1,), far
-        self.anchor = nn.Parameter(torch.zeros(units))
-
-    def start(self, batch_size: int) -> Tensor:
-        return self.anchor.expand(batch_size, -1)
-
-    def conditional(self, state: Tensor, layer: int) -> Normal:
-        return Normal(state, torch.ones_like(state))
-
-    def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
-        return z
-
-    def likelihood(self, state: Tensor) -> Any:
-        return Independent(Normal(state[:, :1], 1.0), 1)
-
-    def infer(self, x: Tensor) -> Inferred:
-        q = Normal(self.anchor.expand(len(x), -1) + self.far, 1.0)
-        z = q.rsample()
-        return Inferred((z,), q.log_prob(z).sum(1, keepdim=True))

@@ -1,0 +1,104 @@
+"""How far a posterior is: figures of known Gaussians, a classifier that finds what there is and nothing else, and `fit`."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from runs import Shifted, X, make, seeded
+from torch import Tensor
+
+from energy_prior import ArgumentError, JointEBMPrior, ShapeError
+from energy_prior.mismatch import measure, tell_apart
+
+N = 2000
+
+
+def test_figures_of_a_known_gaussian() -> None:
+    """Means 0.5 in the one half of the units and variances 1/2: KL and tilt in closed form, per layer."""
+    torch.manual_seed(0)
+    first = torch.randn(N, 2, 4, 4) * math.sqrt(0.5) + torch.tensor([0.5, -0.5]).reshape(2, 1, 1)
+    second = torch.randn(N, 6)
+    found = measure([first, second])
+    a, b = found.layers
+    assert (a.units, b.units, found.draws) == (32, 6, N)
+    assert a.mean == pytest.approx(0.5, rel=0.05)
+    assert b.mean == pytest.approx(0.0, abs=0.05)
+    assert a.variance == pytest.approx(0.5, rel=0.05)
+    assert 0.35 < a.smallest < 0.5
+    assert b.largest == pytest.approx(1.0, abs=0.1)
+    kl = 16 * (0.5 - 1 - math.log(0.5)) + 16 * 0.25
+    back = 16 * (2 - 1 + math.log(0.5)) + 16 * 0.25 / 0.5
+    assert a.kl == pytest.approx(kl, rel=0.05)
+    assert b.kl == pytest.approx(0.0, abs=0.05)
+    assert found.tilt == pytest.approx(kl + back, rel=0.05)
+    assert found.joint_accuracy is None
+
+
+def test_the_classifier_finds_no_difference_where_there_is_none_and_the_best_accuracy_where_there_is() -> None:
+    """Of N(0, I) and N(m, I) the best accuracy is Φ(‖m‖/2)."""
+    torch.manual_seed(1)
+    assert tell_apart([torch.randn(N, 8)], [torch.randn(N, 8)]) == pytest.approx(0.5, abs=0.03)
+    best = float(torch.distributions.Normal(0, 1).cdf(torch.tensor(0.5 * 0.4 * math.sqrt(8))))
+    assert tell_apart([torch.randn(N, 8) + 0.4], [torch.randn(N, 8)]) == pytest.approx(best, abs=0.03)
+
+
+@pytest.mark.parametrize("maps", [True, False])
+def test_the_classifier_sees_layers_together(maps: bool) -> None:
+    """Each layer alone is N(0, I) on both sides; on one of them the lower follows the sign of the upper one."""
+    torch.manual_seed(2)
+
+    def layers(*, dependent: bool) -> list[Tensor]:
+        upper = torch.randn(N, 2, 4, 4) if maps else torch.randn(N, 3)
+        size = torch.randn(upper.shape).abs()
+        return [size * upper.sign() if dependent else torch.randn(upper.shape), upper]
+
+    assert tell_apart(layers(dependent=True), layers(dependent=False)) > 0.75
+    assert measure(layers(dependent=True)).tilt == pytest.approx(0.0, abs=0.2), "no layer alone shows it"
+
+
+def test_of_a_prior_before_and_after_it_has_learned() -> None:
+    prior = JointEBMPrior(Shifted(0.8, 6))
+    data = torch.zeros(1000, 1)
+    before = prior.mismatch(data, prior="generator", rng=seeded())
+    assert before.joint_accuracy is None
+    assert before.layers[0].kl == pytest.approx(0.5 * 6 * 0.8**2, rel=0.2)
+    assert '"nce" can learn it' in str(before)
+    assert '"nce" saturates, use "denoising"' in str(JointEBMPrior(Shifted(2.0, 40)).mismatch(data, prior="generator"))
+    result = prior.fit(data, iterations=300, batch_size=256, progress=False)
+    after = prior.mismatch(data, rng=seeded())
+    for found in (after, result.mismatch):
+        assert found is not None
+        assert found.joint_accuracy is not None
+        assert found.joint_accuracy - 0.5 < 0.4 * (found.accuracy - 0.5)
+    assert f"told apart in {after.joint_accuracy:.1%}" in str(after)
+
+
+def test_bad_arguments() -> None:
+    prior = make()
+    with pytest.raises(ShapeError, match="x: expected at least 32 observations, got 31"):
+        prior.mismatch(X[:31])
+    with pytest.raises(ArgumentError, match='prior="generator" is ancestral'):
+        prior.mismatch(X, prior="generator", steps=3)
+    with pytest.raises(ArgumentError, match='prior: expected "joint" or "generator"'):
+        prior.mismatch(X, prior="other")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("far", "method"), [(2.0, "multi_stage_nce"), (0.3, "nce")])
+@pytest.mark.parametrize("loader", [True, False])
+def test_without_a_method_the_distance_chooses_the_rule(far: float, method: str, loader: bool) -> None:
+    data = torch.zeros(512, 1)
+    prior = JointEBMPrior(Shifted(far, 40))
+    result = prior.fit(list(data.split(256)) if loader else data, iterations=3, step_size=0.2, progress=False)
+    assert result.method == method
+    assert result.mismatch is None, "too short a run"
+
+
+def test_looking_how_far_it_is_changes_no_run() -> None:
+    weights = []
+    for method in (None, "nce"):
+        prior = make()
+        prior.fit(list(X.split(16)), method, iterations=3, step_size=0.2, rng=seeded(), progress=False)
+        weights.append(torch.cat([p.flatten() for p in prior.parameters()]))
+    assert torch.equal(*weights)
