@@ -27,7 +27,7 @@ from results import ROOT, Row, write_results
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
-from energy_prior import JointEBMPrior, LadderVAE, fit_elbo
+from energy_prior import JointEBMPrior, LadderVAE, denoising_energies, fit_elbo
 from energy_prior.training import METHODS
 
 RUNS_PER_RULE = 4
@@ -98,7 +98,7 @@ def train(method: str, folder: Path) -> None:
     vae = LadderVAE((1, 8, 8), latent_dims=(8, 4), hidden=64)
     common = {"progress": False, "checkpoint_every": 20}
     fit_elbo(vae, images[200:], validation=images[:200], iterations=400, log_every=100, run_dir=folder / "elbo", **common)
-    prior = JointEBMPrior(vae)
+    prior = JointEBMPrior(vae, denoising_energies(vae.latent_shapes, channels=8) if method == "denoising" else None)
     lengths = {"iterations": 60 if method == "joint" else 120, "steps": 10, "posterior_steps": 10, "persistent": 256}
     prior.fit(images[200:], method, batch_size=128, run_dir=folder / "fit", **lengths, **common)
     tensors = {f"prior.{name}": value for name, value in prior.state_dict().items()}
