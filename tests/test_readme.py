@@ -24,13 +24,13 @@ BLOCKS = blocks("README.md")
 
 def test_there_are_blocks() -> None:
     assert len(BLOCKS) == 3
-    assert len(blocks("docs/training.md")) == 2
+    assert len(blocks("docs/training.md")) == 3
     assert len(blocks("docs/sampling.md")) == 1
     assert len(blocks("docs/adapters.md")) == 6
 
 
 def test_training_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its two blocks, one after the other."""
+    """Its blocks, one after the other."""
     monkeypatch.chdir(tmp_path)
     data = load_demo_data(9, 0)
     names: dict[str, Any] = {"images": data.train[:64], "held_out": data.validation[:32]}
