@@ -14,7 +14,7 @@ __all__ = [
 
 import functools
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -177,17 +177,36 @@ def two_sample_accuracy(
     return 0.5 * float(net.predict(unit[2]).mean() + (1 - net.predict(unit[3])).mean())
 
 
-def detection(known: Tensor, unknown: Tensor) -> Detection:
+def detection(known: Any, unknown: Any) -> Detection:
     """AUROC and AUPRC (average precision) of a score, higher = more unknown, by scikit-learn.
 
     Args:
-        known: scores of known observations, (n,).
-        unknown: scores of unknown observations, (m,).
+        known: scores of known observations, (n,), n ≥ 1: a tensor, an array or a list of numbers.
+        unknown: scores of unknown observations, (m,), m ≥ 1.
 
     Raises:
+        ShapeError: if a side is no row of numbers, or has none.
+        ArgumentError: if a score is NaN; infinite ones have their rank.
         MissingExtraError: if scikit-learn is not installed.
     """
     metrics = require_extra("sklearn.metrics", "eval")
-    scores = torch.cat([known, unknown]).double().cpu().numpy()
+    known, unknown = _scores("known", known), _scores("unknown", unknown)
+    scores = torch.unique(torch.cat([known, unknown]), return_inverse=True)[1].numpy()  # ranks: both figures know no more
     labels = torch.cat([torch.zeros(len(known)), torch.ones(len(unknown))]).numpy()
     return Detection(float(metrics.roc_auc_score(labels, scores)), float(metrics.average_precision_score(labels, scores)))
+
+
+def _scores(name: str, values: Any) -> Tensor:
+    """Scores of any kind as float64, (n,), on the CPU."""
+    try:
+        row = values.detach() if isinstance(values, Tensor) else torch.as_tensor(values)
+        row = row.to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapeError(
+            f"{name}: expected scores, (n,), as a tensor, an array or a list, got {type(values).__name__}."
+        ) from error
+    if row.ndim != 1 or len(row) == 0:
+        raise ShapeError(f"{name}: expected one score or more, (n,), got the shape {tuple(row.shape)}.")
+    if bool(row.isnan().any()):
+        raise ArgumentError(f"{name}: expected numbers, and {int(row.isnan().sum())} of {len(row)} scores are NaN.")
+    return row

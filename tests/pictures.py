@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["picture", "write_parquet"]
+__all__ = ["encoded", "picture", "table", "write_parquet"]
 
 import io
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 
@@ -21,11 +23,20 @@ def write_parquet(folder: Path, images: list[Image.Image], split: str = "train",
     """A split as one parquet file, with labels 0, 1, … unless `columns` has others."""
     folder.mkdir(exist_ok=True)
 
-    def encoded(image: Image.Image) -> dict[str, Any]:
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        return {"bytes": buffer.getvalue(), "path": None}
-
-    rows = {"image": [encoded(i) for i in images], "label": list(range(len(images)))} | columns
+    rows = {"image": [{"bytes": encoded(i), "path": None} for i in images], "label": list(range(len(images)))} | columns
     datasets.Dataset.from_dict(rows).to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
     return folder
+
+
+def table(folder: Path, **columns: Any) -> Path:
+    """A split "train" as one parquet file of these columns."""
+    folder.mkdir(exist_ok=True, parents=True)
+    pq.write_table(pa.table(columns), folder / "train.parquet")
+    return folder
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    """The bytes of an image's file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()

@@ -87,6 +87,30 @@ def test_detection_keeps_scores_of_hundreds_of_nats_apart() -> None:
     assert detection(unknown, known).auroc == 0.0
 
 
+def test_detection_takes_numbers_of_any_kind() -> None:
+    """Lists, arrays, tensors that require gradients; infinite scores have their rank."""
+    known, unknown = [1, 2.5, -float("inf")], np.array([3, 4], np.int16)
+    assert detection(known, unknown) == (1.0, 1.0)
+    grown = torch.tensor([float("inf"), 3.0], requires_grad=True)
+    assert detection(torch.tensor(known, dtype=torch.bfloat16), grown) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("known", "unknown", "error", "words"),
+    [
+        ([], [1.0], ShapeError, "known: expected one score or more"),
+        ([1.0], torch.zeros(0), ShapeError, "unknown: expected one score or more"),
+        ([1.0], [[1.0]], ShapeError, r"unknown: .* got the shape \(1, 1\)"),
+        ([1.0, float("nan")], [1.0], ArgumentError, "known: expected numbers, and 1 of 2 scores are NaN"),
+        (["a"], [1.0], ShapeError, "known: expected scores, .* got list"),
+        ([1.0], None, ShapeError, "unknown: expected scores, .* got NoneType"),
+    ],
+)
+def test_what_detection_refuses(known: Any, unknown: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        detection(known, unknown)
+
+
 def test_a_missing_extra_names_its_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     with pytest.raises(MissingExtraError, match=r'pip install "energy-prior\[eval\]"'):

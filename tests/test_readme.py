@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pictures import picture
 
 from energy_prior import LadderVAE
 from energy_prior.cli.demo import load_demo_data
@@ -26,6 +27,7 @@ def test_there_are_blocks() -> None:
     assert len(BLOCKS) == 3
     assert len(blocks("docs/training.md")) == 3
     assert len(blocks("docs/sampling.md")) == 1
+    assert len(blocks("docs/data.md")) == 1
     assert len(blocks("docs/adapters.md")) == 6
 
 
@@ -42,6 +44,13 @@ def test_training_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert names["samples"].shape == (30, 1, 8, 8)
     assert names["scores"].shape == (64,)
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"vae", "prior", "prior-2"}
+
+
+def test_data_guide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    picture(3).save(tmp_path / "train" / "cat" / "0.png")
+    exec(compile(blocks("docs/data.md")[0].replace("path/to/set", str(tmp_path)), "docs/data.md", "exec"), {})  # noqa: S102
+    assert capsys.readouterr().out == "torch.Size([1, 1, 32, 32]) tensor([0]) ('cat',)\n"
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["DataSettings", "Recipe", "build_generator", "read_recipe", "settings_help"]
 
+import codecs
 import contextlib
 import dataclasses
 import importlib
@@ -14,12 +15,14 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from energy_prior.checks.settings import check_count, check_device, check_path, check_settings, require_extra
+from energy_prior.data.pixels import ChannelOrder
+from energy_prior.data.reader import ReadSettings
 from energy_prior.errors import ArgumentError
 from energy_prior.generators import LadderVAE
 from energy_prior.training import ElboConfig, FitConfig
@@ -34,8 +37,13 @@ class DataSettings:
         source: a folder with parquet files or images, or the name of a set on the Hugging Face hub.
         split: the split to train on.
         size: height and width to scale the images to; null: as they are.
-        channels: 1 (gray) or 3 (RGB); null: as the first image is.
+        channels: 1 (gray) or 3 (RGB); null: RGB where any image has colours.
         limit: number of images; null: all.
+        column: of the images in parquet files; null: image, img, or the only one that holds images.
+        value_range: "[low, high]" of images that are numbers, which become 0 and 1; null: found.
+        channel_order: where the channels of arrays are, first or last; null: found.
+        background: brightness of what is behind see-through images, from 0 (black) to 1 (white).
+        on_error: what an image that cannot be read does, raise or skip.
         validation: how many of them, the last ones, are kept out of training, to choose the generator's weights by, ≥ 1.
     """
 
@@ -44,12 +52,20 @@ class DataSettings:
     size: int | None = None
     channels: int | None = None
     limit: int | None = None
+    column: str | None = None
+    value_range: tuple[float, float] | None = None
+    channel_order: ChannelOrder | None = None
+    background: float = 1.0
+    on_error: Literal["raise", "skip"] = "raise"
     validation: int = 1000
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source:
             raise ArgumentError(f"data.source: expected a folder or the name of a set on the hub, got {self.source!r}.")
         check_count("data.validation", self.validation)
+        if self.column is not None and not isinstance(self.column, str):
+            raise ArgumentError(f"data.column: expected the name of a column, got {self.column!r}.")
+        ReadSettings(self.size, self.channels, self.value_range, self.channel_order, self.background, self.on_error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +113,7 @@ def read_recipe(
         file = check_path("config", path)
         if not file.is_file():
             raise FileNotFoundError(f"There is no file {os.fspath(path)!r}.")
-        entries = _numbers(_yaml(yaml, file.read_text(), os.fspath(path)) or {})
+        entries = _numbers(_yaml(yaml, _text_of(file), os.fspath(path)) or {})
     if not isinstance(entries, dict):
         raise ArgumentError(f"{path}: expected a mapping of sections, got {type(entries).__name__}.")
     for override in overrides:
@@ -200,6 +216,18 @@ def _meanings(kind: type[Any]) -> dict[str, str]:
     text = textwrap.dedent((kind.__doc__ or "").partition("Attributes:\n")[2])
     found = re.findall(r"^(\w+): (.*?)(?=^\w+: |\Z)", text, flags=re.DOTALL | re.MULTILINE)
     return {name: " ".join(meaning.split()) for name, meaning in found}
+
+
+def _text_of(file: Path) -> str:
+    """The text of a file: UTF-8, with or without a mark of the byte order, or UTF-16 with one."""
+    content = file.read_bytes()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ArgumentError(
+            f"{str(file)!r}: expected text in UTF-8, and byte {error.start} is none. Save the file as UTF-8."
+        ) from error
 
 
 def _yaml(yaml: Any, text: str, where: str) -> Any:

@@ -72,7 +72,6 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[s
     out = check_path("out", recipe.out)
     if out.exists() and not out.is_dir():
         raise ArgumentError(f"out: expected a folder to write to, but {recipe.out!r} is a file.")
-    out.mkdir(parents=True, exist_ok=True)
     device = accelerator.device if accelerator else torch.device(recipe.device or "cpu")
     train, validation = _load_data(recipe.data)
     validation = validation.to(device)
@@ -81,6 +80,7 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[s
 
     torch.manual_seed(recipe.seed)
     generator = build_generator(recipe.generator, x_shape).to(device)
+    out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"images": len(train)}
     rng = torch.Generator().manual_seed(recipe.seed)
     if recipe.elbo is not None:
@@ -150,7 +150,19 @@ def _run(options: argparse.Namespace) -> int:
 def _load_data(data: DataSettings) -> tuple[Tensor, Tensor]:
     """Images to train on, and those held out."""
     try:
-        images = load_images(data.source, data.split, size=data.size, channels=data.channels, limit=data.limit).images
+        images = load_images(
+            data.source,
+            data.split,
+            size=data.size,
+            channels=data.channels,
+            limit=data.limit,
+            column=data.column,
+            label_column=False,
+            value_range=data.value_range,
+            channel_order=data.channel_order,
+            background=data.background,
+            on_error=data.on_error,
+        ).images
     except ArgumentError as error:
         raise ArgumentError(f"data.{error}") from error
     if data.validation >= len(images):

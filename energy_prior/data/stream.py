@@ -4,15 +4,22 @@ from __future__ import annotations
 
 __all__ = ["ImageStream"]
 
+import itertools
 import os
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from energy_prior.checks.settings import check_count
-from energy_prior.data.source import find_columns, open_split, read_rows, to_tensor
-from energy_prior.errors import ArgumentError
+from energy_prior.data.pixels import ChannelOrder
+from energy_prior.data.reader import Reader, ReadSettings, Unscaled, spread_of
+from energy_prior.data.rows import Row
+from energy_prior.data.source import open_split
+from energy_prior.errors import ArgumentError, DataWarning, warn
+
+_FOLLOWING = 1024  # rows whose places are drawn at once
 
 
 class ImageStream:
@@ -20,6 +27,9 @@ class ImageStream:
 
     Every pass gives each image once, but for a last smaller batch and the images that are skipped. The order is drawn from
     torch's global stream at the start of a pass, so a run with `run_dir` goes on with the same batches after a kill.
+
+    What the numbers of a set mean that has no pictures (`docs/data.md`) is found from its first file, or first thousand images,
+    before the first batch, and said once; a later value outside of that range is an error.
 
     Args:
         source: as for `load_images`.
@@ -31,6 +41,11 @@ class ImageStream:
         buffer: images that the shuffling draws from, ≥ 1.
         rank: number of this process.
         world: number of processes, ≥ 1; each takes every world-th image, from the rank-th on.
+        column: as for `load_images`.
+        value_range: as for `load_images`.
+        channel_order: as for `load_images`.
+        background: as for `load_images`.
+        on_error: as for `load_images`; what was left out is said at the end of the first pass.
 
     Raises:
         ArgumentError: as `load_images`; or if a pass has not one whole batch.
@@ -48,32 +63,75 @@ class ImageStream:
         buffer: int = 4096,
         rank: int = 0,
         world: int = 1,
+        column: str | None = None,
+        value_range: tuple[float, float] | None = None,
+        channel_order: ChannelOrder | None = None,
+        background: float = 1.0,
+        on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
         if channels not in (1, 3):
             raise ArgumentError(f"channels: expected 1 or 3, got {channels!r}.")
-        self.source, self.channels = source, int(channels)
-        self.size, self.batch_size = check_count("size", size), check_count("batch_size", batch_size)
+        self.source, self.batch_size = source, check_count("batch_size", batch_size)
+        settings = ReadSettings(check_count("size", size), channels, value_range, channel_order, background, on_error)
+        self.size, self.channels = settings.size, int(channels)
         self.buffer, self._skip = check_count("buffer", buffer), check_count("skip", skip, least=0)
-        processes, own = check_count("world", world), check_count("rank", rank, least=0)
-        if own >= processes:
+        self._world, self._rank = check_count("world", world), check_count("rank", rank, least=0)
+        if self._rank >= self._world:
             raise ArgumentError(f"rank: expected a whole number below world = {world}, got {rank!r}.")
-        rows, self._image, _ = find_columns(open_split(source, split, streaming=True), source)
-        self._rows = rows.skip(self._skip)
-        if processes > 1:  # by image and after the skip, whatever the files: datasets' own split may skip less in each process
-            self._rows = self._rows.filter(lambda _, i: i % processes == own, with_indices=True)
+        self._reader = Reader(os.fspath(source) if isinstance(source, str | os.PathLike) else repr(source), settings)
+        broken = self._reader.broken
+        self._rows = open_split(source, split, broken, streaming=True, column=column, label_column=False)
+        self._meant: tuple[float, float] | None = settings.value_range
 
     def __iter__(self) -> Iterator[Tensor]:
         """One pass: float32 images in [0, 1], (batch_size, channels, size, size)."""
-        seed = int(torch.randint(2**31, (), device="cpu"))
+        rng = torch.Generator("cpu").manual_seed(int(torch.randint(2**31, (), device="cpu")))
+        # by image and after the skip, whatever the files: each process has its share of every one
+        rows = itertools.islice(self._rows, self._skip + self._rank, None, self._world)
         batch: list[Tensor] = []
         complete = False
-        for row in read_rows(self._rows.shuffle(seed=seed, buffer_size=self.buffer), self.source):
-            batch.append(to_tensor(row[self._image], self.size, self.channels))
+        for row, image in self._reader.read(_shuffled(rows, self.buffer, rng)):
+            batch.append(self._unit(row, image))
             if len(batch) == self.batch_size:
-                yield torch.stack(batch).to(torch.float32) / 255
+                yield torch.stack(batch)
                 batch, complete = [], True
+        self._reader.report(self._rows.left_out)
         if not complete:
             raise ArgumentError(
                 f"batch_size: expected at most {len(batch)}, the images of {os.fspath(self.source)!r} that are left for this "
                 f"process (after skip = {self._skip}), got {self.batch_size}."
             )
+
+    def _unit(self, row: Row, image: Tensor | Unscaled) -> Tensor:
+        if isinstance(image, Tensor):
+            return image.to(torch.float32) / 255 if image.dtype == torch.uint8 else image
+        if self._meant is None:
+            self._meant = self._look()
+        return self._reader.scaled(image, row.name, self._meant)
+
+    def _look(self) -> tuple[float, float]:
+        """The range of the first part's numbers."""
+        low, high, whole = float("inf"), float("-inf"), True
+        for _, image in self._reader.again().read(self._rows.first_part()):
+            if isinstance(image, Unscaled):
+                ends = spread_of([image])
+                low, high = min(low, ends[0]), max(high, ends[1])
+                whole = whole and not image.values.is_floating_point()
+        meant = self._reader.meant((low, high), whole=whole)
+        warn(
+            f"value_range: the images of {os.fspath(self.source)!r} are numbers, in the first part from {low:g} to {high:g}: "
+            f"{meant[0]:g} is read as 0 and {meant[1]:g} as 1. Pass value_range={meant} to say so yourself.",
+            DataWarning,
+        )
+        return meant
+
+
+def _shuffled(rows: Iterator[Row], buffer: int, rng: torch.Generator) -> Iterator[Row]:
+    """The rows, each after it has been exchanged with one that came up to `buffer` before."""
+    kept = list(itertools.islice(rows, buffer))
+    while following := list(itertools.islice(rows, _FOLLOWING)):
+        places = torch.randint(len(kept), (len(following),), generator=rng, device="cpu").tolist()
+        for place, row in zip(places, following, strict=True):
+            yield kept[place]
+            kept[place] = row
+    yield from (kept[i] for i in torch.randperm(len(kept), generator=rng, device="cpu").tolist())

@@ -47,6 +47,58 @@ def test_prefixes_of_wrappers_are_taken_off(prefix: str) -> None:
     assert load_weights(inside, inside.state_dict()) is inside, "names that are the model's own stay"
 
 
+def averaged(weights: dict[str, Any]) -> Any:
+    """As `torch.optim.swa_utils.AveragedModel` names them."""
+    return {"n_averaged": torch.tensor(7)} | {f"module.{k}": v for k, v in weights.items()}
+
+
+def of_a_whole_run(weights: dict[str, Any]) -> Any:
+    """As Lightning keeps a module with other parts beside the model, and the optimiser's state."""
+    inside = {f"vae.{k}": v for k, v in weights.items()} | {"loss.scale": torch.ones(3), "step": torch.tensor(9)}
+    return {"state_dict": inside, "epoch": 3, "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}}]}
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        averaged,
+        of_a_whole_run,
+        lambda w: {f"net.{k}": v for k, v in w.items()},
+        lambda w: {"net": w, "step": 3},
+        lambda w: {"model": {"state_dict": w}},
+        lambda w: {"state_dict": w, "ema": {k: v + 1 for k, v in w.items()}},
+        lambda w: {"first": w, "copy": {f"net.{k}": v.clone() for k, v in w.items()}},
+    ],
+)
+def test_what_training_code_writes(kept: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, other = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    torch.save(kept(model.state_dict()), tmp_path / "model.pt")
+    load_weights(other, tmp_path / "model.pt")
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_two_states_that_differ_are_named() -> None:
+    weights = nn.Linear(2, 2).state_dict()
+    with pytest.raises(CheckpointError, match="holds 2 different states of this Linear, under 'a' and 'b'"):
+        load_weights(nn.Linear(2, 2), {"a": weights, "b": {k: v + 1 for k, v in weights.items()}})
+    with pytest.raises(CheckpointError, match="under 'encoder.' and 'decoder.'"):
+        load_weights(
+            nn.Linear(2, 2),
+            {f"{p}.{k}": torch.full_like(v, len(p) + ord(p[0])) for p in ("encoder", "decoder") for k, v in weights.items()},
+        )
+
+
+def test_other_names_are_not_blamed_on_the_settings() -> None:
+    with pytest.raises(
+        CheckpointError, match="no name is the same. The model has weight, bias; the file has a.w, a.b"
+    ) as error:
+        load_weights(nn.Linear(2, 2), {"a.w": torch.ones(2), "a.b": torch.ones(2)})
+    assert "settings" not in str(error.value)
+    with pytest.raises(CheckpointError, match=r"weight has shape \(2, 3\) instead of \(2, 2\)"):
+        load_weights(nn.Linear(2, 2), nn.Linear(3, 2).state_dict())
+
+
 def test_a_compiled_model_is_filled_inside() -> None:
     model, other = NVAE(), NVAE()
     wrapped = torch.compile(other)
@@ -136,7 +188,11 @@ def a_zip(path: Path) -> Any:
     ("act", "error", "words"),
     [
         (truncated, CheckpointError, "is not a whole checkpoint|is damaged"),
-        (another, CheckpointError, "does not fit this NVAE: .*is missing.*Build the model with the settings"),
+        (
+            another,
+            CheckpointError,
+            "does not fit this NVAE: 27 of 181 names are there.*missing, such as dec_sampler.*not expected, such as",
+        ),
         (no_weights, CheckpointError, "holds no state dict"),
         (a_zip, CheckpointError, "is not a whole checkpoint"),
         (load_checkpoint, FileNotFoundError, "No checkpoint at"),

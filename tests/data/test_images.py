@@ -52,7 +52,7 @@ def test_size_crops_the_centre_and_scales(tmp_path: Path) -> None:
     images, _ = load_images(folder, size=2)
     assert images.shape == (2, 1, 2, 2)
     assert bool((images[0] == 1).all()), "the bright middle, without the dark sides"
-    with pytest.raises(ArgumentError, match=r"size: the images of .* differ, \(4, 12\) and \(9, 9\); pass the size"):
+    with pytest.raises(ArgumentError, match=r"size: the images of .* differ in size, \(4, 12\) and \(9, 9\) .*; pass the size"):
         load_images(folder)
 
 
@@ -60,12 +60,12 @@ def test_what_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="there is no folder '/nowhere'"):
         load_images("/nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ArgumentError, match=r"expected train\*.parquet or a folder train/ with images"):
+    with pytest.raises(ArgumentError, match=r"expected train.parquet, train-….parquet or a folder train/ with images"):
         load_images(tmp_path / "empty")
     folder = tmp_path / "numbers"
     folder.mkdir()
     datasets.Dataset.from_dict({"x": [1, 2]}).to_parquet(str(folder / "train.parquet"))
-    with pytest.raises(ArgumentError, match=r"expected a column of images in .*, got \['x'\]"):
+    with pytest.raises(ArgumentError, match=r"expected a column of images in .*, got 'x'"):
         load_images(folder)
     with pytest.raises(ArgumentError, match="channels: expected 1, 3 or None, got 2"):
         load_images(folder, channels=2)
@@ -104,15 +104,6 @@ def test_images_are_on_the_cpu_whatever_the_default_device(tmp_path: Path) -> No
         images, labels = load_images(tmp_path / "set")
     assert labels is not None
     assert images.device.type == labels.device.type == "cpu"
-
-
-def test_a_broken_image_is_named(tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    folder.mkdir()
-    rows = {"image": [{"bytes": b"no image", "path": None}]}
-    datasets.Dataset.from_dict(rows).to_parquet(str(folder / "train.parquet"))
-    with pytest.raises(ArgumentError, match="source: an image or file of .* cannot be read"):
-        load_images(folder)
 
 
 def levels(batch: torch.Tensor) -> list[int]:
@@ -196,17 +187,3 @@ def test_folders_of_classes_are_mixed_the_same_way_every_time(streaming: bool, t
     assert set(labels[:12].tolist()) == set(labels[-12:].tolist()) == {0, 1, 2}
     again = load_images(tmp_path / "set", limit=7, streaming=streaming)
     assert torch.equal(again.images, images[:7])
-
-
-def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
-    (tmp_path / "set" / "train").mkdir(parents=True)
-    for i, value in enumerate((0, 4096, 32768, 65535)):
-        Image.new("I;16", (4, 4), value).save(tmp_path / "set" / "train" / f"{i}.png")
-    values = sorted(load_images(tmp_path / "set").images[:, 0, 0, 0].tolist())
-    assert values == pytest.approx([0, 4096 / 65535, 32768 / 65535, 1], abs=1 / 255)
-
-
-def test_labels_that_are_no_numbers(tmp_path: Path) -> None:
-    folder = write_parquet(tmp_path / "set", [picture(0), picture(1)], label=["cat", "dog"])
-    with pytest.raises(ArgumentError, match="expected whole numbers as labels in .*, got 'cat'"):
-        load_images(folder)
