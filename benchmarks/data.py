@@ -13,6 +13,7 @@ and .md.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -56,10 +57,8 @@ def main() -> None:
         for case, folder in cases.items():
             ratios = []
             for _ in range(2 if options.quick else ROUNDS):
-                here, before = (
-                    apart(__file__, "--child", "load", str(folder), package=package)
-                    for package in (str(ROOT), options.baseline)
-                )
+                run = functools.partial(apart, __file__, "--child", "load", str(folder))
+                here, before = run(package=str(ROOT)), run(package=options.baseline)
                 ratios.append(here / before)
                 print(f"{case:<16}{here:8.2f} s, baseline {before:8.2f} s", flush=True)
             figures[case, "first_over_baseline"] = ratios[0]

@@ -36,7 +36,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "a bomb": (BOMB, ".*decompression bomb"),
     "broken chunk": (
         GOOD[0][:30] + b"\0" * 20 + GOOD[0][50:],
-        "it cannot be read as an image|it is no image that Pillow can read",
+        "it cannot be read as an image|it is no image that",
     ),
 }
 
