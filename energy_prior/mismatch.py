@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["LEAST_DRAWS", "SATURATED", "LayerMismatch", "Mismatch", "measure", "mismatch_of", "tell_apart"]
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,8 +24,9 @@ SATURATED = 0.99
 LEAST_DRAWS = 32
 """Fewer observations say nothing of the posterior's moments."""
 
-_BATCH = 64
-_STEPS = 200
+_BATCH = 128
+_STEPS = 300
+_LOOK_EVERY = 20
 _LEAST_STRIDED = 12  # height from which the classifier halves the maps at once
 
 
@@ -124,9 +126,7 @@ def measure(posterior: Sequence[Tensor], joint: Sequence[Tensor] | None = None) 
     half = n // 2
     layers, tilt = [], 0.0
     for e, other in zip(posterior, prior, strict=True):
-        with e.device:
-            closed = Quadratic(e.shape[1:]).to(e)
-        closed.set_moments(e[:half])
+        closed = _gaussian(e[:half])
         at_posterior, at_prior = float(closed(e[half:]).mean()), float(closed(other).mean())
         tilt += at_posterior - at_prior
         low, high = (float(v) for v in closed.variances.aminmax())
@@ -137,42 +137,90 @@ def measure(posterior: Sequence[Tensor], joint: Sequence[Tensor] | None = None) 
 
 
 def tell_apart(first: Sequence[Tensor], second: Sequence[Tensor], steps: int = _STEPS) -> float:
-    """Classifier two-sample test of layers of noise: balanced accuracy on a third of the draws, learned on the rest.
+    """Classifier two-sample test of layers of noise: balanced accuracy on draws that the classifier has not seen.
 
-    After Lopez-Paz and Oquab (ICLR 2017); the classifier sees all layers together. Draws from torch's global stream.
+    After Lopez-Paz and Oquab (ICLR 2017). A third of the draws gives Gaussians of both sides, whose log ratio is where the
+    logit starts, a third trains a network of all layers together on top of it and says when to stop, a third tests. Draws
+    from torch's global stream.
 
     Args:
-        first: (ε_1, …, ε_L) of one distribution, (n, *shape) each, n ≥ 3.
+        first: (ε_1, …, ε_L) of one distribution, (n, *shape) each, n ≥ 6.
         second: the same of the other, (m, *shape) each.
-        steps: updates of the classifier, of 64 draws of each.
+        steps: updates of the classifier, of 128 draws of each.
 
     Returns:
         In [0, 1]; ½: no difference found.
     """
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(first[0].device.type, enabled=False):
-        sides = [[e.detach().clone() for e in side] for side in (first, second)]
-        device = sides[0][0].device
-        with device:
-            net = _Classifier([e.shape[1:] for e in sides[0]]).to(sides[0][0])
-        held = [len(side[0]) // 3 for side in sides]
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-2)
-        for _ in range(steps):
-            rows = [k + torch.randint(len(side[0]) - k, (_BATCH,), device=device) for side, k in zip(sides, held, strict=True)]
-            logits = [net([e[r] for e in side]) for side, r in zip(sides, rows, strict=True)]
-            loss = F.softplus(-logits[0]).mean() + F.softplus(logits[1]).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    with torch.no_grad():
-        right = []
-        for side, k, sign in zip(sides, held, (1, -1), strict=True):
-            batches = torch.arange(k, device=device).split(4 * _BATCH)
-            right.append(torch.cat([sign * net([e[rows] for e in side]) > 0 for rows in batches]).float().mean())
-    return 0.5 * float(right[0] + right[1])
+    with torch.inference_mode(False), torch.autocast(first[0].device.type, enabled=False):
+        sides = [_thirds(side) for side in (first, second)]
+        with torch.no_grad():
+            ratio = _GaussianRatio(sides[0][0], sides[1][0])
+            starts = [[ratio(part) for part in side[1:]] for side in sides]
+        with torch.enable_grad():
+            net = _trained([side[1] for side in sides], [start[0] for start in starts], steps)
+        with torch.no_grad():
+            right = []
+            for side, start, sign in zip(sides, starts, (1, -1), strict=True):
+                rows = torch.arange(len(start[1]), device=start[1].device).split(4 * _BATCH)
+                logits = torch.cat([net([e[r] for e in side[2]], start[1][r]) for r in rows])
+                right.append(float((sign * logits > 0).float().mean()))
+    return 0.5 * (right[0] + right[1])
+
+
+def _thirds(side: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The layers of three parts of the draws."""
+    rows = torch.randperm(len(side[0]), device=side[0].device).chunk(3)
+    return [[e.detach()[r] for e in side] for r in rows]
+
+
+def _trained(sides: Sequence[Sequence[Tensor]], starts: Sequence[Tensor], steps: int) -> _Classifier:
+    """The classifier as it was when it did best on a quarter of the draws, which it does not learn from."""
+    device = starts[0].device
+    with device:
+        net = _Classifier([e.shape[1:] for e in sides[0]]).to(starts[0])
+
+    def loss(rows: Sequence[Tensor]) -> Tensor:
+        logits = [net([e[r] for e in side], start[r]) for side, start, r in zip(sides, starts, rows, strict=True)]
+        return F.softplus(-logits[0]).mean() + F.softplus(logits[1]).mean()
+
+    kept = [len(start) // 4 for start in starts]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-2)
+    best, state = float("inf"), copy.deepcopy(net.state_dict())
+    for step in range(steps + 1):
+        if step % _LOOK_EVERY == 0:
+            with torch.no_grad():
+                now = float(loss([torch.arange(k, device=device) for k in kept]))
+            if now < best:
+                best, state = now, copy.deepcopy(net.state_dict())
+        rows = [k + torch.randint(len(start) - k, (_BATCH,), device=device) for start, k in zip(starts, kept, strict=True)]
+        optimizer.zero_grad()
+        loss(rows).backward()
+        optimizer.step()
+    net.load_state_dict(state)
+    return net
+
+
+class _GaussianRatio:
+    """Σ_i log of the ratio of the Gaussians N(m, C) of layer i of two sides, C shrunk towards I: (batch,), nats."""
+
+    def __init__(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+        self._sides = [[_gaussian(e) for e in side] for side in (first, second)]
+
+    def __call__(self, noise: Sequence[Tensor]) -> Tensor:
+        first, second = (torch.stack([q(e) for q, e in zip(side, noise, strict=True)]).sum(0) for side in self._sides)
+        return first - second
+
+
+def _gaussian(noise: Tensor) -> Quadratic:
+    """log N(ε; m, C)/N(ε; 0, I) with the moments of these draws."""
+    with noise.device:
+        closed = Quadratic(noise.shape[1:]).to(noise)
+    closed.set_moments(noise)
+    return closed
 
 
 class _Classifier(nn.Module):
-    """A logit of all layers: convolutions over their maps at one size and their squares, pooled, and a perceptron."""
+    """A logit of all layers added to a given one: convolutions over their maps and squares, pooled, and a perceptron."""
 
     def __init__(self, shapes: Sequence[torch.Size], width: int = 32) -> None:
         super().__init__()
@@ -187,13 +235,14 @@ class _Classifier(nn.Module):
                 layers += [nn.GroupNorm(4, width), nn.Conv2d(width, width, 3, padding=1), nn.SiLU()]
             self.maps = nn.Sequential(*layers)
             features += 2 * width
+        self.share = nn.Parameter(torch.ones(()))
         self.head = nn.Sequential(nn.Linear(features, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 1))
 
-    def forward(self, noise: Sequence[Tensor]) -> Tensor:
+    def forward(self, noise: Sequence[Tensor], start: Tensor) -> Tensor:
         features = [f for e in noise if e.ndim != 4 for f in (e.flatten(1), e.flatten(1).square() - 1)]
         maps = [resized(e, self._size) for e in noise if e.ndim == 4]
         if maps:
             both = torch.cat(maps, 1)
             h = self.maps(torch.cat([both, both.square() - 1], 1))
             features += [h.mean((2, 3)), h.square().mean((2, 3))]
-        return self.head(torch.cat(features, 1)).squeeze(1)
+        return self.share * start + self.head(torch.cat(features, 1)).squeeze(1)

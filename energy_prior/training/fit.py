@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _SHORT = 100  # iterations: what fewer gained is not worth the draws
-_COMPARED = 512  # draws of posterior and prior at the end
+_LEAST_COMPARED, _MOST_COMPARED = 512, 4096  # draws of posterior and prior, and the numbers that they hold in between
+_NUMBERS = 2**19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,16 +246,18 @@ def _rule_that_reaches(model: JointModel, batches: Batches, config: FitConfig, e
 def _mismatch(model: JointModel, batches: Batches, config: FitConfig, engine: Engine, *, joint: bool) -> Mismatch | None:
     """How far the posterior of some observations is, always the same ones of a tensor; the same figures in every process."""
     rng = torch.Generator(device="cpu").manual_seed(0)
+    units = sum(shape.numel() for shape in model.generator.latent_shapes)
+    wanted = min(_MOST_COMPARED, max(_LEAST_COMPARED, _NUMBERS // units))
     if batches.whole is not None:
         size = config.batch_size or config.usual_batch
-        rows = torch.randperm(len(batches.whole), generator=rng, device="cpu")[:_COMPARED]
+        rows = torch.randperm(len(batches.whole), generator=rng, device="cpu")[:wanted]
         x = batches.whole[rows.to(batches.whole.device)].to(batches.device)
     else:
         several = [next(batches)]
         size = len(several[0])
-        while sum(map(len, several)) < min(_COMPARED, max(LEAST_DRAWS, 2 * size)):
+        while sum(map(len, several)) < min(wanted, max(LEAST_DRAWS, 2 * size)):
             several.append(next(batches))
-        x = torch.cat(several)[:_COMPARED]
+        x = torch.cat(several)[:wanted]
     if len(x) < LEAST_DRAWS:
         return None
     of_posterior = ChainSettings(steps=config.posterior_steps, max_drift=config.max_drift)
