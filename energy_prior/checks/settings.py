@@ -82,7 +82,7 @@ def real_number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 
@@ -122,6 +122,8 @@ def check_path(name: str, value: Any) -> Path:
     """A path of the user's, with `~` for the home folder; not empty."""
     if not isinstance(value, str | os.PathLike):
         raise ArgumentError(f"{name}: expected a path, got {type(value).__name__}.")
+    if not isinstance(os.fspath(value), str):
+        raise ArgumentError(f"{name}: expected a path, got one of bytes.")
     if not os.fspath(value):
         raise ArgumentError(f"{name}: expected a path, got an empty text.")
     try:

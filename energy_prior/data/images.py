@@ -6,6 +6,7 @@ __all__ = ["Images", "load_images"]
 
 import itertools
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,8 @@ from energy_prior.data.pixels import ChannelOrder
 from energy_prior.data.reader import Reader, ReadSettings, Unscaled, spread_of
 from energy_prior.data.source import open_split
 from energy_prior.errors import ArgumentError, DataWarning, warn
+
+_NO_CLASS = -1  # as sets on the hub have it where labels are held back
 
 
 class _Pair(NamedTuple):
@@ -34,7 +37,7 @@ class Images(_Pair):
         classes: names of the labels 0, 1, …; None where they have no names.
     """
 
-    classes: tuple[str, ...] | None
+    classes: tuple[str, ...] | None = None
 
     def __new__(cls, images: Tensor, labels: Tensor | None, classes: tuple[str, ...] | None = None) -> Self:
         """The three of them."""
@@ -89,12 +92,12 @@ def load_images(
     limit = None if limit is None else check_count("limit", limit)
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else repr(source)
     reader = Reader(name, settings)
-    rows = open_split(source, split, reader.broken, streaming=streaming, column=column, label_column=label_column)
+    rows = open_split(source, split, streaming=streaming, column=column, label_column=label_column)
     names: list[str] = []
     stored: list[Tensor | Unscaled] = []
     labels: list[Any] = []
     shapes: set[tuple[int, ...]] = set()
-    for row, image in reader.read(itertools.islice(rows, limit)):
+    for row, image in reader.read(itertools.islice(rows, limit if limit is None else min(limit, sys.maxsize))):
         shapes.add(tuple((image.values if isinstance(image, Unscaled) else image).shape[1:]))
         if settings.size is None and len(shapes) > 1:
             raise ArgumentError(
@@ -109,7 +112,7 @@ def load_images(
     if not stored:
         raise ArgumentError(f"source: split {split!r} of {name!r} has no images.")
     images = _in_common_channels(_scaled(stored, names, reader), name)
-    if all(image.dtype == torch.uint8 for image in images):
+    if all(image.dtype == torch.uint8 for image in images):  # together: that is faster
         stacked = torch.stack(images).to(torch.float32) / 255
     else:
         stacked = torch.stack([i.to(torch.float32) / 255 if i.dtype == torch.uint8 else i for i in images])
@@ -146,24 +149,33 @@ def _in_common_channels(images: Sequence[Tensor], source: str) -> list[Tensor]:
 
 def _label(value: Any, row: str, source: str) -> int | str:
     """A label as a whole number or text."""
-    if isinstance(value, int | str):
-        return int(value) if isinstance(value, int) else value
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, str):
+        return value
+    if (isinstance(value, int) or (isinstance(value, float) and value.is_integer())) and abs(value) < 2**63:
         return int(value)
     raise ArgumentError(
-        f"label_column: expected whole numbers or names as labels in {source!r}, got {value!r} ({row}). Pass the name of "
-        "another column, or label_column=False to read none."
+        f"label_column: expected whole numbers or names as labels in {source!r}, got {repr(value)[:80]} ({row}). Pass the name "
+        "of another column, or label_column=False to read none."
     )
 
 
 def _numbered(
     labels: Sequence[int | str], classes: Sequence[str] | None, source: str
 ) -> tuple[list[int], tuple[str, ...] | None]:
-    """Labels as numbers, and the names of these: names are numbered in their order."""
+    """Labels as numbers, and the names of these: names are numbered as the source says, else in sorted order."""
     names = sorted({label for label in labels if isinstance(label, str)})
     if not names:
-        return [int(label) for label in labels], None if classes is None else tuple(classes)
+        numbers = [int(label) for label in labels]
+        unnamed = next((n for n in numbers if classes is not None and n != _NO_CLASS and not 0 <= n < len(classes)), None)
+        if unnamed is not None:
+            raise ArgumentError(
+                f"label_column: {source!r} has {len(classes or ())} names of classes, and a label {unnamed} without one. Pass "
+                "the name of another column, or label_column=False to read none."
+            )
+        return numbers, None if classes is None else tuple(classes)
     if any(isinstance(label, int) for label in labels):
         raise ArgumentError(f"label_column: the labels of {source!r} are numbers here and names there, such as {names[0]!r}.")
+    if classes is not None and set(names) <= set(classes):
+        names = list(classes)
     number = {name: i for i, name in enumerate(names)}
     return [number[str(label)] for label in labels], tuple(names)

@@ -23,12 +23,16 @@ from torch import Tensor
 
 from energy_prior._util import first_line
 from energy_prior.checks.settings import require_extra
+from energy_prior.data.rows import Broken
 
 ChannelOrder = Literal["first", "last"]
 
+_ORIENTATION, _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 274, 262, 258, 339  # tags of EXIF and TIFF
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _GRAY = ("1", "L", "LA", "La")
 _COLOUR = ("P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+EIGHT_BITS = (*_WITH_ALPHA, *_GRAY, *_COLOUR)
 
 
 class ImageError(Exception):
@@ -36,42 +40,41 @@ class ImageError(Exception):
 
 
 def open_image(stored: Any) -> Any:
-    """A stored image as a PIL image, decoded and turned as its EXIF says, or as an array of numbers.
+    """A stored image as a PIL image of 8 or 16 bits, decoded and turned as its EXIF says, or as an array of numbers.
 
     Args:
-        stored: a path, encoded bytes, a dict with "bytes" and "path", a PIL image, nested lists of numbers or an array.
+        stored: as a `Row` has it.
 
     Raises:
         ImageError: if there is none, or it cannot be read.
     """
     pil: Any = require_extra("PIL.Image", "examples")
+    if isinstance(stored, Broken):
+        raise ImageError(stored.why)
     if isinstance(stored, dict):
-        path = stored.get("path")
-        stored = stored.get("bytes") if stored.get("bytes") is not None or path is None else Path(path)
+        stored = stored.get("bytes")
+        if stored is None:
+            raise ImageError("there is no image: its bytes are missing, and paths in tables are not followed")
     if stored is None:
         raise ImageError("there is no image")
     if isinstance(stored, bytes | Path):
-        if isinstance(stored, Path) and not stored.is_file():
-            raise ImageError(f"there is no file {str(stored)!r}")
-        if not (stored if isinstance(stored, bytes) else stored.stat().st_size):
-            raise ImageError("it is empty")
         try:
+            if not (stored if isinstance(stored, bytes) else stored.stat().st_size):
+                raise ImageError("it is empty")
             with pil.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored) as picture:
                 pixels, most = picture.width * picture.height, pil.MAX_IMAGE_PIXELS
                 if most is not None and pixels > most:
                     raise ImageError(f"it has {picture.width} × {picture.height} pixels, and Pillow's limit is {most} in all")
                 picture.load()
+                if picture.getexif().get(_ORIENTATION) is not None:
+                    picture = require_extra("PIL.ImageOps", "examples").exif_transpose(picture)
+            return _without_pillow(picture)
         except ImageError:
             raise
         except require_extra("PIL", "examples").UnidentifiedImageError:
             raise ImageError("it is no image that Pillow can read") from None
         except Exception as error:  # whatever Pillow makes of the bytes
             raise ImageError(f"it cannot be read as an image ({first_line(error)})") from error
-        stored = picture
-    if isinstance(stored, pil.Image):
-        if stored.getexif().get(274) is not None:  # orientation
-            stored = require_extra("PIL.ImageOps", "examples").exif_transpose(stored)
-        return stored
     if isinstance(stored, str):
         raise ImageError("it is text")
     try:
@@ -83,20 +86,38 @@ def open_image(stored: Any) -> Any:
     return array
 
 
-def on_background(picture: Any, background: float) -> tuple[Any, bool]:
-    """An 8-bit picture in mode L or RGB, composed on a background of this brightness, and whether one shows through.
+def _without_pillow(picture: Any) -> Any:
+    """A picture whose mode says what its numbers mean; those of modes I and F as an array.
 
     Raises:
-        ImageError: if its mode has no meaning here.
+        ImageError: if the tags of its file say something that the mode does not.
     """
+    tags = getattr(picture, "tag_v2", {})
+    bits, signed = tags.get(_BITS, (0,))[0], tags.get(_SAMPLE_FORMAT, (1,))[0] == 2
+    if picture.mode in EIGHT_BITS:
+        if signed:
+            raise ImageError("its numbers have a sign, which is lost in 8 bits; save it with 32")
+        return picture
+    if picture.mode not in ("I", "F", *_SIXTEEN_BITS):
+        raise ImageError(f"its mode {picture.mode!r} has no meaning here; save it as gray or RGB")
+    if "transparency" in picture.info:
+        raise ImageError("it has 16 bits and a transparent colour, which are not read together")
+    if tags.get(_PHOTOMETRIC) == 0:
+        raise ImageError("its numbers count from white to black; save it as black to white")
+    if picture.mode in _SIXTEEN_BITS or (picture.mode == "I" and picture.format in ("PPM", "PNG")):
+        if bits not in (0, 16):
+            raise ImageError(f"it has {bits} bits in numbers of 16; save it with 8 or 16")
+        return picture
+    array = np.asarray(picture)
+    return array.view(np.uint32) if picture.mode == "I" and bits == 32 and not signed else array
+
+
+def on_background(picture: Any, background: float) -> tuple[Any, bool]:
+    """An 8-bit picture in mode L or RGB, composed on a background of this brightness, and whether one shows through."""
     mode = picture.mode
-    if mode not in (*_WITH_ALPHA, *_GRAY, *_COLOUR):
-        raise ImageError(f"its mode {mode!r} has no meaning here; save it as gray or RGB")
     see_through = False
     if mode in _WITH_ALPHA or "transparency" in picture.info:
-        if mode in ("La", "PA"):
-            picture = picture.convert("LA" if mode == "La" else "RGBA")
-        picture = picture.convert("RGBA")
+        picture = (picture.convert("LA") if mode == "La" else picture).convert("RGBA")
         see_through = picture.getchannel("A").getextrema()[0] < 255
         if see_through:
             level = round(255 * background)
@@ -129,11 +150,12 @@ def numbers(array: Any, order: ChannelOrder | None) -> Tensor:
     if array.dtype.kind == "f":
         if not np.isfinite(array).all():
             raise ImageError("a value is NaN or infinite")
-        return torch.from_numpy(np.array(array, order="C", dtype=np.float32))
+        return torch.from_numpy(np.array(array, order="C", dtype=np.float32 if array.dtype.itemsize <= 4 else np.float64))
     low, high = int(array.min()), int(array.max())
-    if not -(2**31) <= low <= high < 2**31:
-        raise ImageError(f"its numbers go from {low} to {high}, beyond 32 bits")
-    return torch.from_numpy(np.array(array, order="C", dtype=np.uint8 if low >= 0 and high <= 255 else np.int32))
+    if not -(2**63) <= low <= high < 2**63:
+        raise ImageError(f"its numbers go from {low} to {high}, beyond 64 bits")
+    small = np.uint8 if low >= 0 and high <= 255 else np.int32 if low >= -(2**31) and high < 2**31 else np.int64
+    return torch.from_numpy(np.array(array, order="C", dtype=small))
 
 
 def channel_order(shape: tuple[int, ...]) -> ChannelOrder | None:

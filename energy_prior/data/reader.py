@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["ReadSettings", "Reader", "Unscaled", "spread_of"]
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from energy_prior.checks.settings import check_count, real_number, require_extra
+from energy_prior.checks.settings import check_count, real_number, require_extra, whole_number
 from energy_prior.data.pixels import (
+    EIGHT_BITS,
     ChannelOrder,
     ImageError,
     channel_order,
@@ -24,10 +26,9 @@ from energy_prior.data.pixels import (
     resized_picture,
     sixteen_bits,
 )
-from energy_prior.data.rows import ImageSource, Row
+from energy_prior.data.rows import ImageSource, Row, some_of
 from energy_prior.errors import ArgumentError, DataWarning, warn
 
-_SHOWN = 5
 _LUMINANCE = (0.299, 0.587, 0.114)  # of ITU-R BT.601, as Pillow converts RGB to gray
 
 
@@ -43,19 +44,22 @@ class ReadSettings:
     on_error: str = "raise"
 
     def __post_init__(self) -> None:
-        if self.channels not in (None, 1, 3):
-            raise ArgumentError(f"channels: expected 1, 3 or None, got {self.channels!r}.")
+        if self.channels is not None:
+            if whole_number(self.channels) not in (1, 3):
+                raise ArgumentError(f"channels: expected 1, 3 or None, got {self.channels!r}.")
+            object.__setattr__(self, "channels", whole_number(self.channels))
         if self.size is not None:
             object.__setattr__(self, "size", check_count("size", self.size))
         if self.value_range is not None:
             object.__setattr__(self, "value_range", _range(self.value_range))
-        if self.channel_order not in (None, *get_args(ChannelOrder)):
+        order = self.channel_order
+        if order is not None and not (isinstance(order, str) and order in get_args(ChannelOrder)):
             raise ArgumentError(f'channel_order: expected "first", "last" or None, got {self.channel_order!r}.')
         level = real_number(self.background)
         if level is None or not 0 <= level <= 1:
             raise ArgumentError(f"background: expected a number from 0 (black) to 1 (white), got {self.background!r}.")
         object.__setattr__(self, "background", level)
-        if self.on_error not in ("raise", "skip"):
+        if not isinstance(self.on_error, str) or self.on_error not in ("raise", "skip"):
             raise ArgumentError(f'on_error: expected "raise" or "skip", got {self.on_error!r}.')
 
 
@@ -68,27 +72,16 @@ class Reader:
     Args:
         source: for messages.
         settings: how they are read.
+
+    Attributes:
+        order: where the channels of arrays are; None: not known yet.
     """
 
     def __init__(self, source: str, settings: ReadSettings) -> None:
+        self.order: ChannelOrder | None = settings.channel_order
         self._source, self._settings = source, settings
-        self._order: ChannelOrder | None = settings.channel_order
         self._left_out: dict[str, str] = {}
-        self._read = self._see_through = 0
-        self._said = False
-
-    def again(self) -> Reader:
-        """Another one with the same rules, which has read nothing."""
-        return Reader(self._source, self._settings)
-
-    def broken(self, name: str, why: str) -> None:
-        """Something cannot be read: raises, or counts it where the settings say to go on."""
-        if self._settings.on_error == "raise":
-            raise ArgumentError(
-                f"source: {name!r} of {self._source!r} cannot be used: {why}. Mend or remove it, or pass "
-                'on_error="skip" to go on without such.'
-            )
-        self._left_out[name] = why
+        self._images = self._see_through = 0
 
     def read(self, rows: Iterator[Row] | ImageSource) -> Iterator[tuple[Row, Tensor | Unscaled]]:
         """Rows with their images, without those that are skipped."""
@@ -96,30 +89,28 @@ class Reader:
             try:
                 image = self._image(row)
             except ImageError as error:
-                self.broken(row.name, str(error))
+                if self._settings.on_error == "raise":
+                    raise ArgumentError(
+                        f"source: {row.name!r} of {self._source!r} cannot be used: {error}. Mend or remove it, or pass "
+                        'on_error="skip" to go on without such.'
+                    ) from None
+                self._left_out[row.name] = str(error)
                 continue
-            self._read += 1
+            self._images += 1
             yield row, image
 
     def report(self, left_out: str) -> None:
-        """Says in `DataWarning`s, at the end of the first pass, what was left out, and where a background shows.
+        """Says in `DataWarning`s, after a pass, what was left out, and where a background shows.
 
         Args:
             left_out: what the source itself has left out.
         """
-        if self._said:
-            return
-        self._said = True
         if left_out:
             warn(f"source: files in {self._source!r} that are no images were left out. {left_out}.", DataWarning)
         if self._left_out:
-            some = "; ".join(f"{name}: {why}" for name, why in list(self._left_out.items())[:_SHOWN])
-            more = f"; and {len(self._left_out) - _SHOWN} more" if len(self._left_out) > _SHOWN else ""
-            warn(
-                f"source: {len(self._left_out)} of {self._read + len(self._left_out)} images of {self._source!r} were left out "
-                f"({some}{more}).",
-                DataWarning,
-            )
+            few = [f"{name}: {why}" for name, why in self._left_out.items()]
+            total = self._images + len(few)
+            warn(f"source: {len(few)} of {total} images of {self._source!r} were left out ({some_of(few)}).", DataWarning)
         if self._see_through:
             warn(
                 f"source: {self._see_through} images of {self._source!r} are see-through; they are composed on a background of "
@@ -144,8 +135,8 @@ class Reader:
                 f"value_range: {name!r} of {self._source!r} has values from {low:g} to {high:g}, outside of {meant[0]:g} to "
                 f"{meant[1]:g}, the range that its other images have. Pass value_range=(low, high) of all of them."
             )
-        unit = (image.values.to(torch.float32) - meant[0]) / (meant[1] - meant[0])
-        return self._sized(self._in_channels(unit))
+        unit = (image.values.to(torch.float64) - meant[0]) / (meant[1] - meant[0])
+        return self._sized(self._in_channels(unit.to(torch.float32)))
 
     def meant(self, spread: tuple[float, float], *, whole: bool) -> tuple[float, float]:
         """The range that numbers with this spread are meant to have: that of the settings, else the one that is found.
@@ -165,14 +156,14 @@ class Reader:
 
     def _image(self, row: Row) -> Tensor | Unscaled:
         opened = open_image(row.image)
-        if isinstance(opened, np.ndarray) or opened.mode in ("I", "F"):
-            return self._unscaled(np.asarray(opened), row)
+        if isinstance(opened, np.ndarray):
+            return self._unscaled(opened, row)
         if self._settings.value_range is not None:
             raise ArgumentError(
                 f"value_range: {row.name!r} of {self._source!r} is a picture, whose range its mode says; value_range is for "
                 "numbers. Leave it out."
             )
-        if opened.mode.startswith("I;16"):
+        if opened.mode not in EIGHT_BITS:
             return self._sized(self._in_channels(sixteen_bits(opened)))
         picture, see_through = on_background(opened, self._settings.background)
         self._see_through += see_through
@@ -184,14 +175,14 @@ class Reader:
         return image.expand(3, -1, -1) if self._settings.channels == 3 else image
 
     def _unscaled(self, array: Any, row: Row) -> Unscaled:
-        if array.ndim == 3 and self._order is None:
-            self._order = channel_order(array.shape)
-            if self._order is None:
+        if array.ndim == 3 and self.order is None:
+            self.order = channel_order(array.shape)
+            if self.order is None:
                 raise ArgumentError(
                     f"channel_order: {row.name!r} of {self._source!r} has the shape {array.shape}, which does not say where "
                     'its channels (one or three) are. Pass channel_order="first" or "last".'
                 )
-        return Unscaled(numbers(array, self._order))
+        return Unscaled(numbers(array, self.order))
 
     def _in_channels(self, image: Tensor) -> Tensor:
         wanted = self._settings.channels
@@ -199,7 +190,7 @@ class Reader:
             return image
         if wanted == 3:
             return image.expand(3, -1, -1)
-        return torch.einsum("c,chw->hw", torch.tensor(_LUMINANCE, device="cpu"), image)[None]
+        return torch.einsum("c,chw->hw", torch.tensor(_LUMINANCE, device="cpu", dtype=image.dtype), image)[None]
 
     def _sized(self, image: Tensor) -> Tensor:
         size = self._settings.size
@@ -224,10 +215,8 @@ def spread_of(images: Sequence[Unscaled]) -> tuple[float, float]:
 
 
 def _range(value: Any) -> tuple[float, float]:
-    try:
-        low, high = (real_number(v) for v in value)
-    except (TypeError, ValueError):
-        low = high = None
-    if low is None or high is None or not low < high:
+    ends = [real_number(v) for v in value] if isinstance(value, Sequence | np.ndarray | Tensor) else []
+    low, high = ends if len(ends) == 2 else (None, None)
+    if low is None or high is None or not low < high or not math.isfinite(high - low):
         raise ArgumentError(f"value_range: expected two finite numbers (low, high) with low below high, got {value!r}.")
     return low, high

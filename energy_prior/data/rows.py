@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["ImageSource", "Row", "choose_image_column", "choose_label_column", "column_error"]
+__all__ = ["Broken", "ImageSource", "Row", "choose_image_column", "choose_label_column", "column_error", "some_of"]
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from energy_prior.errors import ArgumentError
 
+_SHOWN = 5
 _IMAGE_NAMES = ("image", "img")
 _LABEL_NAMES = ("label", "labels", "fine_label")
+
+
+class Broken(NamedTuple):
+    """In place of an image: why its file cannot be read, or the rest of it."""
+
+    why: str
 
 
 class Row(NamedTuple):
@@ -18,7 +25,8 @@ class Row(NamedTuple):
 
     Attributes:
         name: of its file, or of its table and row, for messages.
-        image: a path, encoded bytes, a PIL image, or numbers (nested lists or an array); None: there is none.
+        image: a path, encoded bytes, a dict with "bytes" and "path", numbers (nested lists or an array), or why it is `Broken`;
+            None: there is none.
         label: as it is stored; None: there is none.
     """
 
@@ -113,8 +121,13 @@ def column_error(name: str, kind: Any, source: str) -> ArgumentError:
     """What is said of a column that holds no images."""
     return ArgumentError(
         f"column: expected images in the column {name!r} of {source!r} (encoded files, or numbers of shape (height, width), "
-        f"(height, width, channels) or (channels, height, width)), got {kind}."
+        f"(height, width, channels) or (channels, height, width)), got {kind}. Name another column, or store the images so."
     )
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first five of them."""
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
 def _listed(names: Any) -> str:

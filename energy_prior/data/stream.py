@@ -6,13 +6,14 @@ __all__ = ["ImageStream"]
 
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from energy_prior.checks.settings import check_count
+from energy_prior.checks.settings import check_count, whole_number
 from energy_prior.data.pixels import ChannelOrder
 from energy_prior.data.reader import Reader, ReadSettings, Unscaled, spread_of
 from energy_prior.data.rows import Row
@@ -69,55 +70,76 @@ class ImageStream:
         background: float = 1.0,
         on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
-        if channels not in (1, 3):
+        if whole_number(channels) not in (1, 3):
             raise ArgumentError(f"channels: expected 1 or 3, got {channels!r}.")
         self.source, self.batch_size = source, check_count("batch_size", batch_size)
-        settings = ReadSettings(check_count("size", size), channels, value_range, channel_order, background, on_error)
-        self.size, self.channels = settings.size, int(channels)
+        self._settings = ReadSettings(check_count("size", size), channels, value_range, channel_order, background, on_error)
+        self.size, self.channels = self._settings.size, self._settings.channels
         self.buffer, self._skip = check_count("buffer", buffer), check_count("skip", skip, least=0)
         self._world, self._rank = check_count("world", world), check_count("rank", rank, least=0)
         if self._rank >= self._world:
             raise ArgumentError(f"rank: expected a whole number below world = {world}, got {rank!r}.")
-        self._reader = Reader(os.fspath(source) if isinstance(source, str | os.PathLike) else repr(source), settings)
-        broken = self._reader.broken
-        self._rows = open_split(source, split, broken, streaming=True, column=column, label_column=False)
-        self._meant: tuple[float, float] | None = settings.value_range
+        self._rows = open_split(source, split, streaming=True, column=column, label_column=False)
+        self._meant = self._settings.value_range
+        self._order: ChannelOrder | None = self._settings.channel_order
+        self._said = False
 
     def __iter__(self) -> Iterator[Tensor]:
         """One pass: float32 images in [0, 1], (batch_size, channels, size, size)."""
         rng = torch.Generator("cpu").manual_seed(int(torch.randint(2**31, (), device="cpu")))
         # by image and after the skip, whatever the files: each process has its share of every one
-        rows = itertools.islice(self._rows, self._skip + self._rank, None, self._world)
+        first, step = min(self._skip + self._rank, sys.maxsize), min(self._world, sys.maxsize)
+        rows = itertools.islice(self._rows, first, None, step)
+        reader = self._reader()
         batch: list[Tensor] = []
         complete = False
-        for row, image in self._reader.read(_shuffled(rows, self.buffer, rng)):
-            batch.append(self._unit(row, image))
+        for row, image in reader.read(_shuffled(rows, min(self.buffer, sys.maxsize), rng)):
+            batch.append(self._unit(reader, row, image))
             if len(batch) == self.batch_size:
                 yield torch.stack(batch)
                 batch, complete = [], True
-        self._reader.report(self._rows.left_out)
+        if not self._said:
+            self._said = True
+            reader.report(self._rows.left_out)
         if not complete:
             raise ArgumentError(
                 f"batch_size: expected at most {len(batch)}, the images of {os.fspath(self.source)!r} that are left for this "
                 f"process (after skip = {self._skip}), got {self.batch_size}."
             )
 
-    def _unit(self, row: Row, image: Tensor | Unscaled) -> Tensor:
+    def _reader(self) -> Reader:
+        """One with the rules of this stream. Where the channels of arrays are, the first image says."""
+        reader = Reader(os.fspath(self.source), self._settings)
+        if self._order is None:
+            next(reader.read(self._rows.first_part()), None)
+            self._order = reader.order
+        reader = Reader(os.fspath(self.source), self._settings)
+        reader.order = self._order
+        return reader
+
+    def _unit(self, reader: Reader, row: Row, image: Tensor | Unscaled) -> Tensor:
         if isinstance(image, Tensor):
             return image.to(torch.float32) / 255 if image.dtype == torch.uint8 else image
         if self._meant is None:
-            self._meant = self._look()
-        return self._reader.scaled(image, row.name, self._meant)
+            self._meant = self._look(reader.order)
+        return reader.scaled(image, row.name, self._meant)
 
-    def _look(self) -> tuple[float, float]:
+    def _look(self, order: ChannelOrder | None) -> tuple[float, float]:
         """The range of the first part's numbers."""
+        reader = Reader(os.fspath(self.source), self._settings)
+        reader.order = order
         low, high, whole = float("inf"), float("-inf"), True
-        for _, image in self._reader.again().read(self._rows.first_part()):
+        for _, image in reader.read(self._rows.first_part()):
             if isinstance(image, Unscaled):
                 ends = spread_of([image])
                 low, high = min(low, ends[0]), max(high, ends[1])
                 whole = whole and not image.values.is_floating_point()
-        meant = self._reader.meant((low, high), whole=whole)
+        if high < low:
+            raise ArgumentError(
+                f"value_range: {os.fspath(self.source)!r} has pictures first and numbers later, whose range is not known. Pass "
+                "value_range=(low, high)."
+            )
+        meant = reader.meant((low, high), whole=whole)
         warn(
             f"value_range: the images of {os.fspath(self.source)!r} are numbers, in the first part from {low:g} to {high:g}: "
             f"{meant[0]:g} is read as 0 and {meant[1]:g} as 1. Pass value_range={meant} to say so yourself.",
@@ -129,7 +151,7 @@ class ImageStream:
 def _shuffled(rows: Iterator[Row], buffer: int, rng: torch.Generator) -> Iterator[Row]:
     """The rows, each after it has been exchanged with one that came up to `buffer` before."""
     kept = list(itertools.islice(rows, buffer))
-    while following := list(itertools.islice(rows, _FOLLOWING)):
+    while following := list(itertools.islice(rows, min(buffer, _FOLLOWING))):
         places = torch.randint(len(kept), (len(following),), generator=rng, device="cpu").tolist()
         for place, row in zip(places, following, strict=True):
             yield kept[place]

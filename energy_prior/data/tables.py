@@ -5,14 +5,15 @@ from __future__ import annotations
 __all__ = ["HubSource", "ParquetSource"]
 
 import contextlib
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from energy_prior._util import first_line
 from energy_prior.checks.settings import require_extra
-from energy_prior.data.rows import Row, choose_image_column, choose_label_column
+from energy_prior.data.rows import Broken, Row, choose_image_column, choose_label_column
 from energy_prior.errors import ArgumentError
 
 _BATCH = 256
@@ -20,39 +21,53 @@ _LOOKED_AT = 1000
 
 
 class ParquetSource:
-    """Rows of parquet files, one file after the other, a few hundred at a time.
+    """Rows of parquet files, one file after the other, a few hundred at a time; what cannot be read of one is a row `Broken`.
 
     Args:
         files: in their order, at least one.
         column: of the images; None: it is found.
         label_column: of the labels; True: it is found; False: none is read.
         source: for messages.
-        broken: called with a file's name and what is wrong with it, where it cannot be read; raises, or returns to go on.
 
     Raises:
-        ArgumentError: if no file can be read, or a column is missing.
+        ArgumentError: if no file can be read, a column is missing, or two files name their classes differently.
     """
 
-    def __init__(
-        self,
-        files: Sequence[Path],
-        column: str | None,
-        label_column: str | bool,
-        source: str,
-        broken: Callable[[str, str], None],
-    ) -> None:
-        self._parquet: Any = require_extra("pyarrow.parquet", "examples")
-        self._files, self._broken, self._source = files, broken, source
-        schema = next((s for s in map(self._schema, files) if s is not None), None)
-        if schema is None:
-            raise ArgumentError(f"source: none of the {len(files)} parquet files of {source!r} can be read.")
-        kinds = {field.name: field.type for field in schema}
+    left_out = ""
+
+    def __init__(self, files: Sequence[Path], column: str | None, label_column: str | bool, source: str) -> None:
+        self._files = files
+        schemas = {file.name: _schema(file) for file in files}
+        whole = {name: schema for name, schema in schemas.items() if not isinstance(schema, Broken)}
+        if not whole:
+            why = next(schema.why for schema in schemas.values() if isinstance(schema, Broken))
+            raise ArgumentError(f"source: none of the {len(files)} parquet files of {source!r} can be read: {why}.")
+        kinds = {field.name: field.type for field in next(iter(whole.values()))}
         usable = {name: kind for name, kind in kinds.items() if _may_be_images(kind)}
-        classes = _class_names(schema)
+        named = {name: _class_names(schema) for name, schema in whole.items()}
         self._image = choose_image_column(usable, kinds, column, source)
-        self._label = choose_label_column(list(classes), kinds, label_column, source)
-        self.left_out, self.has_labels = "", self._label is not None
-        self.classes: Sequence[str] | None = None if self._label is None else classes.get(self._label)
+        self._label = choose_label_column(list(next(iter(named.values()))), kinds, label_column, source)
+        self.has_labels = self._label is not None
+        columns = [name for name in (self._image, self._label) if name is not None]
+        for name, schema in whole.items():
+            missing = next((c for c in columns if c not in schema.names), None)
+            extra = None
+            if label_column is True and not self.has_labels:
+                extra = choose_label_column([], dict.fromkeys(schema.names), True, source)
+            if missing or extra:
+                raise ArgumentError(
+                    f"source: {name!r} of {source!r} has {'no ' if missing else 'a '}column {missing or extra!r}, other than "
+                    f"{next(iter(whole))!r}. Name columns that all files have (column=, label_column=)."
+                )
+        classes = {name: tuple(found.get(self._label or "", ())) for name, found in named.items()}
+        first = next(iter(classes))
+        other = next((name for name in classes if classes[name] != classes[first]), None)
+        if other is not None:
+            raise ArgumentError(
+                f"source: {first!r} and {other!r} of {source!r} name their classes differently, {classes[first]} and "
+                f"{classes[other]}: the same number means two things. Load them one by one, or pass label_column=False."
+            )
+        self.classes: Sequence[str] | None = classes[first] or None
 
     def __iter__(self) -> Iterator[Row]:
         """All rows, in the order of the files."""
@@ -60,43 +75,60 @@ class ParquetSource:
             yield from self._rows(file)
 
     def first_part(self) -> Iterator[Row]:
-        """The first file."""
-        yield from self._rows(self._files[0])
-
-    def _schema(self, file: Path) -> Any:
-        try:
-            with file.open("rb") as opened:
-                return self._parquet.ParquetFile(opened).schema_arrow
-        except Exception as error:  # whatever pyarrow makes of the bytes
-            self._broken(file.name, f"it is no whole parquet file ({first_line(error)})")
-            return None
+        """The first file that has rows."""
+        for file in self._files:
+            some = False
+            for row in self._rows(file):
+                some = some or not isinstance(row.image, Broken)
+                yield row
+            if some:
+                return
 
     def _rows(self, file: Path) -> Iterator[Row]:
         columns = [name for name in (self._image, self._label) if name is not None]
         number = 0
         with contextlib.ExitStack() as stack:
             try:
-                table = self._parquet.ParquetFile(stack.enter_context(file.open("rb")))
-                missing = [name for name in columns if name not in table.schema_arrow.names]
-                batches = iter(() if missing else table.iter_batches(_BATCH, columns=columns))
-            except Exception as error:
-                self._broken(file.name, f"it is no whole parquet file ({first_line(error)})")
-                return
-            if missing:
-                raise ArgumentError(f"source: {file.name!r} of {self._source!r} has no column {missing[0]!r}, as others have.")
-            while True:
-                try:
-                    batch = next(batches, None)
-                    if batch is None:
-                        return
+                table = _open(file, stack)
+                batches = table.iter_batches(_BATCH, columns=columns)
+                while (batch := next(batches, None)) is not None:
                     images = _values(batch.column(self._image))
-                    labels = [None] * len(images) if self._label is None else batch.column(self._label).to_pylist()
-                except Exception as error:
-                    self._broken(file.name, f"it cannot be read from row {number} on ({first_line(error)})")
-                    return
-                for image, label in zip(images, labels, strict=True):
-                    yield Row(f"{file.name}, row {number}", image, label)
-                    number += 1
+                    labels = self._labels(batch, file.name)
+                    for image, label in zip(images, labels, strict=True):
+                        yield Row(f"{file.name}, row {number}", image, label)
+                        number += 1
+            except ArgumentError:
+                raise
+            except Exception as error:  # whatever pyarrow makes of the bytes
+                where = f"it cannot be read from row {number} on" if number else "it is no whole parquet file"
+                yield Row(file.name, Broken(f"{where} ({first_line(error)})"))
+
+    def _labels(self, batch: Any, file: str) -> list[Any]:
+        if self._label is None:
+            return [None] * batch.num_rows
+        try:
+            return batch.column(self._label).to_pylist()
+        except Exception as error:  # a type that Python has no value for
+            raise ArgumentError(
+                f"label_column: the column {self._label!r} of {file!r} cannot be read ({first_line(error)}). Name another "
+                "one, or pass False to read none."
+            ) from error
+
+
+def _open(file: Path, stack: contextlib.ExitStack) -> Any:
+    if not file.is_file():
+        raise OSError("there is no such file" if not file.exists() else "it is no regular file")
+    parquet: Any = require_extra("pyarrow.parquet", "examples")
+    return parquet.ParquetFile(stack.enter_context(file.open("rb")), pre_buffer=False)
+
+
+def _schema(file: Path) -> Any:
+    """The Arrow schema of a file, or why it has none."""
+    with contextlib.ExitStack() as stack:
+        try:
+            return _open(file, stack).schema_arrow
+        except Exception as error:
+            return Broken(first_line(error))
 
 
 class HubSource:
@@ -113,8 +145,13 @@ class HubSource:
         ArgumentError: if the set cannot be loaded, or a column is missing.
     """
 
+    left_out = ""
+
     def __init__(self, name: str, split: str, streaming: bool, column: str | None, label_column: str | bool) -> None:
         datasets = require_extra("datasets", "examples")
+        packaged = require_extra("datasets.packaged_modules", "examples")
+        if name in getattr(packaged, "_PACKAGED_DATASETS_MODULES", ()):
+            raise ArgumentError(f"source: {name!r} is a kind of files, no set on the hub; pass the folder that has them.")
         self._name = name
         try:
             rows = datasets.load_dataset(name, split=split, streaming=streaming)
@@ -132,7 +169,7 @@ class HubSource:
         self._label = choose_label_column(
             [key for key, kind in kinds.items() if kind == "ClassLabel"], kinds, label_column, name
         )
-        self.left_out, self.has_labels = "", self._label is not None
+        self.has_labels = self._label is not None
         self.classes: Sequence[str] | None = getattr(features.get(self._label or ""), "names", None)
         if kinds[self._image] == "Image":
             rows = rows.cast_column(self._image, datasets.Image(decode=False))
@@ -152,8 +189,7 @@ class HubSource:
 
     def first_part(self) -> Iterator[Row]:
         """The first thousand."""
-        for row, _ in zip(self, range(_LOOKED_AT)):
-            yield row
+        return itertools.islice(self, _LOOKED_AT)
 
 
 def _may_be_images(kind: Any) -> bool:
@@ -165,7 +201,7 @@ def _may_be_images(kind: Any) -> bool:
     if types.is_binary(kind) or types.is_large_binary(kind):
         return True
     depth = 0
-    while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+    while _is_list(kind):
         kind, depth = kind.value_type, depth + 1
     number = types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
     return depth >= 2 and number
@@ -175,22 +211,27 @@ def _values(column: Any) -> Sequence[Any]:
     """The images of an Arrow column: bytes, dicts, or numbers, as one array where all of them have one shape."""
     compute: Any = require_extra("pyarrow.compute", "examples")
     inner, shape = getattr(column, "storage", column), [len(column)]
-    if hasattr(inner, "flatten") and "list" in str(inner.type).partition("<")[0]:
-        while "list" in str(inner.type).partition("<")[0]:
-            sizes = compute.min_max(compute.list_value_length(inner)).as_py()
-            if inner.null_count or sizes["min"] != sizes["max"]:
-                return column.to_pylist()
-            shape.append(sizes["min"])
-            inner = inner.flatten()
-        if not inner.null_count:
-            return inner.to_numpy(zero_copy_only=False).reshape(shape)
-    return column.to_pylist()
+    while _is_list(inner.type):
+        sizes = compute.min_max(compute.list_value_length(inner)).as_py()
+        if inner.null_count or sizes["min"] != sizes["max"]:
+            return column.to_pylist()
+        shape.append(sizes["min"])
+        inner = inner.flatten()
+    if len(shape) == 1 or inner.null_count:
+        return column.to_pylist()
+    return [image.copy() for image in inner.to_numpy(zero_copy_only=False).reshape(shape)]  # a kept one keeps no other
+
+
+def _is_list(kind: Any) -> bool:
+    types: Any = require_extra("pyarrow.types", "examples")
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:
     """Columns that `datasets` wrote as classes, and the names of these."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {key: list(f["names"]) for key, f in features.items() if f.get("_type") == "ClassLabel" and f.get("names")}
+        named = {key: f["names"] for key, f in features.items() if f.get("_type") == "ClassLabel"}
+        return {k: v for k, v in named.items() if isinstance(v, list) and v and all(isinstance(n, str) for n in v)}
     except (KeyError, TypeError, ValueError, AttributeError):
         return {}

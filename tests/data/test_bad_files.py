@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -96,16 +99,48 @@ def test_a_broken_shard_is_named_or_skipped(damage: Callable[[Path], None], numb
 
 def test_no_shard_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "train.parquet").write_bytes(b"")
-    with pytest.raises(ArgumentError, match="cannot be used: it is no whole parquet file"):
-        load_images(tmp_path)
-    with pytest.raises(ArgumentError, match="none of the 1 parquet files of .* can be read"):
-        load_images(tmp_path, on_error="skip")
+    for on_error in ("raise", "skip"):
+        with pytest.raises(ArgumentError, match="none of the 1 parquet files of .* can be read: "):
+            load_images(tmp_path, on_error=on_error)  # type: ignore[arg-type]
 
 
 def test_a_shard_with_other_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": GOOD}), tmp_path / "train-00000-of-00002.parquet")
     pq.write_table(pa.table({"img": GOOD}), tmp_path / "train-00001-of-00002.parquet")
-    with pytest.raises(ArgumentError, match="'train-00001-of-00002.parquet' of .* has no column 'image', as others have"):
+    with pytest.raises(
+        ArgumentError, match="'train-00001-of-00002.parquet' of .* has no column 'image', other than 'train-00000"
+    ):
+        load_images(tmp_path)
+    pq.write_table(pa.table({"image": GOOD, "label": [1, 2, 3]}), tmp_path / "train-00001-of-00002.parquet")
+    with pytest.raises(
+        ArgumentError, match="'train-00001-of-00002.parquet' of .* has a column 'label', other than 'train-00000"
+    ):
+        load_images(tmp_path)
+    assert len(load_images(tmp_path, label_column=False).images) == 6
+
+
+def named(path: Path, names: list[str], labels: list[int]) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    datasets.Dataset.from_dict({"image": struct(GOOD), "label": labels}, features=features).to_parquet(str(path))
+
+
+def test_shards_that_name_their_classes_differently(tmp_path: Path) -> None:
+    for i, names in enumerate((["a", "b"], ["b", "a"])):
+        named(tmp_path / f"train-0000{i}-of-00002.parquet", names, [0, 1, 0])
+    with pytest.raises(ArgumentError, match=r"name their classes differently, \('a', 'b'\) and \('b', 'a'\)"):
+        load_images(tmp_path)
+
+
+def test_labels_without_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    named(path, ["a", "b"], [0, -1, 1])
+    loaded = load_images(tmp_path)
+    assert loaded.labels is not None
+    assert (loaded.labels.tolist(), loaded.classes) == ([0, -1, 1], ("a", "b")), "-1: held back, as on the hub"
+    rows = pq.read_table(path)
+    other = rows.set_column(1, "label", pa.array([0, 7, 1])).replace_schema_metadata(rows.schema.metadata)
+    pq.write_table(other, path)
+    with pytest.raises(ArgumentError, match="has 2 names of classes, and a label 7 without one"):
         load_images(tmp_path)
 
 
@@ -146,7 +181,9 @@ def test_labels(labels: list[Any], want: list[int], classes: Any, tmp_path: Path
     assert (got.labels.tolist(), got.classes) == (want, classes)
 
 
-@pytest.mark.parametrize("labels", [[0.5, 1.0, 2.0], [1, None, 2], [[1], [2], [3]], [float("nan"), 1.0, 1.0]])
+@pytest.mark.parametrize(
+    "labels", [[1e300, 2.0, 1.0], [0.5, 1.0, 2.0], [1, None, 2], [[1], [2], [3]], [float("nan"), 1.0, 1.0]]
+)
 def test_labels_that_are_none(labels: list[Any], tmp_path: Path) -> None:
     folder = table(tmp_path, image=GOOD, label=labels, other=[1, 2, 3])
     with pytest.raises(ArgumentError, match=r"label_column: expected whole numbers or names as labels in .*, got .*row [01]\)"):
@@ -157,6 +194,42 @@ def test_labels_that_are_none(labels: list[Any], tmp_path: Path) -> None:
     assert other.tolist() == [1, 2, 3]
     with pytest.raises(ArgumentError, match="label_column: .* has no column 'x'"):
         load_images(folder, label_column="x")
+
+
+def test_damaged_exif_is_no_error_of_pillow(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (4, 4)).save(buffer, "PNG", exif=b"Exif\0\0MM\xd7*\0\0\0\x08\0\0\0\0\0\0")
+    with pytest.raises(ArgumentError, match="row 0' of .* cannot be used: it cannot be read as an image"):
+        load_images(table(tmp_path, image=[buffer.getvalue()]))
+    with pytest.raises(ArgumentError, match="its bytes are missing, and paths in tables are not followed"):
+        load_images(
+            table(
+                tmp_path,
+                image=pa.array([{"bytes": None, "path": "a.png"}], pa.struct({"bytes": pa.binary(), "path": pa.string()})),
+            )
+        )
+
+
+def test_streams_are_copied_and_pickled_and_take_any_numbers(tmp_path: Path) -> None:
+    stream = ImageStream(table(tmp_path, image=GOOD), size=4, batch_size=3, channels=1, buffer=10**30)
+    assert len(list(pickle.loads(pickle.dumps(stream)))) == 1  # noqa: S301
+    assert len(load_images(tmp_path, limit=10**30).images) == 3
+    with pytest.raises(ArgumentError, match="batch_size: expected at most 0"):
+        list(ImageStream(tmp_path, size=4, batch_size=1, channels=1, skip=10**30, world=10**30))
+
+
+def test_a_pass_that_was_broken_off_is_not_counted(tmp_path: Path) -> None:
+    stream = ImageStream(table(tmp_path, image=[*GOOD, b"bad"]), size=4, batch_size=1, channels=1, on_error="skip")
+    next(iter(stream))
+    with pytest.warns(DataWarning, match="1 of 4 images"):
+        assert len(list(stream)) == 3
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "parquet", "json"])
+def test_a_kind_of_files_is_no_set(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match=f"'{name}' is a kind of files, no set on the hub"):
+        load_images(name)
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,8 +244,6 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     rows = datasets.Dataset.from_dict({"img": [*struct(GOOD[:2]), None], "label": [1, 0, 0]}, features=features)
     for streaming in (False, True):

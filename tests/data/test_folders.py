@@ -71,7 +71,7 @@ def test_links_are_followed_and_not_round_in_a_circle(tmp_path: Path) -> None:
     (cat / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (cat / "round").symlink_to(tmp_path / "set" / "train", target_is_directory=True)
     (cat / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.warns(DataWarning, match=r"a link to a folder that it lies in: 1 \(cat/round\)") as said:
+    with pytest.warns(DataWarning, match=r"a link to a folder that is read already: 1 \(cat/round\)") as said:
         loaded = load_images(tmp_path / "set")
     assert "a link to nothing: 1 (cat/gone.png)" in str(said[0].message)
     assert sorted((loaded.images[:, 0, 0, 0] * 255).round().tolist()) == [10, 20]
@@ -137,10 +137,13 @@ def test_files_of_other_splits_are_left_alone(name: str, tmp_path: Path) -> None
         (["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"], "has 2 of its 3 files; number 1 is missing"),
         (
             ["train-00000-of-00001.parquet", "train-00000-of-00001 (1).parquet"],
-            "has 2 files for 1 numbers: .*Remove the copies",
+            r"train-00000-of-00001 \(1\).parquet, train-00000-of-00001.parquet in .* have the same number",
         ),
         (["train-00000-of-00001.parquet", "train.parquet"], "belong to different sets: train-00000.*, train.parquet"),
         (["train-00000-of-00001.parquet", "train-00000-of-00002.parquet"], "belong to different sets"),
+        (["train-00000-of-99999999999.parquet"], "has 1 of its 99999999999 files; number 1 is missing"),
+        (["train-1-of-3.parquet", "train-3-of-3.parquet"], "has 2 of its 3 files; number 2 is missing"),
+        (["train-clean-00000-of-00001.parquet"], "expected train.parquet, train-….parquet or a folder"),
     ],
 )
 def test_shards_that_are_not_one_set(names: list[str], words: str, tmp_path: Path) -> None:
@@ -158,10 +161,40 @@ def test_a_file_and_a_folder_of_one_split(tmp_path: Path) -> None:
         load_images(tmp_path)
 
 
-@pytest.mark.parametrize("split", ["", "a/b", None])
+@pytest.mark.parametrize("split", ["", ".", "..", "a/b", None])
 def test_what_is_no_split(split: str, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="split: expected a name"):
         load_images(tmp_path, split)
+
+
+def test_links_to_what_is_there_already_give_nothing_twice(tmp_path: Path) -> None:
+    save(tmp_path / "elsewhere" / "0.png", 10)
+    for name in ("a", "b"):
+        (tmp_path / "set" / "train" / name).mkdir(parents=True)
+        (tmp_path / "set" / "train" / name / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    save(tmp_path / "set" / "train" / "z" / "1.png", 20)
+    (tmp_path / "set" / "train" / "a" / "z").symlink_to(tmp_path / "set" / "train" / "z", target_is_directory=True)
+    (tmp_path / "set" / "train" / "z" / "self.png").symlink_to("self.png")
+    os.mkfifo(tmp_path / "set" / "train" / "z" / "pipe.png")
+    with pytest.warns(DataWarning, match=r"read already: 2 \(a/z, b/link\)") as said:
+        loaded = load_images(tmp_path / "set")
+    assert "no regular file: 1 (z/pipe.png)" in str(said[0].message)
+    assert "a link to nothing: 1 (z/self.png)" in str(said[0].message)
+    assert sorted((loaded.images[:, 0, 0, 0] * 255).round().tolist()) == [10, 20]
+
+
+def test_a_source_that_is_a_file_or_one_folder_up(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    write_parquet(tmp_path / "set" / "data", [picture(1)])
+    with pytest.raises(ArgumentError, match="Its folder 'data' has such files: pass '.*/set/data'"):
+        load_images(tmp_path / "set")
+    with pytest.raises(ArgumentError, match="is a file; pass the folder that it lies in"):
+        load_images(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    with pytest.raises(ArgumentError, match="source: '.*' cannot be read"):
+        load_images(tmp_path / ("x" * 5000))
+    os.mkfifo(tmp_path / "train.parquet")
+    with pytest.raises(ArgumentError, match="none of the 1 parquet files .* can be read: it is no regular file"):
+        load_images(tmp_path)
 
 
 def test_nothing_is_said_where_nothing_is_wrong(tmp_path: Path) -> None:

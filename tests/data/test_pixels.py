@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,64 @@ def test_numbers_in_pictures(tmp_path: Path) -> None:
 def test_numbers_that_mean_nothing(images: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=words):
         load_images(table(tmp_path, image=images))
+
+
+def tiff(data: bytes, bits: int, photometric: int = 1, sample_format: int = 1) -> bytes:
+    """Two gray pixels beside each other, with these tags."""
+    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(data), 339: sample_format}
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + b"\0" * 4
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (tiff(b"\1\0\2\0", 16, photometric=0), "its numbers count from white to black"),
+        (tiff(b"\x12\x34\x56", 12), "it has 12 bits in numbers of 16"),
+        (tiff(b"\xfb\1", 8, sample_format=2), "its numbers have a sign"),
+    ],
+)
+def test_tags_that_a_mode_does_not_show(content: bytes, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=f"row 0' of .* cannot be used: {words}"):
+        load_images(table(tmp_path, image=[content]))
+
+
+def test_unsigned_numbers_of_32_bits(tmp_path: Path) -> None:
+    content = tiff(np.array([3_000_000_000, 0], "<u4").tobytes(), 32)
+    got = load_images(table(tmp_path, image=[content]), value_range=(0, 4_000_000_000))
+    assert got.images.flatten().tolist() == [0.75, 0.0]
+
+
+def test_a_dark_map_of_sixteen_bits_stays_dark(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "0.pgm").write_bytes(b"P5 2 1 65535\n" + np.array([200, 1], ">u2").tobytes())
+    assert torch.allclose(load_images(tmp_path).images.flatten(), torch.tensor([200, 1]) / 65535)
+
+
+def test_numbers_are_scaled_exactly_and_whatever_the_default_type(tmp_path: Path) -> None:
+    large = table(tmp_path / "a", image=[[[2**40 + 1, 2**40]]])
+    assert load_images(large, value_range=(2**40, 2**40 + 2)).images.flatten().tolist() == [0.5, 0.0]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert load_images(table(tmp_path / "b", image=[[[[0, 0, 0]] * 4] * 4]), channels=1).images.shape == (1, 1, 4, 4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with pytest.raises(ArgumentError, match="value_range: expected two finite numbers"):
+        load_images(large, value_range=(-1e308, 1e308))
+
+
+def test_a_stream_finds_order_and_range_from_its_first_images(tmp_path: Path) -> None:
+    certain, either = np.zeros((4, 5, 4, 3), np.int64).tolist(), np.zeros((4, 3, 4, 3), np.int64).tolist()
+    folder = table(tmp_path / "a", image=certain + either)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        assert len(list(ImageStream(folder, size=4, batch_size=8, value_range=(0, 1)))) == 1
+    (tmp_path / "b").mkdir()
+    none = pa.table({"image": pa.array([], pa.list_(pa.list_(pa.int64())))})
+    pq.write_table(none, tmp_path / "b" / "train-00000-of-00002.parquet")
+    pq.write_table(pa.table({"image": [[[1, 200], [3, 4]]]}), tmp_path / "b" / "train-00001-of-00002.parquet")
+    with pytest.warns(DataWarning, match="in the first part from 1 to 200: 0 is read as 0 and 255 as 1"):
+        assert len(list(ImageStream(tmp_path / "b", size=2, batch_size=1, channels=1))) == 1
 
 
 def test_what_can_be_said_of_numbers(tmp_path: Path) -> None:
