@@ -103,3 +103,7 @@ def test_looking_how_far_it_is_changes_no_run() -> None:
         prior.fit(list(X.split(16)), method, iterations=3, step_size=0.2, rng=seeded(), progress=False)
         weights.append(torch.cat([p.flatten() for p in prior.parameters()]))
     assert torch.equal(*weights)
+
+
+def test_a_run_too_short_for_stages_has_none() -> None:
+    assert JointEBMPrior(Shifted(2.0, 40)).fit(torch.zeros(512, 1), iterations=2, step_size=0.2, progress=False).method == "nce"

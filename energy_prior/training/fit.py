@@ -237,6 +237,8 @@ def _tuned(model: JointModel, config: FitConfig, engine: Engine, reference: Tens
 
 def _rule_that_reaches(model: JointModel, batches: Batches, config: FitConfig, engine: Engine) -> Method:
     """The rule for energies without waymarks where none is named: "nce", unless its estimate would be saturated."""
+    if config.iterations < config.stages:
+        return "nce"
     state = batches.state()
     found = _mismatch(model, batches, config, engine, joint=False)
     batches.load_state(state)
