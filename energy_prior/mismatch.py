@@ -75,8 +75,7 @@ class Mismatch:
     def far(self) -> bool:
         """Whether `"nce"` would saturate, as far as these draws show: a tilt above 25 nats, or all draws told apart.
 
-        "denoising" is the rule then. With 15 nats over 96 units "nce" was at its best, with more than 42 over 1,176 it learned
-        nothing. Few draws show less than there is: of a thousand units take thousands.
+        "denoising" is the rule then. Few draws show less than there is: of a thousand units take thousands.
         """
         return self.accuracy > SATURATED or self.tilt > _FAR
 
