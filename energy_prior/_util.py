@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["draw", "first_line", "normal_like", "not_none", "per_row", "plain_normal", "resized", "sum_event"]
+__all__ = ["draw", "first_line", "normal_like", "not_none", "per_row", "plain_normal", "resized", "some_of", "sum_event"]
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -54,6 +54,12 @@ def draw(q: Normal) -> tuple[Tensor, Tensor]:
     """z ~ q, reparameterised, and log q(z), (batch,), nats."""
     z = q.loc + q.scale * normal_like(q.loc.shape, q.loc)
     return z, sum_event(q.log_prob(z))
+
+
+def some_of(names: Iterable[str], shown: int = 5) -> str:
+    """The first few names, for a message."""
+    every = list(names)
+    return ", ".join(every[:shown]) + (", …" if len(every) > shown else "")
 
 
 def first_line(error: Exception) -> str:

@@ -638,7 +638,7 @@ class JointEBMPrior(nn.Module):
         In noise space, ε_i = (z_i − μ_i)/σ_i: there the generator's own prior is N(0, I). `print` shows it as a table.
 
         Args:
-            x: observations, (n, *x_shape), n ≥ 32; a thousand give stable figures.
+            x: observations, (n, *x_shape), n ≥ 32; of a thousand units thousands of observations.
             prior: "joint": draws of the joint prior are compared with too; "generator": its own prior alone, without a chain.
             rng: random number generator.
             posterior: options of the posterior's chain, for generators without `infer`.

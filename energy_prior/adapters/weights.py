@@ -9,13 +9,13 @@ import collections
 import os
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from energy_prior._util import first_line
+from energy_prior._util import first_line, some_of
 from energy_prior.adapters.base import without_compile
 from energy_prior.checkpoint import canonical_name, canonical_state, check_state_fits
 from energy_prior.checks.settings import check_path
@@ -157,18 +157,13 @@ def _say_what_differs(name: str, expected: Mapping[str, Tensor], parts: Sequence
         check_state_fits(name, expected, nearest.weights, f"this {model}", "Build the model as it was when it was trained.")
     if not nearest.weights.keys() & expected.keys():
         raise CheckpointError(
-            f"{name!r} does not fit this {model}: no name is the same. The model has {_some(expected)}; the file has "
-            f"{_some(nearest.weights)}. It may be of another code, or of another part of the model."
+            f"{name!r} does not fit this {model}: no name is the same. The model has {some_of(expected, 3)}; the file has "
+            f"{some_of(nearest.weights, 3)}. It may be of another code, or of another part of the model."
         )
     missing, more = expected.keys() - nearest.weights.keys(), nearest.weights.keys() - expected.keys()
-    lacks = f" {len(missing)} names of the model are missing, such as {_some(sorted(missing))}." if missing else ""
-    has = f" {len(more)} are not expected, such as {_some(sorted(more))}." if more else ""
+    lacks = f" {len(missing)} names of the model are missing, such as {some_of(sorted(missing), 3)}." if missing else ""
+    has = f" {len(more)} are not expected, such as {some_of(sorted(more), 3)}." if more else ""
     raise CheckpointError(
         f"{name!r} does not fit this {model}: {len(nearest.weights.keys() & expected.keys())} of {len(expected)} names are "
         f"there.{lacks}{has} Build the model as it was when it was trained."
     )
-
-
-def _some(names: Iterable[str]) -> str:
-    some = list(names)
-    return ", ".join(some[:3]) + (", …" if len(some) > 3 else "")

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from energy_prior._util import some_of
 from energy_prior.checks.settings import require_extra
-from energy_prior.data.rows import Row, some_of
+from energy_prior.data.rows import Row
 from energy_prior.errors import ArgumentError
 
 _STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")  # formats that Pillow can name but not read

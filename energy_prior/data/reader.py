@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from energy_prior._util import some_of
 from energy_prior.checks.settings import check_count, real_number, require_extra, whole_number
 from energy_prior.data.pixels import (
     EIGHT_BITS,
@@ -26,7 +27,7 @@ from energy_prior.data.pixels import (
     resized_picture,
     sixteen_bits,
 )
-from energy_prior.data.rows import ImageSource, Row, some_of
+from energy_prior.data.rows import ImageSource, Row
 from energy_prior.errors import ArgumentError, DataWarning, warn
 
 _LUMINANCE = (0.299, 0.587, 0.114)  # of ITU-R BT.601, as Pillow converts RGB to gray

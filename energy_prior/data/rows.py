@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["Broken", "ImageSource", "Row", "choose_image_column", "choose_label_column", "column_error", "some_of"]
+__all__ = ["Broken", "ImageSource", "Row", "choose_image_column", "choose_label_column", "column_error"]
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from energy_prior.errors import ArgumentError
 
-_SHOWN = 5
 _IMAGE_NAMES = ("image", "img")
 _LABEL_NAMES = ("label", "labels", "fine_label")
 
@@ -123,11 +122,6 @@ def column_error(name: str, kind: Any, source: str) -> ArgumentError:
         f"column: expected images in the column {name!r} of {source!r} (encoded files, or numbers of shape (height, width), "
         f"(height, width, channels) or (channels, height, width)), got {kind}. Name another column, or store the images so."
     )
-
-
-def some_of(names: Sequence[str]) -> str:
-    """The first five of them."""
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
 def _listed(names: Any) -> str:

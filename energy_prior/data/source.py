@@ -7,9 +7,10 @@ __all__ = ["open_split"]
 import os
 from pathlib import Path
 
+from energy_prior._util import some_of
 from energy_prior.checks.settings import check_flag, check_path
 from energy_prior.data.folders import FolderSource, has_images, shards
-from energy_prior.data.rows import ImageSource, some_of
+from energy_prior.data.rows import ImageSource
 from energy_prior.data.tables import HubSource, ParquetSource
 from energy_prior.errors import ArgumentError
 

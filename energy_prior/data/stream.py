@@ -82,6 +82,7 @@ class ImageStream:
         self._rows = open_split(source, split, streaming=True, column=column, label_column=False)
         self._meant = self._settings.value_range
         self._order: ChannelOrder | None = self._settings.channel_order
+        self._looked = self._order is not None
         self._said = False
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -109,10 +110,10 @@ class ImageStream:
 
     def _reader(self) -> Reader:
         """One with the rules of this stream. Where the channels of arrays are, the first image says."""
-        reader = Reader(os.fspath(self.source), self._settings)
-        if self._order is None:
-            next(reader.read(self._rows.first_part()), None)
-            self._order = reader.order
+        if not self._looked:
+            first = Reader(os.fspath(self.source), self._settings)
+            next(first.read(self._rows.first_part()), None)
+            self._order, self._looked = first.order, True
         reader = Reader(os.fspath(self.source), self._settings)
         reader.order = self._order
         return reader

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,11 +108,20 @@ def test_loose_images_have_no_labels_and_other_files_are_named(tmp_path: Path) -
         load_images(tmp_path)
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
-    save(tmp_path / "train" / "cat" / "0.png", 1)
-    (tmp_path / "train" / "cat").chmod(0)
-    with pytest.raises(ArgumentError, match="cannot be listed"):
+@pytest.mark.parametrize(("call", "words"), [("scandir", "cannot be listed"), ("stat", "cannot be read")])
+def test_a_folder_that_cannot_be_listed(call: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused, and not taken for a folder without images."""
+    for name in ("cat/0.png", "dog/0.png"):
+        save(tmp_path / "train" / name, 1)
+    real = getattr(os, call)
+
+    def refuse(path: Any, *more: Any, **keywords: Any) -> Any:
+        if str(path).endswith("cat"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, *more, **keywords)
+
+    monkeypatch.setattr(f"os.{call}", refuse)
+    with pytest.raises(ArgumentError, match=words):
         load_images(tmp_path)
 
 
