@@ -142,6 +142,16 @@ def test_labels_without_a_name(tmp_path: Path) -> None:
         load_images(tmp_path)
 
 
+def test_names_as_labels_are_numbered_as_the_file_says(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    named(path, ["b", "a", "c"], [0, 1, 2])
+    rows = pq.read_table(path)
+    pq.write_table(rows.set_column(1, "label", pa.array(["a", "b", "a"])).replace_schema_metadata(rows.schema.metadata), path)
+    loaded = load_images(tmp_path)
+    assert loaded.labels is not None
+    assert (loaded.labels.tolist(), loaded.classes) == ([1, 0, 1], ("b", "a", "c"))
+
+
 def struct(images: list[bytes]) -> list[dict[str, Any]]:
     return [{"bytes": data, "path": None} for data in images]
 
