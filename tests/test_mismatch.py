@@ -18,7 +18,7 @@ N = 2000
 def test_figures_of_a_known_gaussian() -> None:
     """Means 0.5 in the one half of the units and variances 1/2: KL and tilt in closed form, per layer."""
     torch.manual_seed(0)
-    first = torch.randn(N, 2, 4, 4) * math.sqrt(0.5) + torch.tensor([0.5, -0.5]).reshape(2, 1, 1)
+    first = torch.randn(N, 32) * math.sqrt(0.5) + torch.tensor([0.5, -0.5]).repeat(16)
     second = torch.randn(N, 6)
     found = measure([first, second])
     a, b = found.layers
@@ -44,7 +44,7 @@ def test_the_classifier_finds_no_difference_where_there_is_none_and_the_best_acc
     assert tell_apart([torch.randn(N, 8) + 0.4], [torch.randn(N, 8)]) == pytest.approx(best, abs=0.03)
 
 
-@pytest.mark.parametrize("maps", [True, False])
+@pytest.mark.parametrize("maps", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_classifier_sees_layers_together(maps: bool) -> None:
     """Each layer alone is N(0, I) on both sides; on one of them the lower follows the sign of the upper one."""
     torch.manual_seed(2)
@@ -59,6 +59,7 @@ def test_the_classifier_sees_layers_together(maps: bool) -> None:
         assert measure(layers(dependent=True)).tilt == pytest.approx(0.0, abs=0.2), "no layer alone shows it"
 
 
+@pytest.mark.slow
 def test_of_a_prior_before_and_after_it_has_learned() -> None:
     prior = JointEBMPrior(Shifted(0.8, 6))
     data = torch.zeros(1000, 1)
