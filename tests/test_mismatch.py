@@ -44,6 +44,18 @@ def test_the_classifier_finds_no_difference_where_there_is_none_and_the_best_acc
     assert tell_apart([torch.randn(N, 8) + 0.4], [torch.randn(N, 8)]) == pytest.approx(best, abs=0.03)
 
 
+def test_the_classifier_knows_the_gaussians_of_both_sides() -> None:
+    """Variances of 6 along ten directions that no unit shows alone, too few draws for a network to find them."""
+    torch.manual_seed(3)
+    directions = torch.linalg.qr(torch.randn(96, 10)).Q
+
+    def wide() -> Tensor:
+        e = torch.randn(900, 96)
+        return e + (math.sqrt(6) - 1) * e @ directions @ directions.T
+
+    assert tell_apart([wide()], [torch.randn(900, 96)], steps=60) > 0.85
+
+
 @pytest.mark.parametrize("maps", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_classifier_sees_layers_together(maps: bool) -> None:
     """Each layer alone is N(0, I) on both sides; on one of them the lower follows the sign of the upper one."""
