@@ -65,15 +65,18 @@ def energy_figures(energies: Iterable[nn.Module], draws: Sequence[Tensor]) -> di
 
 def history_entry(figures: dict[str, Tensor], chains: TrainingChains) -> dict[str, float]:
     """An entry of the history from a window of figures, (iterations,) each."""
-    by_layer = ("largest_", "saturation_")
-    last = {name: float(value[-1]) for name, value in figures.items() if not name.startswith(by_layer)}
+    apart = ("largest_", "saturation_", "told_apart")
+    last = {name: float(value[-1]) for name, value in figures.items() if not name.startswith(apart)}
     last["gap"] = last["energy_posterior"] - last["energy_prior"]
     last["max_energy"] = max(float(value.max()) for value in _by_layer(figures, "largest_").values())
     if saturation := _by_layer(figures, "saturation_"):
         last["saturation"] = max(float(value.mean()) for value in saturation.values())
-    for name in ("cut_share", "posterior_cut_share", "acceptance", "told_apart", "weight_ess"):
+    for name in ("cut_share", "posterior_cut_share", "acceptance", "weight_ess"):
         if name in figures:
             last[name] = float(figures[name].mean())
+    if "told_apart" in figures:  # with one draw more on either side: a few draws that are all told apart show little
+        draws = float(figures["told_apart_draws"].sum())
+        last["told_apart"] = (float(figures["told_apart"].mean()) * draws + 1) / (draws + 2)
     if "acceptance" in figures:
         last["step_size"] = chains.step_size
         path = chains.last.negative_energy if chains.last else None

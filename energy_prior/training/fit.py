@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _SHORT = 100  # iterations: what fewer gained is not worth the draws
-_LEAST_COMPARED, _MOST_COMPARED = 512, 4096  # draws of posterior and prior, and the numbers that they hold in between
+_LEAST_COMPARED, _MOST_COMPARED = 512, 2048  # draws of posterior and prior, and the numbers that they hold in between
 _NUMBERS = 2**19
 
 
@@ -56,7 +56,7 @@ class FitResult:
         warnings: what was warned of, in the order that it came.
         step_size: the Langevin step size that the prior uses from now on: tuned, or that of the settings.
         resumed_at: the iteration after which a run that had been stopped went on; None if it did not.
-        mismatch: how far the posterior is from the generator's prior and from what was learned, on at most 4,096
+        mismatch: how far the posterior is from the generator's prior and from what was learned, on at most 2,048
             observations of the data (`JointEBMPrior.mismatch` takes others); None for runs of fewer than 100 iterations.
     """
 

@@ -250,6 +250,7 @@ class FitTask:
             loss = noise_contrastive(logit_posterior, logit_prior)
             figures["weight_ess"] = diagnostics.weight_share(logit_prior.detach())
             figures["told_apart"] = diagnostics.told_apart(logit_posterior.detach(), logit_prior.detach())
+            figures["told_apart_draws"] = loss.new_tensor(2.0 * len(x))
         if self.joint:
             topdown = TopDown(self.model.generator, len(x))
             descent = topdown.descend(z_posterior, "latent", to_observation=True)

@@ -47,6 +47,16 @@ def test_energies_that_run_away_on_one_side_stop_the_run(side: str) -> None:
         check_sound({name: value.detach()[None] for name, value in figures.items()}, 1, "nce", task.config)
 
 
+def test_a_few_draws_that_are_all_told_apart_are_no_saturated_estimate() -> None:
+    figures = {name: torch.zeros(2) for name in ("loss", "energy_posterior", "energy_prior", "largest_1")}
+    chains = task_of(make(), "nce").chains
+    for draws, told in ((8.0, False), (128.0, True)):
+        entry = history_entry(figures | {"told_apart": torch.ones(2), "told_apart_draws": torch.full((2,), draws)}, chains)
+        assert entry["told_apart"] == pytest.approx((2 * draws + 1) / (2 * draws + 2))
+        assert ("told_apart" in early_warnings(entry, FitConfig())) == told
+        assert "told_apart_draws" not in entry
+
+
 def test_a_saturated_ratio_estimate_is_told_with_the_rule_to_use_instead() -> None:
     """A posterior 2σ away in each of 40 units: every draw is told apart at once. One that overlaps is not complained of."""
     told = {}
