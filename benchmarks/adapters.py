@@ -3,10 +3,10 @@
     python benchmarks/adapters.py            # ten minutes or more on two cores that do nothing else
     python benchmarks/adapters.py --quick    # see that it runs
 
-The NVAE is a decoder of our own with the interface and the cells of NVAE and the sizes of its training script's defaults; it
-goes through `NVAEAdapter`. Full sampler: an eager loop of noise-space Langevin that in every step runs the whole model, image
-tower included, as code does that has no way to stop above the image. Every figure is a median of ratios of runs that
-alternate within this one process; compilation is not counted. Writes docs/results/adapters.json and .md.
+The NVAE is a model of our own with the interface and the cells of NVAE (`nvae_style.py`), in the sizes of its training
+script's defaults; it goes through `NVAEAdapter`. Full sampler: an eager loop of noise-space Langevin that runs the whole
+model in every step, image tower included, as code does that has no way to stop above the image. Every figure is a median of
+ratios of runs that alternate within this one process; compilation is not counted. Writes docs/results/adapters.json and .md.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from measure import added_memory, alternate, apart, goal_rows, ratio_table
+from nvae_style import NVAEStyle
 from results import ROOT, write_results
 from torch import Tensor, nn
 
@@ -74,109 +74,14 @@ def main() -> None:
     print((out / "adapters.md").read_text())
 
 
-# ------------------------------------------------------------------------------------------------------------------ the model
-
-
-class Conv(nn.Conv2d):
-    """As NVAE's: it normalises its weights in every call."""
-
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self.log_weight_norm = nn.Parameter(self.weight.square().sum((1, 2, 3), keepdim=True).sqrt().log())
-
-    def normalize_weight(self) -> Tensor:
-        """The weights that it convolves with."""
-        return self.log_weight_norm.exp() * self.weight / self.weight.square().sum((1, 2, 3), keepdim=True).sqrt()
-
-
-class Cell(nn.Module):
-    """A cell of NVAE's decoder: 1 × 1 to a larger width, 5 × 5 per channel, 1 × 1 back, norms, squeeze and excite.
-
-    Between groups the width is six times as large, in the image tower three times, as in NVAE.
-    """
-
-    def __init__(self, source: int, target: int, cell_type: str) -> None:
-        super().__init__()
-        self.cell_type, wide = cell_type, (3 if "post" in cell_type else 6) * source
-        self.skip = Conv(source, target, 1) if "up" in cell_type else nn.Identity()
-        self.norms = nn.ModuleList(nn.BatchNorm2d(n) for n in (source, wide, wide, target))
-        for norm in self.norms:
-            nn.init.uniform_(norm.running_var, 0.5, 1.5)  # type: ignore[arg-type]
-        self.expand, self.shrink = Conv(source, wide, 1, bias=False), Conv(wide, target, 1, bias=False)
-        self.depthwise = Conv(wide, wide, 5, padding=2, groups=wide, bias=False)
-        hidden = max(target // 16, 4)
-        self.gate = nn.Sequential(nn.Linear(target, hidden), nn.ReLU(), nn.Linear(hidden, target), nn.Sigmoid())
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features, at twice the resolution where it goes up."""
-        if "up" in self.cell_type:
-            features = F.interpolate(features, scale_factor=2)
-        h = F.silu(self.norms[1](self.expand(self.norms[0](features))))
-        h = self.norms[3](self.shrink(F.silu(self.norms[2](self.depthwise(h)))))
-        return self.skip(features) + 0.1 * h * self.gate(h.mean((2, 3)))[:, :, None, None]
-
-
-class Combiner(nn.Module):
-    """Where a group's z enters the features."""
-
-    cell_type = "combiner_dec"
-
-    def __init__(self, width: int, latents: int) -> None:
-        super().__init__()
-        self.conv = Conv(width + latents, width, 1)
-
-    def forward(self, features: Tensor, z: Tensor) -> Tensor:
-        """Features with z in them."""
-        return self.conv(torch.cat([features, z], 1))
-
-
-class NVAEStyle(nn.Module):
-    """The decoder of an NVAE at 32 × 32, under NVAE's names; what only its encoder has is empty."""
-
-    res_dist, vanilla_vae, crop_output, input_size, num_flows = True, False, False, 32, 0
-
-    def __init__(self, groups: int, channels: int = 32, latents: int = 20, blocks: int = 2, cells: int = 3) -> None:
-        super().__init__()
-        width, side = channels * 2 ** (blocks + 1), 32 // 2 ** (blocks + 1)
-        self.z0_size = [latents, side, side]
-        self.prior_ftr0 = nn.Parameter(torch.randn(width, side, side))
-        self.stem = Conv(3, channels, 3, padding=1)
-        self.pre_process, self.enc_tower, self.enc0, self.enc_sampler, self.nf_cells = (nn.ModuleList() for _ in range(5))
-        self.dec_tower, self.dec_sampler, self.post_process = (nn.ModuleList() for _ in range(3))
-        for group in range(2 * groups):
-            if group == groups:
-                self.dec_tower.append(Cell(width, width // 2, "up_dec"))
-                width //= 2
-            if group:
-                self.dec_tower.append(Cell(width, width, "normal_dec"))
-                self.dec_sampler.append(nn.Sequential(nn.ELU(), Conv(width, 2 * latents, 1)))
-            self.dec_tower.append(Combiner(width, latents))
-        for cell in range(blocks * cells):
-            up = cell % cells == 0
-            self.post_process.append(Cell(width, width // 2 if up else width, "up_post" if up else "normal_post"))
-            width = width // 2 if up else width
-        self.image_conditional = nn.Sequential(nn.ELU(), Conv(width, 100, 3, padding=1))
-
-    def decoder_output(self, parameters: Tensor) -> Any:
-        """The mixture of these parameters."""
-        logits, rest = parameters[:, :10], parameters[:, 10:].unflatten(1, (3, 30))
-        return DiscMixLogistic(logits, rest[:, :, :10], rest[:, :, 10:20].clamp(min=-7), torch.tanh(rest[:, :, 20:]))
-
-
-class DiscMixLogistic(NamedTuple):
-    """Parameters of ten discretised logistics, under NVAE's name."""
-
-    logit_probs: Tensor
-    means: Tensor
-    log_scales: Tensor
-    coeffs: Tensor
-    max_val: float = 255.0
-
-
 def nvae_style(quick: bool = False) -> NVAEAdapter:
-    """The NVAE, wrapped."""
+    """The NVAE, wrapped, with statistics of its batch norms that are not those of a new one."""
     torch.manual_seed(0)
-    return NVAEAdapter(NVAEStyle(groups=1 if quick else 8).eval())
+    model = NVAEStyle(groups=1 if quick else 8).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
+    return NVAEAdapter(model)
 
 
 # ------------------------------------------------------------------------------------------------------------ what is compared

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import statistics
@@ -30,11 +31,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from deep_cases import CASES, QUICK, Case
 from deep_measures import GaussianMixture, flat, layers_of, noise_of
-from results import ROOT, Row, code_key, mean_row, write_results
+from results import ROOT, Row, code_key, mean_row, provenance, write_results
 from torch import Tensor
 
-from energy_prior import JointEBMPrior, ResidualVAE, fit_elbo
+from energy_prior import JointEBMPrior, fit_elbo
 from energy_prior._util import not_none
 from energy_prior.checkpoint import fingerprint
 from energy_prior.cli.demo import load_demo_data
@@ -45,25 +47,19 @@ from energy_prior.plots import image_panels
 from energy_prior.topdown import TopDown
 
 _LAST_UNIT = "two sample"
+FIGURES = ("deep_latents", "deep_measures", "nvae_style")
+"""Files here that figures depend on, beside the package and the function that makes a case."""
 TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0)
 GOALS: dict[tuple[str, str], tuple[float, str]] = {
     ("fashion_mnist_small", "gap_closed"): (0.8, "higher"),
     ("fashion_mnist_small", "above_gaussian_refit"): (0.15, "higher"),
     ("cifar10_pyramid", "gap_closed"): (0.6, "higher"),
+    ("cifar10_pyramid", "gap_closed_shorter_fit"): (0.3, "higher"),
     ("cifar10_pyramid", "long_over_short"): (1.1, "lower"),
     ("cifar10_pyramid", "latent_two_sample_ratio"): (0.7, "lower"),
     ("cifar10_wide", "gap_closed"): (0.2, "higher"),
+    ("nvae_cells", "gap_closed"): (0.4, "higher"),
 }
-
-
-class Case(NamedTuple):
-    """A data set, a backbone, and how both of its parts are trained."""
-
-    data: str
-    make: Callable[[], ResidualVAE]
-    backbone: dict[str, Any]
-    energies: dict[str, Any]
-    long_chains: bool = False
 
 
 class Sizes(NamedTuple):
@@ -79,38 +75,6 @@ class Sizes(NamedTuple):
     held: int = 10_000
 
 
-CASES = {
-    "fashion_mnist_small": Case(
-        "fashion_mnist",
-        lambda: ResidualVAE((1, 28, 28), groups=(1, 2), channels=16, latent_channels=4),
-        {"iterations": 1500, "batch_size": 64},
-        {"iterations": 3000, "batch_size": 128},
-    ),
-    "cifar10_pyramid": Case(
-        "cifar10",
-        lambda: ResidualVAE((3, 32, 32), groups=(2, 1, 1), channels=32, latent_channels=8, downsample=2),
-        {"iterations": 6000, "batch_size": 64},
-        {"iterations": 3000, "batch_size": 128},
-        long_chains=True,
-    ),
-    "cifar10_wide": Case(
-        "cifar10",
-        lambda: ResidualVAE((3, 32, 32), groups=(2, 2), channels=32, latent_channels=8),
-        {"iterations": 4000, "batch_size": 64},
-        {"iterations": 1500, "batch_size": 128},
-    ),
-}
-QUICK = {
-    "digits": Case(
-        "",
-        lambda: ResidualVAE((1, 8, 8), groups=(1, 1), channels=8, latent_channels=2),
-        {"iterations": 30, "batch_size": 64, "progress": False},
-        {"iterations": 10, "batch_size": 64, "progress": False},
-        long_chains=True,
-    )
-}
-
-
 def main() -> None:
     """Runs what is missing, prints and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,27 +86,44 @@ def main() -> None:
     if not (options.data or options.quick):
         parser.error("--data: the folder with cifar10 and fashion_mnist is needed")
     out, runs = ROOT / "docs" / "results", Path(options.runs)
-    cases, sizes = {name: CASES[name] for name in options.case or CASES}, Sizes()
+    makers, sizes = {name: CASES[name] for name in options.case or CASES}, Sizes()
     if options.quick:
         out = runs = Path(tempfile.mkdtemp())
-        cases, sizes = QUICK, Sizes(images=100, draws=2, moments=200, classifier=20, components=2, few=50, long=40, held=400)
-    key, log = code_key(Path(__file__), Path(__file__).with_name("deep_measures.py")), out / "deep_latents.partial.jsonl"
-    for name, case in cases.items():
-        images = digits() if options.quick else load_images(Path(options.data) / case.data).images
+        makers, sizes = QUICK, Sizes(images=100, draws=2, moments=200, classifier=20, components=2, few=50, long=40, held=400)
+    here, log = Path(__file__), out / "deep_latents.partial.jsonl"
+    for name, make in makers.items():
+        key = code_key(*(here.with_name(f"{file}.py") for file in FIGURES), also=inspect.getsource(make))
+        torch.manual_seed(0)
+        case = make()
+        images = load_images(Path(options.data) / case.data).images if case.data else digits(case.generator.x_shape)
         run = CaseRun(case, images, runs / f"deep-{name}-{key}", Log(log, key, name), sizes)
         run.run()
         image_panels(out / f"deep_latents_{name}.png", run.panels(), columns=5)
-    every = {name: Log(log, key, name).done for name in (QUICK if options.quick else CASES)}
-    rows = [row for name, done in every.items() if _LAST_UNIT in done for row in rows_of(name, done)]
+    done = {name: units for name in (QUICK if options.quick else CASES) if (units := whole(log, name))}
+    rows = [row for name, units in done.items() for row in rows_of(name, units)]
     write_results(out / "deep_latents.json", rows)
-    (out / "deep_latents.md").write_text(table(rows))
-    print(table(rows))
+    text = table(rows, {name: units[_LAST_UNIT]["commit"] for name, units in done.items()})
+    (out / "deep_latents.md").write_text(text)
+    print(text)
 
 
-def digits() -> Tensor:
-    """The digits of the demo, twice."""
+def digits(shape: Sequence[int]) -> Tensor:
+    """The digits of the demo, twice, in images of that shape."""
     data = load_demo_data(1, 0)
-    return torch.cat([data.train, data.train])
+    return torch.cat([data.train, data.train]).expand(-1, *shape).contiguous()
+
+
+def lines_of(path: Path, case: str) -> list[dict[str, Any]]:
+    """The lines of a case, those of other code too."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if line["case"] == case]
+
+
+def whole(path: Path, case: str) -> dict[str, dict[str, Any]]:
+    """Units of a case as they were last run to the end; empty if they never were."""
+    lines = lines_of(path, case)
+    key = next((line["key"] for line in reversed(lines) if line["unit"] == _LAST_UNIT), None)
+    return {line["unit"]: line["result"] for line in lines if line["key"] == key}
 
 
 class Log:
@@ -151,14 +132,14 @@ class Log:
     def __init__(self, path: Path, key: str, case: str) -> None:
         self.path, self.key, self.case = path, key, case
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        self.done = {line["unit"]: line["result"] for line in lines if (line["key"], line["case"]) == (key, case)}
+        self.done = {line["unit"]: line["result"] for line in lines_of(path, case) if line["key"] == key}
 
     def unit(self, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of a unit, which is run if it is not there."""
         if name not in self.done:
             begin = time.perf_counter()
-            self.done[name] = run() | {"seconds": round(time.perf_counter() - begin)}
+            result = run()
+            self.done[name] = result | {"seconds": round(time.perf_counter() - begin), "commit": provenance()["commit"]}
             line = {"key": self.key, "case": self.case, "unit": name, "result": self.done[name]}
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -185,8 +166,7 @@ class CaseRun:
         self.case, self.folder, self.log, self.sizes = case, folder, log, sizes
         self.train, held = images[: -sizes.held], images[-sizes.held :]
         self.reference, self.others = held[: sizes.images], held[sizes.images : 2 * sizes.images]
-        torch.manual_seed(0)
-        self.vae = case.make()
+        self.vae = case.generator
         self.units = sum(shape.numel() for shape in self.vae.latent_shapes)
 
     def run(self) -> None:
@@ -196,8 +176,8 @@ class CaseRun:
         self.vae.load_state_dict(torch.load(self.folder / "backbone.pt", weights_only=True))
         self.vae.eval()
         unit("mismatch", self._mismatch)
-        unit("energies", self._energies)
-        self.prior = JointEBMPrior.load(self.folder / "prior.safetensors", self.vae)
+        unit("energies", lambda: self._energies("energies", {}))
+        self.prior = self._learned("energies")
         unit("real", lambda: self._distance(self.others))
         unit("reconstructions", lambda: self._distance(self._reconstructed(self.others)))
         temperature = unit("best temperature", self._temperature)["temperature"]
@@ -208,6 +188,11 @@ class CaseRun:
             unit(f"mixture_refit {i}", lambda i=i: self._distance(self._refit(self.sizes.images, i, mixture=True)))
         for i in draws:
             unit(f"joint {i}", lambda i=i: self._distance(self._joint(self.sizes.images, i, self.folder / f"joint-{i}.pt")))
+        if (differ := self.case.shorter) is not None:
+            unit("shorter energies", lambda: self._energies("shorter", differ))
+            shorter = self._learned("shorter")
+            for i in draws:
+                unit(f"shorter_fit {i}", lambda i=i: self._distance(self._joint(self.sizes.images, i, prior=shorter)))
         if self.case.long_chains:
             unit("few real", lambda: self._distance(self.others[: self.sizes.few]))
             unit("few short", lambda: self._distance(self._joint(self.sizes.few, 90)))
@@ -237,12 +222,17 @@ class CaseRun:
         bits = -elbo / (self.vae.x_shape.numel() * math.log(2))
         return {"validation_elbo": elbo, "bits_per_dimension": bits, "fingerprint": fingerprint(self.vae)}
 
-    def _energies(self) -> dict[str, Any]:
+    def _energies(self, name: str, differ: dict[str, Any]) -> dict[str, Any]:
+        """A run of `fit`. Its seconds are those of its last part, after iteration `resumed_at`."""
         prior = JointEBMPrior(self.vae)
-        result = prior.fit(self.train, run_dir=self.folder / "energies", rng=_seeded(1), **self.case.energies)
-        prior.save(self.folder / "prior.safetensors")
+        settings = self.case.energies | differ
+        result = prior.fit(self.train, run_dir=self.folder / name, rng=_seeded(1), **settings)
+        prior.save(self.folder / f"{name}.safetensors")
         last = {name: round(value, 4) for name, value in result.history[-1].items()}
-        return {"method": result.method, "last": last, "warnings": result.warnings}
+        return {"method": result.method, "last": last, "resumed_at": result.resumed_at, "warnings": result.warnings}
+
+    def _learned(self, name: str) -> JointEBMPrior:
+        return JointEBMPrior.load(self.folder / f"{name}.safetensors", self.vae)
 
     def _mismatch(self) -> dict[str, Any]:
         """What `prior.mismatch` says before any energy is trained."""
@@ -307,14 +297,14 @@ class CaseRun:
                 parts.append(self.prior.decode(descent.latents))
         return torch.cat(parts)
 
-    def _joint(self, n: int, number: int, keep: Path | None = None, **chain: Any) -> Tensor:
-        """Images of the joint prior; `keep`: the file that their noise goes into."""
-        rng = _seeded(number)
-        latents = [self.prior.sample_latents(min(250, n - at), rng=rng, **chain) for at in range(0, n, 250)]
+    def _joint(self, n: int, number: int, keep: Path | None = None, prior: JointEBMPrior | None = None, **chain: Any) -> Tensor:
+        """Images of the joint prior, or of another one; `keep`: the file that their noise goes into."""
+        prior, rng = prior or self.prior, _seeded(number)
+        latents = [prior.sample_latents(min(250, n - at), rng=rng, **chain) for at in range(0, n, 250)]
         if keep is not None:
             with torch.no_grad():
                 torch.save(torch.cat([flat(TopDown(self.vae, len(z[0])).position(z, "noise")) for z in latents]), keep)
-        return torch.cat([self.prior.decode(z) for z in latents])
+        return torch.cat([prior.decode(z) for z in latents])
 
 
 def _seeded(number: int) -> torch.Generator:
@@ -354,6 +344,8 @@ def rows_of(case: str, found: dict[str, dict[str, Any]]) -> list[Row]:
     for kind in ("temperature", "gaussian_refit", "mixture_refit"):
         rows.append(row(f"gap_closed_{kind}", closed(kind), "higher"))
     rows.append(row("gap_closed", closed("joint"), "higher"))
+    if shorter := closed("shorter_fit"):
+        rows.append(row("gap_closed_shorter_fit", shorter, "higher"))
     above = statistics.fmean(closed("joint")) - statistics.fmean(closed("gaussian_refit"))
     rows.append(row("above_gaussian_refit", [above], "higher"))
     if "few long" in found:
@@ -363,8 +355,8 @@ def rows_of(case: str, found: dict[str, dict[str, Any]]) -> list[Row]:
     return rows
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows in Markdown."""
+def table(rows: Sequence[Row], commits: dict[str, str]) -> str:
+    """The rows in Markdown, and the commit that every case was run at."""
     lines = [
         "# Deep latents",
         "",
@@ -378,7 +370,8 @@ def table(rows: Sequence[Row]) -> str:
         goal = "" if row["goal"] is None else f"{'≤' if row['better'] == 'lower' else '≥'} {row['goal']:g}"
         sd = "" if row["sd"] is None else f"{row['sd']:.2g}"
         lines.append(f"| {row['case']} | {row['metric']} | {row['value']:.4g} | {sd} | {goal} |")
-    return "\n".join(lines) + "\n"
+    at = ", ".join(f"{case} at commit {commit[:7]}" for case, commit in commits.items())
+    return "\n".join([*lines, "", f"Run: {at}."]) + "\n"
 
 
 if __name__ == "__main__":
