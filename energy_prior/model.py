@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["JointModel", "PosteriorDraw"]
+__all__ = ["NEVER_SPLIT", "JointModel", "PosteriorDraw"]
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,17 +17,35 @@ from energy_prior.checks.arguments import checked_infer
 from energy_prior.errors import DivergenceError
 from energy_prior.langevin import ChainSettings, NoiseSource, Target, Trajectory, sample_target, warn_if_stuck
 from energy_prior.langevin.cost import equal_parts, forward_memory
+from energy_prior.process import reproducible
 from energy_prior.protocol import HierarchicalGenerator, find_infer, layer_energy, reads_noise
-from energy_prior.topdown import Decode, Space, TopDown, ancestral, ancestral_noise, decode_state
+from energy_prior.topdown import (
+    Decode,
+    Descent,
+    Space,
+    TopDown,
+    ancestral,
+    ancestral_noise,
+    decode_state,
+    inferred_descent,
+)
 
-_NEVER_SPLIT = 16
+NEVER_SPLIT = 16
+"""Rows that go through a pass together whatever it needs."""
 
 
 class PosteriorDraw(NamedTuple):
-    """z of one posterior draw, and log q_ω of it per layer, (batch, L), if it came from an inference model."""
+    """One posterior draw.
+
+    Attributes:
+        latents: (z_1, …, z_L).
+        log_q: log q_ω of every layer, (batch, L), if it came from an inference model.
+        descent: the pass down through these latents to the observation, if the inference model went that way.
+    """
 
     latents: tuple[Tensor, ...]
     log_q: Tensor | None
+    descent: Descent | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +91,10 @@ class JointModel:
     def target(self, n: int, held: Mapping[int, Tensor] | None = None, x: Tensor | None = None) -> Target:
         """p(z_free | z_held) of n draws, or the posterior of n observations x."""
         return Target(self.generator, list(self.energies), self.space, n, held or {}, x)
+
+    def target_below(self, topdown: TopDown) -> Target:
+        """p(z_free | z_held) for the held layers of a pass down, which is not run again."""
+        return dataclasses.replace(self.target(topdown.batch_size, topdown.held), topdown=topdown)
 
     def run(
         self,
@@ -130,7 +153,8 @@ class JointModel:
         """z ~ q_ω(z | x) where the generator has `infer`, else a Langevin draw of the posterior."""
         if find_infer(self.generator) is not None:
             inferred = checked_infer(self.generator, x)
-            return PosteriorDraw(inferred.latents, inferred.log_q)
+            descent = None if inferred.conditionals is None else inferred_descent(self.generator, inferred)
+            return PosteriorDraw(inferred.latents, inferred.log_q, descent)
         return PosteriorDraw(self.sample_posterior(x, settings), None)
 
     def ancestral(self, n: int) -> tuple[Tensor, ...]:
@@ -161,8 +185,11 @@ class JointModel:
 
         n = len(position[0])
         parts = [slice(0, n)]
-        if n > _NEVER_SPLIT:
-            needed = forward_memory(lambda: self.generator.likelihood(state(slice(0, 2))), 2, self.generator)
+        if n > NEVER_SPLIT:
+            with reproducible(torch.Generator(device="cpu").manual_seed(0), position[0].device):
+                needed = forward_memory(
+                    lambda rows: decode_state(self.generator, state(slice(0, rows)), decode), self.generator, f"decode {decode}"
+                )
             parts = equal_parts(n, needed, max_memory)
         decoded = [decode_state(self.generator, state(rows), decode) for rows in parts]
         x = decoded[0] if len(parts) == 1 else torch.cat(decoded)

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from energy_prior._util import not_none
+from energy_prior.checks.arguments import checked_infer
 from energy_prior.errors import DivergenceError
 from energy_prior.langevin import ChainSettings
-from energy_prior.model import JointModel, PosteriorDraw
-from energy_prior.topdown import TopDown
+from energy_prior.langevin.cost import equal_parts, forward_memory
+from energy_prior.model import NEVER_SPLIT, JointModel, PosteriorDraw
+from energy_prior.process import reproducible
+from energy_prior.protocol import find_infer
+from energy_prior.topdown import Descent, TopDown, ancestral_noise
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,17 @@ def log_joint(
         x: observations, (batch, *x_shape).
         k: layers nearest the data that are redrawn from the joint prior, 0 … L. With k = L no posterior is drawn.
         num_samples: draws, ≥ 1.
-        prior_chain: of p(z_{<=k} | z_{>k}).
+        prior_chain: of p(z_{<=k} | z_{>k}). The smaller `max_memory` of the two bounds the whole.
         posterior_chain: of the posterior, for generators without `infer`.
     """
 
-    def once() -> Tensor:
-        draw = None if k == len(model.energies) else model.posterior_draw(x, posterior_chain)
-        return _terms(model, x, draw, k, prior_chain).log_joint()
+    def once(x: Tensor) -> Tensor:
+        if k == len(model.energies):
+            return _redrawn(model, x, (), [k], prior_chain)[k]
+        draw = model.posterior_draw(x, posterior_chain)
+        return _redrawn(model, x, draw.latents, [k], prior_chain)[k] if k else _terms(model, x, draw).log_joint()
 
-    return _mean(once, num_samples)
+    return _mean(model, x, num_samples, min(prior_chain.max_memory, posterior_chain.max_memory), once)
 
 
 def llr_scores(
@@ -95,66 +100,99 @@ def llr_scores(
         x: observations, (batch, *x_shape).
         ks: each 0 … L.
         num_samples: posterior draws, ≥ 1.
-        prior_chain: of p(z_{<=k} | z_{>k}).
+        prior_chain: of p(z_{<=k} | z_{>k}). The smaller `max_memory` of the two bounds the whole.
         posterior_chain: of the posterior, for generators without `infer`.
     """
 
-    def once() -> Tensor:
+    def once(x: Tensor) -> Tensor:
         draw = model.posterior_draw(x, posterior_chain)
-        l_0 = _terms(model, x, draw, 0).log_joint()
-        l_ks = [_terms(model, x, draw, k, prior_chain).log_joint() if k else l_0 for k in ks]
-        return torch.stack([l_0 - l_k for l_k in l_ks], dim=1)
+        l_0 = _terms(model, x, draw).log_joint()
+        l_ks = {0: l_0} | _redrawn(model, x, draw.latents, ks, prior_chain)
+        return torch.stack([l_0 - l_ks[k] for k in ks], dim=1)
 
-    return _mean(once, num_samples)
+    return _mean(model, x, num_samples, min(prior_chain.max_memory, posterior_chain.max_memory), once)
 
 
 def expected_score(
     model: JointModel, x: Tensor, score: Callable[[ScoreTerms], Tensor], num_samples: int, posterior_chain: ChainSettings
 ) -> Tensor:
     """E[score(terms of L^{>0}(x))] over posterior draws, of the score's shape (batch, …)."""
-    return _mean(lambda: score(_terms(model, x, model.posterior_draw(x, posterior_chain), 0)), num_samples)
+
+    def once(x: Tensor) -> Tensor:
+        return score(_terms(model, x, model.posterior_draw(x, posterior_chain)))
+
+    return _mean(model, x, num_samples, posterior_chain.max_memory, once)
 
 
 def score_terms(model: JointModel, x: Tensor, num_samples: int, posterior_chain: ChainSettings) -> ScoreTerms:
     """Every term of L^{>0}(x), each its mean over `num_samples` posterior draws."""
-    draws = [_terms(model, x, model.posterior_draw(x, posterior_chain), 0) for _ in range(num_samples)]
 
-    def mean(values: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(values)).mean(0)
+    def columns(terms: ScoreTerms) -> Tensor:
+        several = (terms.log_likelihood[:, None], terms.log_prior, terms.negative_energy, terms.log_q)
+        return torch.cat([t for t in several if t is not None], 1)
 
-    log_q = [t.log_q for t in draws if t.log_q is not None]
-    return ScoreTerms(
-        log_likelihood=mean([t.log_likelihood for t in draws]),
-        log_prior=mean([t.log_prior for t in draws]),
-        negative_energy=mean([t.negative_energy for t in draws]),
-        log_q=mean(log_q) if log_q else None,
-    )
+    means = expected_score(model, x, columns, num_samples, posterior_chain)
+    log_likelihood, *layers = means.split([1] + [len(model.energies)] * (means.shape[1] // len(model.energies)), 1)
+    return ScoreTerms(log_likelihood[:, 0], *layers)
 
 
-def _terms(
-    model: JointModel, x: Tensor, draw: PosteriorDraw | None, k: int, prior_chain: ChainSettings | None = None
-) -> ScoreTerms:
-    """The terms of L^{>k}(x) at one posterior draw.
+def _terms(model: JointModel, x: Tensor, draw: PosteriorDraw) -> ScoreTerms:
+    """The terms of L^{>0}(x) at one posterior draw."""
+    descent = draw.descent or _pass_through(model, draw.latents)
+    return _terms_of(model, x, descent, draw.log_q)
 
-    Keeps z_{>k} and redraws z_{<=k} ~ p(z_{<=k} | z_{>k}) from the joint prior by Langevin; the pass down to layer
-    k + 1 is computed once, so that a step costs k layers. k = 0 keeps the draw as it is and runs no chain;
-    k = L needs no draw.
+
+def _redrawn(
+    model: JointModel, x: Tensor, latents: Sequence[Tensor], ks: Sequence[int], prior_chain: ChainSettings
+) -> dict[int, Tensor]:
+    """L^{>k}(x) at one posterior draw for each k > 0 of `ks`: keeps z_{>k}, redraws z_{<=k} ~ p(z_{<=k} | z_{>k}) by Langevin.
+
+    One pass goes down through the posterior's z, and stops at every such k, from where the rest is drawn: a step of the
+    chain costs k layers. k = L needs no z.
     """
-    latents, log_q = ((), None) if draw is None else draw
-    if k:
-        held = {layer: latents[layer - 1] for layer in range(k + 1, len(latents) + 1)}
-        latents, log_q = model.sample(len(x), not_none(prior_chain), held=held), None
+    scores: dict[int, Tensor] = {}
     topdown = TopDown(model.generator, len(x))
-    descent = topdown.descend(latents, "latent", to_observation=True)
-    log_likelihood = topdown.likelihood(descent).log_prob(x)
-    return _finite(ScoreTerms(log_likelihood, descent.log_priors(), model.negative_energy(latents, descent.noise()), log_q))
+    for k in range(len(model.energies), min(k for k in (*ks, len(model.energies)) if k) - 1, -1):
+        if k < len(model.energies):
+            topdown = topdown.holding(latents[k])
+        if k not in ks:
+            continue
+        if prior_chain.steps:
+            drawn = model.run(model.target_below(topdown), prior_chain)
+            descent = topdown.descend(drawn[:k], "latent", to_observation=True)
+        else:
+            descent = topdown.descend(ancestral_noise(topdown), "noise", to_observation=True)
+        scores[k] = _terms_of(model, x, descent).log_joint()
+    return scores
 
 
-def _mean(once: Callable[[], Tensor], num_samples: int) -> Tensor:
-    total = once()
-    for _ in range(num_samples - 1):
-        total = total + once()
-    return total / num_samples
+def _pass_through(model: JointModel, latents: Sequence[Tensor]) -> Descent:
+    return TopDown(model.generator, len(latents[0])).descend(latents, "latent", to_observation=True)
+
+
+def _terms_of(model: JointModel, x: Tensor, descent: Descent, log_q: Tensor | None = None) -> ScoreTerms:
+    log_likelihood = model.generator.likelihood(descent.state).log_prob(x)
+    energies = model.negative_energy(descent.latents, descent.noise())
+    return _finite(ScoreTerms(log_likelihood, descent.log_priors(), energies, log_q))
+
+
+def _mean(model: JointModel, x: Tensor, num_samples: int, max_memory: float, once: Callable[[Tensor], Tensor]) -> Tensor:
+    """The mean of `once(x)` over draws, which go through together, in parts that need at most `max_memory` bytes."""
+    n, parts = len(x), [slice(0, len(x) * num_samples)]
+    if parts[0].stop > NEVER_SPLIT:
+        with reproducible(torch.Generator(device="cpu").manual_seed(0), x.device):
+            needed = forward_memory(
+                lambda rows: _one_pass(model, x[torch.arange(rows, device=x.device) % n]), model.generator, "score"
+            )
+        parts = equal_parts(parts[0].stop, needed, max_memory)
+    values = [once(x[torch.arange(rows.start, rows.stop, device=x.device) % n]) for rows in parts]
+    return torch.cat(values).unflatten(0, (num_samples, n)).mean(0)
+
+
+def _one_pass(model: JointModel, x: Tensor) -> None:
+    """What a score needs memory for beside its chains, which bound their own."""
+    latents = model.ancestral(len(x)) if find_infer(model.generator) is None else checked_infer(model.generator, x).latents
+    _terms_of(model, x, _pass_through(model, latents))
 
 
 def _finite(terms: ScoreTerms) -> ScoreTerms:

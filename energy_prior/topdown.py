@@ -159,6 +159,16 @@ class TopDown:
             self._state = generator.descend(self._state, self.held[layer], layer)
         self.reference = parameters(self._above[self.layers])[0]
 
+    def holding(self, z: Tensor) -> TopDown:
+        """The same pass with the highest free layer held at z too: one layer further down, the rest is not run again."""
+        *rest, layer = self.free
+        copied = copy.copy(self)
+        copied.held, copied.free = {**self.held, layer: z}, tuple(rest)
+        copied._state, copied._above = self.generator.descend(self._state, z, layer), dict(self._above)
+        if rest:
+            copied._above[rest[-1]] = self.generator.conditional(copied._state, rest[-1])
+        return copied
+
     def mapped(self, function: Callable[[Tensor], Tensor]) -> TopDown:
         """The same pass with `function` of its tensors (of a state: where it is tensors, or tuples, lists, dicts)."""
 

@@ -187,8 +187,8 @@ def test_score_terms_are_those_of_the_posterior_draw() -> None:
     assert JointEBMPrior(ladder, ladder.energies).score_terms(torch.randn(3, 3).double(), posterior={"steps": 2}).log_q is None
 
 
-def test_columns_of_llr_scores_share_their_posterior_draws() -> None:
-    """Every column agrees with the closed form, and the first one with `llr_score` at the same posterior draw, bit for bit."""
+def test_columns_of_llr_scores_are_the_closed_form() -> None:
+    """The last one, whose chain comes first, agrees with `llr_score` at the same posterior draw, bit for bit."""
     ladder = LinearLadder((3, 2), seed=4)
     prior = JointEBMPrior(ladder, ladder.energies)
     x = torch.randn(6, 3, dtype=torch.float64)
@@ -200,8 +200,8 @@ def test_columns_of_llr_scores_share_their_posterior_draws() -> None:
         exact = torch.tensor([ladder.log_joint(row, 0) - ladder.log_joint(row, k) for row in x], dtype=torch.float64)
         torch.testing.assert_close(scores[:, k - 1], exact, rtol=0, atol=1.5)
     one = {"num_samples": 1, "steps": 5}
-    first = prior.llr_score(x, 1, rng=torch.Generator().manual_seed(1), **one)  # type: ignore[arg-type]
-    assert torch.equal(first, prior.llr_scores(x, rng=torch.Generator().manual_seed(1), **one)[:, 0])  # type: ignore[arg-type]
+    last = prior.llr_score(x, 2, rng=torch.Generator().manual_seed(1), **one)  # type: ignore[arg-type]
+    assert torch.equal(last, prior.llr_scores(x, rng=torch.Generator().manual_seed(1), **one)[:, 1])  # type: ignore[arg-type]
 
 
 def test_trajectory_frames_and_diagnostics() -> None:

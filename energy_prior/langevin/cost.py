@@ -11,13 +11,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils._pytree import tree_leaves
 
 from energy_prior.langevin.density import JointDensity
 
 _costs: WeakKeyDictionary[nn.Module, dict[Hashable, Cost]] = WeakKeyDictionary()
-_forward_memory: WeakKeyDictionary[nn.Module, dict[torch.dtype | None, float]] = WeakKeyDictionary()
+_forward_memory: WeakKeyDictionary[nn.Module, dict[Hashable, float]] = WeakKeyDictionary()
 
 
 class Cost(NamedTuple):
@@ -59,22 +60,28 @@ def _counted(density: JointDensity) -> Cost:
     return Cost(sum(kept.values()) / topdown.batch_size, counted.flops / topdown.batch_size, counted.operations)
 
 
-def forward_memory(run: Callable[[], object], rows: int, generator: object) -> float:
-    """Bytes per row that a pass without gradients needs: three times its largest tensor, for input, output and workspace.
+def forward_memory(run: Callable[[int], object], generator: object, what: str) -> float:
+    """Bytes per row that a pass without gradients needs: of the tensors that live at once, and of the largest again.
+
+    Operations need room of their own; that of the largest tensor stands for it. What does not grow with the rows, such as
+    weights that a pass normalises, does not count.
 
     Args:
-        run: the pass, on a batch of `rows`; run once for a generator.
-        rows: its number of rows.
+        run: the pass, on a batch of so many rows; run twice for a generator, on few.
         generator: whose pass it is.
+        what: name of the pass.
     """
     known = _forward_memory.setdefault(generator, {}) if isinstance(generator, nn.Module) else {}
     dtype = next((p.dtype for p in generator.parameters()), None) if isinstance(generator, nn.Module) else None
-    if dtype not in known:
-        counted = _Operations()
-        with torch.no_grad(), counted:
-            run()
-        known[dtype] = 3.0 * counted.largest / rows
-    return known[dtype]
+    if (what, dtype) not in known:
+        fewer, more = _Memory(), _Memory()
+        for rows, counted in ((2, fewer), (4, more)):
+            with torch.no_grad(), counted:
+                run(rows)
+        alive = max((b - a for a, b in zip(fewer.alive, more.alive, strict=False)), default=0)
+        largest = max((b - a for a, b in zip(fewer.results, more.results, strict=False)), default=0)
+        known[what, dtype] = (alive + largest) / 2
+    return known[what, dtype]
 
 
 def equal_parts(rows: int, memory_per_row: float, memory: float) -> list[slice]:
@@ -85,17 +92,36 @@ def equal_parts(rows: int, memory_per_row: float, memory: float) -> list[slice]:
 
 
 class _Operations(TorchDispatchMode):
-    """Counts tensor operations (views aside), the floating-point operations of products, and the largest result's bytes."""
+    """Counts tensor operations (views aside), and the floating-point operations of products."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations, self.flops, self.largest = 0, 0, 0
+        from torch.utils.flop_counter import flop_registry  # not before it is needed: it imports triton
+
+        self.operations, self.flops, self._formulas = 0, 0, flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.operations += not func.is_view
-        count = flop_registry.get(func.overloadpacket)
+        count = self._formulas.get(func.overloadpacket)
         self.flops += count(*args, **(kwargs or {}), out_val=out) if count else 0
-        if isinstance(out, Tensor):
-            self.largest = max(self.largest, out.numel() * out.element_size())
+        return out
+
+
+class _Memory(TorchDispatchMode):
+    """Bytes of the results of every operation, and of all results that live after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[int] = []
+        self.alive: list[int] = []
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self._alive = {key: kept for key, kept in self._alive.items() if not kept[0].expired()}
+        storages = [tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+        self._alive |= {storage._cdata: (StorageWeakRef(storage), storage.nbytes()) for storage in storages}
+        self.results.append(max((storage.nbytes() for storage in storages), default=0))
+        self.alive.append(sum(size for _, size in self._alive.values()))
         return out

@@ -33,6 +33,7 @@ class Target:
         batch_size: number of chains.
         held: layer number (1 … L) -> its fixed z_i, (batch, *latent_shapes[i - 1]). The other layers are free.
         x: observations, (batch, *x_shape): the target is p(z | x). None: it is the prior.
+        topdown: the pass down with `held`, where it has been run already.
     """
 
     generator: HierarchicalGenerator
@@ -41,6 +42,7 @@ class Target:
     batch_size: int
     held: Mapping[int, Tensor] = field(default_factory=dict)
     x: Tensor | None = None
+    topdown: TopDown | None = None
 
     @property
     def free(self) -> tuple[int, ...]:
@@ -66,16 +68,20 @@ class Target:
 
     def rows(self, rows: slice) -> Target:
         """The target of some chains of the batch."""
+        if rows == slice(0, self.batch_size):
+            return self
         return dataclasses.replace(
             self,
             batch_size=len(range(*rows.indices(self.batch_size))),
             held={layer: z[rows] for layer, z in self.held.items()},
             x=None if self.x is None else self.x[rows],
+            topdown=None,
         )
 
     def density(self) -> JointDensity:
-        """Its density, ready to be evaluated. Runs the generator down to the highest free layer, once."""
-        return JointDensity(TopDown(self.generator, self.batch_size, self.held), self.energies, self.space, self.x)
+        """Its density, ready to be evaluated. Runs the generator down to the highest free layer, unless that has been done."""
+        topdown = self.topdown or TopDown(self.generator, self.batch_size, self.held)
+        return JointDensity(topdown, self.energies, self.space, self.x)
 
 
 class Evaluation(NamedTuple):

@@ -10,7 +10,7 @@ from small_priors import conv, lively, mlp, target_of
 from torch import nn
 
 from energy_prior import LadderVAE
-from energy_prior.langevin.cost import equal_parts, evaluation_cost
+from energy_prior.langevin.cost import equal_parts, evaluation_cost, forward_memory
 
 
 def test_the_cost_of_an_evaluation_is_counted() -> None:
@@ -41,6 +41,25 @@ def test_equal_parts(rows: int, memory: float, sizes: list[int]) -> None:
     parts = equal_parts(rows, 10.0, memory)
     assert [part.stop - part.start for part in parts] == sizes
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(rows))
+
+
+def test_the_memory_of_a_pass_is_that_of_what_lives_at_once() -> None:
+    """A row: 10 numbers and 30 live while the first becomes the second, with the largest once more; then 30 and 20."""
+    weights = torch.randn(10, 30), torch.randn(30, 20)
+    rows_seen: list[int] = []
+
+    def run(rows: int) -> torch.Tensor:
+        rows_seen.append(rows)
+        normalised = [w / w.norm() for w in weights]  # of the pass, not of a row
+        x = torch.ones(rows, 10)
+        for w in normalised:
+            x = x @ w
+        return x
+
+    generator = nn.Linear(1, 1)
+    assert forward_memory(run, generator, "pass") == 4 * (30 + 20 + 30)
+    assert forward_memory(run, generator, "pass") == forward_memory(run, nn.Linear(1, 1), "pass")
+    assert rows_seen == [2, 4] * 2, "counted once for a generator"
 
 
 def test_decoding_in_parts_gives_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:

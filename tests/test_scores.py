@@ -1,0 +1,105 @@
+"""Scores: many draws at once, in parts that fit into memory, and one pass down for every k."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ladders import LinearLadder
+from torch import Tensor
+
+from energy_prior import Inferred, JointEBMPrior
+
+X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def certain() -> JointEBMPrior:
+    """A ladder of three layers whose q has no spread to speak of: every posterior draw of an observation is the same."""
+    ladder = LinearLadder((3, 2, 2), seed=1)
+    with torch.no_grad():
+        for v in ladder.v:
+            v.fill_(1e-9)
+    return JointEBMPrior(ladder, ladder.energies)
+
+
+def spied(prior: JointEBMPrior, name: str, monkeypatch: pytest.MonkeyPatch, of: Callable[..., Any]) -> list[Any]:
+    """What `of` makes of every call of a method of the generator from now on."""
+    calls: list[Any] = []
+    original = getattr(LinearLadder, name)
+
+    def spy(self: LinearLadder, *arguments: Any, **keywords: Any) -> Any:
+        calls.append(of(*arguments))
+        return original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(LinearLadder, name, spy)
+    return calls
+
+
+SCORES: dict[str, Callable[[JointEBMPrior, float], Tensor]] = {
+    "log_joint": lambda p, m: p.log_joint(X, num_samples=16, max_memory=m),
+    "llr_score": lambda p, m: p.llr_score(X, 2, num_samples=16, steps=1, max_memory=m),
+    "llr_scores": lambda p, m: p.llr_scores(X, num_samples=16, steps=0, max_memory=m),
+    "anomaly_score": lambda p, m: p.anomaly_score(X, posterior={"max_memory": m}),
+    "score_terms": lambda p, m: p.score_terms(X, num_samples=16, posterior={"max_memory": m}).log_joint(),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_draws_go_through_together_in_parts_that_fit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prior, rows = certain(), 16 * len(X)
+    SCORES[name](prior, 1e9)  # what a row needs has been counted now
+    sizes = spied(prior, "infer", monkeypatch, lambda x: len(x))
+    whole = SCORES[name](prior, 1e9)
+    assert sizes == [rows]
+    sizes.clear()
+    parts = SCORES[name](prior, 3000)
+    assert 1 < max(sizes) < rows / 2
+    assert sum(sizes) == rows
+    if not name.startswith("llr"):  # whose other term is a draw of the prior
+        torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_every_k_shares_the_posterior_draw_and_the_pass_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers passed: 3 for L^{>0}, 2 on the way down, and the k redrawn ones for k = 1, 2, 3."""
+    prior = certain()
+    prior.llr_scores(X, steps=0)
+    draws, layers = (spied(prior, name, monkeypatch, lambda *_: 1) for name in ("infer", "descend"))
+    prior.llr_scores(X, steps=0)
+    assert (len(draws), len(layers)) == (1, 3 + 2 + 1 + 2 + 3)
+
+
+@pytest.mark.parametrize("chain", [{"steps": 0}, {"steps": 60, "step_size": 0.6, "adjust": True}])
+def test_all_k_agree_with_each_k_alone(chain: dict[str, Any]) -> None:
+    prior = certain()
+    together = prior.llr_scores(X, num_samples=1500, rng=torch.Generator().manual_seed(1), **chain)
+    alone = [prior.llr_score(X, k, num_samples=1500, rng=torch.Generator().manual_seed(k), **chain) for k in (1, 2, 3)]
+    torch.testing.assert_close(together, torch.stack(alone, 1), rtol=0.15, atol=2.0)
+
+
+def test_the_last_layer_needs_no_posterior(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = certain()
+    prior.log_joint(X, 3, steps=2)
+    draws = spied(prior, "infer", monkeypatch, lambda *_: 1)
+    assert bool(torch.isfinite(prior.log_joint(X, 3, steps=2)).all())
+    assert not draws
+
+
+def test_what_infer_hands_over_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An inference model that goes down through the generator gives its pass: L^{>0} needs no other one."""
+    prior = certain()
+    plain = prior.log_joint(X)
+    original = LinearLadder.infer
+
+    def infer(self: LinearLadder, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        found = original(self, x, rng=rng)
+        above = (*found.latents[1:], self.start(len(x)))
+        conditionals = tuple(self.conditional(z, i) for i, z in enumerate(above, start=1))
+        return Inferred(found.latents, found.log_q, conditionals, found.latents[0])
+
+    monkeypatch.setattr(LinearLadder, "infer", infer)
+    prior.log_joint(X)
+    layers = spied(prior, "descend", monkeypatch, lambda *_: 1)
+    torch.testing.assert_close(prior.log_joint(X), plain, rtol=1e-6, atol=1e-6)
+    assert not layers
