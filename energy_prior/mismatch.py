@@ -62,7 +62,7 @@ class Mismatch:
         accuracy: balanced accuracy of a classifier that tells posterior draws from draws of the generator's own prior, on
             draws that it has not seen, in [0, 1]; ½: no difference found.
         joint_accuracy: the same with draws of the joint prior; None where that was not asked for.
-        draws: posterior draws, and as many of each prior.
+        draws: posterior draws.
     """
 
     layers: tuple[LayerMismatch, ...]
@@ -95,7 +95,12 @@ class Mismatch:
 
 
 def mismatch_of(
-    model: JointModel, x: Tensor, posterior: ChainSettings, joint: ChainSettings | None, batch_size: int = 256
+    model: JointModel,
+    x: Tensor,
+    posterior: ChainSettings,
+    joint: ChainSettings | None,
+    batch_size: int = 256,
+    joint_draws: int | None = None,
 ) -> Mismatch:
     """The mismatch of a model's posterior draws at observations.
 
@@ -105,11 +110,13 @@ def mismatch_of(
         posterior: settings of the posterior's chain, for generators without `infer`.
         joint: settings of the joint prior's chain; None: only the generator's own prior is compared with.
         batch_size: observations and chains at a time.
+        joint_draws: draws of the joint prior, 6 … n; None: n.
     """
-    batches = x.split(batch_size)
-    of_posterior = [model.noise(model.posterior_draw(batch, posterior).latents) for batch in batches]
-    of_joint = None if joint is None else [model.noise(model.sample(len(batch), joint)) for batch in batches]
-    return measure(_joined(of_posterior), None if of_joint is None else _joined(of_joint))
+    of_posterior = [model.noise(model.posterior_draw(batch, posterior).latents) for batch in x.split(batch_size)]
+    if joint is None:
+        return measure(_joined(of_posterior))
+    sizes = [len(batch) for batch in x[:joint_draws].split(batch_size)]
+    return measure(_joined(of_posterior), _joined([model.noise(model.sample(size, joint)) for size in sizes]))
 
 
 def _joined(batches: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -123,7 +130,7 @@ def measure(posterior: Sequence[Tensor], joint: Sequence[Tensor] | None = None) 
 
     Args:
         posterior: (ε_1, …, ε_L) of posterior draws, (n, *shape) each, n ≥ 8.
-        joint: the same of draws of the joint prior, as many.
+        joint: the same of draws of the joint prior, (m, *shape) each, m ≥ 6.
     """
     n = len(posterior[0])
     prior = [torch.randn_like(e) for e in posterior]

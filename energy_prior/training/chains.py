@@ -31,7 +31,8 @@ from energy_prior.training.config import FitConfig
 
 _STEP_GAIN = 0.1
 _SMALLEST_STEP = 1e-4
-_TUNING_BATCH = 64
+_LEAST_TUNING, _MOST_TUNING = 8, 64  # chains, and one for every thousand of the run's draws in between
+_TUNING_SHARE = 1000
 _USUAL_PERSISTENT = 4  # batches
 
 
@@ -65,7 +66,7 @@ class TrainingChains:
 
     def tune(self) -> None:
         """Starts both step sizes at the one with the target acceptance on the prior as it is."""
-        self.step_size = tuned_step_size(self.model, self.step_size, self.config.target_acceptance, self._device)
+        self.step_size = tuned_step_size(self.model, self.step_size, self.config, self._device)
         self.posterior_step_size = self.step_size
 
     def ancestral(self, n: int) -> tuple[Tensor, ...]:
@@ -168,10 +169,15 @@ class TrainingChains:
                 self.backend = choose_backend(self.config.backend, target, self.config.iterations * steps)
 
 
-def tuned_step_size(model: JointModel, start: float, target_acceptance: float, device: torch.device) -> float:
-    """The Langevin step size at which MALA on a model's joint prior accepts this share, searched for from `start`."""
+def tuned_step_size(model: JointModel, start: float, config: FitConfig, device: torch.device) -> float:
+    """The Langevin step size at which MALA on a model's joint prior accepts the run's share, searched for from `start`.
+
+    By 8 to 64 chains, the more the longer the run is, and no more than a batch: a small part of what the run costs.
+    """
+    size = config.batch_size or config.usual_batch
+    chains = min(_MOST_TUNING, max(_LEAST_TUNING, min(size, config.iterations * size // _TUNING_SHARE)))
     with _fixed(model, device):
-        return tune_step_size(model.target(_TUNING_BATCH), start_step_size=start, target_acceptance=target_acceptance)
+        return tune_step_size(model.target(chains), start_step_size=start, target_acceptance=config.target_acceptance)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from energy_prior.checkpoint import digest, fingerprint
 from energy_prior.checks.settings import check_path, check_settings
 from energy_prior.errors import ArgumentError, CheckpointError, DivergenceError, GeneratorError
 from energy_prior.langevin import ChainSettings
+from energy_prior.langevin.cost import evaluation_cost
 from energy_prior.mismatch import LEAST_DRAWS, Mismatch, mismatch_of
 from energy_prior.model import JointModel
 from energy_prior.process import claimed, evaluating, exclusive, frozen, full_precision, reproducible, training_mode
@@ -30,6 +32,7 @@ from energy_prior.training.chains import tuned_step_size
 from energy_prior.training.config import JOINT_METHODS, FitConfig, Method, check_method
 from energy_prior.training.distributed import Engine
 from energy_prior.training.loop import Callback, check_callback, check_state_is_tensors, description, run_loop
+from energy_prior.training.progress import say
 from energy_prior.training.rules import FitHooks, FitTask
 from energy_prior.training.turns import Turns, being_trained, plain_gradients
 
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
 _SHORT = 100  # iterations: what fewer gained is not worth the draws
 _LEAST_COMPARED, _MOST_COMPARED = 512, 2048  # draws of posterior and prior, and the numbers that they hold in between
 _NUMBERS = 2**19
+_LEAST_JOINT = 128  # draws of the joint prior that show anything, and what they may cost: a share of the run, or operations
+_JOINT_SHARE, _JOINT_FLOPS = 0.03, 1e11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +62,8 @@ class FitResult:
         step_size: the Langevin step size that the prior uses from now on: tuned, or that of the settings.
         resumed_at: the iteration after which a run that had been stopped went on; None if it did not.
         mismatch: how far the posterior is from the generator's prior and from what was learned, on at most 2,048
-            observations of the data (`JointEBMPrior.mismatch` takes others); None for runs of fewer than 100 iterations.
+            observations of the data (`JointEBMPrior.mismatch` takes others); without `joint_accuracy` where its chains would
+            cost more than a few per cent of the run; None for runs of fewer than 100 iterations.
     """
 
     method: Method
@@ -107,7 +113,7 @@ def fit_energies(
     config = settled.for_method(rule)
     check_callback(callback)
     folder = None if run_dir is None else check_path("run_dir", run_dir)
-    engine = Engine(accelerator)
+    engine, begun = Engine(accelerator), time.monotonic()
     generator, energies = model.generator, nn.ModuleList(model.energies)
     with claimed(rng), contextlib.ExitStack() as stack:
         with exclusive():  # scores of other threads freeze parameters while they run
@@ -158,9 +164,14 @@ def fit_energies(
             raise
         with turns.turn():
             task.keep_average()
+            shown = config.progress and engine.main
+            if config.step_size is None:
+                say(f"{task.name}: tuning the step size", begun, shown=shown)
             step_size = config.step_size or _tuned(model, config, engine, reference)
-            learned = dataclasses.replace(model, step_size=step_size)
-            mismatch = None if config.iterations < _SHORT else _mismatch(learned, batches, config, engine, joint=True)
+            learned, mismatch = dataclasses.replace(model, step_size=step_size), None
+            if config.iterations >= _SHORT:
+                say(f"{task.name}: comparing draws of posterior and prior", begun, shown=shown)
+                mismatch = _mismatch(learned, batches, config, engine, joint=True)
     return FitResult(
         method=rule,
         config=config,
@@ -231,7 +242,7 @@ def _check_copies(energies: nn.ModuleList, shapes: Sequence[torch.Size], referen
 
 def _tuned(model: JointModel, config: FitConfig, engine: Engine, reference: Tensor) -> float:
     """The step size for what was learned, the same in every process."""
-    tuned = tuned_step_size(model, model.step_size, config.target_acceptance, reference.device)
+    tuned = tuned_step_size(model, model.step_size, config, reference.device)
     return tuned if engine.world == 1 else float(engine.mean([reference.new_tensor(tuned)])[0])
 
 
@@ -264,8 +275,19 @@ def _mismatch(model: JointModel, batches: Batches, config: FitConfig, engine: En
         return None
     of_posterior = ChainSettings(steps=config.posterior_steps, max_drift=config.max_drift)
     with reproducible(rng, x.device), full_precision(x.device), torch.no_grad(), frozen(model.generator, *model.energies):
-        found = mismatch_of(model, x, of_posterior, ChainSettings() if joint else None, size)
+        draws = min(len(x), _affordable_draws(model, config, size)) if joint else 0
+        of_joint = ChainSettings() if draws >= min(_LEAST_JOINT, len(x)) and joint else None
+        found = mismatch_of(model, x, of_posterior, of_joint, size, draws)
     return engine.objects(found)[0]
+
+
+def _affordable_draws(model: JointModel, config: FitConfig, batch_size: int) -> int:
+    """Draws of the joint prior that cost little beside the run, or little at all."""
+    settings = ChainSettings()
+    evaluations = settings.steps + (settings.waymarks if have_waymarks(model.energies) else 0)
+    flops = evaluation_cost(model.target(2).density()).flops
+    share = _JOINT_SHARE * 2 * config.iterations * batch_size / evaluations
+    return int(max(share, _JOINT_FLOPS / max(flops * evaluations, 1.0)))
 
 
 def _with_what_was_kept(error: DivergenceError, hooks: FitHooks, folder: Path | None) -> DivergenceError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Lines", "Progress", "Silent", "progress_bar"]
+__all__ = ["Lines", "Progress", "Silent", "progress_bar", "say"]
 
 import sys
 import time
@@ -38,6 +38,19 @@ def progress_bar(name: str, total: int, done: int, *, shown: bool = True) -> Pro
     if not shown or stream is None or stream.closed:
         return Silent()
     return _Bar(name, total, done) if stream.isatty() else Lines(stream, name, total, done)
+
+
+def say(line: str, begun: float, *, shown: bool = True) -> None:
+    """Writes what a run does beside its iterations to standard error; where that is no terminal, only after 10 s of the run.
+
+    Args:
+        line: what it does.
+        begun: when the run began, by `time.monotonic`.
+        shown: whether to show anything.
+    """
+    stream = sys.stderr
+    if shown and stream is not None and not stream.closed and (stream.isatty() or time.monotonic() - begun >= _SECONDS):
+        print(line, file=stream, flush=True)
 
 
 class Silent:

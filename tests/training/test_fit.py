@@ -134,16 +134,16 @@ def test_fitting_again_goes_on() -> None:
 
 
 def test_the_step_size_is_tuned_to_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[float] = []
+    asked: list[FitConfig] = []
 
-    def tune(model: JointModel, start: float, target_acceptance: float, device: torch.device) -> float:
-        asked.append(target_acceptance)
+    def tune(model: JointModel, start: float, config: FitConfig, device: torch.device) -> float:
+        asked.append(config)
         return 0.25
 
     monkeypatch.setattr(fit, "tuned_step_size", tune)
     prior = make()
     result = prior.fit(X, iterations=2, batch_size=16, target_acceptance=0.8, progress=False)
-    assert asked == [0.8]
+    assert [config.target_acceptance for config in asked] == [0.8]
     assert result.step_size == float(prior.step_size) == 0.25
 
 

@@ -1,0 +1,244 @@
+"""What calls cost beside their chains: scores, what surrounds the iterations of `fit`, memory, and the import.
+
+    git worktree add ../before 89456b6
+    python benchmarks/cost.py --before ../before    # about half an hour on two cores that do nothing else
+    python benchmarks/cost.py --case scores         # only these rows; the others stay as they are in docs/results/cost.json
+    python benchmarks/cost.py --quick               # see that it runs
+
+- `over_before`: seconds of `llr_score(x, 1)` with its default draws on a `LadderVAE`, over those at the commit `--before`; a
+  process each, in turn, medians.
+- `over_plain_loop`: `llr_scores(x, steps=0)` over a loop that for every draw and every k infers, draws the k layers from the
+  generator's prior and decodes, as the evaluation of hvae-oodd does, at `ResidualVAE((3, 32, 32), groups=(8, 8))`.
+- `added_peak_over_max_memory`: what `llr_score(x, 1)` of 64 images there adds to a process's memory above one row's, over its
+  `max_memory`.
+- `fit_overhead`: (wall − iterations)/wall of `fit(method="nce")`, an NVAE of 2 × 2 groups, 200 iterations of 64.
+- `fit_peak_gib`: a VDVAE of CIFAR-10's size (43 layers): 5 iterations of `fit` of 8, `sample` and `llr_score` of 8 images.
+
+Models are stand-ins of these sizes (`nvae_style.py`, `vdvae_style.py`) with weights as drawn. Writes docs/results/cost.json
+and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import added_memory, alternate, apart, goal_rows, ratio_table
+from nvae_style import NVAEStyle
+from results import ROOT, Row, machine, write_results
+from torch import Tensor
+from vdvae_style import VDVAEStyle
+
+from energy_prior import ConvEnergy, JointEBMPrior, LadderVAE, ResidualVAE
+from energy_prior.adapters import NVAEAdapter, VDVAEAdapter
+
+GOALS: dict[tuple[str, str], float | None] = {
+    ("scores, 16 images", "over_before"): 0.40,
+    ("scores, 1000 images", "over_before"): 1.05,
+    ("scores, all k", "over_plain_loop"): 0.70,
+    ("scores, memory", "added_peak_over_max_memory"): 1.2,
+    ("nvae_2x2", "fit_overhead"): 0.10,
+    ("vdvae_full", "fit_peak_gib"): 6.0,
+    ("import", "flop_counter_and_triton_imported"): 0.0,
+}
+MEMORY = 2**28
+ROUNDS = 7
+
+
+def main() -> None:
+    """Measures, prints and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", help="checkout of the commit to compare with; without it `over_before` is left out")
+    parser.add_argument("--case", action="append", choices=tuple(CASES), help="only this one; may be given several times")
+    parser.add_argument("--quick", action="store_true", help="see that it runs; writes nothing into docs/results")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(CHILDREN[options.child](options.quick)))
+        return
+    out = Path(tempfile.mkdtemp()) if options.quick else ROOT / "docs" / "results"
+    before = options.before or (str(ROOT) if options.quick else None)
+    figures: dict[tuple[str, str], float] = {}
+    for name in options.case or CASES:
+        found = CASES[name](options.quick, before)
+        figures |= found
+        print(*(f"{case:<24}{metric:<32}{value:8.3f}\n" for (case, metric), value in found.items()), sep="", end="", flush=True)
+    rows = goal_rows(GOALS, kept(out / "cost.json") | figures)
+    write_results(out / "cost.json", rows)
+    text = f"`python benchmarks/cost.py`; its docstring says what each figure is. Measured on: {machine()}."
+    (out / "cost.md").write_text(ratio_table("What calls cost beside their chains", text, rows))
+    print((out / "cost.md").read_text())
+
+
+def kept(path: Path) -> dict[tuple[str, str], float]:
+    """Figures that are there."""
+    rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {(row["case"], row["metric"]): row["value"] for row in rows if row["value"] is not None}
+
+
+# -------------------------------------------------------------------------------------------------------------------- the cases
+
+
+def scores(quick: bool, before: str | None) -> dict[tuple[str, str], float]:
+    """Few and many images against the commit before, every k against a plain loop, and memory."""
+    figures: dict[tuple[str, str], float] = {}
+    for images in (16, 1000) if before else ():
+        child = ("--child", f"score {images}", *(["--quick"] if quick else []))
+        ratios = []
+        for _ in range(1 if quick else ROUNDS):
+            here, there = (apart(__file__, *child, package=package) for package in (str(ROOT), before))
+            ratios.append(here / there)
+        figures[f"scores, {images} images", "over_before"] = statistics.median(ratios)
+    ratio = alternate(every_k(quick), 1 if quick else ROUNDS)
+    figures["scores, all k", "over_plain_loop"] = ratio("ours", "loop")
+    peaks = [apart(__file__, "--child", name, *(["--quick"] if quick else []), give_back=True) for name in ("many", "one")]
+    figures["scores, memory", "added_peak_over_max_memory"] = (peaks[0] - peaks[1]) * 1024 / MEMORY
+    return figures
+
+
+def fitting(quick: bool, before: str | None) -> dict[tuple[str, str], float]:
+    """What surrounds the iterations of a deep model's fit."""
+    return {("nvae_2x2", "fit_overhead"): apart(__file__, "--child", "overhead", *(["--quick"] if quick else []))}
+
+
+def full_size(quick: bool, before: str | None) -> dict[tuple[str, str], float]:
+    """The memory that a model of full size needs."""
+    peak = apart(__file__, "--child", "full", *(["--quick"] if quick else []), give_back=True)
+    return {("vdvae_full", "fit_peak_gib"): peak / 2**20}
+
+
+def importing(quick: bool, before: str | None) -> dict[tuple[str, str], float]:
+    """What the import pulls in."""
+    return {("import", "flop_counter_and_triton_imported"): apart(__file__, "--child", "import")}
+
+
+CASES: dict[str, Callable[[bool, str | None], dict[tuple[str, str], float]]] = {
+    "scores": scores,
+    "fit": fitting,
+    "full_size": full_size,
+    "import": importing,
+}
+
+
+# --------------------------------------------------------------------------------------------- in processes of their own
+
+
+def score_seconds(images: int, quick: bool) -> float:
+    """Median seconds of `llr_score(x, 1)` on a ladder for images of 28 × 28."""
+    torch.manual_seed(0)
+    prior = JointEBMPrior(LadderVAE((1, 28, 28), latent_dims=(64, 32)))
+    x, seconds = torch.rand(images, 1, 28, 28), []
+    for _ in range(2 if quick else 9):
+        begin = time.perf_counter()
+        prior.llr_score(x, 1, backend="eager")
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[1:])
+
+
+def deep(quick: bool) -> JointEBMPrior:
+    """Sixteen layers of maps with energies of z_i."""
+    torch.manual_seed(0)
+    vae = ResidualVAE((3, 32, 32), groups=(1, 1) if quick else (8, 8), channels=32).eval()
+    return JointEBMPrior(vae, [ConvEnergy(shape) for shape in vae.latent_shapes])
+
+
+def every_k(quick: bool) -> dict[str, Callable[[], object]]:
+    """LLR^{>k} of every k: ours, and a plain loop over draws and k that calls the whole model each time."""
+    prior, draws = deep(quick), 2
+    generator: Any = prior.generator
+    x, layers = torch.rand(4, 3, 32, 32), len(generator.latent_shapes)
+
+    def log_joint(k: int) -> Tensor:
+        latents = generator.infer(x).latents
+        noise = [torch.randn_like(z) for z in latents]
+        state, total = generator.start(len(x)), torch.zeros(len(x))
+        for layer in range(layers, 0, -1):
+            p = generator.conditional(state, layer)
+            z = p.loc + p.scale * noise[layer - 1] if layer <= k else latents[layer - 1]
+            total = total + p.log_prob(z).flatten(1).sum(1) + prior.energies[layer - 1](z)
+            state = generator.descend(state, z, layer)
+        return total + generator.likelihood(state).log_prob(x)
+
+    def loop() -> Tensor:
+        with torch.no_grad():
+            means = [torch.stack([log_joint(k) for _ in range(draws)]).mean(0) for k in range(layers + 1)]
+            return torch.stack([means[0] - mean for mean in means[1:]], 1)
+
+    return {"ours": lambda: prior.llr_scores(x, steps=0, num_samples=draws), "loop": loop}
+
+
+def score_memory(images: int, quick: bool) -> int:
+    """kB that a score adds."""
+    torch.set_num_threads(1)
+    prior = deep(quick)
+    x = torch.rand(images, 3, 32, 32)
+    prior.llr_score(x[:1], 1, steps=2, num_samples=1, backend="eager")
+    draws = 1 if images == 1 else 8
+    return added_memory(lambda: prior.llr_score(x, 1, steps=2, num_samples=draws, max_memory=MEMORY, backend="eager"))
+
+
+def fit_overhead(quick: bool) -> float:
+    """(wall − iterations)/wall."""
+    torch.manual_seed(0)
+    generator = NVAEAdapter(NVAEStyle(groups=2, **({"channels": 4, "latents": 2, "cells": 1} if quick else {})).eval())
+    prior = JointEBMPrior(generator, [ConvEnergy(shape) for shape in generator.latent_shapes])
+    x, ends, iterations = torch.rand(512, 3, 32, 32), list[float](), 10 if quick else 200
+    begin = time.perf_counter()
+    prior.fit(
+        x,
+        "nce",
+        iterations=iterations,
+        batch_size=8 if quick else 64,
+        log_every=1,
+        progress=False,
+        callback=lambda _: ends.append(time.perf_counter()),
+    )
+    wall = time.perf_counter() - begin
+    of_iterations = (ends[-1] - ends[0]) * iterations / (iterations - 1)  # the first one's start is not seen
+    return (wall - of_iterations) / wall
+
+
+def full_size_memory(quick: bool) -> int:
+    """kB of fit, sample and score at a VDVAE of full size."""
+    torch.manual_seed(0)
+    model = VDVAEStyle(16, ((1, 1, None), (8, 1, 1), (32, 1, 8))) if quick else VDVAEStyle()
+    generator = VDVAEAdapter(model.eval())
+    prior = JointEBMPrior(generator)
+    x = torch.rand(64, 3, 32, 32)
+
+    def run() -> None:
+        prior.fit(x, iterations=5, batch_size=8, progress=False)
+        prior.sample(8)
+        prior.llr_score(x[:8], 1)
+
+    return added_memory(run)
+
+
+def imported(quick: bool) -> int:
+    """How many modules of triton and torch's FLOP counter a fresh import brings."""
+    code = "import sys, energy_prior; print(sum(m.split('.')[0] == 'triton' or 'flop_counter' in m for m in sys.modules))"
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)  # noqa: S603
+
+
+CHILDREN: dict[str, Callable[[bool], float]] = {
+    "score 16": lambda quick: score_seconds(16, quick),
+    "score 1000": lambda quick: score_seconds(100 if quick else 1000, quick),
+    "many": lambda quick: score_memory(16 if quick else 64, quick),
+    "one": lambda quick: score_memory(1, quick),
+    "overhead": fit_overhead,
+    "full": full_size_memory,
+    "import": imported,
+}
+
+
+if __name__ == "__main__":
+    main()
