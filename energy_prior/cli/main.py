@@ -1,4 +1,4 @@
-"""The command line: `energy-prior demo` and `energy-prior train`."""
+"""The command line: `energy-prior demo`, `energy-prior train` and `energy-prior info`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from energy_prior import __version__
-from energy_prior.cli import demo, train
+from energy_prior.cli import demo, info, train
 from energy_prior.errors import EnergyPriorError
 
 
@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo.add_command(commands)
     train.add_command(commands)
+    info.add_command(commands)
     return parser
 
 

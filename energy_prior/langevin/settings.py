@@ -61,10 +61,11 @@ class ChainSettings:
             (`energy_prior.langevin.backends.available()` names what there is.)
         precision: of the matrix products in the gradients; positions, densities and noise keep the latents' dtype. "full";
             "tf32" (CUDA only, about three digits); "bf16" (two to three digits), for unadjusted chains alone: densities
-            of hundreds of nats are too coarse in it to accept or reject by. `docs/sampling.md` has its effect on samples.
-        max_memory: bytes that a gradient evaluation may keep, > 0. A larger batch is run in parts, each from start to end, as
-            few as that takes: with an `rng` draws are reproducible for the same batch and `max_memory`, with injected noise
-            parts change a chain by no more than rounding. The latents of the whole batch come on top.
+            of hundreds of nats are too coarse in it to accept or reject by. On a CPU without units for bf16 it is slower than
+            "full" (`energy-prior info` says whether yours has them). `docs/sampling.md` has its effect on samples.
+        max_memory: bytes that a gradient evaluation, or a pass for scores, may keep, > 0. A larger batch is run in parts, each
+            from start to end, as few as that takes: with an `rng` draws are reproducible for the same batch and `max_memory`,
+            with injected noise parts change a chain by no more than rounding. The latents of the whole batch come on top.
 
     Raises:
         ArgumentError: if a value is out of range.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import energy_prior
-from energy_prior.cli import demo
+from energy_prior.cli import demo, info
 from energy_prior.cli.demo import DemoData, DemoSettings, load_demo_data, run_demo
 from energy_prior.cli.main import main
 
@@ -88,6 +88,23 @@ def test_an_output_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "file").write_text("")
     assert main(["demo", "--quick", "--out", str(tmp_path / "file")]) == 2
     assert "file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_info_says_what_the_processor_means(
+    native: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(info, "_installed", lambda package: package != "datasets")
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert ("native bf16 (avx512_bf16)" in printed) is native
+    assert ("bf16 is slower than full precision" in printed.replace('precision="bf16"', "bf16")) is not native
+    assert energy_prior.__version__ in printed
+    assert torch.__version__ in printed
+    assert "extra train: installed" in printed
+    assert "extra examples: without datasets: pip install 'energy-prior[examples]'" in printed
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
