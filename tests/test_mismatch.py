@@ -11,6 +11,7 @@ from torch import Tensor
 
 from energy_prior import ArgumentError, JointEBMPrior, ShapeError
 from energy_prior.mismatch import measure, tell_apart
+from energy_prior.training import fit
 
 N = 2000
 
@@ -120,3 +121,14 @@ def test_looking_how_far_it_is_changes_no_run() -> None:
 
 def test_a_run_too_short_for_stages_has_none() -> None:
     assert JointEBMPrior(Shifted(2.0, 40)).fit(torch.zeros(512, 1), iterations=2, step_size=0.2, progress=False).method == "nce"
+
+
+def test_after_a_run_that_is_short_beside_its_chains_they_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose steps are cheap is compared all the same."""
+    data = torch.zeros(256, 1)
+    for flops, expected in ((1e11, True), (1.0, False)):
+        monkeypatch.setattr(fit, "_JOINT_FLOPS", flops)
+        prior = JointEBMPrior(Shifted(0.3, 3))
+        found = prior.fit(data, "nce", iterations=100, batch_size=16, step_size=0.2, progress=False).mismatch
+        assert found is not None
+        assert (found.joint_accuracy is not None) is expected

@@ -172,7 +172,7 @@ class TrainingChains:
 def tuned_step_size(model: JointModel, start: float, config: FitConfig, device: torch.device) -> float:
     """The Langevin step size at which MALA on a model's joint prior accepts the run's share, searched for from `start`.
 
-    By 8 to 64 chains, the more the longer the run is, and no more than a batch: a small part of what the run costs.
+    By 8 to 64 chains, the more the longer the run is and the larger its batches: a small part of what the run costs.
     """
     size = config.batch_size or config.usual_batch
     chains = min(_MOST_TUNING, max(_LEAST_TUNING, min(size, config.iterations * size // _TUNING_SHARE)))

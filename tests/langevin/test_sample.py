@@ -17,7 +17,9 @@ from energy_prior.langevin import ChainSettings, InjectedNoise, backends, choose
 from energy_prior.langevin import sample as sampling
 from energy_prior.langevin.backends.compiled import BACKEND as COMPILED
 from energy_prior.langevin.backends.eager import Eager
+from energy_prior.langevin.chain import ChainResult, run_chain
 from energy_prior.langevin.cost import Cost, evaluation_cost
+from energy_prior.langevin.density import JointDensity
 from energy_prior.langevin.sample import split_batch
 from energy_prior.process import frozen
 from energy_prior.topdown import TopDown
@@ -156,7 +158,7 @@ def test_topdown_of_the_whole_batch_is_never_built(method: str, monkeypatch: pyt
         original(self, generator, batch_size, *more)
 
     prior, n = lively(mlp()), 1000
-    chain: dict[str, Any] = {"steps": 2, "max_memory": 1e5}
+    chain: dict[str, Any] = {"steps": 2, "max_memory": 4e4}
     monkeypatch.setattr(TopDown, "__init__", spy)
     if method == "sample":
         prior.sample(n, **chain)
@@ -319,6 +321,24 @@ def test_the_step_size_that_is_tuned() -> None:
     assert result is not None
     assert result.acceptance is not None
     assert 0.6 < float(result.acceptance.mean()) < 0.8
+
+
+def test_tuning_stops_when_it_knows_and_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirty steps where all are accepted, 60 and no more than 150 elsewhere; as many chains as fit."""
+    runs: list[tuple[int, int]] = []
+
+    def spy(density: JointDensity, *arguments: Any, steps: int, **keywords: Any) -> ChainResult:
+        runs.append((density.topdown.batch_size, steps))
+        return run_chain(density, *arguments, steps=steps, **keywords)
+
+    monkeypatch.setattr(sampling, "run_chain", spy)
+    steep = lively(mlp())
+    for prior, least, most in ((JointEBMPrior(mlp().double()), 30, 30), (steep, 60, 150)):
+        runs.clear()
+        with torch.no_grad(), frozen(prior, prior.generator):
+            tune_step_size(target_of(prior, MANY), start_step_size=0.5, max_memory=memory_of(prior, 10.5))
+        assert {rows for rows, _ in runs} == {9}
+        assert least <= sum(steps for _, steps in runs) <= most
 
 
 def test_noise_that_does_not_fit_is_refused() -> None:

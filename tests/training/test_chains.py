@@ -8,8 +8,9 @@ from runs import TwoLayers, X, make, task_of
 from torch import Tensor
 
 from energy_prior import ArgumentError, JointEBMPrior, LadderVAE
-from energy_prior.training import FitConfig
-from energy_prior.training.chains import TrainingChains
+from energy_prior.langevin import Target
+from energy_prior.training import FitConfig, chains
+from energy_prior.training.chains import TrainingChains, tuned_step_size
 
 
 def test_persistent_chains_grow_after_a_small_first_batch() -> None:
@@ -76,3 +77,21 @@ def test_posterior_draws_and_tuning_leave_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = numbers()
     assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("iterations", "batch_size", "expected"), [(2000, None, 64), (200, 64, 12), (5, 32, 8), (20_000, 16, 16), (5, 2, 8)]
+)
+def test_the_step_size_is_tuned_by_few_chains_in_short_runs(
+    iterations: int, batch_size: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def tune(target: Target, **_: object) -> float:
+        asked.append(target.batch_size)
+        return 0.5
+
+    monkeypatch.setattr(chains, "tune_step_size", tune)
+    config = FitConfig(iterations=iterations, batch_size=batch_size)
+    assert tuned_step_size(make().model, 0.1, config, torch.device("cpu")) == 0.5
+    assert asked == [expected]

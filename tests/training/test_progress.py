@@ -9,7 +9,7 @@ import pytest
 from runs import X, make
 
 from energy_prior.training import progress
-from energy_prior.training.progress import Lines, Silent, progress_bar
+from energy_prior.training.progress import Lines, Silent, progress_bar, say
 
 
 class Terminal(io.StringIO):
@@ -94,3 +94,28 @@ def test_nothing_where_none_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "stderr", stream)
     make().fit(X, iterations=3, step_size=0.3, progress=False)
     assert stream.getvalue() == ""
+
+
+def test_what_a_run_does_beside_its_iterations_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    for stream, begun, shown, said in (
+        (Terminal(), 100.0, True, "tuning\n"),
+        (Terminal(), 100.0, False, ""),
+        (io.StringIO(), 91.0, True, ""),
+        (io.StringIO(), 89.0, True, "tuning\n"),
+    ):
+        monkeypatch.setattr(sys, "stderr", stream)
+        say("tuning", begun, shown=shown)
+        assert stream.getvalue() == said
+    monkeypatch.setattr(sys, "stderr", None)
+    say("tuning", 0.0)
+
+
+def test_a_fit_on_a_terminal_says_what_follows_its_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    make().fit(X, "nce", iterations=3)
+    assert stream.getvalue().endswith("fit (nce): tuning the step size\n")
+    make().fit(X, "nce", iterations=3, step_size=0.3)
+    assert stream.getvalue().count("tuning") == 1, "a fixed step is not tuned"
