@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["NEVER_SPLIT", "JointModel", "PosteriorDraw"]
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ from energy_prior.checks.arguments import checked_infer
 from energy_prior.errors import DivergenceError
 from energy_prior.langevin import ChainSettings, NoiseSource, Target, Trajectory, sample_target, warn_if_stuck
 from energy_prior.langevin.cost import equal_parts, forward_memory
-from energy_prior.process import reproducible
 from energy_prior.protocol import HierarchicalGenerator, find_infer, layer_energy, reads_noise
 from energy_prior.topdown import (
     Decode,
@@ -178,6 +177,11 @@ class JointModel:
         """n observations of the generator's own prior, with one pass for latents and observations."""
         return self._decode(ancestral_noise(TopDown(self.generator, n)), "noise", decode, max_memory)
 
+    def memory_of(self, run: Callable[[int], object], *what: Hashable, like: Tensor) -> float:
+        """Bytes per row that `run(rows)`, a pass of this model without gradients, needs; `what` tells it from others."""
+        key = what, id(self.generator), tuple(map(id, self.energies)), like.dtype, like.device
+        return forward_memory(run, self.energies[0], key, like.device)
+
     def _decode(self, position: Sequence[Tensor], space: Space, decode: Decode | None, max_memory: float) -> Tensor:
         def state(rows: slice) -> Any:
             topdown = TopDown(self.generator, rows.stop - rows.start)
@@ -186,10 +190,9 @@ class JointModel:
         n = len(position[0])
         parts = [slice(0, n)]
         if n > NEVER_SPLIT:
-            with reproducible(torch.Generator(device="cpu").manual_seed(0), position[0].device):
-                needed = forward_memory(
-                    lambda rows: decode_state(self.generator, state(slice(0, rows)), decode), self.generator, f"decode {decode}"
-                )
+            needed = self.memory_of(
+                lambda rows: decode_state(self.generator, state(slice(0, rows)), decode), "decode", decode, like=position[0]
+            )
             parts = equal_parts(n, needed, max_memory)
         decoded = [decode_state(self.generator, state(rows), decode) for rows in parts]
         x = decoded[0] if len(parts) == 1 else torch.cat(decoded)

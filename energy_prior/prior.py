@@ -664,7 +664,7 @@ class JointEBMPrior(nn.Module):
 
         Args:
             target_acceptance: share of the proposals, in (0, 1).
-            batch_size: chains that adapt their step size, ≥ 1.
+            batch_size: chains that look at what they accept, ≥ 1; fewer where more than 1 GiB would be needed.
             rng: random number generator.
         """
         target_acceptance = check_share("target_acceptance", target_acceptance)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 __all__ = ["ANOMALY_SCORES", "ScoreTerms", "calibrated", "expected_score", "llr_scores", "log_joint", "score_terms"]
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from energy_prior.checks.arguments import checked_infer
 from energy_prior.errors import DivergenceError
 from energy_prior.langevin import ChainSettings
-from energy_prior.langevin.cost import equal_parts, forward_memory
+from energy_prior.langevin.cost import equal_parts
 from energy_prior.model import NEVER_SPLIT, JointModel, PosteriorDraw
-from energy_prior.process import reproducible
 from energy_prior.protocol import find_infer
 from energy_prior.topdown import Descent, TopDown, ancestral_noise
 
@@ -73,14 +72,16 @@ def log_joint(
         prior_chain: of p(z_{<=k} | z_{>k}). The smaller `max_memory` of the two bounds the whole.
         posterior_chain: of the posterior, for generators without `infer`.
     """
+    every = k == len(model.energies)
+    bound, prior_chain, posterior_chain = _shared(prior_chain, posterior_chain)
 
     def once(x: Tensor) -> Tensor:
-        if k == len(model.energies):
-            return _redrawn(model, x, (), [k], prior_chain)[k]
-        draw = model.posterior_draw(x, posterior_chain)
-        return _redrawn(model, x, draw.latents, [k], prior_chain)[k] if k else _terms(model, x, draw).log_joint()
+        if k == 0:
+            return _terms(model, x, model.posterior_draw(x, posterior_chain)).log_joint()
+        latents = () if every else model.posterior_draw(x, posterior_chain).latents
+        return _redrawn(model, x, latents, [k], prior_chain)[k]
 
-    return _mean(model, x, num_samples, min(prior_chain.max_memory, posterior_chain.max_memory), once)
+    return _mean(model, x, num_samples, bound, once, posterior=not every)
 
 
 def llr_scores(
@@ -103,14 +104,16 @@ def llr_scores(
         prior_chain: of p(z_{<=k} | z_{>k}). The smaller `max_memory` of the two bounds the whole.
         posterior_chain: of the posterior, for generators without `infer`.
     """
+    bound, prior_chain, posterior_chain = _shared(prior_chain, posterior_chain)
 
     def once(x: Tensor) -> Tensor:
         draw = model.posterior_draw(x, posterior_chain)
-        l_0 = _terms(model, x, draw).log_joint()
-        l_ks = {0: l_0} | _redrawn(model, x, draw.latents, ks, prior_chain)
-        return torch.stack([l_0 - l_ks[k] for k in ks], dim=1)
+        l_ks, latents = {0: _terms(model, x, draw).log_joint()}, draw.latents
+        del draw  # the pass of `infer` is not needed any more
+        l_ks |= _redrawn(model, x, latents, ks, prior_chain)
+        return torch.stack([l_ks[0] - l_ks[k] for k in ks], dim=1)
 
-    return _mean(model, x, num_samples, min(prior_chain.max_memory, posterior_chain.max_memory), once)
+    return _mean(model, x, num_samples, bound, once)
 
 
 def expected_score(
@@ -132,7 +135,7 @@ def score_terms(model: JointModel, x: Tensor, num_samples: int, posterior_chain:
         return torch.cat([t for t in several if t is not None], 1)
 
     means = expected_score(model, x, columns, num_samples, posterior_chain)
-    log_likelihood, *layers = means.split([1] + [len(model.energies)] * (means.shape[1] // len(model.energies)), 1)
+    log_likelihood, *layers = means.split([1] + [len(model.energies)] * ((means.shape[1] - 1) // len(model.energies)), 1)
     return ScoreTerms(log_likelihood[:, 0], *layers)
 
 
@@ -171,28 +174,54 @@ def _pass_through(model: JointModel, latents: Sequence[Tensor]) -> Descent:
 
 
 def _terms_of(model: JointModel, x: Tensor, descent: Descent, log_q: Tensor | None = None) -> ScoreTerms:
+    return _finite(_unchecked_terms(model, x, descent, log_q))
+
+
+def _unchecked_terms(model: JointModel, x: Tensor, descent: Descent, log_q: Tensor | None) -> ScoreTerms:
     log_likelihood = model.generator.likelihood(descent.state).log_prob(x)
-    energies = model.negative_energy(descent.latents, descent.noise())
-    return _finite(ScoreTerms(log_likelihood, descent.log_priors(), energies, log_q))
+    return ScoreTerms(log_likelihood, descent.log_priors(), model.negative_energy(descent.latents, descent.noise()), log_q)
 
 
-def _mean(model: JointModel, x: Tensor, num_samples: int, max_memory: float, once: Callable[[Tensor], Tensor]) -> Tensor:
-    """The mean of `once(x)` over draws, which go through together, in parts that need at most `max_memory` bytes."""
+def _shared(prior_chain: ChainSettings, posterior_chain: ChainSettings) -> tuple[float, ChainSettings, ChainSettings]:
+    """Bytes for a pass, and the settings of chains that run beside what it keeps: the smaller `max_memory`, in two halves."""
+    bound = min(prior_chain.max_memory, posterior_chain.max_memory)
+    if not prior_chain.steps:
+        return bound, prior_chain, dataclasses.replace(posterior_chain, max_memory=bound)
+    prior_chain, posterior_chain = (dataclasses.replace(c, max_memory=bound / 2) for c in (prior_chain, posterior_chain))
+    return bound / 2, prior_chain, posterior_chain
+
+
+def _mean(
+    model: JointModel,
+    x: Tensor,
+    num_samples: int,
+    max_memory: float,
+    once: Callable[[Tensor], Tensor],
+    posterior: bool = True,
+) -> Tensor:
+    """The mean of `once(x)` over draws, which go through together, in parts that need at most `max_memory` bytes.
+
+    Args:
+        model: the joint model.
+        x: observations, (batch, *x_shape).
+        num_samples: draws, ≥ 1.
+        max_memory: > 0.
+        once: x -> what is averaged, (batch, …), each row at a draw of its own.
+        posterior: whether `once` draws from the posterior.
+    """
     n, parts = len(x), [slice(0, len(x) * num_samples)]
     if parts[0].stop > NEVER_SPLIT:
-        with reproducible(torch.Generator(device="cpu").manual_seed(0), x.device):
-            needed = forward_memory(
-                lambda rows: _one_pass(model, x[torch.arange(rows, device=x.device) % n]), model.generator, "score"
-            )
-        parts = equal_parts(parts[0].stop, needed, max_memory)
+        infer = posterior and find_infer(model.generator) is not None
+
+        def one_pass(rows: int) -> None:
+            """What a score needs memory for beside its chains."""
+            some = x[torch.arange(rows, device=x.device) % n]
+            draw = model.posterior_draw(some, ChainSettings()) if infer else PosteriorDraw(model.ancestral(rows), None)
+            _unchecked_terms(model, some, draw.descent or _pass_through(model, draw.latents), draw.log_q)
+
+        parts = equal_parts(parts[0].stop, model.memory_of(one_pass, "score", infer, like=x), max_memory)
     values = [once(x[torch.arange(rows.start, rows.stop, device=x.device) % n]) for rows in parts]
     return torch.cat(values).unflatten(0, (num_samples, n)).mean(0)
-
-
-def _one_pass(model: JointModel, x: Tensor) -> None:
-    """What a score needs memory for beside its chains, which bound their own."""
-    latents = model.ancestral(len(x)) if find_infer(model.generator) is None else checked_infer(model.generator, x).latents
-    _terms_of(model, x, _pass_through(model, latents))
 
 
 def _finite(terms: ScoreTerms) -> ScoreTerms:

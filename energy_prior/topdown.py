@@ -162,8 +162,9 @@ class TopDown:
     def holding(self, z: Tensor) -> TopDown:
         """The same pass with the highest free layer held at z too: one layer further down, the rest is not run again."""
         *rest, layer = self.free
+        z = z.clone() if z.is_inference() else z
         copied = copy.copy(self)
-        copied.held, copied.free = {**self.held, layer: z}, tuple(rest)
+        copied.held, copied.free = {layer: z, **self.held}, tuple(rest)
         copied._state, copied._above = self.generator.descend(self._state, z, layer), dict(self._above)
         if rest:
             copied._above[rest[-1]] = self.generator.conditional(copied._state, rest[-1])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ladders import LinearLadder
-from torch import Tensor
+from torch import Tensor, nn
 
 from energy_prior import Inferred, JointEBMPrior
 
@@ -61,6 +61,54 @@ def test_draws_go_through_together_in_parts_that_fit(name: str, monkeypatch: pyt
         torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("memory", [1e9, 3000])
+def test_every_observation_has_its_own_draws(memory: float) -> None:
+    """Each row of several is what it is alone, whatever part its draws are in."""
+    prior = certain()
+    scores: list[Callable[[Tensor, int], Tensor]] = [
+        lambda x, n: prior.log_joint(x, num_samples=n, max_memory=memory),
+        lambda x, n: prior.anomaly_score(x, "reconstruction", num_samples=n, posterior={"max_memory": memory}),
+        lambda x, n: prior.score_terms(x, num_samples=n, posterior={"max_memory": memory}).log_prior,
+    ]
+    for score in scores:
+        alone = torch.cat([score(X[i : i + 1], 1) for i in range(len(X))])
+        torch.testing.assert_close(score(X, 7), alone, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_the_first_call_gives_what_later_ones_give(name: str) -> None:
+    """Counting what a pass needs draws nothing that shows, and is of these energies, not of others around one generator."""
+    prior = certain()
+    other = JointEBMPrior(prior.generator, [Wide(d) for d in (3, 2, 2)])
+    for one in (prior, other, prior):
+        state = torch.get_rng_state()
+        first = SCORES[name](one, 1e4)
+        torch.set_rng_state(state)
+        assert torch.equal(SCORES[name](one, 1e4), first)
+    torch.manual_seed(0)
+    alone = SCORES[name](JointEBMPrior(certain().generator, other.energies), 1e4)
+    torch.manual_seed(0)
+    assert torch.equal(SCORES[name](other, 1e4), alone)
+
+
+class Wide(nn.Module):
+    """An energy that needs more memory than all the rest."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        self.net = nn.Linear(units, 500, dtype=torch.float64)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.net(z).tanh().mean(1)
+
+
+def test_one_layer() -> None:
+    ladder = LinearLadder((3,), seed=1)
+    terms = JointEBMPrior(ladder, ladder.energies).score_terms(X)
+    assert terms.log_prior.shape == (5, 1)
+    assert terms.log_q is not None
+
+
 def test_every_k_shares_the_posterior_draw_and_the_pass_down(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers passed: 3 for L^{>0}, 2 on the way down, and the k redrawn ones for k = 1, 2, 3."""
     prior = certain()
@@ -80,7 +128,6 @@ def test_all_k_agree_with_each_k_alone(chain: dict[str, Any]) -> None:
 
 def test_the_last_layer_needs_no_posterior(monkeypatch: pytest.MonkeyPatch) -> None:
     prior = certain()
-    prior.log_joint(X, 3, steps=2)
     draws = spied(prior, "infer", monkeypatch, lambda *_: 1)
     assert bool(torch.isfinite(prior.log_joint(X, 3, steps=2)).all())
     assert not draws

@@ -5,9 +5,11 @@ from __future__ import annotations
 __all__ = ["add_command", "machine_lines"]
 
 import argparse
+import contextlib
 import importlib.metadata
 import platform
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from energy_prior import __version__
 from energy_prior.langevin import backends
 
 _EXTRAS = ("eval", "train", "examples")
-_NATIVE = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}
+_BF16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names them, the last on ARM
 
 
 def add_command(commands: Any) -> None:
@@ -32,28 +34,40 @@ def add_command(commands: Any) -> None:
 
 def machine_lines() -> list[str]:
     """The lines that the command prints."""
-    found = [name for name, asks in _NATIVE.items() if getattr(torch.cpu, asks, bool)()]
-    bf16 = (
-        f'native bf16 ({", ".join(found)}): precision="bf16" takes about a third of the time of full precision in large chains'
-        if found
-        else 'no native bf16 found: precision="bf16" is slower than full precision, stay at the default'
-    )
+    flags = _processor_flags()
+    found = sorted(_BF16_UNITS & flags)
+    if found:
+        bf16 = f'units for bf16 ({", ".join(found)}): precision="bf16" takes about a third of the time in large chains'
+    elif flags:
+        bf16 = 'no units for bf16: precision="bf16" is slower than full precision, the default'
+    else:
+        bf16 = 'not known whether it has units for bf16: without them precision="bf16" is slower than full precision'
     lines = [
         f"energy-prior {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
         f"CPU: {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; {bf16}",
     ]
-    for number in range(torch.cuda.device_count()):
+    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         with torch.cuda.device(number):
             coarse = '"tf32" and "bf16"' if torch.cuda.is_bf16_supported(including_emulation=False) else "neither tf32 nor bf16"
         lines.append(f"GPU {number}: {torch.cuda.get_device_name(number)}; {coarse} for precision")
     if not torch.cuda.is_available():
         lines.append('GPU: none that CUDA sees; backend="graph" and precision="tf32" need one')
     lines.append(f"backends of chains: {', '.join(backends.available())}; auto takes compiled where one call is long enough")
+    if not _installed("energy-prior"):
+        return [*lines, "extras: not known, as energy-prior is not installed but imported from a folder"]
     for extra in _EXTRAS:
         missing = [name for name in _packages(extra) if not _installed(name)]
         wanted = f"without {', '.join(missing)}: pip install 'energy-prior[{extra}]'" if missing else "installed"
         lines.append(f"extra {extra}: {wanted}")
     return lines
+
+
+def _processor_flags() -> set[str]:
+    """What the processor can do, as Linux names it; empty elsewhere."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return {flag for line in lines if line.partition(":")[0].strip() in ("flags", "Features") for flag in line.split()}
+    return set()
 
 
 def _packages(extra: str) -> list[str]:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from energy_prior.langevin.density import JointDensity
+from energy_prior.process import reproducible
 
 _costs: WeakKeyDictionary[nn.Module, dict[Hashable, Cost]] = WeakKeyDictionary()
 _forward_memory: WeakKeyDictionary[nn.Module, dict[Hashable, float]] = WeakKeyDictionary()
@@ -60,28 +61,31 @@ def _counted(density: JointDensity) -> Cost:
     return Cost(sum(kept.values()) / topdown.batch_size, counted.flops / topdown.batch_size, counted.operations)
 
 
-def forward_memory(run: Callable[[int], object], generator: object, what: str) -> float:
+def forward_memory(run: Callable[[int], object], module: nn.Module, what: Hashable, device: torch.device) -> float:
     """Bytes per row that a pass without gradients needs: of the tensors that live at once, and of the largest again.
 
     Operations need room of their own; that of the largest tensor stands for it. What does not grow with the rows, such as
-    weights that a pass normalises, does not count.
+    weights that a pass normalises, does not count. What the pass draws comes from a stream of its own.
 
     Args:
-        run: the pass, on a batch of so many rows; run twice for a generator, on few.
-        generator: whose pass it is.
-        what: name of the pass.
+        run: the pass, on a batch of so many rows; run twice, on few, for each `what` of a module.
+        module: whose pass it is.
+        what: all that the pass depends on beside the module and the rows.
+        device: where it computes.
     """
-    known = _forward_memory.setdefault(generator, {}) if isinstance(generator, nn.Module) else {}
-    dtype = next((p.dtype for p in generator.parameters()), None) if isinstance(generator, nn.Module) else None
-    if (what, dtype) not in known:
+    known = _forward_memory.setdefault(module, {})
+    if what not in known:
         fewer, more = _Memory(), _Memory()
-        for rows, counted in ((2, fewer), (4, more)):
-            with torch.no_grad(), counted:
-                run(rows)
+        with torch.no_grad(), reproducible(torch.Generator(device="cpu").manual_seed(0), device):
+            for rows, counted in ((2, fewer), (4, more)):
+                with counted:
+                    run(rows)
         alive = max((b - a for a, b in zip(fewer.alive, more.alive, strict=False)), default=0)
         largest = max((b - a for a, b in zip(fewer.results, more.results, strict=False)), default=0)
-        known[what, dtype] = (alive + largest) / 2
-    return known[what, dtype]
+        known[what] = (alive + largest) / 2
+        if len(fewer.alive) != len(more.alive):  # one operation for so many rows: the most that live, whatever it is
+            known[what] = max(more.alive) / 4
+    return known[what]
 
 
 def equal_parts(rows: int, memory_per_row: float, memory: float) -> list[slice]:
@@ -120,7 +124,8 @@ class _Memory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self._alive = {key: kept for key, kept in self._alive.items() if not kept[0].expired()}
-        storages = [tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+        tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.layout == torch.strided]
+        storages = [tensor.untyped_storage() for tensor in tensors]
         self._alive |= {storage._cdata: (StorageWeakRef(storage), storage.nbytes()) for storage in storages}
         self.results.append(max((storage.nbytes() for storage in storages), default=0))
         self.alive.append(sum(size for _, size in self._alive.values()))

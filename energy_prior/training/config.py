@@ -117,7 +117,8 @@ class FitConfig(RunConfig):
         tensorboard: write the history and sample grids to `run_dir`/tensorboard as well (extra "train").
         progress: show how far the run is: a bar where standard error is a terminal, else a line every 10 seconds at most.
         energy_penalty: c ≥ 0 of the penalty c·E[(Σ_i f_i)²] over posterior and prior draws: energies are only defined up
-            to a constant, and this keeps it, and their magnitude, near 0. With Langevin draws c rises above this, up to 0.1,
+            to a constant, and this keeps it, and their magnitude, near 0. Where a layer has more than 128 units, f counts in
+            proportion less, here and in `gap_limit` and `energy_bound`. With Langevin draws c rises above this, up to 0.1,
             while the gap is larger than `gap_limit`, and falls back after.
         gap_limit: largest E₊[Σ f_i] − E₋[Σ f_i] in nats, > 0, that Langevin draws may show before the penalty rises. Were
             the chains where f wants them, it would be near 0: a gap says that f is ahead of them, which is how these

@@ -29,7 +29,7 @@ from energy_prior.protocol import find_infer, have_waymarks, layer_energy
 from energy_prior.topdown import TopDown
 from energy_prior.training.batches import Batches
 from energy_prior.training.chains import tuned_step_size
-from energy_prior.training.config import JOINT_METHODS, FitConfig, Method, check_method
+from energy_prior.training.config import JOINT_METHODS, LANGEVIN_METHODS, FitConfig, Method, check_method
 from energy_prior.training.distributed import Engine
 from energy_prior.training.loop import Callback, check_callback, check_state_is_tensors, description, run_loop
 from energy_prior.training.progress import say
@@ -171,7 +171,7 @@ def fit_energies(
             learned, mismatch = dataclasses.replace(model, step_size=step_size), None
             if config.iterations >= _SHORT:
                 say(f"{task.name}: comparing draws of posterior and prior", begun, shown=shown)
-                mismatch = _mismatch(learned, batches, config, engine, joint=True)
+                mismatch = _mismatch(learned, batches, config, engine, rule)
     return FitResult(
         method=rule,
         config=config,
@@ -251,18 +251,29 @@ def _rule_that_reaches(model: JointModel, batches: Batches, config: FitConfig, e
     if config.iterations < config.stages:
         return "nce"
     state = batches.state()
-    found = _mismatch(model, batches, config, engine, joint=False)
+    found = _mismatch(model, batches, config, engine)
     batches.load_state(state)
     return "multi_stage_nce" if found is not None and found.far else "nce"
 
 
-def _mismatch(model: JointModel, batches: Batches, config: FitConfig, engine: Engine, *, joint: bool) -> Mismatch | None:
-    """How far the posterior of some observations is, always the same ones of a tensor; the same figures in every process."""
+def _mismatch(
+    model: JointModel, batches: Batches, config: FitConfig, engine: Engine, learned_by: Method | None = None
+) -> Mismatch | None:
+    """How far the posterior of some observations is, always the same ones of a tensor; the same figures in every process.
+
+    Args:
+        model: generator and energies.
+        batches: the observations.
+        config: settings of the run.
+        engine: the processes of the run.
+        learned_by: the rule that has learned the joint prior; None: the generator's own prior alone is compared with.
+    """
     rng = torch.Generator(device="cpu").manual_seed(0)
     units = sum(shape.numel() for shape in model.generator.latent_shapes)
+    size = config.batch_size or config.usual_batch
     wanted = min(_MOST_COMPARED, max(_LEAST_COMPARED, _NUMBERS // units))
+    wanted = min(wanted, max(_LEAST_JOINT, config.iterations * size // 10))
     if batches.whole is not None:
-        size = config.batch_size or config.usual_batch
         rows = torch.randperm(len(batches.whole), generator=rng, device="cpu")[:wanted]
         x = batches.whole[rows.to(batches.whole.device)].to(batches.device)
     else:
@@ -271,22 +282,23 @@ def _mismatch(model: JointModel, batches: Batches, config: FitConfig, engine: En
         while sum(map(len, several)) < min(wanted, max(LEAST_DRAWS, 2 * size)):
             several.append(next(batches))
         x = torch.cat(several)[:wanted]
-    if len(x) < LEAST_DRAWS:
-        return None
-    of_posterior = ChainSettings(steps=config.posterior_steps, max_drift=config.max_drift)
-    with reproducible(rng, x.device), full_precision(x.device), torch.no_grad(), frozen(model.generator, *model.energies):
-        draws = min(len(x), _affordable_draws(model, config, size)) if joint else 0
-        of_joint = ChainSettings() if draws >= min(_LEAST_JOINT, len(x)) and joint else None
-        found = mismatch_of(model, x, of_posterior, of_joint, size, draws)
+    found = None
+    if len(x) >= LEAST_DRAWS:
+        of_posterior = ChainSettings(steps=config.posterior_steps, max_drift=config.max_drift)
+        with reproducible(rng, x.device), full_precision(x.device), torch.no_grad(), frozen(model.generator, *model.energies):
+            draws = 0 if learned_by is None else min(len(x), _affordable_draws(model, config, size, learned_by))
+            of_joint = ChainSettings() if draws >= min(_LEAST_JOINT, len(x)) else None
+            found = mismatch_of(model, x, of_posterior, of_joint, size, draws)
     return engine.objects(found)[0]
 
 
-def _affordable_draws(model: JointModel, config: FitConfig, batch_size: int) -> int:
+def _affordable_draws(model: JointModel, config: FitConfig, batch_size: int, method: Method) -> int:
     """Draws of the joint prior that cost little beside the run, or little at all."""
     settings = ChainSettings()
     evaluations = settings.steps + (settings.waymarks if have_waymarks(model.energies) else 0)
     flops = evaluation_cost(model.target(2).density()).flops
-    share = _JOINT_SHARE * 2 * config.iterations * batch_size / evaluations
+    of_an_update = 2 + (config.steps if method in LANGEVIN_METHODS else 0)
+    share = _JOINT_SHARE * of_an_update * config.iterations * batch_size / evaluations
     return int(max(share, _JOINT_FLOPS / max(flops * evaluations, 1.0)))
 
 

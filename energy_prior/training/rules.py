@@ -19,7 +19,7 @@ from energy_prior.energies import LAST_LEVEL, Energy, waymark
 from energy_prior.errors import DivergenceError, TrainingWarning, warn
 from energy_prior.model import JointModel, PosteriorDraw
 from energy_prior.process import frozen, full_precision
-from energy_prior.protocol import find_infer, reads_noise
+from energy_prior.protocol import find_infer, have_waymarks, reads_noise
 from energy_prior.topdown import TopDown
 from energy_prior.training import diagnostics
 from energy_prior.training.batches import Batches
@@ -37,7 +37,7 @@ _SOUND_DRAWS = 64
 _REFRESH = 10  # persistent chains of a stage run on by this part of `steps`: their target stands still
 _PICTURES = 64
 _LOOKED_AT = 16
-_SMALL_LAYER = 128  # units; limits on |f| are for layers up to this, and grow with larger ones
+_SMALL_LAYER = 128  # units; limits on |f| and on the gap are for layers up to this, and grow with larger ones
 _NUMBERS = 2**28  # that draws for it hold at most, unless fewer than the least draws fit
 
 
@@ -104,12 +104,11 @@ class FitTask:
         self.previous: nn.ModuleList | None = None
         self.warned: dict[str, str] = {}
         self.learned = False
-        self.penalty = PenaltyWeight(config.energy_penalty, config.gap_limit, self.weights[0])
+        units = max(shape.numel() for shape in model.generator.latent_shapes)
+        self._size = max(1.0, units / _SMALL_LAYER)
+        self.penalty = PenaltyWeight(config.energy_penalty, config.gap_limit * self._size, self.weights[0])
         self._gaps: list[Tensor] = []
         self._cut = 0.0
-        units = max(shape.numel() for shape in model.generator.latent_shapes)
-        # denoising learns ∇f: the closed part alone may be of hundreds of nats, and f is bounded per unit
-        self._scale = float(units) if method == "denoising" else max(1.0, units / _SMALL_LAYER)
 
     @property
     def cut_share(self) -> float:
@@ -118,8 +117,12 @@ class FitTask:
 
     @property
     def _watched(self) -> FitConfig:
-        """The settings with `max_energy` for a layer of this size."""
-        return dataclasses.replace(self.config, max_energy=self.config.max_energy * self._scale)
+        """The settings with `max_energy` for a layer of this size.
+
+        Energies with waymarks are bounded per unit, and their closed part alone may be of hundreds of nats.
+        """
+        size = self._size * _SMALL_LAYER if have_waymarks(self.energies) else self._size
+        return dataclasses.replace(self.config, max_energy=self.config.max_energy * size)
 
     def begin(self) -> None:
         """Sets what is not learned of the energies, and tunes the step size of the chains."""
@@ -263,8 +266,9 @@ class FitTask:
         if z_posterior[0].requires_grad:  # the penalties are the energies' alone, not the inference model's
             f_penalised = self.model.negative_energy([z.detach() for z in z_posterior])
         self._gaps.append((total_posterior.mean() - total_prior.mean()).detach())
-        penalty = self.penalty.value * energy_penalty(f_penalised.sum(1), total_prior)
-        penalty = penalty + WALL_WEIGHT * energy_wall(f_penalised, f_prior, self.config.energy_bound)
+        held_back = f_penalised / self._size, f_prior / self._size
+        penalty = self.penalty.value * energy_penalty(held_back[0].sum(1), held_back[1].sum(1))
+        penalty = penalty + WALL_WEIGHT * energy_wall(*held_back, self.config.energy_bound)
         figures |= diagnostics.energy_figures(self.energies, (f_penalised, f_prior))
         figures |= {"loss": loss, "energy_posterior": total_posterior.mean(), "energy_prior": total_prior.mean()}
         if self.method in LANGEVIN_METHODS:

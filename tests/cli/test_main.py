@@ -90,21 +90,28 @@ def test_an_output_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.Cap
     assert "file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"avx2", "avx512_bf16"}, "units for bf16 (avx512_bf16)"),
+        ({"avx2"}, 'no units for bf16: precision="bf16" is slower'),
+        (set[str](), "not known whether it has units for bf16"),
+    ],
+)
 def test_info_says_what_the_processor_means(
-    native: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: set[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(info, "_installed", lambda package: package != "datasets")
+    monkeypatch.setattr(info, "_processor_flags", lambda: flags)
+    there = {"energy-prior": True, "datasets": False}
+    monkeypatch.setattr(info, "_installed", lambda package: there.get(package, True))
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
-    assert ("native bf16 (avx512_bf16)" in printed) is native
-    assert ("bf16 is slower than full precision" in printed.replace('precision="bf16"', "bf16")) is not native
-    assert energy_prior.__version__ in printed
-    assert torch.__version__ in printed
-    assert "extra train: installed" in printed
+    for text in (words, energy_prior.__version__, torch.__version__, "extra train: installed"):
+        assert text in printed
     assert "extra examples: without datasets: pip install 'energy-prior[examples]'" in printed
+    there["energy-prior"] = False
+    assert main(["info"]) == 0
+    assert "extras: not known" in capsys.readouterr().out
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

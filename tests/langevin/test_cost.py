@@ -56,10 +56,27 @@ def test_the_memory_of_a_pass_is_that_of_what_lives_at_once() -> None:
             x = x @ w
         return x
 
-    generator = nn.Linear(1, 1)
-    assert forward_memory(run, generator, "pass") == 4 * (30 + 20 + 30)
-    assert forward_memory(run, generator, "pass") == forward_memory(run, nn.Linear(1, 1), "pass")
-    assert rows_seen == [2, 4] * 2, "counted once for a generator"
+    module, cpu = nn.Linear(1, 1), torch.device("cpu")
+    assert forward_memory(run, module, "pass", cpu) == 4 * (30 + 20 + 30)
+    assert forward_memory(run, module, "pass", cpu) == forward_memory(run, nn.Linear(1, 1), "pass", cpu)
+    assert rows_seen == [2, 4] * 2, "counted once for a module"
+
+
+def test_the_memory_of_a_pass_row_by_row_is_not_too_little() -> None:
+    """Where the number of operations depends on the rows: 100 numbers of each live at once, and are stacked."""
+
+    def run(rows: int) -> torch.Tensor:
+        return torch.stack([torch.ones(10) @ torch.ones(10, 100) for _ in range(rows)])
+
+    assert forward_memory(run, nn.Linear(1, 1), "pass", torch.device("cpu")) >= 4 * 200
+
+
+def test_results_without_a_storage_do_not_count() -> None:
+    def run(rows: int) -> torch.Tensor:
+        mask = torch.sparse_coo_tensor(torch.tensor([[0], [0]]), torch.ones(1), (5, 10), check_invariants=True)
+        return (mask @ torch.ones(10, rows)).T
+
+    assert forward_memory(run, nn.Linear(1, 1), "pass", torch.device("cpu")) > 0
 
 
 def test_decoding_in_parts_gives_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,29 @@ from ladders import GaussianLadder, PairsLadder, QuadraticEnergy, gaussian, kl
 from runs import X, make, seeded, task_of
 from torch import Tensor, nn
 
-from energy_prior import DivergenceError, JointEBMPrior, MLPEnergy
+from energy_prior import DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy
 from energy_prior.training import FitResult, Method
 from energy_prior.training.chains import TrainingChains
 
 
-def constant(value: float) -> list[nn.Module]:
-    return [QuadraticEnergy(torch.zeros(d, d), torch.zeros(d), value) for d in (3, 2)]
+def constant(value: float, units: int = 3) -> list[nn.Module]:
+    return [QuadraticEnergy(torch.zeros(d, d), torch.zeros(d), value) for d in (units, 2)]
+
+
+@pytest.mark.parametrize(("units", "size"), [(128, 1.0), (192, 1.5), (256, 2.0)])
+def test_what_holds_energies_back_grows_with_large_layers(units: int, size: float) -> None:
+    """Both f are 40 nats, in units of the largest layer's size: penalty, wall at 25, and the gap that raises the penalty."""
+    torch.manual_seed(0)
+    prior = JointEBMPrior(LadderVAE((1, 4, 4), latent_dims=(units, 2), hidden=8), constant(40.0, units))
+    loss, figures = task_of(prior, "nce", energy_penalty=0.01).loss(X[:16], 1)
+    expected = 0.01 * 2 * (80 / size) ** 2 + 0.1 * 2 * 2 * max(0.0, 40 / size - 25) ** 2
+    assert float((loss - figures["loss"]).detach()) == pytest.approx(expected, rel=1e-4)
+    task = task_of(prior, "two_stage", gap_limit=3.0)
+    for gap, grows in ((3.0 * size - 0.1, False), (3.0 * size + 0.1, True)):
+        before = float(task.penalty.value)
+        for _ in range(200):
+            task.penalty.update(torch.tensor(gap))
+        assert (float(task.penalty.value) > before) is grows
 
 
 @pytest.mark.parametrize("method", ["nce", "two_stage"])
