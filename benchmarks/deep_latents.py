@@ -2,6 +2,7 @@
 
     python benchmarks/deep_latents.py --data DATA --case fashion_mnist_small   # hours on two cores; goes on where it stopped
     python benchmarks/deep_latents.py --data DATA                              # every case, days
+    python benchmarks/deep_latents.py --table                                  # only the table, of the cases that are done
     python benchmarks/deep_latents.py --quick                                  # see that it runs, on scikit-learn's digits
 
 DATA: a folder with `cifar10` and `fashion_mnist`, as `energy_prior.data.load_images` reads them. Of the training images the
@@ -12,7 +13,8 @@ last 10,000 are held out: 5,000 are the reference of every Fréchet distance (Ef
 
 Beside the joint prior of the defaults: the Gaussian prior at its best temperature; N(m, C) fitted to the posterior's noise of
 all layers; a mixture of 50 such Gaussians with one covariance. Every unit is a line of docs/results/deep_latents.partial.jsonl
-as it ends; weights are in `--runs`. Writes docs/results/deep_latents.json and .md, and a picture per case.
+as it ends, with the commit that it was run at; weights are in `--runs`. A case that is done stays in the table when code has
+changed since. Writes docs/results/deep_latents.json and .md, and a picture per case.
 """
 
 from __future__ import annotations
@@ -81,12 +83,13 @@ def main() -> None:
     parser.add_argument("--data", help="folder with the image sets; needed but for --quick")
     parser.add_argument("--case", choices=tuple(CASES), action="append", help="only this one; may be given several times")
     parser.add_argument("--runs", default=str(ROOT / "runs"), help="folder for weights and pictures")
+    parser.add_argument("--table", action="store_true", help="run nothing, write the table of the cases that are done")
     parser.add_argument("--quick", action="store_true", help="see that it runs; writes nothing into docs/results")
     options = parser.parse_args()
-    if not (options.data or options.quick):
+    if not (options.data or options.quick or options.table):
         parser.error("--data: the folder with cifar10 and fashion_mnist is needed")
     out, runs = ROOT / "docs" / "results", Path(options.runs)
-    makers, sizes = {name: CASES[name] for name in options.case or CASES}, Sizes()
+    makers, sizes = {name: CASES[name] for name in ([] if options.table else options.case or CASES)}, Sizes()
     if options.quick:
         out = runs = Path(tempfile.mkdtemp())
         makers, sizes = QUICK, Sizes(images=100, draws=2, moments=200, classifier=20, components=2, few=50, long=40, held=400)

@@ -591,6 +591,8 @@ class TopDownInference(ResidualVAE):
             return replace(found, conditionals=detached)
         if self.wrong == "short":
             return replace(found, conditionals=found.conditionals[:1])
+        if self.wrong == "independent":
+            return replace(found, conditionals=tuple(Independent(p, 3) for p in found.conditionals))
         if self.wrong == "no state":
             return replace(found, state=None)
         if self.wrong == "log q":
@@ -604,7 +606,8 @@ class TopDownInference(ResidualVAE):
         ("order", "conditionals\\[1\\] is not that of z_2"),
         ("state", "its state does not give"),
         ("detached", "conditionals\\[0\\] carries no gradient"),
-        ("short", "expected Inferred.conditionals, .* got shapes .* Leave both out"),
+        ("short", "expected Inferred.conditionals, .* got Normal of shapes .* Leave both out"),
+        ("independent", "as `conditional` gives them, Normal of shapes .* got Independent of shapes"),
         ("no state", "and the state below z_1, got .* state of type NoneType"),
         ("log q", "or their log q, change with the rest of its batch"),
     ],
