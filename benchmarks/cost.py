@@ -12,7 +12,10 @@
 - `added_peak_over_max_memory`: what `llr_score(x, 1)` of 64 images there adds to a process's memory above one row's, over its
   `max_memory`.
 - `fit_overhead`: (wall − iterations)/wall of `fit(method="nce")`, an NVAE of 2 × 2 groups, 200 iterations of 64.
-- `fit_peak_gib`: a VDVAE of CIFAR-10's size (43 layers): 5 iterations of `fit` of 8, `sample` and `llr_score` of 8 images.
+- `fit_peak_gib`: what 5 iterations of `fit` of 8, `sample` and `llr_score` of 8 images add to a process with a VDVAE of
+  CIFAR-10's size (43 layers).
+- `keeping_memory_over_default`: seconds of an iteration of `fit(method="denoising")` on maps of 14 × 14 and 7 × 7, a batch of
+  128, where the C library is told to keep what is freed (`KEEPING`), over those with its defaults.
 
 Models are stand-ins of these sizes (`nvae_style.py`, `vdvae_style.py`) with weights as drawn. Writes docs/results/cost.json
 and .md.
@@ -49,7 +52,9 @@ GOALS: dict[tuple[str, str], float | None] = {
     ("nvae_2x2", "fit_overhead"): 0.10,
     ("vdvae_full", "fit_peak_gib"): 6.0,
     ("import", "flop_counter_and_triton_imported"): 0.0,
+    ("deep_fit", "keeping_memory_over_default"): None,
 }
+KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 MEMORY = 2**28
 ROUNDS = 7
 
@@ -121,11 +126,21 @@ def importing(quick: bool, before: str | None) -> dict[tuple[str, str], float]:
     return {("import", "flop_counter_and_triton_imported"): apart(__file__, "--child", "import")}
 
 
+def allocating(quick: bool, before: str | None) -> dict[tuple[str, str], float]:
+    """What it costs that the C library gives memory back and asks for it again."""
+    child, ratios = ("--child", "iteration", *(["--quick"] if quick else [])), []
+    for _ in range(1 if quick else 3):
+        keeping, default = apart(__file__, *child, settings=KEEPING), apart(__file__, *child)
+        ratios.append(keeping / default)
+    return {("deep_fit", "keeping_memory_over_default"): statistics.median(ratios)}
+
+
 CASES: dict[str, Callable[[bool, str | None], dict[tuple[str, str], float]]] = {
     "scores": scores,
     "fit": fitting,
     "full_size": full_size,
     "import": importing,
+    "allocator": allocating,
 }
 
 
@@ -207,6 +222,24 @@ def fit_overhead(quick: bool) -> float:
     return (wall - of_iterations) / wall
 
 
+def iteration_seconds(quick: bool) -> float:
+    """Median seconds of an iteration of denoising."""
+    torch.manual_seed(0)
+    prior = JointEBMPrior(ResidualVAE((1, 28, 28), groups=(1, 2), channels=16, latent_channels=4).eval())
+    ends: list[float] = []
+    prior.fit(
+        torch.rand(256, 1, 28, 28),
+        "denoising",
+        iterations=4 if quick else 20,
+        batch_size=16 if quick else 128,
+        step_size=0.1,
+        log_every=1,
+        progress=False,
+        callback=lambda _: ends.append(time.perf_counter()),
+    )
+    return statistics.median(b - a for a, b in zip(ends[1:], ends[2:], strict=False))
+
+
 def full_size_memory(quick: bool) -> int:
     """kB of fit, sample and score at a VDVAE of full size."""
     torch.manual_seed(0)
@@ -236,6 +269,7 @@ CHILDREN: dict[str, Callable[[bool], float]] = {
     "one": lambda quick: score_memory(1, quick),
     "overhead": fit_overhead,
     "full": full_size_memory,
+    "iteration": iteration_seconds,
     "import": imported,
 }
 

@@ -31,7 +31,9 @@ def alternate(runs: Mapping[str, Callable[[], object]], repeats: int) -> Callabl
     return lambda a, b: statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
 
-def apart(file: str, *arguments: str, give_back: bool = False, package: str | None = None) -> Any:
+def apart(
+    file: str, *arguments: str, give_back: bool = False, package: str | None = None, settings: Mapping[str, str] | None = None
+) -> Any:
     """The JSON that `python file arguments` prints as its last line.
 
     Args:
@@ -39,9 +41,11 @@ def apart(file: str, *arguments: str, give_back: bool = False, package: str | No
         arguments: of its command line.
         package: folder that `energy_prior` is imported from; None: as it is here.
         give_back: with a C library that gives back what is freed; by default it keeps some, more the longer a process runs.
+        settings: more of the process's environment.
     """
     returning = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
     environment = os.environ | (returning if give_back else {}) | ({"PYTHONPATH": package} if package else {})
+    environment |= settings or {}
     command = [sys.executable, file, *arguments]
     run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603
     return json.loads(run.stdout.splitlines()[-1])
