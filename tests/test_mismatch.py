@@ -11,7 +11,7 @@ from torch import Tensor
 
 from energy_prior import ArgumentError, JointEBMPrior, ShapeError
 from energy_prior.mismatch import measure, tell_apart
-from energy_prior.training import fit
+from energy_prior.training import FitConfig, Method, fit
 
 N = 2000
 
@@ -132,3 +132,14 @@ def test_after_a_run_that_is_short_beside_its_chains_they_are_left_out(monkeypat
         found = prior.fit(data, "nce", iterations=100, batch_size=16, step_size=0.2, progress=False).mismatch
         assert found is not None
         assert (found.joint_accuracy is not None) is expected
+
+
+@pytest.mark.parametrize(("method", "expected"), [("nce", 16), ("denoising", 16), ("two_stage", 336)])
+def test_what_chains_after_a_run_may_cost_is_a_share_of_it(
+    method: Method, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three per cent of 1,000 updates of 16, of two draws each and, by maximum likelihood, a chain of 40 steps."""
+    monkeypatch.setattr(fit, "_JOINT_FLOPS", 0.0)
+    config = FitConfig(iterations=1000, steps=40)
+    with torch.no_grad():
+        assert fit._affordable_draws(make().model, config, 16, method) == expected

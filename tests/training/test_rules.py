@@ -36,6 +36,22 @@ def test_what_holds_energies_back_grows_with_large_layers(units: int, size: floa
         assert (float(task.penalty.value) > before) is grows
 
 
+@pytest.mark.parametrize(("iterations", "expected"), [(2, 512), (1000, 1600), (20_000, 2048)])
+def test_what_is_not_learned_is_set_from_a_part_of_what_the_run_draws(
+    iterations: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    original = TrainingChains.ancestral
+
+    def spy(self: TrainingChains, n: int) -> tuple[Tensor, ...]:
+        drawn.append(n)
+        return original(self, n)
+
+    monkeypatch.setattr(TrainingChains, "ancestral", spy)
+    task_of(make(), "nce", iterations=iterations).begin()
+    assert 2 * sum(drawn) == expected, "posterior and prior in equal parts"
+
+
 @pytest.mark.parametrize("method", ["nce", "two_stage"])
 def test_penalty_and_wall_are_in_the_loss(method: Any) -> None:
     """Both f are 40, beyond the bound of 25 by 15: 0.01 · 2 · 80² + 0.1 · 2 · 2 · 15²."""
