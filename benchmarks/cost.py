@@ -1,7 +1,7 @@
 """What calls cost beside their chains: scores, what surrounds the iterations of `fit`, memory, and the import.
 
     git worktree add ../before 89456b6
-    python benchmarks/cost.py --before ../before    # about half an hour on two cores that do nothing else
+    python benchmarks/cost.py --before ../before    # an hour on two cores that do nothing else; rows as cases end
     python benchmarks/cost.py --case scores         # only these rows; the others stay as they are in docs/results/cost.json
     python benchmarks/cost.py --quick               # see that it runs
 
@@ -56,7 +56,7 @@ GOALS: dict[tuple[str, str], float | None] = {
 }
 KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 MEMORY = 2**28
-ROUNDS = 7
+ROUNDS = 3
 
 
 def main() -> None:
@@ -72,15 +72,12 @@ def main() -> None:
         return
     out = Path(tempfile.mkdtemp()) if options.quick else ROOT / "docs" / "results"
     before = options.before or (str(ROOT) if options.quick else None)
-    figures: dict[tuple[str, str], float] = {}
     for name in options.case or CASES:
-        found = CASES[name](options.quick, before)
-        figures |= found
-        print(*(f"{case:<24}{metric:<32}{value:8.3f}\n" for (case, metric), value in found.items()), sep="", end="", flush=True)
-    rows = goal_rows(GOALS, kept(out / "cost.json") | figures)
-    write_results(out / "cost.json", rows)
-    text = f"`python benchmarks/cost.py`; its docstring says what each figure is. Measured on: {machine()}."
-    (out / "cost.md").write_text(ratio_table("What calls cost beside their chains", text, rows))
+        figures = kept(out / "cost.json") | CASES[name](options.quick, before)
+        rows = goal_rows(GOALS, figures)
+        write_results(out / "cost.json", rows)  # as each case ends: some take long
+        text = f"`python benchmarks/cost.py`; its docstring says what each figure is. Measured on: {machine()}."
+        (out / "cost.md").write_text(ratio_table("What calls cost beside their chains", text, rows))
     print((out / "cost.md").read_text())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LEAST_DRAWS", "SATURATED", "LayerMismatch", "Mismatch", "measure", "mismatch_of", "tell_apart"]
+__all__ = ["CLASSIFIER_STEPS", "LEAST_DRAWS", "SATURATED", "LayerMismatch", "Mismatch", "measure", "mismatch_of", "tell_apart"]
 
 import copy
 from collections.abc import Sequence
@@ -21,12 +21,14 @@ from energy_prior.model import JointModel
 SATURATED = 0.99
 """Accuracy above which a classifier makes too few errors to learn a log ratio from."""
 
+CLASSIFIER_STEPS = 300
+"""Updates of a classifier that tells two sides apart, of 128 draws of each."""
+
 LEAST_DRAWS = 32
 """Fewer observations say nothing of the posterior's moments."""
 
 _FAR = 25.0  # nats
 _BATCH = 128
-_STEPS = 300
 _LOOK_EVERY = 20
 _LEAST_STRIDED = 12  # height from which the classifier halves the maps at once
 
@@ -101,6 +103,7 @@ def mismatch_of(
     joint: ChainSettings | None,
     batch_size: int = 256,
     joint_draws: int | None = None,
+    steps: int = CLASSIFIER_STEPS,
 ) -> Mismatch:
     """The mismatch of a model's posterior draws at observations.
 
@@ -111,19 +114,20 @@ def mismatch_of(
         joint: settings of the joint prior's chain; None: only the generator's own prior is compared with.
         batch_size: observations and chains at a time.
         joint_draws: draws of the joint prior, 6 … n; None: n.
+        steps: updates of the classifiers.
     """
     of_posterior = [model.noise(model.posterior_draw(batch, posterior).latents) for batch in x.split(batch_size)]
     if joint is None:
-        return measure(_joined(of_posterior))
+        return measure(_joined(of_posterior), steps=steps)
     sizes = [len(batch) for batch in x[:joint_draws].split(batch_size)]
-    return measure(_joined(of_posterior), _joined([model.noise(model.sample(size, joint)) for size in sizes]))
+    return measure(_joined(of_posterior), _joined([model.noise(model.sample(size, joint)) for size in sizes]), steps)
 
 
 def _joined(batches: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.cat(layer) for layer in zip(*batches, strict=True)]
 
 
-def measure(posterior: Sequence[Tensor], joint: Sequence[Tensor] | None = None) -> Mismatch:
+def measure(posterior: Sequence[Tensor], joint: Sequence[Tensor] | None = None, steps: int = CLASSIFIER_STEPS) -> Mismatch:
     """The mismatch of draws of the posterior's noise to N(0, I), and to noise of the joint prior.
 
     Draws from torch's global stream.
@@ -131,6 +135,7 @@ def measure(posterior: Sequence[Tensor], joint: Sequence[Tensor] | None = None) 
     Args:
         posterior: (ε_1, …, ε_L) of posterior draws, (n, *shape) each, n ≥ 8.
         joint: the same of draws of the joint prior, (m, *shape) each, m ≥ 6.
+        steps: updates of the classifiers.
     """
     n = len(posterior[0])
     prior = [torch.randn_like(e) for e in posterior]
@@ -143,11 +148,11 @@ def measure(posterior: Sequence[Tensor], joint: Sequence[Tensor] | None = None) 
         low, high = (float(v) for v in closed.variances.aminmax())
         mean, variance = e.mean(0).square().mean().sqrt(), e.var(0).mean()
         layers.append(LayerMismatch(e[0].numel(), float(mean), float(variance), min(low, 1.0), max(high, 1.0), at_posterior))
-    accuracy = tell_apart(posterior, prior)
-    return Mismatch(tuple(layers), tilt, accuracy, None if joint is None else tell_apart(posterior, joint), n)
+    accuracy = tell_apart(posterior, prior, steps)
+    return Mismatch(tuple(layers), tilt, accuracy, None if joint is None else tell_apart(posterior, joint, steps), n)
 
 
-def tell_apart(first: Sequence[Tensor], second: Sequence[Tensor], steps: int = _STEPS) -> float:
+def tell_apart(first: Sequence[Tensor], second: Sequence[Tensor], steps: int = CLASSIFIER_STEPS) -> float:
     """Classifier two-sample test of layers of noise: balanced accuracy on draws that the classifier has not seen.
 
     After Lopez-Paz and Oquab (ICLR 2017). A third of the draws gives Gaussians of both sides, whose log ratio is where the

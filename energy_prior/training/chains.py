@@ -31,8 +31,8 @@ from energy_prior.training.config import FitConfig
 
 _STEP_GAIN = 0.1
 _SMALLEST_STEP = 1e-4
-_LEAST_TUNING, _MOST_TUNING = 8, 64  # chains, and one for every thousand of the run's draws in between
-_TUNING_SHARE = 1000
+_LEAST_TUNING, _MOST_TUNING = 8, 64  # chains, and one for every two thousand of the run's draws in between
+_TUNING_SHARE = 2000
 _USUAL_PERSISTENT = 4  # batches
 
 

@@ -22,7 +22,7 @@ from energy_prior.checks.settings import check_path, check_settings
 from energy_prior.errors import ArgumentError, CheckpointError, DivergenceError, GeneratorError
 from energy_prior.langevin import ChainSettings
 from energy_prior.langevin.cost import evaluation_cost
-from energy_prior.mismatch import LEAST_DRAWS, Mismatch, mismatch_of
+from energy_prior.mismatch import CLASSIFIER_STEPS, LEAST_DRAWS, Mismatch, mismatch_of
 from energy_prior.model import JointModel
 from energy_prior.process import claimed, evaluating, exclusive, frozen, full_precision, reproducible, training_mode
 from energy_prior.protocol import find_infer, have_waymarks, layer_energy
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _SHORT = 100  # iterations: what fewer gained is not worth the draws
 _LEAST_COMPARED, _MOST_COMPARED = 512, 2048  # draws of posterior and prior, and the numbers that they hold in between
 _NUMBERS = 2**19
+_LEAST_STEPS = 60  # of a classifier
 _LEAST_JOINT = 128  # draws of the joint prior that show anything, and what they may cost: a share of the run, or operations
 _JOINT_SHARE, _JOINT_FLOPS = 0.03, 1e11
 
@@ -288,7 +289,8 @@ def _mismatch(
         with reproducible(rng, x.device), full_precision(x.device), torch.no_grad(), frozen(model.generator, *model.energies):
             draws = 0 if learned_by is None else min(len(x), _affordable_draws(model, config, size, learned_by))
             of_joint = ChainSettings() if draws >= min(_LEAST_JOINT, len(x)) else None
-            found = mismatch_of(model, x, of_posterior, of_joint, size, draws)
+            steps = min(CLASSIFIER_STEPS, max(_LEAST_STEPS, config.iterations // 10))
+            found = mismatch_of(model, x, of_posterior, of_joint, size, draws, steps)
     return engine.objects(found)[0]
 
 

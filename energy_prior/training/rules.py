@@ -31,7 +31,7 @@ from energy_prior.training.objectives import denoising, generator_likelihood, ma
 from energy_prior.training.penalty import WALL_WEIGHT, PenaltyWeight, energy_penalty, energy_wall
 from energy_prior.training.turns import same_stream_after
 
-_LEAST_DRAWS = 2048  # for what is not learned, unless a twentieth of the run's are fewer; but always so many:
+_LEAST_DRAWS = 2048  # for what is not learned, unless a fiftieth of the run's are fewer; but always so many:
 _FEWEST_DRAWS = 512
 _SOUND_DRAWS = 64
 _REFRESH = 10  # persistent chains of a stage run on by this part of `steps`: their target stands still
@@ -342,7 +342,7 @@ class FitTask:
         units = sum(shape.numel() for shape in self.model.generator.latent_shapes)
         wanted = min(max(f.draws for f in waiting), max(_LEAST_DRAWS, _NUMBERS // units))
         batch = self.config.batch_size or self.config.usual_batch
-        wanted = min(wanted, max(_FEWEST_DRAWS, self.config.iterations * batch // 10))
+        wanted = min(wanted, max(_FEWEST_DRAWS, self.config.iterations * batch // 25))
         posterior: list[list[Tensor]] = []
         prior: list[list[Tensor]] = []
         with torch.no_grad(), frozen(self.model.generator, self.energies):

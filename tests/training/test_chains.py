@@ -80,7 +80,7 @@ def test_posterior_draws_and_tuning_leave_autocast() -> None:
 
 
 @pytest.mark.parametrize(
-    ("iterations", "batch_size", "expected"), [(2000, None, 64), (200, 64, 12), (5, 32, 8), (20_000, 16, 16), (5, 2, 8)]
+    ("iterations", "batch_size", "expected"), [(2000, None, 64), (400, 64, 12), (5, 32, 8), (20_000, 16, 16), (5, 2, 8)]
 )
 def test_the_step_size_is_tuned_by_few_chains_in_short_runs(
     iterations: int, batch_size: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
