@@ -84,12 +84,11 @@ class DiscMixLogistic(NamedTuple):
 
 
 class Conv(nn.Conv2d):
-    """As NVAE's: it normalises its weights in every call, and keeps them."""
+    """As NVAE's: it normalises its weights in every call."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.log_weight_norm = nn.Parameter(self.weight.square().sum((1, 2, 3), keepdim=True).sqrt().log())
-        self.weight_normalized = self.normalize_weight()
 
     def normalize_weight(self) -> Tensor:
         """The weights that it convolves with."""
@@ -97,8 +96,7 @@ class Conv(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """The convolution."""
-        self.weight_normalized = self.normalize_weight()
-        return F.conv2d(input, self.weight_normalized, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(input, self.normalize_weight(), self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class Cell(nn.Module):

@@ -60,16 +60,16 @@ def provenance() -> dict[str, Any]:
 
 def machine() -> str:
     """The processor with its units for bf16, the number of cores, the system, and the GPU if there is one."""
-    name, flags = platform.machine(), set[str]()
+    from energy_prior.cli.info import bf16_units  # here: a process that measures an older commit has none
+
+    name = platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
             if key.strip() == "model name":
                 name = f"{value.strip()} ({platform.machine()})"
-            elif key.strip() == "flags":
-                flags.update(value.split())
-    found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
-    bf16 = f"with {' and '.join(found)}" if found else "without avx512_bf16 and amx_bf16"
+    found = bf16_units()
+    bf16 = f"with {' and '.join(found)}" if found else "without units for bf16" if found == [] else "units for bf16 not known"
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{name}, {bf16}, {os.cpu_count()} CPU cores, {platform.system()}{gpu}"
 

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["draw", "first_line", "normal_like", "not_none", "per_row", "plain_normal", "resized", "some_of", "sum_event"]
+__all__ = [
+    "draw",
+    "first_line",
+    "normal_like",
+    "not_none",
+    "per_row",
+    "plain",
+    "plain_normal",
+    "resized",
+    "some_of",
+    "sum_event",
+]
 
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
@@ -34,6 +45,11 @@ def per_row(values: Tensor, like: Tensor) -> Tensor:
 def normal_like(shape: Sequence[int], reference: Tensor) -> Tensor:
     """Standard normal noise of this shape, with the dtype and device of `reference`."""
     return torch.randn(tuple(shape), dtype=reference.dtype, device=reference.device)
+
+
+def plain(value: Tensor) -> Tensor:
+    """The same values where autograd may save them for a backward pass, which it refuses for tensors of inference mode."""
+    return value.clone() if value.is_inference() else value
 
 
 def plain_normal(loc: Tensor, scale: Tensor) -> Normal:

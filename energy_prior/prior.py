@@ -35,7 +35,7 @@ from energy_prior.checks.arguments import (
     energy_modules,
 )
 from energy_prior.checks.generator import probe_generator
-from energy_prior.checks.settings import check_count, check_path, check_share
+from energy_prior.checks.settings import check_count, check_path, check_positive, check_share
 from energy_prior.energies import build_energies, default_energies, describe_energies
 from energy_prior.errors import ArgumentError, ShapeError
 from energy_prior.langevin import USUAL_ACCEPTANCE, ChainOptions, ChainSettings, NoiseSource, Trajectory, tune_step_size
@@ -658,20 +658,29 @@ class JointEBMPrior(nn.Module):
             return mismatch_of(model, x, of_posterior, settings if prior == "joint" else None)
 
     def tune_step_size(
-        self, *, target_acceptance: float = USUAL_ACCEPTANCE, batch_size: int = 64, rng: torch.Generator | None = None
+        self,
+        *,
+        target_acceptance: float = USUAL_ACCEPTANCE,
+        batch_size: int = 64,
+        max_memory: float = 2.0**30,
+        rng: torch.Generator | None = None,
     ) -> float:
         """Sets `step_size` to the one at which MALA on this prior accepts the share `target_acceptance`, and returns it.
 
         Args:
             target_acceptance: share of the proposals, in (0, 1).
-            batch_size: chains that look at what they accept, ≥ 1; fewer where more than 1 GiB would be needed.
+            batch_size: chains that look at what they accept, ≥ 1; fewer where they do not fit into `max_memory`.
+            max_memory: bytes that a gradient evaluation may keep, > 0.
             rng: random number generator.
         """
         target_acceptance = check_share("target_acceptance", target_acceptance)
-        batch_size = check_count("batch_size", batch_size)
+        batch_size, max_memory = check_count("batch_size", batch_size), check_positive("max_memory", max_memory)
         with self._computing(rng) as model:
             tuned = tune_step_size(
-                model.target(batch_size), start_step_size=model.step_size, target_acceptance=target_acceptance
+                model.target(batch_size),
+                start_step_size=model.step_size,
+                target_acceptance=target_acceptance,
+                max_memory=max_memory,
             )
             self.step_size.fill_(tuned)
         return tuned

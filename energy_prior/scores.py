@@ -16,7 +16,7 @@ from energy_prior.langevin import ChainSettings
 from energy_prior.langevin.cost import equal_parts
 from energy_prior.model import NEVER_SPLIT, JointModel, PosteriorDraw
 from energy_prior.protocol import find_infer
-from energy_prior.topdown import Descent, TopDown, ancestral_noise
+from energy_prior.topdown import Descent, TopDown
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,7 @@ def score_terms(model: JointModel, x: Tensor, num_samples: int, posterior_chain:
 
 def _terms(model: JointModel, x: Tensor, draw: PosteriorDraw) -> ScoreTerms:
     """The terms of L^{>0}(x) at one posterior draw."""
-    descent = draw.descent or _pass_through(model, draw.latents)
-    return _terms_of(model, x, descent, draw.log_q)
+    return _finite(_terms_of(model, x, draw.descent or _pass_through(model, draw.latents), draw.log_q))
 
 
 def _redrawn(
@@ -154,18 +153,14 @@ def _redrawn(
     chain costs k layers. k = L needs no z.
     """
     scores: dict[int, Tensor] = {}
-    topdown = TopDown(model.generator, len(x))
-    for k in range(len(model.energies), min(k for k in (*ks, len(model.energies)) if k) - 1, -1):
-        if k < len(model.energies):
+    topdown, layers = TopDown(model.generator, len(x)), len(model.energies)
+    for k in range(layers, min((k for k in ks if k), default=layers + 1) - 1, -1):
+        if k < layers:
             topdown = topdown.holding(latents[k])
-        if k not in ks:
-            continue
-        if prior_chain.steps:
+        if k in ks:
             drawn = model.run(model.target_below(topdown), prior_chain)
             descent = topdown.descend(drawn[:k], "latent", to_observation=True)
-        else:
-            descent = topdown.descend(ancestral_noise(topdown), "noise", to_observation=True)
-        scores[k] = _terms_of(model, x, descent).log_joint()
+            scores[k] = _finite(_terms_of(model, x, descent)).log_joint()
     return scores
 
 
@@ -174,21 +169,14 @@ def _pass_through(model: JointModel, latents: Sequence[Tensor]) -> Descent:
 
 
 def _terms_of(model: JointModel, x: Tensor, descent: Descent, log_q: Tensor | None = None) -> ScoreTerms:
-    return _finite(_unchecked_terms(model, x, descent, log_q))
-
-
-def _unchecked_terms(model: JointModel, x: Tensor, descent: Descent, log_q: Tensor | None) -> ScoreTerms:
     log_likelihood = model.generator.likelihood(descent.state).log_prob(x)
     return ScoreTerms(log_likelihood, descent.log_priors(), model.negative_energy(descent.latents, descent.noise()), log_q)
 
 
 def _shared(prior_chain: ChainSettings, posterior_chain: ChainSettings) -> tuple[float, ChainSettings, ChainSettings]:
     """Bytes for a pass, and the settings of chains that run beside what it keeps: the smaller `max_memory`, in two halves."""
-    bound = min(prior_chain.max_memory, posterior_chain.max_memory)
-    if not prior_chain.steps:
-        return bound, prior_chain, dataclasses.replace(posterior_chain, max_memory=bound)
-    prior_chain, posterior_chain = (dataclasses.replace(c, max_memory=bound / 2) for c in (prior_chain, posterior_chain))
-    return bound / 2, prior_chain, posterior_chain
+    half = min(prior_chain.max_memory, posterior_chain.max_memory) / 2
+    return half, dataclasses.replace(prior_chain, max_memory=half), dataclasses.replace(posterior_chain, max_memory=half)
 
 
 def _mean(
@@ -217,7 +205,7 @@ def _mean(
             """What a score needs memory for beside its chains."""
             some = x[torch.arange(rows, device=x.device) % n]
             draw = model.posterior_draw(some, ChainSettings()) if infer else PosteriorDraw(model.ancestral(rows), None)
-            _unchecked_terms(model, some, draw.descent or _pass_through(model, draw.latents), draw.log_q)
+            _terms_of(model, some, draw.descent or _pass_through(model, draw.latents), draw.log_q)
 
         parts = equal_parts(parts[0].stop, model.memory_of(one_pass, "score", infer, like=x), max_memory)
     values = [once(x[torch.arange(rows.start, rows.stop, device=x.device) % n]) for rows in parts]

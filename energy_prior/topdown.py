@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal
 from torch.utils._pytree import tree_map
 
-from energy_prior._util import normal_like, plain_normal, sum_event
+from energy_prior._util import normal_like, plain, plain_normal, sum_event
 from energy_prior.errors import ArgumentError, GeneratorError
 from energy_prior.process import reproducible
 from energy_prior.protocol import HierarchicalGenerator, Inferred
@@ -147,7 +147,7 @@ class TopDown:
     def __init__(self, generator: HierarchicalGenerator, batch_size: int, held: Mapping[int, Tensor] | None = None) -> None:
         self.generator = generator
         self.batch_size = batch_size
-        self.held = {layer: z.clone() if z.is_inference() else z for layer, z in (held or {}).items()}
+        self.held = {layer: plain(z) for layer, z in (held or {}).items()}
         self.layers = len(generator.latent_shapes)
         self.free = tuple(i for i in range(1, self.layers + 1) if i not in self.held)
         self._above: dict[int, Distribution] = {}
@@ -162,8 +162,7 @@ class TopDown:
     def holding(self, z: Tensor) -> TopDown:
         """The same pass with the highest free layer held at z too: one layer further down, the rest is not run again."""
         *rest, layer = self.free
-        z = z.clone() if z.is_inference() else z
-        copied = copy.copy(self)
+        z, copied = plain(z), copy.copy(self)
         copied.held, copied.free = {layer: z, **self.held}, tuple(rest)
         copied._state, copied._above = self.generator.descend(self._state, z, layer), dict(self._above)
         if rest:

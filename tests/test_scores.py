@@ -10,7 +10,7 @@ import torch
 from ladders import LinearLadder
 from torch import Tensor, nn
 
-from energy_prior import Inferred, JointEBMPrior
+from energy_prior import ArgumentError, Inferred, JointEBMPrior
 
 X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -110,12 +110,19 @@ def test_one_layer() -> None:
 
 
 def test_every_k_shares_the_posterior_draw_and_the_pass_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers passed: 3 for L^{>0}, 2 on the way down, and the k redrawn ones for k = 1, 2, 3."""
+    """Layers passed: 3 for L^{>0}, 2 on the way down, and for k = 1, 2, 3 a draw of k layers and the pass through it."""
     prior = certain()
     prior.llr_scores(X, steps=0)
-    draws, layers = (spied(prior, name, monkeypatch, lambda *_: 1) for name in ("infer", "descend"))
+    rows = spied(prior, "infer", monkeypatch, lambda x: len(x))
+    passed = spied(prior, "descend", monkeypatch, lambda state, z, layer: len(z))
     prior.llr_scores(X, steps=0)
-    assert (len(draws), len(layers)) == (1, 3 + 2 + 1 + 2 + 3)
+    assert rows == [8 * len(X)]
+    assert passed.count(rows[0]) == 3 + 2 + (0 + 1) + (1 + 2) + (2 + 3)
+
+
+def test_options_of_a_chain_without_steps_are_checked_as_those_of_any_other() -> None:
+    with pytest.raises(ArgumentError, match='"tf32" needs a CUDA device'):
+        certain().llr_scores(X, steps=0, precision="tf32")
 
 
 @pytest.mark.parametrize("chain", [{"steps": 0}, {"steps": 60, "step_size": 0.6, "adjust": True}])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["add_command", "machine_lines"]
+__all__ = ["add_command", "bf16_units", "machine_lines"]
 
 import argparse
 import contextlib
@@ -34,11 +34,10 @@ def add_command(commands: Any) -> None:
 
 def machine_lines() -> list[str]:
     """The lines that the command prints."""
-    flags = _processor_flags()
-    found = sorted(_BF16_UNITS & flags)
+    found = bf16_units()
     if found:
-        bf16 = f'units for bf16 ({", ".join(found)}): precision="bf16" takes about a third of the time in large chains'
-    elif flags:
+        bf16 = f'units for bf16 ({", ".join(found)}): precision="bf16" is faster in large chains'
+    elif found is not None:
         bf16 = 'no units for bf16: precision="bf16" is slower than full precision, the default'
     else:
         bf16 = 'not known whether it has units for bf16: without them precision="bf16" is slower than full precision'
@@ -62,12 +61,13 @@ def machine_lines() -> list[str]:
     return lines
 
 
-def _processor_flags() -> set[str]:
-    """What the processor can do, as Linux names it; empty elsewhere."""
+def bf16_units() -> list[str] | None:
+    """The processor's units for bf16, as Linux names them; None where it does not say what the processor has."""
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return {flag for line in lines if line.partition(":")[0].strip() in ("flags", "Features") for flag in line.split()}
-    return set()
+        named = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        flags = {flag for name, _, value in named if name.strip() in ("flags", "Features") for flag in value.split()}
+        return sorted(_BF16_UNITS & flags) if flags else None
+    return None
 
 
 def _packages(extra: str) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from energy_prior._util import sum_event
+from energy_prior._util import plain, sum_event
 from energy_prior.protocol import HierarchicalGenerator, layer_energy, reads_noise
 from energy_prior.topdown import Descent, Space, TopDown
 
@@ -140,7 +140,7 @@ class JointDensity:
         self.topdown = topdown
         self.energies = energies
         self.space: Space = space
-        self.x = x.clone() if x is not None and x.is_inference() else x
+        self.x = None if x is None else plain(x)
         self._reads_noise = any(map(reads_noise, energies))
 
     @functools.cached_property

@@ -168,8 +168,9 @@ def tune_step_size(
             log_step += min(max(math.log((1 - target_acceptance) / rejected) / 3, -1.0), 1.0)
             log_step = min(log_step, math.log(LARGEST_STEP))
             tried.append(log_step)
-            low, high = min(tried[-_AGREE:]), max(tried[-_AGREE:])
-            if len(tried) >= _AGREE and (low == math.log(LARGEST_STEP) or (len(tried) >= _LEAST_LOOKS and high - low < _CLOSE)):
+            last = tried[-_AGREE:]
+            agree = len(last) == _AGREE and max(last) - min(last) < _CLOSE
+            if agree and (len(tried) >= _LEAST_LOOKS or min(last) == math.log(LARGEST_STEP)):
                 break
     return math.exp(statistics.fmean(tried[-_AGREE:]))
 

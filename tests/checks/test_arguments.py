@@ -104,6 +104,7 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
     (lambda p: p.log_joint(X, num_samples=0), ArgumentError, "num_samples: expected a whole number of at least 1"),
     (lambda p: p.sample_posterior(X, method="gibbs"), ArgumentError, 'method: expected "langevin" or "infer"'),  # type: ignore[arg-type]
     (lambda p: p.anomaly_score(X, "likelihood"), ArgumentError, "method: expected one of .*'log_joint'"),
+    (lambda p: p.tune_step_size(max_memory=0), ArgumentError, "max_memory: expected"),
     (lambda p: p.tune_step_size(target_acceptance=1.0), ArgumentError, "target_acceptance: expected a number between 0 and 1"),
     (
         lambda p: p.sample_latents(4, steps=9, noise=InjectedNoise([torch.zeros(5, 4, 3), torch.zeros(5, 4, 2)])),

@@ -91,17 +91,21 @@ def test_an_output_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("cpuinfo", "words"),
     [
-        ({"avx2", "avx512_bf16"}, "units for bf16 (avx512_bf16)"),
-        ({"avx2"}, 'no units for bf16: precision="bf16" is slower'),
-        (set[str](), "not known whether it has units for bf16"),
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\n", "; units for bf16 (avx512_bf16): "),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", "; units for bf16 (bf16): "),
+        ("processor\t: 0\nflags\t\t: fpu avx2\nbugs\t\t: amx_bf16\n", '; no units for bf16: precision="bf16" is slower'),
+        ("", "; not known whether it has units for bf16"),
+        (None, "; not known whether it has units for bf16"),
     ],
 )
 def test_info_says_what_the_processor_means(
-    flags: set[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cpuinfo: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(info, "_processor_flags", lambda: flags)
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(info, "Path", lambda _: tmp_path / "cpuinfo")
     there = {"energy-prior": True, "datasets": False}
     monkeypatch.setattr(info, "_installed", lambda package: there.get(package, True))
     assert main(["info"]) == 0
