@@ -140,6 +140,15 @@ def test_the_last_layer_needs_no_posterior(monkeypatch: pytest.MonkeyPatch) -> N
     assert not draws
 
 
+def test_latents_of_inference_mode_are_held_in_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose gradient has to keep them: below z_2 the state is z_2 z_3."""
+    prior = certain()
+    original = LinearLadder.infer
+    monkeypatch.setattr(LinearLadder, "infer", torch.inference_mode()(original))
+    monkeypatch.setattr(LinearLadder, "descend", lambda self, state, z, layer: state * z if layer == 2 else z)
+    assert bool(torch.isfinite(prior.llr_score(X, 2, steps=2)).all())
+
+
 def test_what_infer_hands_over_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """An inference model that goes down through the generator gives its pass: L^{>0} needs no other one."""
     prior = certain()

@@ -341,6 +341,34 @@ def test_tuning_stops_when_it_knows_and_fits_into_memory(monkeypatch: pytest.Mon
         assert least <= sum(steps for _, steps in runs) <= most
 
 
+def test_tuning_ends_at_the_same_step_wherever_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Soon, and where the share that was asked for is accepted."""
+    prior, made = lively(mlp()), list[int]()
+    with torch.no_grad():
+        for f in prior.energies:
+            f.net[-1].weight.mul_(4)  # type: ignore[union-attr, operator]
+
+    def spy(*arguments: Any, steps: int, **keywords: Any) -> ChainResult:
+        made.append(steps)
+        return run_chain(*arguments, steps=steps, **keywords)
+
+    monkeypatch.setattr(sampling, "run_chain", spy)
+    found = []
+    with torch.no_grad(), frozen(prior, prior.generator):
+        for start in (0.02, 0.2, 1.0):
+            made.clear()
+            torch.manual_seed(0)
+            found.append(tune_step_size(target_of(prior, 64), start_step_size=start))
+            assert sum(made) <= 90
+        result = sample_target(
+            target_of(prior, 256), ChainSettings(step_size=found[0]), default_step_size=1.0, measure=True
+        ).result
+    assert max(found) < 1.2 * min(found)
+    assert result is not None
+    assert result.acceptance is not None
+    assert 0.93 < float(result.acceptance.mean()) < 0.97
+
+
 def test_noise_that_does_not_fit_is_refused() -> None:
     prior = lively(mlp())
     with pytest.raises(ArgumentError, match="needs `uniforms`"):
