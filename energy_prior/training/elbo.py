@@ -19,7 +19,7 @@ from energy_prior._util import not_none
 from energy_prior.checks.arguments import as_observations, check_dtype, checked_infer
 from energy_prior.checks.generator import probe_generator
 from energy_prior.checks.settings import check_count, check_not_negative, check_path, check_positive, check_settings
-from energy_prior.errors import ArgumentError, DivergenceError, GeneratorError
+from energy_prior.errors import ArgumentError, DivergenceError, GeneratorError, TrainingWarning, warn
 from energy_prior.process import claimed, evaluating, exclusive, reproducible, training_mode
 from energy_prior.protocol import HierarchicalGenerator, unwrapped
 from energy_prior.topdown import inferred_descent
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _VALIDATION_BATCH = 256
 _VALIDATION_SEED = 20230619
+_PATIENCE = 10  # updates in a row without a finite gradient, after which a run has diverged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +94,14 @@ class ElboResult:
         history: "iteration", "elbo" (of the training batch, at the KL weight of the time), "gradient_norm_generator" (before
             clipping) and, where looked at, "validation_elbo".
         resumed_at: the iteration after which a run that had been stopped went on; None if it did not.
+        skipped: updates left out because their batch gave no finite gradient.
     """
 
     validation_elbo: float | None
     best_iteration: int
     history: list[dict[str, float]] = dataclasses.field(repr=False)
     resumed_at: int | None
+    skipped: int
 
 
 def elbo(generator: HierarchicalGenerator, x: Tensor, kl_weight: float = 1.0, input_noise: float = 0.0) -> Tensor:
@@ -131,6 +134,9 @@ def fit_elbo(
 ) -> ElboResult:
     """Trains a generator with `infer` by its ELBO, with KL warm-up, and keeps the weights of the best validation ELBO.
 
+    An update whose batch gives no finite gradient is left out, with a `TrainingWarning` for the first, as VDVAE's training does
+    (Child, ICLR 2021): in a deep model a single draw can do that. After ten in a row the run has diverged.
+
     Args:
         generator: an `nn.Module` that follows `HierarchicalGenerator` and has `infer`; trained in place.
         data: as in `JointEBMPrior.fit`.
@@ -146,7 +152,7 @@ def fit_elbo(
     Raises:
         ArgumentError, ShapeError, GeneratorError: for impossible settings or data, or a generator without `infer`, of half
             precision, inside of a wrapper such as `DataParallel`, or that another run trains now.
-        DivergenceError: if the ELBO stops being finite; the generator then holds its best weights so far.
+        DivergenceError: if the ELBO, or its gradient, stops being finite; the generator then holds its best weights so far.
     """
     generator = unwrapped(generator)
     if not isinstance(generator, nn.Module) or not callable(getattr(generator, "infer", None)):
@@ -192,7 +198,7 @@ def fit_elbo(
         finally:
             with turns.turn():
                 generator.load_state_dict(task.best_weights)
-    return ElboResult(task.best_elbo, task.best_iteration, record.history, record.resumed_at)
+    return ElboResult(task.best_elbo, task.best_iteration, record.history, record.resumed_at, task.skipped)
 
 
 class _ElboTask:
@@ -211,6 +217,8 @@ class _ElboTask:
         self.best_iteration = 0
         self.best_weights = self.latest = copy.deepcopy(generator.state_dict())
         self.seen: Tensor | None = None
+        self.lost: dict[str, float] | None = {"elbo": math.nan}
+        self.skipped = self.in_a_row = 0
 
     def begin(self) -> None:
         """Nothing to prepare."""
@@ -229,14 +237,22 @@ class _ElboTask:
         """Nothing follows an update."""
 
     def look(self, first: int, figures: dict[str, Tensor]) -> dict[str, float]:
-        """Checks a window, and the validation ELBO after the warm-up; remembers the best weights."""
+        """Counts what was left out of a window, looks at the validation ELBO after the warm-up; remembers the best weights."""
         finite = torch.isfinite(figures["elbo"]) & torch.isfinite(figures["gradient_norm_generator"])
-        if not bool(finite.all()):
-            row = int((~finite).nonzero()[0])
-            value = float(figures["elbo"][row])
-            raise self._diverged(first + row, f"its ELBO is {value:.4g}, its gradient's norm not finite.")
+        for row, sound in enumerate(finite.tolist()):
+            if not (sound or self.skipped):
+                warn(
+                    f"The update of iteration {first + row} was left out, as its batch gave no finite ELBO or gradient; the "
+                    "result's `skipped` counts such updates. If there are more than a few, lower learning_rate.",
+                    TrainingWarning,
+                )
+            self.skipped += not sound
+            self.in_a_row = 0 if sound else self.in_a_row + 1
+            if self.in_a_row == _PATIENCE:
+                self._give_up(first + row)
         iteration = first + len(finite) - 1
-        entry = {name: float(value[-1]) for name, value in figures.items()}
+        rows = finite if bool(finite.any()) else torch.ones_like(finite)
+        entry = {name: float(value[rows][-1]) for name, value in figures.items()}
         self.engine.share(list(self.generator.buffers()))
         if self.validation is None or iteration < self.kl_warmup:
             # the figures are of the weights before the window's last update: those of the last look are the good ones
@@ -255,6 +271,8 @@ class _ElboTask:
 
     def finish(self) -> None:
         """Without a validation set: takes the last weights, once a batch has shown that they are sound."""
+        if self.in_a_row and self.skipped == self.config.iterations:
+            self._give_up(self.config.iterations)
         if self.validation is not None:
             return
         if self.seen is not None:
@@ -270,13 +288,15 @@ class _ElboTask:
     def state(self) -> dict[str, Any]:
         """The buffers, and the best weights so far."""
         best = {"elbo": self.best_elbo, "iteration": self.best_iteration, "weights": dict(self.best_weights)}
-        return {"buffers": list(self.generator.buffers()), "best": best}
+        skipped = {"skipped": self.skipped, "in_a_row": self.in_a_row}
+        return {"buffers": list(self.generator.buffers()), "best": best, **skipped}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from such a state."""
         with torch.no_grad():
             for here, saved in zip(self.generator.buffers(), state["buffers"], strict=True):
                 here.copy_(saved)
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         best = state["best"]
         self.best_elbo, self.best_iteration, self.best_weights = best["elbo"], best["iteration"], best["weights"]
         self.latest = copy.deepcopy(self.generator.state_dict())
@@ -290,6 +310,9 @@ class _ElboTask:
                 for batch in validation.split(_VALIDATION_BATCH):
                     total += elbo(self.generator, batch).sum()
         return float(self.engine.mean([total])[0]) / (len(validation) * self.config.validation_draws)
+
+    def _give_up(self, iteration: int) -> None:
+        raise self._diverged(iteration, f"its ELBO, or its gradient, was not finite in {self.in_a_row} updates in a row.")
 
     @staticmethod
     def _diverged(iteration: int, what: str) -> DivergenceError:

@@ -60,10 +60,12 @@ class Group:
 class Task(Protocol):
     """What a run learns. The loop calls these, each in a turn of the run.
 
-    `figures` are scalars on the device, those named "largest_…" maxima.
+    `figures` are scalars on the device, those named "largest_…" maxima. `lost`: figures of an update that is left out, because
+    its batch gives no finite gradient; what to make of several is for `look`. None: such an update is not left out.
     """
 
     name: str
+    lost: dict[str, float] | None
     groups: Sequence[Group]
 
     def begin(self) -> None:
@@ -261,20 +263,31 @@ class _Loop:
                 figures.append({name: value.detach() for name, value in seen.items()})
         except DivergenceError as error:
             failure = error
+        if failure is not None and task.lost is not None and iteration > 1:  # the first one's is no stray batch
+            total = [torch.full_like(w, torch.nan, requires_grad=False) for w in self.weights]
+            figures = [{name: total[0].new_tensor(value) for name, value in task.lost.items()}]
+            failure = None
         total = [torch.zeros_like(w) for w in self.weights] if failure or total is None else total
         self._share(iteration, [g / config.accumulate for g in total] if config.accumulate > 1 else total, failure)
         merged = {name: _merge(name, torch.stack([f[name] for f in figures])) for name in figures[0]}
         for group in task.groups:
             merged[f"gradient_norm_{group.name}"] = nn.utils.clip_grad_norm_(group.parameters, group.clip).detach()
+        norms = [merged[f"gradient_norm_{group.name}"] for group in task.groups]
+        if task.lost is None or bool(torch.stack(norms).isfinite().all()):
+            self._step(iteration)
+        self.optimizer.zero_grad(set_to_none=True)
+        task.updated(iteration)
+        return merged
+
+    def _step(self, iteration: int) -> None:
+        """The optimiser's step, at the learning rates of this iteration."""
+        config = self.config
         factor = warmup_cosine(iteration - 1, config.warmup_iterations, config.iterations)
-        for settings, group in zip(self.optimizer.param_groups, task.groups, strict=True):
+        for settings, group in zip(self.optimizer.param_groups, self.task.groups, strict=True):
             settings["lr"] = group.learning_rate * factor
         # older torch makes AdamW's count of steps, at the first one, on the default device; it belongs on the CPU
         with contextlib.nullcontext() if self.optimizer.state else torch.device("cpu"):
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        task.updated(iteration)
-        return merged
 
     def _share(self, iteration: int, gradient: list[Tensor], failure: DivergenceError | None) -> None:
         """Averages the gradients over the processes; where one of them has diverged, all stop."""

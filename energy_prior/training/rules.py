@@ -90,6 +90,7 @@ class FitTask:
         self.chains = TrainingChains(model, config, reference)
         energies = [p for p in self.energies.parameters() if p.requires_grad]
         rate = not_none(config.learning_rate)
+        self.lost: dict[str, float] | None = None
         self.groups: Sequence[Group] = [Group("energies", energies, rate, config.weight_decay, config.gradient_clip)]
         self.buffers = list(self.energies.buffers())
         if self.joint and isinstance(model.generator, nn.Module):

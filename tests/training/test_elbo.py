@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,9 @@ import torch
 from runs import X, make, seeded, weights
 from torch import Tensor, nn
 
-from energy_prior import DivergenceError, GeneratorError, LadderVAE, fit_elbo
+from energy_prior import DivergenceError, GeneratorError, LadderVAE, TrainingWarning, fit_elbo
+from energy_prior._util import not_none
+from energy_prior.protocol import Inferred
 from energy_prior.training import ElboConfig
 from energy_prior.training.distributed import Engine
 from energy_prior.training.elbo import _ElboTask, elbo
@@ -60,6 +65,74 @@ def test_a_validation_elbo_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -
     vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8)
     with pytest.raises(DivergenceError, match="validation ELBO is nan"):
         fit_elbo(vae, X, validation=X, iterations=4, kl_warmup=0, log_every=2, progress=False)
+
+
+class Stray(LadderVAE):
+    """A generator whose batches of these numbers, from 1 on, have no finite loss, gradient or draws."""
+
+    seen = 0
+    strays: tuple[int, ...] = ()
+    kind = "gradient"
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        inferred = super().infer(x, rng=rng)
+        self.seen += self.training
+        if not (self.training and self.seen in self.strays):
+            return inferred
+        if self.kind == "draws":
+            return dataclasses.replace(inferred, log_q=inferred.log_q / 0)
+        steep = inferred.log_q.sum() * 0
+        return dataclasses.replace(inferred, log_q=inferred.log_q + (steep.sqrt() if self.kind == "gradient" else steep.log()))
+
+
+def stray(kind: str, strays: Sequence[int]) -> Stray:
+    torch.manual_seed(0)
+    vae = Stray((1, 4, 4), latent_dims=(3, 2), hidden=8)
+    vae.kind, vae.strays = kind, tuple(strays)
+    return vae
+
+
+@pytest.mark.parametrize("kind", ["gradient", "draws"])
+def test_an_update_without_a_finite_gradient_is_left_out(kind: str) -> None:
+    vae, after = stray(kind, (3, 4)), list[Tensor]()
+
+    def keep(entry: dict[str, float]) -> None:
+        after.append(weights(vae).clone())
+
+    options: dict[str, Any] = {"iterations": 6, "batch_size": 64, "warmup": 0, "progress": False, "rng": seeded()}
+    with pytest.warns(TrainingWarning, match="update of iteration 3 was left out") as said:
+        result = fit_elbo(vae, X, validation=X, kl_warmup=5, log_every=1, callback=keep, **options)
+    assert len(said) == 1
+    assert result.skipped == 2
+    same = [torch.equal(a, b) for a, b in zip(after, after[1:], strict=False)]
+    assert same == [False, True, True, False, False]
+    assert math.isfinite(not_none(result.validation_elbo))
+    with pytest.warns(TrainingWarning, match="iteration 3"):
+        history = fit_elbo(stray(kind, (3, 4)), X, validation=X, kl_warmup=5, log_every=4, **options).history
+    assert all(math.isfinite(value) for entry in history for value in entry.values()), "of the updates that were made"
+
+
+def test_ten_such_updates_in_a_row_are_divergence() -> None:
+    options: dict[str, Any] = {"iterations": 30, "log_every": 4, "batch_size": 64, "progress": False}
+    with pytest.warns(TrainingWarning):
+        assert fit_elbo(stray("gradient", range(3, 12)), X, **options).skipped == 9
+    vae = stray("gradient", range(3, 13))
+    with (
+        pytest.warns(TrainingWarning),
+        pytest.raises(DivergenceError, match="iteration 12: its ELBO, or its gradient, was not finite in 10 updates in a row"),
+    ):
+        fit_elbo(vae, X, **options)
+    assert all(bool(torch.isfinite(p).all()) for p in vae.parameters())
+
+
+def test_a_first_batch_without_finite_draws_is_divergence() -> None:
+    with pytest.raises(DivergenceError, match=r"iteration 1: generator\.infer: its draws"):
+        fit_elbo(stray("draws", [1]), X, iterations=3, progress=False)
+
+
+def test_a_run_without_any_update_is_divergence() -> None:
+    with pytest.warns(TrainingWarning), pytest.raises(DivergenceError, match="not finite in 3 updates in a row"):
+        fit_elbo(stray("gradient", [1, 2, 3]), X, iterations=3, batch_size=64, progress=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -25,6 +25,7 @@ class Line:
 
     def __init__(self, slope: float, clip: float = 1e9, decay: float = 0.0) -> None:
         self.weight, self.slope = nn.Parameter(torch.tensor([2.0])), slope
+        self.lost: dict[str, float] | None = None
         self.groups = [Group("line", [self.weight], 0.1, decay, clip)]
 
     def loss(self, x: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
