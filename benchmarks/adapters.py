@@ -105,29 +105,37 @@ def full_pass(generator: Any, noise: list[Tensor]) -> tuple[list[Tensor], Tensor
     return latents, generator.likelihood(state).mean
 
 
-def chains(prior: JointEBMPrior, steps: int) -> dict[str, Callable[[], object]]:
-    """Noise-space Langevin from noise to latents: the plain loop with the full sampler in it, ours, and ours compiled."""
+def plain_loop(prior: JointEBMPrior, steps: int, step_size: float = STEP) -> Callable[[], Tensor]:
+    """Noise-space Langevin from noise to latents with the full sampler in every step; gives Σf before each, (steps, batch)."""
     generator: Any = prior.generator
     start = [torch.randn(BATCH, *shape) for shape in generator.latent_shapes]
 
-    def loop() -> list[Tensor]:
-        noise = list(start)
+    def loop() -> Tensor:
+        noise, sums, a = list(start), list[Tensor](), step_size**2
         with frozen(generator, prior):
             for _ in range(steps):
                 leaves = [t.detach().requires_grad_() for t in noise]
                 with torch.enable_grad():
                     latents, _ = full_pass(generator, leaves)  # the image is made, as the sampler makes it
-                    energies = [f(z) for f, z in zip(prior.energies, latents, strict=True)]
-                    gradient = torch.autograd.grad(torch.stack(energies).sum(), leaves)
-                a = STEP**2
-                noise = [t.detach() + 0.5 * a * (g - t.detach()) + STEP * torch.randn_like(t) for t, g in zip(leaves, gradient)]
+                    energies = torch.stack([f(z) for f, z in zip(prior.energies, latents, strict=True)]).sum(0)
+                    gradient = torch.autograd.grad(energies.sum(), leaves)
+                sums.append(energies.detach())
+                pairs = [(t.detach(), g) for t, g in zip(leaves, gradient, strict=True)]
+                noise = [t + 0.5 * a * (g - t) + step_size * torch.randn_like(t) for t, g in pairs]
             with torch.no_grad():
-                return full_pass(generator, noise)[0]
+                full_pass(generator, noise)
+        return torch.stack(sums)
+
+    return loop
+
+
+def chains(prior: JointEBMPrior, steps: int) -> dict[str, Callable[[], object]]:
+    """Noise-space Langevin from noise to latents: the plain loop, ours, and ours compiled."""
 
     def ours(backend: Any) -> Callable[[], object]:
         return lambda: prior.sample_latents(BATCH, steps=steps, step_size=STEP, backend=backend)
 
-    return {"loop": loop, "ours": ours("eager"), "compiled": ours("compiled")}
+    return {"loop": plain_loop(prior, steps), "ours": ours("eager"), "compiled": ours("compiled")}
 
 
 def samplers(prior: JointEBMPrior) -> dict[str, Callable[[], object]]:

@@ -84,7 +84,8 @@ def ratio_table(title: str, text: str, rows: Sequence[Row]) -> str:
     lines = [f"# {title}", "", text, "", "| case | metric | value | at most |", "|---|---|---|---|"]
     for row in rows:
         value = row.get("why", "") if row["value"] is None else f"{row['value']:.3g}"
-        lines.append(f"| {row['case']} | {row['metric']} | {value} | {'' if row['goal'] is None else row['goal']} |")
+        goal = "" if row["goal"] is None else f"{'at least ' if row['better'] == 'higher' else ''}{row['goal']}"
+        lines.append(f"| {row['case']} | {row['metric']} | {value} | {goal} |")
     return "\n".join(lines) + "\n"
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "parameters",
     "to_latent",
     "to_noise",
+    "with_parameters",
 ]
 
 import copy
@@ -62,6 +63,12 @@ def parameters(conditional: Distribution) -> tuple[Tensor, ...]:
     """The tensors that a conditional is made of, each of its shape (batch, *latent_shape)."""
     c = _normal(conditional)
     return c.loc, c.scale
+
+
+def with_parameters(values: Sequence[Tensor]) -> Distribution:
+    """The conditional that is made of these, the inverse of `parameters`."""
+    loc, scale = values
+    return plain_normal(loc, scale)
 
 
 def check_conditional(conditional: Any, layer: int, shape: torch.Size, batch: int) -> None:
@@ -180,6 +187,12 @@ class TopDown:
         copied = copy.copy(self)
         for name in ("held", "_state", "_above"):
             setattr(copied, name, tree_map(each, getattr(self, name)))
+        return copied
+
+    def run_by(self, generator: HierarchicalGenerator, state_of: Callable[[Any], Any]) -> TopDown:
+        """The same pass, from the highest free layer down by another generator; `state_of` makes its state of this one's."""
+        copied = copy.copy(self)
+        copied.generator, copied._state = generator, state_of(self._state)
         return copied
 
     @property

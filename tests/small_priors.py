@@ -9,6 +9,7 @@ from torch import nn
 
 from energy_prior import ConvEnergy, DenoisingEnergy, JointEBMPrior, LadderVAE
 from energy_prior.langevin import InjectedNoise, Target
+from energy_prior.topdown import Space
 
 N, STEPS = 6, 8
 """Chains of a batch, and steps of a chain."""
@@ -43,10 +44,10 @@ def conv() -> LadderVAE:
     return LadderVAE((1, 8, 8), latent_dims=(2, 3), hidden=4, depth=1, nets="conv")
 
 
-def conv_of_few_operations() -> JointEBMPrior:
+def conv_of_few_operations(space: Space = "noise") -> JointEBMPrior:
     """The same with an energy of z_i alone per layer, whose step a compiled backend makes as a loop."""
     generator = conv()
-    prior = JointEBMPrior(generator, [ConvEnergy(shape) for shape in generator.latent_shapes]).double()
+    prior = JointEBMPrior(generator, [ConvEnergy(shape) for shape in generator.latent_shapes], space=space).double()
     for f in prior.energies:
         enliven(f)
     return prior

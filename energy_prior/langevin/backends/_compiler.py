@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-__all__ = ["CompileCache", "cache_for", "failed"]
+__all__ = ["CompileCache", "Kind", "cache_for", "failed"]
 
 import contextlib
 import functools
+import re
 import threading
 import types
+import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -20,6 +23,9 @@ from energy_prior.errors import BackendWarning, warn
 from energy_prior.langevin.density import JointDensity
 
 _R = TypeVar("_R")
+
+Kind = Literal["loop", "call", "regions"]
+"""What is compiled: loops of steps (`_loops`), functions as they are, or parts of the density (`_regions`)."""
 
 _KEPT = 64
 _caches: OrderedDict[Hashable, CompileCache] = OrderedDict()
@@ -58,7 +64,7 @@ class CompileCache:
         """
         if self._key not in _failed:
             key = function, variant
-            with contextlib.nullcontext() if key in self._ready else _compiling:  # one thread compiles, others wait for it
+            with contextlib.nullcontext() if key in self._ready else _alone():
                 if self._key not in _failed:
                     try:
                         result = self._compiled_for(function, key)(*arguments)
@@ -85,38 +91,83 @@ class CompileCache:
         if not quietly:
             warn(
                 f"Langevin steps of {self._name}, cannot be compiled and run in eager mode: {type(error).__name__}: "
-                f'{first_line(error)} (backend="eager" never tries)',
+                f'{first_line(error)}{_place(error)} (backend="eager" never tries)',
                 BackendWarning,
             )
 
 
-def cache_for(density: JointDensity, threads: int | None = None) -> CompileCache:
+def cache_for(density: JointDensity, kind: Kind = "call", threads: int | None = None) -> CompileCache:
     """What is compiled for densities like this one; the longest unused cache is dropped where there are many.
 
     Args:
         density: with the layers and the number of rows.
-        threads: that each loop has (`energy_prior.langevin.backends._loops`); None: what is compiled is no loop.
+        kind: of what is compiled.
+        threads: that each loop has.
     """
     topdown = density.topdown
-    key = density.cache_key, topdown.batch_size, threads
+    key = density.cache_key, topdown.batch_size, kind, threads
     with _choosing:
         if key not in _caches:
-            options = _cpu_options() if topdown.reference.device.type == "cpu" else None
-            if threads is not None:  # C++ around the operations, too: the interpreter would let one thread at a time through
-                options = {**(options or {}), "cpp_wrapper": True, "cpp.threads": threads}
+            options = _cpu_options() if topdown.reference.device.type == "cpu" else {}
+            if kind == "loop":  # C++ around the operations, too: the interpreter would let one thread at a time through
+                options = {**options, "cpp_wrapper": True, "cpp.threads": threads}
+            if kind == "regions":
+                options = {**options, **_one_file()}
             name = f"{type(topdown.generator).__name__}, batch of {topdown.batch_size}"
-            both = density.cache_key, threads is not None
+            both = density.cache_key, kind
             weakref.finalize(density.energies[0], _failed.discard, both)  # the key has addresses, which are used again
-            _caches[key] = CompileCache(name, both, options)
+            _caches[key] = CompileCache(name, both, options or None)
             if len(_caches) > _KEPT:
                 _caches.popitem(last=False)
         _caches.move_to_end(key)
         return _caches[key]
 
 
-def failed(density: JointDensity, *, loops: bool) -> bool:
-    """Whether something could not be compiled for densities like this one, in loops or in single calls."""
-    return (density.cache_key, loops) in _failed
+def failed(density: JointDensity, kind: Kind) -> bool:
+    """Whether something of this kind could not be compiled for densities like this one."""
+    return (density.cache_key, kind) in _failed
+
+
+def _place(error: Exception) -> str:
+    """Where the compiler stopped in the user's code, and what to write there, as far as its error says."""
+    text = str(error)
+    frames = re.findall(r'File "(.+)", line (\d+), in (\w+)\n\s*(.*)', text.partition("from user code")[2])
+    ours, theirs = Path(__file__).parents[2], Path(torch.__file__).parent
+    outside = [frame for frame in frames if not {ours, theirs}.intersection(Path(frame[0]).parents)]
+    said = ""
+    if frames:
+        file, line, function, code = (outside or frames)[-1]
+        said = f" It stopped at {file}:{line}, in {function}: `{code.strip()}`."
+    advice = next((words for pattern, words in _ADVICE if re.search(pattern, text, re.IGNORECASE)), None)
+    hint = re.search(r"Hint: (.+)", text)
+    return said + (f" {advice}" if advice else f" {hint[1]}" if hint else "")
+
+
+_ADVICE = (
+    (
+        r"data-dependent|guard on|Tensor\.item|unbacked",
+        "A step cannot ask for a tensor's values: choose with torch.where, not `if`.",
+    ),
+    (r"numpy", "Compute with torch there, not NumPy."),
+    (r"checkpoint", "Checkpoint only where torch.compiler.is_compiling() is False."),
+    (r"\bprint\b|logging", "Print only where torch.compiler.is_compiling() is False."),
+)
+"""What the compiler stops at, and what to write instead; else its own first hint is taken."""
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One thread compiles, others wait for it; with what is compiled forward goes what is compiled backward.
+
+    The compiler looks at `.grad` of what it is given, of which torch warns.
+    """
+    from torch._functorch import config  # not before it is needed
+
+    there = hasattr(config, "force_non_lazy_backward_lowering")
+    at_once: Any = config.patch(force_non_lazy_backward_lowering=True) if there else contextlib.nullcontext()
+    with _compiling, at_once, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+        yield
 
 
 @functools.cache
@@ -131,6 +182,21 @@ def _cpu_options() -> dict[str, Any]:
     except (ImportError, RuntimeError):  # an older torch has no such passes, or not as an option
         return options
     return more
+
+
+@functools.cache
+def _one_file() -> dict[str, Any]:
+    """Options that put all loops of a graph into one C++ file: most of a small file's time goes into torch's headers."""
+    options: dict[str, Any] = {
+        "cpp_wrapper": True,
+        "cpp_wrapper_build_separate": True,
+        "aot_inductor.compile_wrapper_opt_level": "O0",  # what calls the loops; it has next to nothing to do
+    }
+    try:
+        torch.compile(_nothing, options=options)  # looks at the options alone
+    except (ImportError, RuntimeError):  # an older torch does not know them
+        return {}
+    return options
 
 
 def _nothing() -> None: ...

@@ -2,8 +2,8 @@
 
 Compiling takes as long as there are operations: with the start and the end they are three times those of a step. That, and
 loops, save what a call costs, which is much beside the step of a small model and nothing beside that of a deep one. So of
-deep models a single step is compiled. What was found to be no loop, or not to be compiled at all, is made in single calls, or
-by the reference.
+deep models a single step is compiled, on a CPU layer by layer. What was found to be no loop, or not to be compiled at all, is
+made in single calls, or by the reference.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from energy_prior.langevin import step as reference
 from energy_prior.langevin.backends import Backend
 from energy_prior.langevin.backends import _loops as loops
 from energy_prior.langevin.backends._compiler import cache_for, failed
+from energy_prior.langevin.backends._regions import Regional
 from energy_prior.langevin.cost import Cost, evaluation_cost
 from energy_prior.langevin.density import JointDensity
 from energy_prior.langevin.noise import CounterNoise, NoiseSource, RandomNoise, counted_normal
@@ -48,15 +49,17 @@ class Compiled(Backend):
             return reference.init(density, config, position, s)
         if _looped(density):
             return _call(loops.init, density, config, position, s, loop=True, fallback=_single(reference.init))
-        return _call(reference.init, density, config, position, s)
+        return _single(reference.init)(density, config, position, s)
 
     def step(self, density: JointDensity, config: StepConfig, state: State, draws: Draws) -> tuple[State, Info]:
+        if isinstance(density, Regional):
+            return reference.step(density, config, state, _drawn(density.plain, config, draws))
         if not _looped(density):
-            return _call(reference.step, density, config, state, _drawn(density, config, draws))
+            return _single(reference.step)(density, config, state, _drawn(density, config, draws))
         new = loops.ahead(config, draws)
 
         def one_by_one(*arguments: Any) -> tuple[State, Info]:
-            return _call(reference.step, density, config, state, loops.each(density, config, new))
+            return _single(reference.step)(density, config, state, loops.each(density, config, new))
 
         state, info = _call(loops.step, density, config, state, new, loop=True, fallback=one_by_one)
         n = draws.steps
@@ -67,11 +70,12 @@ class Compiled(Backend):
         if _deep(density):
             return reference.finalize(density, config, state, _drawn(density, config, draws))
         if not _looped(density):
-            return _call(reference.finalize, density, config, state, _drawn(density, config, draws))
+            return _single(reference.finalize)(density, config, state, _drawn(density, config, draws))
         last = loops.ahead(config, draws) if draws.steps else None
 
         def single(*arguments: Any) -> tuple[End, Info]:
-            return _call(reference.finalize, density, config, state, [] if last is None else loops.each(density, config, last))
+            each = [] if last is None else loops.each(density, config, last)
+            return _single(reference.finalize)(density, config, state, each)
 
         return _call(loops.finalize, density, config, state, last, loop=True, fallback=single)
 
@@ -95,6 +99,8 @@ class Compiled(Backend):
         return RandomNoise(shapes, like)
 
     def prepare(self, density: JointDensity) -> JointDensity:
+        if _deep(density) and _on_cpu(density):
+            return Regional(density)
         return loops.prepare(density) if _looped(density) else density
 
 
@@ -102,12 +108,15 @@ BACKEND = Compiled()
 
 
 def _deep(density: JointDensity) -> bool:
-    return evaluation_cost(density).operations > _MANY_OPERATIONS
+    return isinstance(density, Regional) or evaluation_cost(density).operations > _MANY_OPERATIONS
+
+
+def _on_cpu(density: JointDensity) -> bool:
+    return density.topdown.reference.device.type == "cpu"
 
 
 def _looped(density: JointDensity) -> bool:
-    on_cpu = density.topdown.reference.device.type == "cpu"
-    return on_cpu and not _deep(density) and not failed(density, loops=True)
+    return _on_cpu(density) and not _deep(density) and not failed(density, "loop")
 
 
 def _call(
@@ -120,13 +129,20 @@ def _call(
 ) -> _R:
     """A function of (density, config, …), compiled."""
     noise = tuple(type(a.noise) for a in arguments if isinstance(a, loops.Ahead))
-    cache = cache_for(density, torch.get_num_threads() if loop else None)
+    cache = cache_for(density, "loop", torch.get_num_threads()) if loop else cache_for(density)
     return cache.call(function, (config, noise), density, config, *arguments, fallback=fallback)
 
 
 def _single(function: Callable[..., _R]) -> Callable[..., _R]:
-    """A function of (density, config, …), compiled as it is."""
-    return lambda density, config, *arguments: _call(function, density, config, *arguments)
+    """A function of (density, config, …), compiled as it is; what is not possible so, on a CPU as the reference by regions."""
+
+    def by_regions(density: JointDensity, *arguments: Any) -> _R:
+        return function(Regional(density), *arguments)
+
+    def single(density: JointDensity, *arguments: Any) -> _R:
+        return _call(function, density, *arguments, fallback=by_regions if _on_cpu(density) else None)
+
+    return single
 
 
 def _drawn(density: JointDensity, config: StepConfig, draws: Draws) -> list[Draw]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -19,6 +21,7 @@ from small_priors import STEPS, N, conv, conv_of_few_operations, injected, livel
 from torch import Tensor, nn
 
 from energy_prior import BackendWarning, DivergenceError, JointEBMPrior
+from energy_prior._util import plain_normal
 from energy_prior.langevin import ChainSettings, InjectedNoise, backends, sample_target
 from energy_prior.langevin.backends import _compiler as compiler
 from energy_prior.langevin.backends import _loops as loops
@@ -28,7 +31,7 @@ from energy_prior.langevin.chain import run_chain
 from energy_prior.langevin.noise import CounterNoise
 from energy_prior.langevin.step import StepConfig
 from energy_prior.process import frozen
-from energy_prior.topdown import parameters
+from energy_prior.topdown import Space, parameters
 
 
 @pytest.fixture(autouse=True)
@@ -101,21 +104,59 @@ def test_a_compiled_posterior_and_a_trajectory(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-def test_of_a_deep_model_one_step_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once, whatever made the state before it; its start and end, which each chain has one of, are made eagerly."""
+def test_of_a_deep_model_layers_and_energies_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once, whatever the steps around them do."""
     monkeypatch.setattr(compiled_file, "_MANY_OPERATIONS", 10)
     torch._dynamo.utils.counters.clear()
     prior = conv_of_few_operations()
-    noise = injected(prior)
-    ends = [prior.sample_latents(N, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]
-    for a, b in zip(*ends, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    chains: list[dict[str, Any]] = [{}, {"adjust": True}]
+    for options in chains:
+        noise = injected(prior)
+        ends = [prior.sample_latents(N, noise=noise, steps=STEPS, backend=b, **options) for b in ("eager", "compiled")]
+        for a, b in zip(*ends, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3, "layer 2's part of the pass, and the energies"
+    assert torch._dynamo.utils.counters["inductor"]["fxgraph_cache_bypass"] == 0, "what is compiled can be shared"
     with torch.no_grad(), frozen(prior, prior.generator):
         density = target_of(prior).density()
         assert BACKEND.workers(density, N) == (1, 0)
         monkeypatch.undo()
         assert BACKEND.workers(density, N) == (2, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("space", ["noise", "latent"])
+def test_posteriors_and_held_layers_of_deep_models(space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_file, "_MANY_OPERATIONS", 10)
+    prior = conv_of_few_operations(space)
+    x, start = torch.rand(N, 1, 8, 8).double(), prior.sample_latents(N)
+    noise = injected(prior)
+    ends = [prior.sample_posterior(x, start=start, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    noise = injected(prior, (2,))
+    ends = [prior.sample_latents(N, given={1: start[0]}, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+class Scaled(LinearLadder):
+    """It keeps a NumPy number."""
+
+    factor = np.float64(1.25)
+
+    def conditional(self, state: Tensor, layer: int) -> Any:
+        c = super().conditional(state, layer)
+        return plain_normal(self.factor * c.loc, c.scale)
+
+
+@pytest.mark.slow
+def test_numpy_numbers_do_not_stop_the_compiler() -> None:
+    prior = lively(Scaled((3, 2), seed=1))
+    noise = injected(prior)
+    ends = [prior.sample_latents(N, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.slow
@@ -222,13 +263,13 @@ def test_what_is_no_loop_is_compiled_step_by_step(monkeypatch: pytest.MonkeyPatc
         density = target_of(single).density()
     seeded: dict[str, Any] = {"steps": STEPS, "backend": "compiled"}
     looped = single.sample_latents(N, rng=torch.Generator().manual_seed(1), **seeded)
-    assert not compiler.failed(density, loops=True)
+    assert not compiler.failed(density, "loop")
     compiler._caches.clear()
     monkeypatch.setattr(loops, "while_loop", no_loop)
     stepwise = single.sample_latents(N, rng=torch.Generator().manual_seed(1), **seeded)
     torch.testing.assert_close(stepwise, looped, rtol=1e-4, atol=1e-4)
-    assert compiler.failed(density, loops=True)
-    assert not compiler.failed(density, loops=False)
+    assert compiler.failed(density, "loop")
+    assert not compiler.failed(density, "call")
     assert BACKEND.workers(density, N) == (1, 0), "it is not tried again"
     assert BACKEND.span(density, StepConfig("euler"), injected(single), 9) == 4
 
@@ -260,7 +301,7 @@ def test_tensors_in_one_memory_are_taken_apart_for_loops() -> None:
     assert len(compiler._caches) == 1, "of loops alone"
     with torch.no_grad(), frozen(prior, prior.generator):
         density = target_of(prior, held=held).density()
-    assert not compiler.failed(density, loops=True)
+    assert not compiler.failed(density, "loop")
     prepared = BACKEND.prepare(density)
     tensors = [*prepared.topdown.held.values(), *prepared.topdown._state, *parameters(prepared.topdown.top)]
     assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
@@ -308,7 +349,8 @@ def told(caught: Any) -> list[str]:
 def test_what_cannot_be_compiled_runs_in_eager_mode_with_one_warning() -> None:
     prior = lively(Branches((3, 2), seed=1))
     noise = injected(prior, (1, 2))
-    words = r"Branches.*cannot be compiled and run in eager mode: .*(data-dependent|Tensor\.item)"
+    here = re.escape(f"{__file__}:{Branches.conditional.__code__.co_firstlineno + 1}, in conditional: `if layer < self.layers")
+    words = rf"Branches.*cannot be compiled and run in eager mode: .*(data-dependent|Tensor\.item).*{here}.*torch\.where"
     with pytest.warns(BackendWarning, match=words) as caught:
         compiled = prior.sample_latents(N, noise=noise, steps=STEPS, backend="compiled")
     assert told(caught) == [__file__]

@@ -1,0 +1,108 @@
+"""Compiled chains of deep models on a CPU: each layer's part of the pass by itself, and each energy.
+
+In one piece, compiling a deep model's step takes minutes, which grow with its layers. Here layers that are alike share what is
+compiled, forward and backward, as torch finds in its cache the graph of the one before; the step around them is the reference.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Regional"]
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from energy_prior.langevin.backends._compiler import CompileCache, cache_for
+from energy_prior.langevin.density import JointDensity
+from energy_prior.protocol import HierarchicalGenerator, have_waymarks, reads_noise
+from energy_prior.topdown import parameters, with_parameters
+
+_R = TypeVar("_R")
+
+
+class Regional(JointDensity):
+    """The same density, whose gradients run what is compiled; without gradients it runs the modules themselves.
+
+    Attributes:
+        plain: the density that it was made of.
+    """
+
+    def __init__(self, density: JointDensity) -> None:
+        self.plain = density
+        cache = cache_for(density, "regions")
+        generator, energies = density.topdown.generator, [_Energy(f, cache) for f in density.energies]
+        regions: Any = _Generator(generator, cache)
+        parts: Any = energies
+        super().__init__(density.topdown.run_by(regions, _State), parts, density.space, density.x)
+        self.cache_key = density.cache_key
+
+
+class _State(NamedTuple):
+    """The generator's own state, and the parameters of the conditional below it, which were computed with it."""
+
+    own: Any
+    parameters: tuple[Tensor, ...] = ()
+
+
+class _Generator:
+    """A generator whose `descend` computes the next conditional too: the two are one region."""
+
+    def __init__(self, generator: HierarchicalGenerator, cache: CompileCache) -> None:
+        self._own, self._cache = generator, cache
+        self.latent_shapes = generator.latent_shapes
+
+    def conditional(self, state: _State, layer: int) -> Distribution:
+        return with_parameters(state.parameters)
+
+    def descend(self, state: _State, z: Tensor, layer: int) -> _State:
+        return _State(*_run(self._cache, _down, layer, self._own, layer, state.own, z))
+
+    def likelihood(self, state: _State) -> _Likelihood:
+        return _Likelihood(self._own, self._cache, state)
+
+
+class _Likelihood(NamedTuple):
+    """p_β0(x | z), as a density needs it."""
+
+    generator: HierarchicalGenerator
+    cache: CompileCache
+    state: _State
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return _run(self.cache, _observed, None, self.generator, self.state.own, x)
+
+
+class _Energy:
+    """An energy; of a waymark it is not compiled, as few chains need one."""
+
+    def __init__(self, energy: nn.Module, cache: CompileCache) -> None:
+        self._own, self._cache = energy, cache
+        self.reads_noise, self.has_waymarks = reads_noise(energy), have_waymarks([energy])
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        if len(arguments) > 1:
+            return self._own(*arguments)
+        return _run(self._cache, _energy, id(self._own), self._own, *arguments)
+
+
+def _run(cache: CompileCache, function: Callable[..., _R], variant: Any, *arguments: Any) -> _R:
+    return cache.call(function, variant, *arguments) if torch.is_grad_enabled() else function(*arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------- to be compiled
+
+
+def _down(generator: HierarchicalGenerator, layer: int, state: Any, z: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
+    state = generator.descend(state, z, layer)
+    return state, parameters(generator.conditional(state, layer - 1)) if layer > 1 else ()
+
+
+def _observed(generator: HierarchicalGenerator, state: Any, x: Tensor) -> Tensor:
+    return generator.likelihood(state).log_prob(x)
+
+
+def _energy(energy: nn.Module, value: Any) -> Tensor:
+    return energy(value)
