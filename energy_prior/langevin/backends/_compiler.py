@@ -27,6 +27,8 @@ _R = TypeVar("_R")
 Kind = Literal["loop", "call", "regions"]
 """What is compiled: loops of steps (`_loops`), functions as they are, or parts of the density (`_regions`)."""
 
+_autograd: Any = torch._C._autograd
+_functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 _KEPT = 64
 _caches: OrderedDict[Hashable, CompileCache] = OrderedDict()
 _failed: set[Hashable] = set()
@@ -66,12 +68,13 @@ class CompileCache:
             key = function, variant
             with contextlib.nullcontext() if key in self._ready else _alone():
                 if self._key not in _failed:
+                    depth: int = _functorch.get_dynamic_layer_stack_depth()
                     try:
                         result = self._compiled_for(function, key)(*arguments)
                     except torch.OutOfMemoryError:
                         raise
                     except Exception as error:  # whatever a compiler, or code of the user's under it, raises
-                        self._fail(error, quietly=fallback is not None)
+                        self._fail(error, depth, quietly=fallback is not None)
                     else:
                         self._ready.add(key)
                         return result
@@ -84,10 +87,10 @@ class CompileCache:
             self._compiled[key] = torch.compile(own, fullgraph=True, dynamic=False, options=self._options)
         return self._compiled[key]
 
-    def _fail(self, error: Exception, *, quietly: bool) -> None:
+    def _fail(self, error: Exception, depth: int, *, quietly: bool) -> None:
         _failed.add(self._key)
-        internals: Any = torch._C
-        internals._autograd._saved_tensors_hooks_enable()  # a compiler that stops in torch.func leaves them disabled
+        _autograd._saved_tensors_hooks_enable()  # a compiler that stops in torch.func leaves them disabled, and transforms open
+        _functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
         if not quietly:
             warn(
                 f"Langevin steps of {self._name}, cannot be compiled and run in eager mode: {type(error).__name__}: "

@@ -1,7 +1,8 @@
-"""Compiled chains of deep models on a CPU: each layer's part of the pass by itself, and each energy.
+"""Compiled chains of deep models on a CPU: each layer's part of the pass by itself.
 
 In one piece, compiling a deep model's step takes minutes, which grow with its layers. Here layers that are alike share what is
 compiled, forward and backward, as torch finds in its cache the graph of the one before; the step around them is the reference.
+Energies that read noise are compiled too, as they need no pass; beside a pass, those of z_i are not worth the wait.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.utils._pytree import tree_map
 
 from energy_prior.langevin.backends._compiler import CompileCache, cache_for
 from energy_prior.langevin.density import JointDensity
@@ -33,10 +35,9 @@ class Regional(JointDensity):
     def __init__(self, density: JointDensity) -> None:
         self.plain = density
         cache = cache_for(density, "regions")
-        generator, energies = density.topdown.generator, [_Energy(f, cache) for f in density.energies]
-        regions: Any = _Generator(generator, cache)
-        parts: Any = energies
-        super().__init__(density.topdown.run_by(regions, _State), parts, density.space, density.x)
+        generator: Any = _Generator(density.topdown.generator, cache)
+        energies: list[Any] = [_Energy(f, cache) if reads_noise(f) else f for f in density.energies]
+        super().__init__(density.topdown.run_by(generator, _first), energies, density.space, density.x)
         self.cache_key = density.cache_key
 
 
@@ -45,6 +46,16 @@ class _State(NamedTuple):
 
     own: Any
     parameters: tuple[Tensor, ...] = ()
+
+
+def _first(state: Any) -> _State:
+    """The state that the pass starts from, as those below it are: of the same layout, and with a gradient."""
+
+    def alike(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.detach().clone().requires_grad_() if floating else value
+
+    return _State(tree_map(alike, state))
 
 
 class _Generator:
@@ -76,11 +87,13 @@ class _Likelihood(NamedTuple):
 
 
 class _Energy:
-    """An energy; of a waymark it is not compiled, as few chains need one."""
+    """An energy that reads noise; of a waymark it is not compiled, as few chains need one."""
+
+    reads_noise = True
 
     def __init__(self, energy: nn.Module, cache: CompileCache) -> None:
         self._own, self._cache = energy, cache
-        self.reads_noise, self.has_waymarks = reads_noise(energy), have_waymarks([energy])
+        self.has_waymarks = have_waymarks([energy])
 
     def __call__(self, *arguments: Any) -> Tensor:
         if len(arguments) > 1:
