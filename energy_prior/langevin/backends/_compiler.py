@@ -27,8 +27,7 @@ _R = TypeVar("_R")
 Kind = Literal["loop", "call", "regions"]
 """What is compiled: loops of steps (`_loops`), functions as they are, or parts of the density (`_regions`)."""
 
-_autograd: Any = torch._C._autograd
-_functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+_internals: Any = torch._C
 _KEPT = 64
 _caches: OrderedDict[Hashable, CompileCache] = OrderedDict()
 _failed: set[Hashable] = set()
@@ -68,7 +67,7 @@ class CompileCache:
             key = function, variant
             with contextlib.nullcontext() if key in self._ready else _alone():
                 if self._key not in _failed:
-                    depth: int = _functorch.get_dynamic_layer_stack_depth()
+                    depth: int = _internals._functorch.get_dynamic_layer_stack_depth()
                     try:
                         result = self._compiled_for(function, key)(*arguments)
                     except torch.OutOfMemoryError:
@@ -89,8 +88,8 @@ class CompileCache:
 
     def _fail(self, error: Exception, depth: int, *, quietly: bool) -> None:
         _failed.add(self._key)
-        _autograd._saved_tensors_hooks_enable()  # a compiler that stops in torch.func leaves them disabled, and transforms open
-        _functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        _internals._autograd._saved_tensors_hooks_enable()  # a compiler that stops in torch.func leaves them disabled, and transforms open
+        _internals._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
         if not quietly:
             warn(
                 f"Langevin steps of {self._name}, cannot be compiled and run in eager mode: {type(error).__name__}: "
