@@ -88,7 +88,8 @@ class CompileCache:
 
     def _fail(self, error: Exception, depth: int, *, quietly: bool) -> None:
         _failed.add(self._key)
-        _internals._autograd._saved_tensors_hooks_enable()  # a compiler that stops in torch.func leaves them disabled, and transforms open
+        # a compiler that stops in torch.func leaves hooks disabled, and transforms open
+        _internals._autograd._saved_tensors_hooks_enable()
         _internals._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
         if not quietly:
             warn(
