@@ -256,8 +256,9 @@ class _ElboTask:
         self.engine.share(list(self.generator.buffers()))
         if self.validation is None or iteration < self.kl_warmup:
             # the figures are of the weights before the window's last update: those of the last look are the good ones
-            self.best_iteration, self.best_weights = first - 1, self.latest
-            self.latest = copy.deepcopy(self.generator.state_dict())
+            if not self.in_a_row:
+                self.best_iteration, self.best_weights = first - 1, self.latest
+                self.latest = copy.deepcopy(self.generator.state_dict())
             return entry
         entry["validation_elbo"] = value = self._validation_elbo()
         if not math.isfinite(value):
