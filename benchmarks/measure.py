@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,13 @@ def goal_rows(
     goals: Mapping[tuple[str, str], float | None],
     figures: Mapping[tuple[str, str], float],
     why: Callable[[str, str], str] = lambda case, metric: "not measured",
+    higher: Collection[tuple[str, str]] = (),
 ) -> list[Row]:
-    """A row per goal, with its figure, or why there is none."""
+    """A row per goal, with its figure, or why there is none; a goal is the most, or of those in `higher` the least."""
     rows: list[Row] = []
     for (case, metric), goal in goals.items():
-        row = Row(case=case, metric=metric, value=figures.get((case, metric)), sd=None, n=1, goal=goal, better="lower")
+        better = "higher" if (case, metric) in higher else "lower"
+        row = Row(case=case, metric=metric, value=figures.get((case, metric)), sd=None, n=1, goal=goal, better=better)
         if row["value"] is None:
             row["why"] = why(case, metric)
         rows.append(row)

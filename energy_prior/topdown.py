@@ -101,8 +101,7 @@ def _normal(conditional: Any) -> Normal:
 
 def _mapped(conditional: Distribution, function: Callable[[Tensor], Tensor]) -> Distribution:
     """The same kind of conditional with `function` of each of its tensors."""
-    c = _normal(conditional)
-    return plain_normal(function(c.loc), function(c.scale))
+    return with_parameters([function(value) for value in parameters(conditional)])
 
 
 # ----------------------------------------------------------------------------------------------------------------- the pass

@@ -184,7 +184,7 @@ def _tensors(likelihood: Any, x: Tensor) -> Iterator[tuple[str, Tensor]]:
     for name in ("mean", "loc", "probs", "logits"):
         try:
             value = getattr(likelihood, name, None)
-        except NotImplementedError:
+        except NotImplementedError:  # how torch.distributions says that there is no mean
             continue
         if isinstance(value, Tensor) and value.shape == x.shape:
             yield name, value.detach()

@@ -94,7 +94,7 @@ class ElboResult:
         history: "iteration", "elbo" (of the training batch, at the KL weight of the time), "gradient_norm_generator" (before
             clipping) and, where looked at, "validation_elbo".
         resumed_at: the iteration after which a run that had been stopped went on; None if it did not.
-        skipped: updates left out because their batch gave no finite gradient.
+        skipped: updates left out because their batch gave no finite ELBO or gradient.
     """
 
     validation_elbo: float | None
@@ -134,8 +134,9 @@ def fit_elbo(
 ) -> ElboResult:
     """Trains a generator with `infer` by its ELBO, with KL warm-up, and keeps the weights of the best validation ELBO.
 
-    An update whose batch gives no finite gradient is left out, with a `TrainingWarning` for the first, as VDVAE's training does
-    (Child, ICLR 2021): in a deep model a single draw can do that. After ten in a row the run has diverged.
+    An update whose batch gives no finite ELBO or gradient is left out, with a `TrainingWarning` for the first (VDVAE's training
+    leaves out those of a very large gradient: Child, ICLR 2021). After ten in a row, or if the first batch of all gives no
+    finite ELBO, the run has diverged.
 
     Args:
         generator: an `nn.Module` that follows `HierarchicalGenerator` and has `infer`; trained in place.
@@ -231,6 +232,8 @@ class _ElboTask:
             loss = -elbo(self.generator, x, weight, self.config.input_noise).mean()
         except DivergenceError as error:  # from infer
             raise self._diverged(iteration, str(error)) from error
+        if not bool(torch.isfinite(loss)):
+            raise self._diverged(iteration, f"its ELBO is {-float(loss.detach()):.4g}.")
         return loss, {"elbo": -loss}
 
     def updated(self, iteration: int) -> None:
@@ -238,7 +241,7 @@ class _ElboTask:
 
     def look(self, first: int, figures: dict[str, Tensor]) -> dict[str, float]:
         """Counts what was left out of a window, looks at the validation ELBO after the warm-up; remembers the best weights."""
-        finite = torch.isfinite(figures["elbo"]) & torch.isfinite(figures["gradient_norm_generator"])
+        finite = torch.isfinite(figures["gradient_norm_generator"])
         for row, sound in enumerate(finite.tolist()):
             if not (sound or self.skipped):
                 warn(
@@ -272,7 +275,7 @@ class _ElboTask:
 
     def finish(self) -> None:
         """Without a validation set: takes the last weights, once a batch has shown that they are sound."""
-        if self.in_a_row and self.skipped == self.config.iterations:
+        if self.skipped == self.config.iterations:
             self._give_up(self.config.iterations)
         if self.validation is not None:
             return

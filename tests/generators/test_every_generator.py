@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from zoo import ADAPTERS, EVERY, images, likelihood_at_ones
 
-from energy_prior import JointEBMPrior, check_generator
+from energy_prior import ConvEnergy, JointEBMPrior, MLPEnergy, check_generator
 from energy_prior.checks.arguments import checked_infer
 from energy_prior.langevin import InjectedNoise
+from energy_prior.langevin.backends import compiled
 from energy_prior.topdown import TopDown, ancestral, inferred_descent, parameters
 
 
@@ -140,10 +141,14 @@ def test_infer_hands_over_its_pass(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("energies", ["default", "of z_i"])
 @pytest.mark.parametrize("name", ["nvae", "vdvae", "deep ladder, mixture", "residual"])
-def test_compiled(name: str, recwarn: pytest.WarningsRecorder) -> None:
-    """No fallback, and the steps of the reference under the same noise."""
-    prior = JointEBMPrior(EVERY[name]()).double()
+def test_compiled(name: str, energies: str, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fallback, and the steps of the reference under the same noise; with energies of z_i chains run through the model."""
+    monkeypatch.setattr(compiled, "_MANY_OPERATIONS", 0)
+    generator = EVERY[name]()
+    own = [ConvEnergy(shape) if len(shape) == 3 else MLPEnergy(shape) for shape in generator.latent_shapes]
+    prior = JointEBMPrior(generator, own if energies == "of z_i" else None).double()
     for p in prior.energies.parameters():
         p.data.add_(0.02 * torch.randn_like(p))
     noise = [torch.randn(3, 2, *shape).double() for shape in prior.generator.latent_shapes]

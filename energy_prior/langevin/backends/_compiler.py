@@ -32,6 +32,16 @@ _KEPT = 64
 _caches: OrderedDict[Hashable, CompileCache] = OrderedDict()
 _failed: set[Hashable] = set()
 _choosing, _compiling = threading.Lock(), threading.RLock()
+_ADVICE = (
+    (
+        r"data-dependent|guard on|Tensor\.item|unbacked",
+        "A step cannot ask for a tensor's values: choose with torch.where, not `if`.",
+    ),
+    (r"numpy", "Compute with torch there, not NumPy."),
+    (r"checkpoint", "Checkpoint only where torch.compiler.is_compiling() is False."),
+    (r"\bprint\b|logging", "Print only where torch.compiler.is_compiling() is False."),
+)
+"""What the compiler stops at, and what to write instead; else its own first hint is taken."""
 
 
 class CompileCache:
@@ -146,18 +156,6 @@ def _place(error: Exception) -> str:
     return said + (f" {advice}" if advice else f" {hint[1]}" if hint else "")
 
 
-_ADVICE = (
-    (
-        r"data-dependent|guard on|Tensor\.item|unbacked",
-        "A step cannot ask for a tensor's values: choose with torch.where, not `if`.",
-    ),
-    (r"numpy", "Compute with torch there, not NumPy."),
-    (r"checkpoint", "Checkpoint only where torch.compiler.is_compiling() is False."),
-    (r"\bprint\b|logging", "Print only where torch.compiler.is_compiling() is False."),
-)
-"""What the compiler stops at, and what to write instead; else its own first hint is taken."""
-
-
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """One thread compiles, others wait for it; with what is compiled forward goes what is compiled backward.
@@ -189,7 +187,7 @@ def _cpu_options() -> dict[str, Any]:
 
 @functools.cache
 def _one_file() -> dict[str, Any]:
-    """Options that put all loops of a graph into one C++ file: most of a small file's time goes into torch's headers."""
+    """Options that put all loops of a graph into one C++ file: each file reads torch's headers."""
     options: dict[str, Any] = {
         "cpp_wrapper": True,
         "cpp_wrapper_build_separate": True,

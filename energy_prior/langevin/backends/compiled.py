@@ -99,7 +99,7 @@ class Compiled(Backend):
         return RandomNoise(shapes, like)
 
     def prepare(self, density: JointDensity) -> JointDensity:
-        if _deep(density) and _on_cpu(density):
+        if _on_cpu(density) and (_deep(density) or failed(density, "call")):
             return Regional(density)
         return loops.prepare(density) if _looped(density) else density
 
