@@ -77,13 +77,12 @@ class CompileCache:
             key = function, variant
             with contextlib.nullcontext() if key in self._ready else _alone():
                 if self._key not in _failed:
-                    depth: int = _internals._functorch.get_dynamic_layer_stack_depth()
                     try:
                         result = self._compiled_for(function, key)(*arguments)
                     except torch.OutOfMemoryError:
                         raise
                     except Exception as error:  # whatever a compiler, or code of the user's under it, raises
-                        self._fail(error, depth, quietly=fallback is not None)
+                        self._fail(error, quietly=fallback is not None)
                     else:
                         self._ready.add(key)
                         return result
@@ -96,11 +95,9 @@ class CompileCache:
             self._compiled[key] = torch.compile(own, fullgraph=True, dynamic=False, options=self._options)
         return self._compiled[key]
 
-    def _fail(self, error: Exception, depth: int, *, quietly: bool) -> None:
+    def _fail(self, error: Exception, *, quietly: bool) -> None:
         _failed.add(self._key)
-        # a compiler that stops in torch.func leaves hooks disabled, and transforms open
-        _internals._autograd._saved_tensors_hooks_enable()
-        _internals._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        _leave_transforms()
         if not quietly:
             warn(
                 f"Langevin steps of {self._name}, cannot be compiled and run in eager mode: {type(error).__name__}: "
@@ -156,6 +153,12 @@ def _place(error: Exception) -> str:
     return said + (f" {advice}" if advice else f" {hint[1]}" if hint else "")
 
 
+def _leave_transforms() -> None:
+    """A compiler that stops in torch.func leaves hooks disabled, and transforms open in its thread; no chain runs in one."""
+    _internals._autograd._saved_tensors_hooks_enable()
+    _internals._functorch.pop_dynamic_layer_stack_and_undo_to_depth(0)
+
+
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """One thread compiles, others wait for it; with what is compiled forward goes what is compiled backward.
@@ -167,6 +170,7 @@ def _alone() -> Iterator[None]:
     there = hasattr(config, "force_non_lazy_backward_lowering")
     at_once: Any = config.patch(force_non_lazy_backward_lowering=True) if there else contextlib.nullcontext()
     with _compiling, at_once, warnings.catch_warnings():
+        _leave_transforms()
         warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
         yield
 
