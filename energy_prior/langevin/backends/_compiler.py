@@ -6,8 +6,10 @@ __all__ = ["CompileCache", "Kind", "cache_for", "failed"]
 
 import contextlib
 import functools
+import gc
 import re
 import threading
+import traceback
 import types
 import warnings
 import weakref
@@ -97,7 +99,7 @@ class CompileCache:
 
     def _fail(self, error: Exception, *, quietly: bool) -> None:
         _failed.add(self._key)
-        _leave_transforms()
+        _let_go(error)
         if not quietly:
             warn(
                 f"Langevin steps of {self._name}, cannot be compiled and run in eager mode: {type(error).__name__}: "
@@ -153,10 +155,16 @@ def _place(error: Exception) -> str:
     return said + (f" {advice}" if advice else f" {hint[1]}" if hint else "")
 
 
-def _leave_transforms() -> None:
-    """A compiler that stops in torch.func leaves hooks disabled, and transforms open in its thread; no chain runs in one."""
+def _let_go(error: BaseException | None) -> None:
+    """Closes what an error of the compiler's holds open: transforms of torch.func that it stopped in, and autograd's hooks.
+
+    They close as the frames go that its tracebacks hold; until then nothing can be compiled in this thread.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
     _internals._autograd._saved_tensors_hooks_enable()
-    _internals._functorch.pop_dynamic_layer_stack_and_undo_to_depth(0)
 
 
 @contextlib.contextmanager
@@ -170,7 +178,6 @@ def _alone() -> Iterator[None]:
     there = hasattr(config, "force_non_lazy_backward_lowering")
     at_once: Any = config.patch(force_non_lazy_backward_lowering=True) if there else contextlib.nullcontext()
     with _compiling, at_once, warnings.catch_warnings():
-        _leave_transforms()
         warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
         yield
 
