@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,12 +78,22 @@ class Stray(LadderVAE):
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
         inferred = super().infer(x, rng=rng)
         self.seen += self.training
-        if not (self.training and self.seen in self.strays):
+        if not self.astray or self.kind == "elbo":
             return inferred
         if self.kind == "draws":
             return dataclasses.replace(inferred, log_q=inferred.log_q / 0)
         steep = inferred.log_q.sum() * 0
         return dataclasses.replace(inferred, log_q=inferred.log_q + (steep.sqrt() if self.kind == "gradient" else steep.log()))
+
+    @property
+    def astray(self) -> bool:
+        return self.training and self.seen in self.strays
+
+    def likelihood(self, state: Any) -> Any:
+        p = super().likelihood(state)
+        if not (self.astray and self.kind == "elbo"):
+            return p
+        return SimpleNamespace(log_prob=lambda x: p.log_prob(x) - math.inf)  # of a finite gradient
 
 
 def stray(kind: str, strays: Sequence[int]) -> Stray:
@@ -92,7 +103,7 @@ def stray(kind: str, strays: Sequence[int]) -> Stray:
     return vae
 
 
-@pytest.mark.parametrize("kind", ["gradient", "draws"])
+@pytest.mark.parametrize("kind", ["gradient", "draws", "elbo"])
 def test_an_update_without_a_finite_gradient_is_left_out(kind: str) -> None:
     vae, after = stray(kind, (3, 4)), list[Tensor]()
 
@@ -110,6 +121,20 @@ def test_an_update_without_a_finite_gradient_is_left_out(kind: str) -> None:
     with pytest.warns(TrainingWarning, match="iteration 3"):
         history = fit_elbo(stray(kind, (3, 4)), X, validation=X, kl_warmup=5, log_every=4, **options).history
     assert all(math.isfinite(value) for entry in history for value in entry.values()), "of the updates that were made"
+
+
+def test_a_run_that_goes_on_counts_what_was_left_out_before(tmp_path: Path) -> None:
+    def stops(entry: dict[str, float]) -> None:
+        if entry["iteration"] == 4:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"iterations": 14, "log_every": 1, "checkpoint_every": 4, "batch_size": 64, "progress": False}
+    options |= {"run_dir": tmp_path, "rng": seeded()}
+    with pytest.warns(TrainingWarning), pytest.raises(KeyboardInterrupt):
+        fit_elbo(stray("gradient", (3, 4)), X, **options, callback=stops)
+    options["rng"] = seeded()
+    with pytest.raises(DivergenceError, match="iteration 12: .* in 10 updates in a row"):
+        fit_elbo(stray("gradient", range(1, 10)), X, **options)
 
 
 def test_ten_such_updates_in_a_row_are_divergence() -> None:
