@@ -193,7 +193,7 @@ class ResidualVAE(nn.Module):
         return encoded
 
     def _through(self, part: nn.Module, features: Tensor) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if self.checkpointing and torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
             return checkpoint(part, features, use_reentrant=False)  # type: ignore[no-any-return]
         return part(features)
 

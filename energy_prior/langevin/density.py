@@ -158,7 +158,8 @@ class JointDensity:
             with_density: also give the log density; the gradient alone is a little cheaper.
             precision: "bf16" runs the networks under autocast; "tf32" is a setting of torch's (`matrix_products`).
         """
-        if torch.compiler.is_compiling():  # the compiler traces torch.func, eager autograd has less overhead
+        # torch.func is what the compiler traces, autograd has less overhead; is_compiling() is true in other threads, too
+        if torch.compiler.is_dynamo_compiling():
 
             def summed(leaves: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
                 log_tilt, energy = self._log_tilt(leaves, precision)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from ladders import LinearLadder
 from small_priors import N, lively, mlp, target_of
-from torch import Tensor
+from torch import Tensor, nn
 
-from energy_prior import LadderVAE
+from energy_prior import JointEBMPrior, LadderVAE
 from energy_prior._util import not_none
 from energy_prior.process import frozen
 
@@ -89,3 +89,31 @@ def test_the_gradient_is_that_of_the_log_density() -> None:
                 ]
                 slope = found.gradient[i][:, 1] - (p[:, 1] if space == "noise" else 0.0)
                 torch.testing.assert_close(slope, (ends[0] - ends[1]) / 2e-5, rtol=1e-5, atol=1e-6)
+
+
+class Squared(torch.autograd.Function):
+    """Written as functions for autograd alone are: torch.func refuses it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * grads[0]
+
+
+class Quadratic(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return -Squared.apply(z).flatten(1).sum(1)  # type: ignore[union-attr]
+
+
+def test_gradients_while_another_thread_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compiler.is_compiling() is then true in every thread."""
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    prior = JointEBMPrior(LinearLadder((3, 2)), [Quadratic(), Quadratic()]).double()
+    with torch.no_grad(), frozen(prior, prior.generator):
+        density = target_of(prior).density()
+        position = [torch.randn(shape).double() for shape in density.topdown.shapes]
+        assert all(bool(g.abs().sum() > 0) for g in density.evaluate(position).gradient)

@@ -40,8 +40,8 @@ _ADVICE = (
         "A step cannot ask for a tensor's values: choose with torch.where, not `if`.",
     ),
     (r"numpy", "Compute with torch there, not NumPy."),
-    (r"checkpoint", "Checkpoint only where torch.compiler.is_compiling() is False."),
-    (r"\bprint\b|logging", "Print only where torch.compiler.is_compiling() is False."),
+    (r"checkpoint", "Checkpoint only where torch.compiler.is_dynamo_compiling() is False."),
+    (r"\bprint\b|logging", "Print only where torch.compiler.is_dynamo_compiling() is False."),
 )
 """What the compiler stops at, and what to write instead; else its own first hint is taken."""
 
