@@ -6,10 +6,8 @@ __all__ = ["CompileCache", "Kind", "cache_for", "failed"]
 
 import contextlib
 import functools
-import gc
 import re
 import threading
-import traceback
 import types
 import warnings
 import weakref
@@ -99,7 +97,7 @@ class CompileCache:
 
     def _fail(self, error: Exception, *, quietly: bool) -> None:
         _failed.add(self._key)
-        _let_go(error)
+        _internals._autograd._saved_tensors_hooks_enable()  # checkpoints need them; an error in torch.func leaves them off
         if not quietly:
             warn(
                 f"Langevin steps of {self._name}, cannot be compiled and run in eager mode: {type(error).__name__}: "
@@ -153,18 +151,6 @@ def _place(error: Exception) -> str:
     advice = next((words for pattern, words in _ADVICE if re.search(pattern, text, re.IGNORECASE)), None)
     hint = re.search(r"Hint: (.+)", text)
     return said + (f" {advice}" if advice else f" {hint[1]}" if hint else "")
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Closes what an error of the compiler's holds open: transforms of torch.func that it stopped in, and autograd's hooks.
-
-    They close as the frames go that its tracebacks hold; until then nothing can be compiled in this thread.
-    """
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-    gc.collect()
-    _internals._autograd._saved_tensors_hooks_enable()
 
 
 @contextlib.contextmanager
