@@ -18,7 +18,7 @@ import os
 import statistics
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Job:
         plain: the plain loop instead of `JointEBMPrior.fit`.
         data: folder with the folders mnist and cifar10.
         quick: tiny nets and sets.
+        without: safeguards that are left out (`ablation.py`).
     """
 
     problem: str
@@ -61,6 +62,7 @@ class Job:
     plain: bool
     data: str
     quick: bool = False
+    without: tuple[str, ...] = ()
 
 
 def main() -> None:
@@ -124,8 +126,8 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def run(job: Job) -> dict[str, Any]:
-    """One run, and what became of it."""
+def run(job: Job, prepare: Callable[[JointEBMPrior], object] | None = None, **settings: Any) -> dict[str, Any]:
+    """One run, and what became of it; `prepare` gets the prior before it, and `settings` are those of `fit`."""
     torch.set_num_threads(1)
     torch.manual_seed(job.seed)
     problem = PROBLEMS[job.problem](job.method, job.seed, job.data, job.quick)
@@ -135,14 +137,15 @@ def run(job: Job) -> dict[str, Any]:
         return head | {"failed_at": plain_loop(problem, job.method, job.iterations, LARGEST_ENERGY, LEAST_ACCEPTANCE)}
     energies = denoising_energies(problem.generator.latent_shapes) if job.method == "denoising" else problem.energies()
     prior = JointEBMPrior(problem.generator, energies)
+    if prepare is not None:
+        prepare(prior)
     said = ""
     result = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TrainingWarning)
         try:
-            result = prior.fit(
-                problem.data, job.method, iterations=job.iterations, batch_size=problem.batch_size, progress=False
-            )
+            size = {"iterations": job.iterations, "batch_size": problem.batch_size}
+            result = prior.fit(problem.data, job.method, **size, progress=False, **settings)
         except DivergenceError as error:
             said = str(error)
     trained = Trained(prior, problem)

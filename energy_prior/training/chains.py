@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["TrainingChains", "tuned_step_size"]
+__all__ = ["LONGEST_DRIFT", "TrainingChains", "tuned_step_size"]
 
 import contextlib
 import math
@@ -17,6 +17,7 @@ from energy_prior.checks.arguments import checked_infer
 from energy_prior.errors import ArgumentError
 from energy_prior.langevin import (
     LARGEST_STEP,
+    USUAL_ACCEPTANCE,
     ChainResult,
     ChainSettings,
     choose_backend,
@@ -28,6 +29,9 @@ from energy_prior.process import frozen, full_precision
 from energy_prior.protocol import find_infer
 from energy_prior.topdown import ancestral
 from energy_prior.training.config import FitConfig
+
+LONGEST_DRIFT = 1.0
+"""Of a training chain's step, per layer, as a multiple of the noise's length; a longer one is cut to it."""
 
 _STEP_GAIN = 0.1
 _SMALLEST_STEP = 1e-4
@@ -103,7 +107,7 @@ class TrainingChains:
         with _fixed(model, self._device):
             start = checked_infer(model.generator, x).latents if find_infer(model.generator) else None
             settings = ChainSettings(
-                steps=self.config.posterior_steps, max_drift=self.config.max_drift, backend=self.backend or "eager"
+                steps=self.config.posterior_steps, max_drift=LONGEST_DRIFT, backend=self.backend or "eager"
             )
             target = model.target(len(x), x=x)
             draw = sample_target(target, settings, default_step_size=self.posterior_step_size, start=start)
@@ -120,7 +124,7 @@ class TrainingChains:
             settings = ChainSettings(
                 steps=steps,
                 step_size=self.step_size,
-                max_drift=config.max_drift,
+                max_drift=LONGEST_DRIFT,
                 backend=self.backend or "eager",
             )
             target = model.target(len(start[0]))
@@ -131,7 +135,7 @@ class TrainingChains:
         self.last = draw.result
         if config.step_size is None and draw.result is not None and draw.result.acceptance is not None:
             accepted = float(draw.result.acceptance.mean())
-            grown = self.step_size * math.exp(_STEP_GAIN * (accepted - config.target_acceptance))
+            grown = self.step_size * math.exp(_STEP_GAIN * (accepted - USUAL_ACCEPTANCE))
             self.step_size = min(max(grown, _SMALLEST_STEP), LARGEST_STEP)
         return draw.latents
 
@@ -170,14 +174,14 @@ class TrainingChains:
 
 
 def tuned_step_size(model: JointModel, start: float, config: FitConfig, device: torch.device) -> float:
-    """The Langevin step size at which MALA on a model's joint prior accepts the run's share, searched for from `start`.
+    """The Langevin step size at which MALA on a model's joint prior accepts 95% of its steps, searched for from `start`.
 
     By 8 to 64 chains, the more the longer the run is and the larger its batches: a small part of what the run costs.
     """
     size = config.batch_size or config.usual_batch
     chains = min(_MOST_TUNING, max(_LEAST_TUNING, min(size, config.iterations * size // _TUNING_SHARE)))
     with _fixed(model, device):
-        return tune_step_size(model.target(chains), start_step_size=start, target_acceptance=config.target_acceptance)
+        return tune_step_size(model.target(chains), start_step_size=start)
 
 
 @contextlib.contextmanager

@@ -19,9 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from energy_prior.checks.settings import check_count, check_flag, check_not_negative, check_positive, check_share, real_number
+from energy_prior.checks.settings import check_count, check_flag, check_not_negative, check_positive, real_number
 from energy_prior.errors import ArgumentError
-from energy_prior.langevin import USUAL_ACCEPTANCE
 
 Method = Literal["denoising", "nce", "multi_stage_nce", "two_stage", "variational", "joint"]
 """The learning rules; `JointEBMPrior.fit` says what each does."""
@@ -43,10 +42,9 @@ class RunConfig:
     Attributes:
         iterations: updates, ≥ 1.
         batch_size: observations per update, process and accumulation step, ≥ 1; None: 256, or all of them if there are fewer.
-        learning_rate: of AdamW, > 0, after a linear warm-up and with cosine decay to a tenth of it; None: the task's own.
+        learning_rate: of AdamW, > 0, after a linear warm-up of 100 iterations, or a tenth of them if fewer, and with cosine
+            decay to a tenth of it; None: the task's own.
         weight_decay: of AdamW, ≥ 0.
-        warmup: iterations of the linear warm-up, ≥ 0; None: 100, or a tenth of the iterations if that is less.
-        gradient_clip: largest norm of an update's gradient, > 0.
         accumulate: batches whose gradients are averaged into one update, ≥ 1.
         log_every: iterations between looks at the run, each with an entry in the history and a check that nothing has
             diverged, ≥ 1.
@@ -59,8 +57,6 @@ class RunConfig:
     batch_size: int | None = None
     learning_rate: float | None = None
     weight_decay: float = 0.0
-    warmup: int | None = None
-    gradient_clip: float = 10.0
     accumulate: int = 1
     log_every: int = 20
     checkpoint_every: int = 200
@@ -70,9 +66,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._keep(check_count, "iterations", "accumulate", "log_every", "checkpoint_every")
         self._keep_unless_none(check_count, "batch_size")
-        self._keep_unless_none(count_from_zero, "warmup")
         self._keep_unless_none(check_positive, "learning_rate")
-        self._keep(check_positive, "gradient_clip")
         self._keep(check_not_negative, "weight_decay")
         self._keep(check_flag, "tensorboard", "progress")
 
@@ -85,11 +79,6 @@ class RunConfig:
         self._keep(check, *(name for name in names if getattr(self, name) is not None))
 
     usual_batch: ClassVar[int] = 256
-
-    @property
-    def warmup_iterations(self) -> int:
-        """Iterations of the warm-up."""
-        return min(100, self.iterations // 10) if self.warmup is None else self.warmup
 
     def resumable(self) -> dict[str, Any]:
         """The settings that a run must keep when it goes on: all but those that only show it."""
@@ -108,8 +97,6 @@ class FitConfig(RunConfig):
         learning_rate: of the energies' AdamW, > 0, after a linear warm-up and with cosine decay to a tenth of it; None: 1e-3,
             and 1e-3 · √(2000/iterations), up to 3e-3, where there are fewer than 2000 iterations to get anywhere in.
         weight_decay: of the energies' AdamW, ≥ 0.
-        warmup: iterations of the linear warm-up, ≥ 0; None: 100, or a tenth of the iterations if that is less.
-        gradient_clip: largest norm of an update's gradient of the energies, > 0.
         accumulate: batches whose gradients are averaged into one update, ≥ 1.
         log_every: iterations between looks at the run, each with an entry in the history, warnings of what may go wrong and
             a check that nothing has diverged, ≥ 1.
@@ -118,13 +105,8 @@ class FitConfig(RunConfig):
         progress: show how far the run is: a bar where standard error is a terminal, else a line every 10 seconds at most.
         energy_penalty: c ≥ 0 of the penalty c·E[(Σ_i f_i)²] over posterior and prior draws: energies are only defined up
             to a constant, and this keeps it, and their magnitude, near 0. Where a layer has more than 128 units, f counts in
-            proportion less, here and in `gap_limit` and `energy_bound`. With Langevin draws c rises above this, up to 0.1,
-            while the gap is larger than `gap_limit`, and falls back after.
-        gap_limit: largest E₊[Σ f_i] − E₋[Σ f_i] in nats, > 0, that Langevin draws may show before the penalty rises. Were
-            the chains where f wants them, it would be near 0: a gap says that f is ahead of them, which is how these
-            runs diverge. 0 for `energy_penalty` switches this off.
-        energy_bound: |f_i| in nats beyond which a steep penalty, 0.1 (|f_i| − energy_bound)², holds each layer's energy back,
-            > 0; energies of a good prior stay well inside it.
+            proportion less. With Langevin draws c rises above this, up to 0.1, while the gap E₊[Σ f_i] − E₋[Σ f_i] is above
+            1 nat, and falls back after: were the chains where f wants them, it would be near 0.
         ema_decay: d in [0, 1) of the running average of the weights, a ← d a + (1 − d) w, which is what the prior uses;
             early on d is at most (1 + t)/(10 + t); None: 0.999 for "denoising", else 0.99. The joint rules average the
             generator's weights as well.
@@ -142,21 +124,15 @@ class FitConfig(RunConfig):
             are Metropolis-adjusted and each adapts its step size, from where the last ones ended.
         step_size: fixed Langevin step size of the prior chains, > 0, which the prior keeps after the run; None: tuned while
             training, and for the prior that was learned after it.
-        target_acceptance: MALA acceptance that the tuning of the step size aims at, in (0, 1).
         backend: how the chains' steps are made, as in `energy_prior.langevin.ChainSettings`: "eager", "compiled", or "auto",
             which compiles where the run is so long that it pays.
-        max_drift: longest drift of a training chain's step, per layer, as a multiple of the noise's length, > 0; a longer one
-            is cut to it.
         stages: ratio estimates of "multi_stage_nce", each against samples of the prior before it, ≥ 1.
         generator_learning_rate: of the generator's AdamW in the joint rules, > 0, with the same schedule.
-        generator_gradient_clip: largest norm of an update's gradient of the generator, > 0.
         sample_every: iterations between sample grids in `run_dir`/samples, ≥ 0; 0: none (extra "examples").
     """
 
     weight_decay: float = 1e-4
     energy_penalty: float = 1e-3
-    gap_limit: float = 1.0
-    energy_bound: float = 25.0
     ema_decay: float | None = None
     max_energy: float = 1e3
     steps: int = 20
@@ -164,12 +140,9 @@ class FitConfig(RunConfig):
     restart_probability: float | None = None
     posterior_steps: int = 20
     step_size: float | None = None
-    target_acceptance: float = USUAL_ACCEPTANCE
     backend: StepBackend = "auto"
-    max_drift: float = 1.0
     stages: int = 3
     generator_learning_rate: float = 1e-4
-    generator_gradient_clip: float = 1000.0
     sample_every: int = 0
 
     def __post_init__(self) -> None:
@@ -182,14 +155,12 @@ class FitConfig(RunConfig):
                 f"persistent: expected 0 or at least batch_size = {self.batch_size} chains, got {self.persistent}."
             )
         self._keep_unless_none(_share, "restart_probability")
-        self._keep(check_positive, "max_energy", "energy_bound", "gap_limit", "max_drift")
-        self._keep(check_positive, "generator_learning_rate", "generator_gradient_clip")
+        self._keep(check_positive, "max_energy", "generator_learning_rate")
         self._keep(check_not_negative, "energy_penalty")
         if self.backend not in get_args(StepBackend):
             raise ArgumentError(f"backend: expected one of {get_args(StepBackend)}, got {self.backend!r}.")
         self._keep_unless_none(check_positive, "step_size")
         self._keep_unless_none(_decay, "ema_decay")
-        self._keep(check_share, "target_acceptance")
 
     def for_method(self, method: Method) -> FitConfig:
         """With the method's own restart probability, and the learning rate of so long a run, where none was given."""

@@ -44,9 +44,9 @@ class ElboConfig(RunConfig):
     Attributes:
         iterations: updates, ≥ 1.
         batch_size: observations per update, process and accumulation step, ≥ 1; None: 128, or all of them if there are fewer.
-        learning_rate: of AdamW, > 0, after a linear warm-up and with cosine decay to a tenth of it.
+        learning_rate: of AdamW, > 0, after a linear warm-up of 100 iterations, or a tenth of them if fewer, and with cosine
+            decay to a tenth of it.
         weight_decay: of AdamW, ≥ 0.
-        warmup: iterations of the learning rate's warm-up, ≥ 0; None: 100, or a tenth of the iterations if that is less.
         gradient_clip: largest norm of an update's gradient, > 0.
         accumulate: batches whose gradients are averaged into one update, ≥ 1.
         log_every: iterations between looks at the run: an entry in the history, a check that nothing has diverged and, from
@@ -73,7 +73,7 @@ class ElboConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._keep(check_positive, "learning_rate")
+        self._keep(check_positive, "learning_rate", "gradient_clip")
         self._keep(check_count, "validation_draws")
         self._keep_unless_none(count_from_zero, "kl_warmup")
         if self.kl_warmup is not None and self.kl_warmup >= self.iterations:

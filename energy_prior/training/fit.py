@@ -28,7 +28,7 @@ from energy_prior.process import claimed, evaluating, exclusive, frozen, full_pr
 from energy_prior.protocol import find_infer, have_waymarks, layer_energy
 from energy_prior.topdown import TopDown
 from energy_prior.training.batches import Batches
-from energy_prior.training.chains import tuned_step_size
+from energy_prior.training.chains import LONGEST_DRIFT, tuned_step_size
 from energy_prior.training.config import JOINT_METHODS, LANGEVIN_METHODS, FitConfig, Method, check_method
 from energy_prior.training.distributed import Engine
 from energy_prior.training.loop import Callback, check_callback, check_state_is_tensors, description, run_loop
@@ -285,7 +285,7 @@ def _mismatch(
         x = torch.cat(several)[:wanted]
     found = None
     if len(x) >= LEAST_DRAWS:
-        of_posterior = ChainSettings(steps=config.posterior_steps, max_drift=config.max_drift)
+        of_posterior = ChainSettings(steps=config.posterior_steps, max_drift=LONGEST_DRIFT)
         with reproducible(rng, x.device), full_precision(x.device), torch.no_grad(), frozen(model.generator, *model.energies):
             draws = 0 if learned_by is None else min(len(x), _affordable_draws(model, config, size, learned_by))
             of_joint = ChainSettings() if draws >= min(_LEAST_JOINT, len(x)) else None

@@ -282,7 +282,7 @@ class _Loop:
     def _step(self, iteration: int) -> None:
         """The optimiser's step, at the learning rates of this iteration."""
         config = self.config
-        factor = warmup_cosine(iteration - 1, config.warmup_iterations, config.iterations)
+        factor = warmup_cosine(iteration - 1, config.iterations)
         for settings, group in zip(self.optimizer.param_groups, self.task.groups, strict=True):
             settings["lr"] = group.learning_rate * factor
         # older torch makes AdamW's count of steps, at the first one, on the default device; it belongs on the CPU

@@ -1,4 +1,4 @@
-"""What holds energies back: a penalty on (Σ f_i)² whose weight follows the gap, and a steep one beyond a bound on |f_i|."""
+"""What holds energies back: a penalty on (Σ f_i)² whose weight follows the gap, and a wall beyond 25 nats of |f_i|."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 WALL_WEIGHT = 0.1
 """Factor of `energy_wall` in the loss."""
 
+_BOUND = 25.0  # nats; energies of a good prior stay well inside it
+_GAP_LIMIT = 1.0  # nats
 _GAP_RATE = 0.1
 _GROWTH = 0.05
 _LARGEST_WEIGHT = 0.1
@@ -27,8 +29,8 @@ def energy_penalty(positive: Tensor, negative: Tensor) -> Tensor:
     return positive.square().mean() + negative.square().mean()
 
 
-def energy_wall(positive: Tensor, negative: Tensor, bound: float) -> Tensor:
-    """Σ_i E₊[w_i²] + E₋[w_i²] with w_i = max(0, |f_i| − bound), a scalar: 0 for energies within the bound.
+def energy_wall(positive: Tensor, negative: Tensor) -> Tensor:
+    """Σ_i E₊[w_i²] + E₋[w_i²] with w_i = max(0, |f_i| − 25 nats), a scalar.
 
     Maximum likelihood alone raises f without limit where prior chains do not reach the posterior. Layer by layer, as two
     layers that cancel in Σ f would pass unseen.
@@ -36,28 +38,28 @@ def energy_wall(positive: Tensor, negative: Tensor, bound: float) -> Tensor:
     Args:
         positive: f_i at posterior draws, (batch, L), nats.
         negative: f_i at prior draws, (batch, L), nats.
-        bound: > 0, nats.
     """
-    return sum(((f.abs() - bound).clamp_min(0).square().sum(1).mean() for f in (positive, negative)), positive.new_zeros(()))
+    return sum(((f.abs() - _BOUND).clamp_min(0).square().sum(1).mean() for f in (positive, negative)), positive.new_zeros(()))
 
 
 class PenaltyWeight:
     """The weight c of `energy_penalty` in the loss, which rises while prior chains lag behind f.
 
-    The gap is a running mean of E₊[Σ f_i] − E₋[Σ f_i]. Every update multiplies c by exp(0.05 r), with r = gap/limit − 1 kept
-    in [−1, 1], and keeps c between `least` and 0.1. All on the device.
+    The gap is a running mean of E₊[Σ f_i] − E₋[Σ f_i], its limit 1 nat. Were the chains where f wants them, it would be near 0:
+    a gap says that f is ahead of them, which is how maximum likelihood by chains diverges. Every update multiplies c by
+    exp(0.05 r), with r = gap/limit − 1 kept in [−1, 1], and keeps c between `least` and 0.1. All on the device.
 
     Args:
         least: c where it starts, ≥ 0, and the least that it can be.
-        gap_limit: the gap above which c rises, > 0, nats.
+        size: what the limit is multiplied by, ≥ 1.
         reference: a tensor with the dtype and device of the energies.
 
     Attributes:
         value: c, a scalar.
     """
 
-    def __init__(self, least: float, gap_limit: float, reference: Tensor) -> None:
-        self._least, self._limit = least, gap_limit
+    def __init__(self, least: float, size: float, reference: Tensor) -> None:
+        self._least, self._limit = least, _GAP_LIMIT * size
         self._gap = reference.new_zeros(())
         self.value = torch.full_like(self._gap, least)
 

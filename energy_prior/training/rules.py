@@ -31,6 +31,7 @@ from energy_prior.training.objectives import denoising, generator_likelihood, ma
 from energy_prior.training.penalty import WALL_WEIGHT, PenaltyWeight, energy_penalty, energy_wall
 from energy_prior.training.turns import same_stream_after
 
+_LARGEST_GRADIENT, _LARGEST_GENERATOR_GRADIENT = 10.0, 1000.0  # norm of an update's gradient
 _LEAST_DRAWS = 2048  # for what is not learned, unless a fiftieth of the run's are fewer; but always so many:
 _FEWEST_DRAWS = 512
 _SOUND_DRAWS = 64
@@ -91,12 +92,12 @@ class FitTask:
         energies = [p for p in self.energies.parameters() if p.requires_grad]
         rate = not_none(config.learning_rate)
         self.lost: dict[str, float] | None = None
-        self.groups: Sequence[Group] = [Group("energies", energies, rate, config.weight_decay, config.gradient_clip)]
+        self.groups: Sequence[Group] = [Group("energies", energies, rate, config.weight_decay, _LARGEST_GRADIENT)]
         self.buffers = list(self.energies.buffers())
         if self.joint and isinstance(model.generator, nn.Module):
             inner = [p for p in model.generator.parameters() if p.requires_grad]
-            clip = config.generator_gradient_clip
-            self.groups = [*self.groups, Group("generator", inner, config.generator_learning_rate, 0.0, clip)]
+            rate = config.generator_learning_rate
+            self.groups = [*self.groups, Group("generator", inner, rate, 0.0, _LARGEST_GENERATOR_GRADIENT)]
             self.buffers += list(model.generator.buffers())
         self.weights = [p for group in self.groups for p in group.parameters]
         self.average = [w.detach().clone() for w in self.weights]
@@ -107,7 +108,7 @@ class FitTask:
         self.learned = False
         units = max(shape.numel() for shape in model.generator.latent_shapes)
         self._size = max(1.0, units / _SMALL_LAYER)
-        self.penalty = PenaltyWeight(config.energy_penalty, config.gap_limit * self._size, self.weights[0])
+        self.penalty = PenaltyWeight(config.energy_penalty, self._size, self.weights[0])
         self._gaps: list[Tensor] = []
         self._cut = 0.0
 
@@ -269,7 +270,7 @@ class FitTask:
         self._gaps.append((total_posterior.mean() - total_prior.mean()).detach())
         held_back = f_penalised / self._size, f_prior / self._size
         penalty = self.penalty.value * energy_penalty(held_back[0].sum(1), held_back[1].sum(1))
-        penalty = penalty + WALL_WEIGHT * energy_wall(*held_back, self.config.energy_bound)
+        penalty = penalty + WALL_WEIGHT * energy_wall(*held_back)
         figures |= diagnostics.energy_figures(self.energies, (f_penalised, f_prior))
         figures |= {"loss": loss, "energy_posterior": total_posterior.mean(), "energy_prior": total_prior.mean()}
         if self.method in LANGEVIN_METHODS:

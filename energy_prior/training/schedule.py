@@ -6,17 +6,18 @@ __all__ = ["warmup_cosine"]
 
 import math
 
+_WARMUP = 100
 _FLOOR = 0.1
 
 
-def warmup_cosine(t: int, warmup: int, iterations: int) -> float:
-    """(t + 1)/warmup for t < warmup, then 0.1 + 0.9 · ½ (1 + cos π u), u from 0 to 1; a factor of the peak.
+def warmup_cosine(t: int, iterations: int) -> float:
+    """(t + 1)/w for t < w = min(100, iterations/10), then 0.1 + 0.9 · ½ (1 + cos π u), u from 0 to 1; a factor of the peak.
 
     Args:
         t: updates done so far, ≥ 0.
-        warmup: updates of the warm-up.
         iterations: updates of the run.
     """
+    warmup = min(_WARMUP, iterations // 10)
     if t < warmup:
         return (t + 1) / warmup
     progress = (t - warmup) / max(1, iterations - warmup)

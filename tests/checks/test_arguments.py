@@ -129,7 +129,6 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
     (lambda p: p.fit(X, learning_rate=-1e-3), ArgumentError, "learning_rate: expected a finite number above 0"),
     (lambda p: p.fit(X, weight_decay=-1), ArgumentError, "weight_decay: expected a finite number of at least 0"),
     (lambda p: p.fit(X, ema_decay=1.0), ArgumentError, r"ema_decay: expected a number in \[0, 1\)"),
-    (lambda p: p.fit(X, target_acceptance=0.0), ArgumentError, "target_acceptance: expected"),
     (lambda p: p.fit(X, step_size=0.0), ArgumentError, "step_size: expected"),
     (lambda p: fit_elbo(p.generator, X, iteratons=3), ArgumentError, "iteratons: not a setting of fit_elbo"),
     (lambda p: fit_elbo(p.generator, X, validation=NAN), ArgumentError, "validation: expected finite values"),

@@ -110,7 +110,7 @@ def test_an_update_without_a_finite_gradient_is_left_out(kind: str) -> None:
     def keep(entry: dict[str, float]) -> None:
         after.append(weights(vae).clone())
 
-    options: dict[str, Any] = {"iterations": 6, "batch_size": 64, "warmup": 0, "progress": False, "rng": seeded()}
+    options: dict[str, Any] = {"iterations": 6, "batch_size": 64, "progress": False, "rng": seeded()}
     with pytest.warns(TrainingWarning, match="update of iteration 3 was left out") as said:
         result = fit_elbo(vae, X, validation=X, kl_warmup=5, log_every=1, callback=keep, **options)
     assert len(said) == 1
@@ -192,7 +192,7 @@ def test_an_error_in_a_callback_keeps_the_best_weights() -> None:
         if entry["iteration"] == 6:
             raise KeyboardInterrupt
 
-    options: dict[str, Any] = {"kl_warmup": 0, "log_every": 2, "batch_size": 16, "warmup": 0, "progress": False}
+    options: dict[str, Any] = {"kl_warmup": 0, "log_every": 2, "batch_size": 16, "progress": False}
     best, stopped = make().generator, make().generator
     fit_elbo(best, X, **options, iterations=12, validation=X[:8], rng=seeded(), learning_rate=1e-9)
     with pytest.raises(KeyboardInterrupt):

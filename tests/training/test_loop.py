@@ -76,7 +76,7 @@ def test_accumulated_gradients_are_averaged(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_weights_decay(monkeypatch: pytest.MonkeyPatch) -> None:
     task = Line(0.0, decay=0.5)
-    gradients(task, RunConfig(iterations=1, warmup=0, progress=False), numbers(1.0), monkeypatch)
+    gradients(task, RunConfig(iterations=1, progress=False), numbers(1.0), monkeypatch)
     assert float(task.weight.detach()) == pytest.approx(2.0 * (1 - 0.1 * 0.5))
 
 

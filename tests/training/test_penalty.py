@@ -15,9 +15,9 @@ def test_energy_penalty() -> None:
 
 
 def test_energy_wall_acts_beyond_the_bound_layer_by_layer() -> None:
-    inside, outside = torch.tensor([[5.0, -9.0]]), torch.tensor([[12.0, -13.0]])  # Σf hardly differs from 0
-    assert float(energy_wall(inside, inside, 10.0)) == 0
-    assert float(energy_wall(inside, outside, 10.0)) == pytest.approx(4.0 + 9.0)
+    inside, outside = torch.tensor([[5.0, -24.0]]), torch.tensor([[27.0, -28.0]])  # Σf hardly differs from 0
+    assert float(energy_wall(inside, inside)) == 0
+    assert float(energy_wall(inside, outside)) == pytest.approx(4.0 + 9.0)
 
 
 def test_the_weight_follows_the_gap() -> None:
@@ -50,7 +50,7 @@ def test_the_weight_goes_on_where_it_stood() -> None:
 
 def test_nce_leaves_the_weight_alone() -> None:
     for method, moved in (("nce", False), ("two_stage", True)):
-        task = task_of(make(), method, gap_limit=1.0)
+        task = task_of(make(), method)
         task._gaps = [torch.tensor(50.0)]
         task.updated(1)
         assert (float(task.penalty.value) > 1e-3 + 1e-9) == moved

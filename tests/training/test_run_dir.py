@@ -15,7 +15,7 @@ from runs import X, make, make_for, recorded, seeded
 from torch import Tensor, nn
 
 from energy_prior import ArgumentError, CheckpointError, DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy, fit_elbo
-from energy_prior.training import METHODS, Method
+from energy_prior.training import METHODS, Method, chains, penalty
 from energy_prior.training.distributed import Engine
 from energy_prior.training.run_dir import RunFolder
 
@@ -249,7 +249,9 @@ def test_tensorboard_and_sample_grids_do_not_change_a_run(tmp_path: Path) -> Non
 def test_penalty_and_cut_share_go_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a gap that is above its limit throughout, and drifts that are cut: both have moved when the run is stopped."""
     settings: dict[str, Any] = {"iterations": 14, "batch_size": 16, "steps": 4, "log_every": 4, "checkpoint_every": 5}
-    settings |= {"gap_limit": 1e-3, "max_drift": 0.2, "progress": False}
+    settings |= {"progress": False}
+    monkeypatch.setattr(penalty, "_GAP_LIMIT", 1e-3)
+    monkeypatch.setattr(chains, "LONGEST_DRIFT", 0.2)
     whole = make().fit(X, "two_stage", run_dir=tmp_path / "a", rng=seeded(), **settings)
     original = RunFolder.save
 

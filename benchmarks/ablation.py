@@ -1,0 +1,225 @@
+"""What is each safeguard of training worth? They are left out one after the other, the least active first.
+
+    python benchmarks/ablation.py --data DATA      # hours on two cores; again: goes on where it stopped
+    python benchmarks/ablation.py --quick          # see that it runs
+
+The cases are those of `stability.py` where its plain loop fails, and two where it does not, three seeds each. A safeguard stays
+out, for all that come after it too, if no run diverges without it and no case's mean ratio is above that with all of them by
+more than one standard deviation (over the seeds, with all of them). Redundant safeguards each look useless alone: so they go
+cumulatively. Runs in which a safeguard never acted are the same without it, and are not made again. DATA: as there. Writes
+docs/results/ablation.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import stability
+from results import ROOT, Row, code_key, mean_row, run_missing, write_results
+from stability import Job
+
+from energy_prior import Energy, JointEBMPrior
+from energy_prior.training import Method, chains, penalty, rules
+
+Cases = tuple[tuple[str, Method, int], ...]
+CASES: Cases = (
+    ("digits", "variational", 1050),
+    ("mnist", "variational", 1425),
+    ("mnist", "joint", 300),
+    ("cifar10", "variational", 500),
+    ("cifar10", "joint", 500),
+    ("digits", "two_stage", 3000),
+    ("mnist", "two_stage", 3000),
+)
+"""Problem, rule and iterations."""
+SEEDS = range(3)
+NONE = 1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Safeguard:
+    """What is left out, and how.
+
+    Attributes:
+        name: for people.
+        constants: of modules, and their values without it.
+        settings: of `fit`, without it.
+        prepare: what is done to the prior without it.
+        acted: of a run with it, whether it can have changed anything; None: it always does.
+    """
+
+    name: str
+    constants: tuple[tuple[Any, str, float], ...] = ()
+    settings: tuple[tuple[str, float], ...] = ()
+    prepare: Callable[[JointEBMPrior], object] | None = None
+    acted: Callable[[dict[str, Any]], bool] | None = None
+
+
+def _unbounded(prior: JointEBMPrior) -> None:
+    for f in prior.energies:
+        if isinstance(f, Energy):
+            f.saturation.fill_(NONE)
+
+
+SAFEGUARDS = (
+    Safeguard(
+        "clipping of the energies' gradient",
+        constants=((rules, "_LARGEST_GRADIENT", NONE),),
+        acted=lambda run: run["clipped"] != 0,
+    ),
+    Safeguard(
+        "clipping of the generator's gradient",
+        constants=((rules, "_LARGEST_GENERATOR_GRADIENT", NONE),),
+        acted=lambda run: run["clipped_generator"] not in (0, None),
+    ),
+    Safeguard("cut of long drifts", constants=((chains, "LONGEST_DRIFT", NONE),), acted=lambda run: run["tamed"] != 0),
+    Safeguard(
+        "wall beyond 25 nats", constants=((penalty, "_BOUND", NONE),), acted=lambda run: not run["max_energy"] <= penalty._BOUND
+    ),
+    Safeguard("penalty that follows the gap", constants=((penalty, "_GROWTH", 0.0),)),
+    Safeguard("penalty", settings=(("energy_penalty", 0.0),)),
+    Safeguard("saturation of the energies", prepare=_unbounded),
+    Safeguard("restarts of persistent chains", settings=(("restart_probability", 0.0),)),
+    Safeguard("averaged weights", settings=(("ema_decay", 0.0),)),
+    Safeguard("tuned step size (0.3)", settings=(("step_size", 0.3),)),
+)
+"""The least active first."""
+
+
+def run(job: Job) -> dict[str, Any]:
+    """A run of `stability.py` without some safeguards."""
+    out = [guard for guard in SAFEGUARDS if guard.name in job.without]
+    for guard in out:
+        for module, name, value in guard.constants:
+            assert hasattr(module, name), name  # noqa: S101
+            setattr(module, name, value)  # in this process all runs are without the same ones
+    prepare = [guard.prepare for guard in out if guard.prepare is not None]
+    settings = {name: value for guard in out for name, value in guard.settings}
+    return stability.run(job, lambda prior: [act(prior) for act in prepare], **settings)
+
+
+def main() -> None:
+    """Runs what is missing, then writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="", help="folder with mnist/ and cifar10/; needed but for --quick")
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time, one thread each")
+    parser.add_argument("--quick", action="store_true", help="see that it runs; writes nothing into docs/results")
+    options = parser.parse_args()
+    if not (options.data or options.quick):
+        parser.error("--data: the folder with mnist and cifar10 is needed")
+    out = Path(tempfile.mkdtemp()) if options.quick else ROOT / "docs" / "results"
+    log = out / "ablation.partial.jsonl"
+    here = Path(__file__).parent
+    files = [
+        here / "stability_problems.py",
+        here / "stability.py",
+        ROOT / "tests" / "ladders.py",
+        ROOT / "examples" / "cifar10.py",
+    ]
+    key = code_key(Path(__file__), *files)
+    quick: Cases = (("digits", "variational", 12), ("digits", "two_stage", 12))
+    cases = quick if options.quick else CASES
+    seeds = range(1) if options.quick else SEEDS
+    grid: list[tuple[str, Method, int, int]] = [(p, m, n, s) for p, m, n in cases for s in seeds]
+
+    def runs(without: tuple[str, ...], before: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+        """Of every case and seed, without these; those in which the last of them never acted are taken from `before`."""
+        jobs = {f"{p} {m} {s}": Job(p, m, s, n, False, options.data, options.quick, without) for p, m, n, s in grid}
+        acted = next((guard.acted for guard in SAFEGUARDS if guard.name == without[-1]), None) if without else None
+        same = {} if before is None or acted is None else {n: r for n, r in zip(jobs, before, strict=True) if not acted(r)}
+        label = " + ".join(without) or "all"
+        todo = {f"{name} without {label}": job for name, job in jobs.items() if name not in same}
+        done = dict(run_missing(todo, run, log, key, 1 if options.quick else options.workers))
+        return [same[name] if name in same else done[f"{name} without {label}"] for name in jobs]
+
+    whole = runs((), None)
+    rows, removed, now = _rows("all", whole), (), whole
+    verdicts: dict[str, list[str]] = {}
+    for guard in SAFEGUARDS:
+        tried = runs((*removed, guard.name), now)
+        verdicts[guard.name] = _against(tried, whole)
+        rows += _rows(f"without {guard.name}", tried)
+        out_of_it = float(not verdicts[guard.name])
+        rows.append(Row(case=guard.name, metric="stays_out", value=out_of_it, sd=None, n=1, goal=None, better="higher"))
+        print(f"{guard.name}: {'; '.join(verdicts[guard.name]) or 'stays out'}", flush=True)
+        if not verdicts[guard.name]:
+            removed, now = (*removed, guard.name), tried
+    write_results(out / "ablation.json", rows)
+    (out / "ablation.md").write_text(_markdown(rows, verdicts, [f"{p} {m}" for p, m, _ in cases]))
+    print((out / "ablation.md").read_text())
+    log.unlink()
+
+
+def _by_case(runs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for result in runs:
+        cases.setdefault(f"{result['problem']} {result['method']}", []).append(result)
+    return cases
+
+
+def _against(tried: Sequence[dict[str, Any]], whole: Sequence[dict[str, Any]]) -> list[str]:
+    """What speaks against leaving it out."""
+    found = []
+    for (case, own), base in zip(_by_case(tried).items(), _by_case(whole).values(), strict=True):
+        if diverged := sum(r["diverged"] for r in own):
+            found.append(f"{case}: {diverged} of {len(own)} diverged")
+            continue
+        ratios = [r["ratio"] for r in base]
+        sd = statistics.stdev(ratios) if len(ratios) > 1 else 0.0
+        worse = statistics.fmean(r["ratio"] for r in own) - statistics.fmean(ratios)
+        if worse > sd:
+            found.append(f"{case}: {worse:+.2g}, sd {sd:.2g}")
+    return found
+
+
+def _rows(name: str, runs: Sequence[dict[str, Any]]) -> list[Row]:
+    rows: list[Row] = []
+    for case, own in _by_case(runs).items():
+        diverged = float(sum(r["diverged"] for r in own))
+        label = f"{case}, {name}"
+        rows.append(Row(case=label, metric="diverged", value=diverged, sd=None, n=len(own), goal=None, better="lower"))
+        for metric in ("ratio", "max_energy"):
+            values = [r[metric] for r in own if not r["diverged"]]
+            none = Row(case=label, metric=metric, value=None, sd=None, n=0, goal=None, better="lower", why="all diverged")
+            rows.append(mean_row(label, metric, values, None, "lower") if values else none)
+    return rows
+
+
+def _markdown(rows: Sequence[Row], verdicts: dict[str, list[str]], cases: Sequence[str]) -> str:
+    table = {(row["case"], row["metric"]): row for row in rows}
+
+    def cell(case: str, name: str) -> str:
+        ratio, diverged = table[f"{case}, {name}", "ratio"], table[f"{case}, {name}", "diverged"]
+        if diverged["value"]:
+            return f"{diverged['value']:.0f} of {diverged['n']} diverged"
+        sd = "" if ratio["sd"] is None else f" ± {ratio['sd']:.2g}"
+        return f"{ratio['value']:.2g}{sd}"
+
+    lines = [
+        "# What each safeguard of training is worth",
+        "",
+        "`python benchmarks/ablation.py`: ratio to the start (as in [stability](stability.md), smaller is better), mean and "
+        f"standard deviation of {table[f'{cases[0]}, all', 'ratio']['n']} seeds. Safeguards are left out one after the other, "
+        "the least active first; one that stays out is out in all lines below it.",
+        "",
+        "| without | " + " | ".join(cases) + " | stays out |",
+        "|---|" + "---|" * (len(cases) + 1),
+        "| (all safeguards) | " + " | ".join(cell(case, "all") for case in cases) + " | |",
+    ]
+    for name, against in verdicts.items():
+        cells = " | ".join(cell(case, f"without {name}") for case in cases)
+        lines.append(f"| {name} | {cells} | {'no' if against else 'yes'} |")
+    lines += ["", "What speaks against leaving one out:", ""]
+    lines += [f"- {name}: {'; '.join(against)}." for name, against in verdicts.items() if against] or ["- nothing."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
