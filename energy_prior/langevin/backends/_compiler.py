@@ -122,7 +122,7 @@ def cache_for(density: JointDensity, kind: Kind = "call", threads: int | None = 
             if kind == "loop":  # C++ around the operations, too: the interpreter would let one thread at a time through
                 options = {**options, "cpp_wrapper": True, "cpp.threads": threads}
             if kind == "regions":
-                options = {**options, **_one_file()}
+                options = {**options, **_one_file(), "layout_optimization": True, "force_layout_optimization": True}
             name = f"{type(topdown.generator).__name__}, batch of {topdown.batch_size}"
             both = density.cache_key, kind
             weakref.finalize(density.energies[0], _failed.discard, both)  # the key has addresses, which are used again
@@ -170,7 +170,7 @@ def _alone() -> Iterator[None]:
 
 @functools.cache
 def _cpu_options() -> dict[str, Any]:
-    # the compiler's own layouts cost more than they bring: groups of channels are copied to and fro
+    # in loops of small nets the compiler's own layouts cost more than they bring: groups of channels are copied to and fro
     options: dict[str, Any] = {"layout_optimization": False}
     try:
         from energy_prior.langevin.backends._passes import BiasesApart
