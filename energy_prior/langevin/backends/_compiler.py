@@ -20,6 +20,7 @@ import torch
 
 from energy_prior._util import first_line
 from energy_prior.errors import BackendWarning, warn
+from energy_prior.langevin.backends._sharing import Sharing
 from energy_prior.langevin.density import JointDensity
 
 _R = TypeVar("_R")
@@ -54,11 +55,11 @@ class CompileCache:
     Args:
         name: for people, what is compiled.
         key: what counts as failed, if one function of this cache cannot be compiled.
-        options: of torch.compile.
+        how: options or the backend of torch.compile.
     """
 
-    def __init__(self, name: str, key: Hashable, options: dict[str, Any] | None) -> None:
-        self._name, self._key, self._options = name, key, options
+    def __init__(self, name: str, key: Hashable, **how: Any) -> None:
+        self._name, self._key, self._how = name, key, how
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
         self._ready: set[Hashable] = set()
 
@@ -92,7 +93,7 @@ class CompileCache:
         if key not in self._compiled:
             # torch.compile keeps what it compiled with the code object, a few variants each: this gets a code object of its own
             own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-            self._compiled[key] = torch.compile(own, fullgraph=True, dynamic=False, options=self._options)
+            self._compiled[key] = torch.compile(own, fullgraph=True, dynamic=False, **self._how)
         return self._compiled[key]
 
     def _fail(self, error: Exception, *, quietly: bool) -> None:
@@ -121,12 +122,14 @@ def cache_for(density: JointDensity, kind: Kind = "call", threads: int | None = 
             options = _cpu_options() if topdown.reference.device.type == "cpu" else {}
             if kind == "loop":  # C++ around the operations, too: the interpreter would let one thread at a time through
                 options = {**options, "cpp_wrapper": True, "cpp.threads": threads}
+            how: dict[str, Any] = {"options": options or None}
             if kind == "regions":
-                options = {**options, **_one_file(), "layout_optimization": True, "force_layout_optimization": True}
+                own_layouts = {"layout_optimization": True, "force_layout_optimization": True}
+                how = {"backend": Sharing({**options, **_one_file(), **own_layouts})}
             name = f"{type(topdown.generator).__name__}, batch of {topdown.batch_size}"
             both = density.cache_key, kind
             weakref.finalize(density.energies[0], _failed.discard, both)  # the key has addresses, which are used again
-            _caches[key] = CompileCache(name, both, options or None)
+            _caches[key] = CompileCache(name, both, **how)
             if len(_caches) > _KEPT:
                 _caches.popitem(last=False)
         _caches.move_to_end(key)

@@ -1,7 +1,7 @@
 """Compiled chains of deep models on a CPU: each layer's part of the pass by itself.
 
 The time that compiling a deep model's step in one piece takes grows with its layers. Here layers that are alike share what is
-compiled, forward and backward, as torch finds in its cache the graph of the one before; the step around them is the reference.
+compiled, forward and backward (`_sharing`); the step around them is the reference.
 Energies that read noise are compiled too, as they need no pass; those of z_i are not, as they would add to the wait.
 """
 
