@@ -32,8 +32,8 @@ from energy_prior.training.penalty import WALL_WEIGHT, PenaltyWeight, energy_pen
 from energy_prior.training.turns import same_stream_after
 
 _LARGEST_GRADIENT, _LARGEST_GENERATOR_GRADIENT = 10.0, 1000.0  # norm of an update's gradient
-_LEAST_DRAWS = 2048  # for what is not learned, unless a fiftieth of the run's are fewer; but always so many:
-_FEWEST_DRAWS = 512
+_LEAST_DRAWS = 2048  # for what is not learned, unless a hundredth of the run's are fewer; but always so many:
+_FEWEST_DRAWS = 256
 _SOUND_DRAWS = 64
 _REFRESH = 10  # persistent chains of a stage run on by this part of `steps`: their target stands still
 _PICTURES = 64
@@ -344,7 +344,7 @@ class FitTask:
         units = sum(shape.numel() for shape in self.model.generator.latent_shapes)
         wanted = min(max(f.draws for f in waiting), max(_LEAST_DRAWS, _NUMBERS // units))
         batch = self.config.batch_size or self.config.usual_batch
-        wanted = min(wanted, max(_FEWEST_DRAWS, self.config.iterations * batch // 25))
+        wanted = min(wanted, max(_FEWEST_DRAWS, self.config.iterations * batch // 50))
         posterior: list[list[Tensor]] = []
         prior: list[list[Tensor]] = []
         with torch.no_grad(), frozen(self.model.generator, self.energies):
