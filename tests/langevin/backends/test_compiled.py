@@ -241,7 +241,7 @@ def test_many_settings_of_one_kind_are_all_compiled() -> None:
     def scaled(x: Tensor, temperature: float) -> Tensor:
         return x * temperature
 
-    cache = compiler.CompileCache("a model", "a key", None)
+    cache = compiler.CompileCache("a model", "a key")
     with torch._dynamo.config.patch(cache_size_limit=2), warnings.catch_warnings():
         warnings.simplefilter("error", BackendWarning)
         for temperature in (0.5, 0.7, 0.9):
