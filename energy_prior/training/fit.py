@@ -43,7 +43,7 @@ _SHORT = 100  # iterations: what fewer gained is not worth the draws
 _LEAST_COMPARED, _MOST_COMPARED = 512, 2048  # draws of posterior and prior, and the numbers that they hold in between
 _NUMBERS = 2**19
 _SHARE_COMPARED = 40  # of what the run draws, one in so many is compared at most
-_LEAST_STEPS = 60  # of a classifier
+_LEAST_STEPS = 40  # of a classifier
 _LEAST_JOINT = 128  # draws of the joint prior that show anything, and what they may cost: a share of the run, or operations
 _JOINT_SHARE, _JOINT_FLOPS = 0.03, 1e11
 
