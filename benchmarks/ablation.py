@@ -79,7 +79,11 @@ SAFEGUARDS = (
         constants=((rules, "_LARGEST_GENERATOR_GRADIENT", NONE),),
         acted=lambda run: run["clipped_generator"] not in (0, None),
     ),
-    Safeguard("cut of long drifts", constants=((chains, "LONGEST_DRIFT", NONE),), acted=lambda run: run["tamed"] != 0),
+    Safeguard(
+        "cut of long drifts",
+        constants=((chains, "LONGEST_DRIFT", NONE),),
+        acted=lambda run: run["tamed"] != 0 or run["method"] == "joint",  # posterior chains are not counted
+    ),
     Safeguard(
         "wall beyond 25 nats", constants=((penalty, "_BOUND", NONE),), acted=lambda run: not run["max_energy"] <= penalty._BOUND
     ),
