@@ -77,7 +77,7 @@ SAFEGUARDS = (
     Safeguard(
         "clipping of the generator's gradient",
         constants=((rules, "_LARGEST_GENERATOR_GRADIENT", NONE),),
-        acted=lambda run: run["clipped_generator"] not in (0, None),
+        acted=lambda run: run["clipped"] is None or run["clipped_generator"] not in (0, None),
     ),
     Safeguard(
         "cut of long drifts",
@@ -88,7 +88,7 @@ SAFEGUARDS = (
         "wall beyond 25 nats", constants=((penalty, "_BOUND", NONE),), acted=lambda run: not run["max_energy"] <= penalty._BOUND
     ),
     Safeguard("penalty that follows the gap", constants=((penalty, "_GROWTH", 0.0),)),
-    Safeguard("penalty", settings=(("energy_penalty", 0.0),)),
+    Safeguard("penalty, following or not", settings=(("energy_penalty", 0.0),)),
     Safeguard("saturation of the energies", prepare=_unbounded),
     Safeguard("restarts of persistent chains", settings=(("restart_probability", 0.0),)),
     Safeguard("averaged weights", settings=(("ema_decay", 0.0),)),
@@ -174,6 +174,9 @@ def _against(tried: Sequence[dict[str, Any]], whole: Sequence[dict[str, Any]]) -
     for (case, own), base in zip(_by_case(tried).items(), _by_case(whole).values(), strict=True):
         if diverged := sum(r["diverged"] for r in own):
             found.append(f"{case}: {diverged} of {len(own)} diverged")
+            continue
+        if any(r["diverged"] for r in base):
+            found.append(f"{case}: diverged with all of them")
             continue
         ratios = [r["ratio"] for r in base]
         sd = statistics.stdev(ratios) if len(ratios) > 1 else 0.0

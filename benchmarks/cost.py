@@ -17,9 +17,9 @@
 - `cold_compile_over_before`: seconds of the first compiled call of a process with an empty cache of torch's, less those of an
   eager one, over the same at the commit `--before`: four steps of 16 chains of an NVAE of 2 × 8 groups, energies of z_i.
 - `warm_compile_seconds_over_eager_call`: the first compiled call of a second process with that cache, over an eager one.
-- `effective_samples_per_second_over_plain_loop`: there, of Σf in compiled steps, over those of a loop (Euler's) with the full
-  sampler in every step, each at the step size at which MALA would accept 95%, so that both are as near to what they draw from.
-  `step_size_over_plain_loop`: those two. `the_same_at_one_step_size`: where both make steps of 0.5.
+- `effective_samples_per_second_over_plain_loop`: there, of Σf in three times 60 compiled steps of size 0.5, over those of a
+  loop (Euler's) with the full sampler in every step. `the_same_at_equal_acceptance`: each with steps of the size at which MALA
+  would accept 95% (the loop 240); `step_size_over_plain_loop`: the ratio of those sizes.
 - `keeping_memory_over_default`: seconds of an iteration of `fit(method="denoising")` on maps of 14 × 14 and 7 × 7, a batch of
   128, where the C library is told to keep what is freed (`KEEPING`), over those with its defaults.
 
@@ -66,14 +66,14 @@ GOALS: dict[tuple[str, str], float | None] = {
     ("nvae_2x8", "cold_compile_over_before"): 0.5,
     ("nvae_2x8", "warm_compile_seconds_over_eager_call"): None,
     ("nvae_2x8", "effective_samples_per_second_over_plain_loop"): 1.6,
-    ("nvae_2x8", "the_same_at_one_step_size"): None,
+    ("nvae_2x8", "the_same_at_equal_acceptance"): None,
     ("nvae_2x8", "step_size_over_plain_loop"): None,
     ("import", "flop_counter_and_triton_imported"): 0.0,
     ("deep_fit", "keeping_memory_over_default"): None,
 }
 HIGHER = {
     ("nvae_2x8", "effective_samples_per_second_over_plain_loop"),
-    ("nvae_2x8", "the_same_at_one_step_size"),
+    ("nvae_2x8", "the_same_at_equal_acceptance"),
     ("nvae_2x8", "step_size_over_plain_loop"),
 }
 """Figures that are better where they are larger; a goal is the least that they should be."""
@@ -187,8 +187,8 @@ def moving(quick: bool, before: str | None) -> dict[tuple[str, str], float]:
     fast = per_second(ours(steps_95[0]), rounds)
     slow = per_second(plain_loop(prior, steps if quick else LONG, steps_95[1]), 1)
     return {
-        ("nvae_2x8", "effective_samples_per_second_over_plain_loop"): fast / slow,
-        ("nvae_2x8", "the_same_at_one_step_size"): same,
+        ("nvae_2x8", "effective_samples_per_second_over_plain_loop"): same,
+        ("nvae_2x8", "the_same_at_equal_acceptance"): fast / slow,
         ("nvae_2x8", "step_size_over_plain_loop"): steps_95[0] / steps_95[1],
     }
 

@@ -26,7 +26,7 @@ from energy_prior.training import fit_elbo
 SCORES = ("calibrated", "log_joint", "negative_energy", "reconstruction")
 """The anomaly scores that the demo reports."""
 
-# Where the fits differ from the defaults of `FitConfig`: a strong weight decay for few images.
+# Where the fits differ from the defaults of `FitConfig`: few images ask for a strong weight decay.
 _NCE: dict[str, Any] = {"learning_rate": 1e-3, "batch_size": 1024, "weight_decay": 0.1, "energy_penalty": 5e-3}
 _ML: dict[str, Any] = {"learning_rate": 1e-3, "persistent": 2048, "restart_probability": 0.05, "ema_decay": 0.98}
 
@@ -50,7 +50,7 @@ def add_command(commands: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DemoSettings:
-    """Settings of the demo. The defaults were chosen with digits 0, 2 and 6 unknown on seeds 100–104.
+    """Settings of the demo. The numbers of iterations were chosen with digits 0, 2 and 6 unknown on seeds 100–104.
 
     Attributes:
         unknown: the digit that is held out of training, 0 … 9.

@@ -94,8 +94,9 @@ class FitConfig(RunConfig):
         iterations: updates, ≥ 1.
         batch_size: posterior draws, and as many prior draws, per update, process and accumulation step, ≥ 1; None: 256, or
             all observations if there are fewer.
-        learning_rate: of the energies' AdamW, > 0, after a linear warm-up and with cosine decay to a tenth of it; None: 1e-3,
-            and 1e-3 · √(2000/iterations), up to 3e-3, where there are fewer than 2000 iterations to get anywhere in.
+        learning_rate: of the energies' AdamW, > 0, after a linear warm-up of 100 iterations, or a tenth of them if fewer, and
+            with cosine decay to a tenth of it; None: 1e-3, and 1e-3 · √(2000/iterations), up to 3e-3, where there are fewer
+            than 2000 iterations to get anywhere in.
         weight_decay: of the energies' AdamW, ≥ 0.
         accumulate: batches whose gradients are averaged into one update, ≥ 1.
         log_every: iterations between looks at the run, each with an entry in the history, warnings of what may go wrong and
@@ -106,7 +107,7 @@ class FitConfig(RunConfig):
         energy_penalty: c ≥ 0 of the penalty c·E[(Σ_i f_i)²] over posterior and prior draws: energies are only defined up
             to a constant, and this keeps it, and their magnitude, near 0. Where a layer has more than 128 units, f counts in
             proportion less. With Langevin draws c rises above this, up to 0.1, while the gap E₊[Σ f_i] − E₋[Σ f_i] is above
-            1 nat, and falls back after: were the chains where f wants them, it would be near 0.
+            1 nat, and falls back after: were the chains where f wants them, it would be near 0. 0: no such penalty.
         ema_decay: d in [0, 1) of the running average of the weights, a ← d a + (1 − d) w, which is what the prior uses;
             early on d is at most (1 + t)/(10 + t); None: 0.999 for "denoising", else 0.99. The joint rules average the
             generator's weights as well.

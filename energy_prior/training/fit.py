@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _SHORT = 100  # iterations: what fewer gained is not worth the draws
 _LEAST_COMPARED, _MOST_COMPARED = 512, 2048  # draws of posterior and prior, and the numbers that they hold in between
 _NUMBERS = 2**19
-_SHARE_COMPARED = 40  # of what the run draws, one in so many is compared at most
+_ONE_IN = 40  # of the run's posterior draws so many are compared, unless that is less than the least
 _LEAST_STEPS = 40  # of a classifier
 _LEAST_JOINT = 128  # draws of the joint prior that show anything, and what they may cost: a share of the run, or operations
 _JOINT_SHARE, _JOINT_FLOPS = 0.03, 1e11
@@ -274,7 +274,7 @@ def _mismatch(
     units = sum(shape.numel() for shape in model.generator.latent_shapes)
     size = config.batch_size or config.usual_batch
     wanted = min(_MOST_COMPARED, max(_LEAST_COMPARED, _NUMBERS // units))
-    wanted = min(wanted, max(_LEAST_JOINT, config.iterations * size // _SHARE_COMPARED))
+    wanted = min(wanted, max(_LEAST_JOINT, config.iterations * size // _ONE_IN))
     if batches.whole is not None:
         rows = torch.randperm(len(batches.whole), generator=rng, device="cpu")[:wanted]
         x = batches.whole[rows.to(batches.whole.device)].to(batches.device)

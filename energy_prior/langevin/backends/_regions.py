@@ -102,7 +102,10 @@ class _Energy:
 
 
 def _run(cache: CompileCache, function: Callable[..., _R], variant: Any, *arguments: Any) -> _R:
-    return cache.call(function, variant, *arguments) if torch.is_grad_enabled() else function(*arguments)
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    autocast = torch.is_autocast_enabled("cpu")  # an older torch would take what was compiled with it for what was not
+    return cache.call(function, (variant, autocast), *arguments)
 
 
 # ----------------------------------------------------------------------------------------------------------- to be compiled

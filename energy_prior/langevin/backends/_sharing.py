@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 
 
 class Sharing:
@@ -32,25 +32,30 @@ class Sharing:
         from torch._inductor.compile_fx import compile_fx  # not before it is needed
 
         key = _signature(graph, inputs)
-        if key is None or key not in self._compiled:
-            made: Any = compile_fx(graph, list(inputs), config_patches=self._options)
-            if key is None:
-                return made  # type: ignore[no-any-return]
-            self._compiled[key] = made
-        return self._compiled[key]
+        made: Any = None if key is None else self._compiled.get(key)
+        if made is None:
+            made = compile_fx(graph, list(inputs), config_patches=self._options)
+            if key is not None:
+                self._compiled[key] = made
+        return made  # type: ignore[no-any-return]
 
 
 def _signature(graph: fx.GraphModule, inputs: Sequence[Any]) -> Hashable | None:
-    """Equal for graphs that are compiled to the same; None where that cannot be told: the graph has parts of its own."""
+    """Equal for graphs that are compiled to the same; None where that cannot be told.
+
+    That is where the graph has parts of its own, or objects among its arguments that are not known to be all that they show.
+    """
     nodes = list(graph.graph.nodes)
     if any(node.op in ("get_attr", "call_module") for node in nodes):
         return None
-    numbers = {node: f"%{number}" for number, node in enumerate(nodes)}
-    operations = []
+    numbers = {node: _Number(f"%{number}") for number, node in enumerate(nodes)}
+    operations, leaves = [], list[Any]()
     for node in nodes:
-        arguments = map_arg((node.args, node.kwargs), lambda used: _Number(numbers[used]))
-        target = None if node.op in ("placeholder", "output") else node.target
-        operations.append((node.op, target, repr(arguments)))
+        arguments = map_arg((node.args, node.kwargs), numbers.__getitem__)
+        map_aggregate(arguments, leaves.append)
+        operations.append((node.op, None if node.op == "placeholder" else node.target, repr(arguments)))
+    if not {type(leaf) for leaf in leaves} <= _PLAIN:
+        return None
     storages: dict[int, int] = {}
     return tuple(operations), tuple(_layout(value, storages) for value in inputs), _surroundings()
 
@@ -58,10 +63,14 @@ def _signature(graph: fx.GraphModule, inputs: Sequence[Any]) -> Hashable | None:
 class _Number(str):
     """How a node is written in the arguments of another."""
 
-    __slots__ = ()
-
     def __repr__(self) -> str:
         return str(self)
+
+
+_PLAIN = {
+    *(_Number, bool, int, float, complex, str, type(None), type(...)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+}
 
 
 def _layout(value: Any, storages: dict[int, int]) -> Hashable:
@@ -77,6 +86,7 @@ def _layout(value: Any, storages: dict[int, int]) -> Hashable:
 def _surroundings() -> Hashable:
     """Settings of torch's that what is compiled depends on."""
     return (
+        torch.is_grad_enabled(),
         torch.is_autocast_enabled("cpu"),
         torch.get_autocast_dtype("cpu"),
         torch.get_default_dtype(),

@@ -16,13 +16,14 @@ import pytest
 import torch
 import torch._dynamo
 import torch._dynamo.utils
+import torch._inductor.compile_fx
 import torch._inductor.config
 from ladders import LinearLadder, ScaleLadder
-from small_priors import STEPS, N, conv, conv_of_few_operations, injected, lively, mlp, target_of
+from small_priors import STEPS, N, conv, conv_of_few_operations, enliven, injected, lively, mlp, target_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from energy_prior import BackendWarning, DivergenceError, JointEBMPrior
+from energy_prior import BackendWarning, ConvEnergy, DivergenceError, JointEBMPrior, ResidualVAE
 from energy_prior._util import plain_normal
 from energy_prior.langevin import ChainSettings, InjectedNoise, backends, sample_target
 from energy_prior.langevin.backends import _compiler as compiler
@@ -141,6 +142,37 @@ def test_posteriors_and_held_layers_of_deep_models(space: Space, monkeypatch: py
     ends = [prior.sample_latents(N, given={1: start[0]}, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_layers_that_are_alike_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their own parameters, and full precision after bf16 as before."""
+    monkeypatch.setattr(compiled_file, "_MANY_OPERATIONS", 10)
+    made: list[Any] = []
+    original: Any = torch._inductor.compile_fx.compile_fx
+
+    def compile_fx(graph: Any, *arguments: Any, **options: Any) -> Any:
+        if options.get("config_patches"):  # it calls itself without them
+            made.append(graph)
+        return original(graph, *arguments, **options)
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
+    generator = ResidualVAE((1, 8, 8), groups=(5,), channels=8, latent_channels=2)
+    prior = JointEBMPrior(generator, [ConvEnergy(shape) for shape in generator.latent_shapes]).double()
+    for f in prior.energies:
+        enliven(f)
+    counts = []
+    for precision in ("full", "bf16", "full"):
+        if precision == "full":
+            noise = injected(prior, (1, 2, 3, 4, 5))
+            ends = [prior.sample_latents(N, noise=noise, steps=STEPS, backend=b) for b in ("eager", "compiled")]
+            for a, b in zip(*ends, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        else:
+            prior.sample_latents(N, steps=2, backend="compiled", precision="bf16")
+        counts.append(len(made))
+    assert 0 < counts[0] < 4, "there are four regions"
+    assert counts[2] == counts[1]
 
 
 class Scaled(LinearLadder):

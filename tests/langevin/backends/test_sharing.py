@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,12 +24,20 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
     def compile_fx(graph: Any, inputs: Any, config_patches: Any) -> Callable[..., Any]:
         graphs.append(graph)
-        return graph.forward  # type: ignore[no-any-return]
+
+        def run(*inputs: Any) -> Any:
+            return graph.forward(*inputs)
+
+        return run
 
     monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
     torch._dynamo.reset()
     yield graphs
+    alive.clear()
     torch._dynamo.reset()
+
+
+alive: list[Callable[..., Tensor]] = []
 
 
 def run(backend: Sharing, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -36,9 +46,9 @@ def run(backend: Sharing, function: Callable[..., Tensor], *arguments: Any) -> T
     def own(*arguments: Any) -> Tensor:
         return function(*arguments)
 
-    result: Tensor = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)(*arguments)
-    torch._dynamo.reset()
-    return result
+    code = types.FunctionType(own.__code__.replace(), own.__globals__, "own", None, own.__closure__)
+    alive.append(torch.compile(code, backend=backend, fullgraph=True, dynamic=False))
+    return alive[-1](*arguments)
 
 
 def layer(net: nn.Module, x: Tensor) -> Tensor:
@@ -88,7 +98,7 @@ def test_other_operations_are_compiled_anew(other: Callable[..., Tensor], compil
 @pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf")
 def test_other_inputs_are_compiled_anew(other: Tensor, compiled: list[Any]) -> None:
     backend = Sharing({})
-    for x in (torch.randn(2, 3), other):
+    for x in (torch.randn(2, 3).requires_grad_(not other.is_leaf), other):
         run(backend, torch.tanh, x)
     assert len(compiled) == 2
 
@@ -100,10 +110,23 @@ def test_inputs_that_share_memory_are_compiled_anew(compiled: list[Any]) -> None
     assert len(compiled) == 2
 
 
-def test_other_settings_are_compiled_anew(compiled: list[Any]) -> None:
+@contextlib.contextmanager
+def threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [lambda: torch.autocast("cpu", torch.bfloat16), torch.no_grad, lambda: threads(torch.get_num_threads() + 1)],
+    ids=["autocast", "no_grad", "threads"],
+)
+def test_other_settings_are_compiled_anew(setting: Callable[[], Any], compiled: list[Any]) -> None:
     backend, x, net = Sharing({}), torch.randn(2, 3), nn.Linear(3, 3)
     run(backend, layer, net, x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with setting():
         assert torch.equal(run(backend, layer, net, x), layer(net, x))
     assert len(compiled) == 2
 
