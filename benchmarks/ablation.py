@@ -12,17 +12,14 @@ docs/results/ablation.json and .md.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import stability
-from results import ROOT, Row, code_key, mean_row, run_missing, write_results
+from results import Row, code_key, mean_row, run_missing, write_results
 from stability import Job
 
 from energy_prior import Energy, JointEBMPrior
@@ -97,9 +94,10 @@ SAFEGUARDS = (
 """The least active first."""
 
 
-def run(job: Job) -> dict[str, Any]:
-    """A run of `stability.py` without some safeguards."""
-    out = [guard for guard in SAFEGUARDS if guard.name in job.without]
+def run(what: tuple[Job, tuple[str, ...]]) -> dict[str, Any]:
+    """A run of `stability.py` without the safeguards of these names."""
+    job, without = what
+    out = [guard for guard in SAFEGUARDS if guard.name in without]
     for guard in out:
         for module, name, value in guard.constants:
             assert hasattr(module, name), name  # noqa: S101
@@ -111,43 +109,30 @@ def run(job: Job) -> dict[str, Any]:
 
 def main() -> None:
     """Runs what is missing, then writes the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="", help="folder with mnist/ and cifar10/; needed but for --quick")
-    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time, one thread each")
-    parser.add_argument("--quick", action="store_true", help="see that it runs; writes nothing into docs/results")
-    options = parser.parse_args()
-    if not (options.data or options.quick):
-        parser.error("--data: the folder with mnist and cifar10 is needed")
-    out = Path(tempfile.mkdtemp()) if options.quick else ROOT / "docs" / "results"
+    options, out = stability.read_options(__doc__)
     log = out / "ablation.partial.jsonl"
-    here = Path(__file__).parent
-    files = [
-        here / "stability_problems.py",
-        here / "stability.py",
-        ROOT / "tests" / "ladders.py",
-        ROOT / "examples" / "cifar10.py",
-    ]
-    key = code_key(Path(__file__), *files)
+    key = code_key(Path(__file__), *stability.FILES)
     quick: Cases = (("digits", "variational", 12), ("digits", "two_stage", 12))
     cases = quick if options.quick else CASES
     seeds = range(1) if options.quick else SEEDS
     grid: list[tuple[str, Method, int, int]] = [(p, m, n, s) for p, m, n in cases for s in seeds]
 
-    def runs(without: tuple[str, ...], before: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
-        """Of every case and seed, without these; those in which the last of them never acted are taken from `before`."""
-        jobs = {f"{p} {m} {s}": Job(p, m, s, n, False, options.data, options.quick, without) for p, m, n, s in grid}
-        acted = next((guard.acted for guard in SAFEGUARDS if guard.name == without[-1]), None) if without else None
-        same = {} if before is None or acted is None else {n: r for n, r in zip(jobs, before, strict=True) if not acted(r)}
+    def runs(removed: tuple[str, ...], guard: Safeguard, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Of every case and seed, without these and that one; those `before` in which it never acted are taken as they are."""
+        without = tuple(name for name in (*removed, guard.name) if name)
+        jobs = {f"{p} {m} {s}": (Job(p, m, s, n, False, options.data, options.quick), without) for p, m, n, s in grid}
+        acted = guard.acted or (lambda _: True)
+        same = {name: result for name, result in zip(jobs, before, strict=False) if not acted(result)}
         label = " + ".join(without) or "all"
         todo = {f"{name} without {label}": job for name, job in jobs.items() if name not in same}
         done = dict(run_missing(todo, run, log, key, 1 if options.quick else options.workers))
         return [same[name] if name in same else done[f"{name} without {label}"] for name in jobs]
 
-    whole = runs((), None)
+    whole = runs((), Safeguard(""), [])
     rows, removed, now = _rows("all", whole), (), whole
     verdicts: dict[str, list[str]] = {}
     for guard in SAFEGUARDS:
-        tried = runs((*removed, guard.name), now)
+        tried = runs(removed, guard, now)
         verdicts[guard.name] = _against(tried, whole)
         rows += _rows(f"without {guard.name}", tried)
         out_of_it = float(not verdicts[guard.name])

@@ -37,6 +37,13 @@ LONGEST = {"digits": 3000, "mnist": 3000, "cifar10": 500, "ladder": 3000}
 LEARNED = {"digits": 0.7, "mnist": 0.7, "cifar10": 0.7, "ladder": 0.1}
 """Largest ratio to the start (Fréchet excess; KL to the optimum on the ladder) that counts as having learned."""
 LARGEST_ENERGY = 1e3
+FILES = (
+    Path(__file__),
+    Path(__file__).parent / "stability_problems.py",
+    ROOT / "tests" / "ladders.py",
+    ROOT / "examples" / "cifar10.py",
+)
+"""What figures of a run depend on, beside the package."""
 LEAST_ACCEPTANCE = 0.2
 
 
@@ -52,7 +59,6 @@ class Job:
         plain: the plain loop instead of `JointEBMPrior.fit`.
         data: folder with the folders mnist and cifar10.
         quick: tiny nets and sets.
-        without: safeguards that are left out (`ablation.py`).
     """
 
     problem: str
@@ -62,25 +68,27 @@ class Job:
     plain: bool
     data: str
     quick: bool = False
-    without: tuple[str, ...] = ()
 
 
-def main() -> None:
-    """Runs what is missing, then writes the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_options(description: str | None) -> tuple[argparse.Namespace, Path]:
+    """The command line, and the folder that results go to."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="", help="folder with mnist/ and cifar10/; needed but for --quick")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time, one thread each")
     parser.add_argument("--quick", action="store_true", help="see that it runs; writes nothing into docs/results")
     options = parser.parse_args()
     if not (options.data or options.quick):
         parser.error("--data: the folder with mnist and cifar10 is needed")
-    out = Path(tempfile.mkdtemp()) if options.quick else ROOT / "docs" / "results"
+    return options, Path(tempfile.mkdtemp()) if options.quick else ROOT / "docs" / "results"
+
+
+def main() -> None:
+    """Runs what is missing, then writes the results."""
+    options, out = read_options(__doc__)
     problems = ["digits", "ladder"] if options.quick else list(PROBLEMS)
     seeds, plain_seeds = (range(1), range(1)) if options.quick else (SEEDS, PLAIN_SEEDS)
     log = out / "stability.partial.jsonl"
-    here = Path(__file__).parent
-    files = (Path(__file__), here / "stability_problems.py", ROOT / "tests" / "ladders.py", ROOT / "examples" / "cifar10.py")
-    key = code_key(*files)
+    key = code_key(*FILES)
 
     def longest(problem: str) -> int:
         return 12 if options.quick else LONGEST[problem]

@@ -32,7 +32,7 @@ from energy_prior.training.penalty import WALL_WEIGHT, PenaltyWeight, energy_pen
 from energy_prior.training.turns import same_stream_after
 
 _LARGEST_GRADIENT, _LARGEST_GENERATOR_GRADIENT = 10.0, 1000.0  # norm of an update's gradient
-_LEAST_DRAWS = 2048  # for what is not learned, unless one in fifty of the run's are fewer (posterior and prior); but always:
+_LEAST_DRAWS = 2048  # for what is not learned, unless a hundredth of the run's are fewer; but always so many:
 _FEWEST_DRAWS = 256
 _SOUND_DRAWS = 64
 _REFRESH = 10  # persistent chains of a stage run on by this part of `steps`: their target stands still

@@ -40,10 +40,24 @@ class Sharing:
         return made  # type: ignore[no-any-return]
 
 
+class _Number(str):
+    """How a node is written in the arguments of another."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+_PLAIN = {
+    *(_Number, bool, int, float, complex, str, type(None), type(...)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+}
+"""Kinds of arguments that are all that they show."""
+
+
 def _signature(graph: fx.GraphModule, inputs: Sequence[Any]) -> Hashable | None:
     """Equal for graphs that are compiled to the same; None where that cannot be told.
 
-    That is where the graph has parts of its own, or objects among its arguments that are not known to be all that they show.
+    That is where the graph has parts of its own, or arguments that may be more than they show.
     """
     nodes = list(graph.graph.nodes)
     if any(node.op in ("get_attr", "call_module") for node in nodes):
@@ -58,19 +72,6 @@ def _signature(graph: fx.GraphModule, inputs: Sequence[Any]) -> Hashable | None:
         return None
     storages: dict[int, int] = {}
     return tuple(operations), tuple(_layout(value, storages) for value in inputs), _surroundings()
-
-
-class _Number(str):
-    """How a node is written in the arguments of another."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
-_PLAIN = {
-    *(_Number, bool, int, float, complex, str, type(None), type(...)),
-    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
-}
 
 
 def _layout(value: Any, storages: dict[int, int]) -> Hashable:

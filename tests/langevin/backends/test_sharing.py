@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch._inductor.compile_fx
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from energy_prior.langevin.backends._sharing import Sharing
@@ -136,4 +136,17 @@ def test_graphs_with_parts_of_their_own_are_not_shared(compiled: list[Any]) -> N
     backend, x = Sharing({}), torch.randn(2, 3, requires_grad=True)
     for net in (nn.Linear(3, 3), nn.Linear(3, 3)):
         run(backend, lambda net, x: checkpoint(net, x, use_reentrant=False), net, x)
+    assert len(compiled) == 2
+
+
+def test_arguments_that_may_be_more_than_they_show_are_not_shared(compiled: list[Any]) -> None:
+    class Setting:
+        def __repr__(self) -> str:
+            return "setting"
+
+    backend, x = Sharing({}), torch.randn(2)
+    for _ in range(2):
+        graph = fx.Graph()
+        graph.output(graph.call_function(torch.add, (graph.placeholder("x"), Setting())))  # type: ignore[arg-type]
+        backend(fx.GraphModule({}, graph), [x])
     assert len(compiled) == 2
