@@ -42,8 +42,8 @@ def fashion_mnist_small() -> Case:
 def cifar10_pyramid() -> Case:
     """Maps of 8 × 8, 4 × 4 and 2 × 2, 1,184 dimensions."""
     vae = ResidualVAE((3, 32, 32), groups=(2, 1, 1), channels=24, latent_channels=8, downsample=2)
-    energies = {"iterations": 8000, "batch_size": 128}
-    return Case("cifar10", vae, {"iterations": 4500, "batch_size": 64}, energies, {"iterations": 2500}, long_chains=True)
+    energies = {"iterations": 5000, "batch_size": 128}
+    return Case("cifar10", vae, {"iterations": 3500, "batch_size": 64}, energies, {"iterations": 2500}, long_chains=True)
 
 
 def cifar10_wide() -> Case:

@@ -3,6 +3,7 @@
     python benchmarks/deep_latents.py --data DATA --case fashion_mnist_small   # hours on two cores; goes on where it stopped
     python benchmarks/deep_latents.py --data DATA                              # every case, days
     python benchmarks/deep_latents.py --table                                  # only the table, of the cases that are done
+    python benchmarks/deep_latents.py --data DATA --case … --units 'backbone'  # only some units: processes share them
     python benchmarks/deep_latents.py --quick                                  # see that it runs, on scikit-learn's digits
 
 DATA: a folder with `cifar10` and `fashion_mnist`, as `energy_prior.data.load_images` reads them. Of the training images the
@@ -25,6 +26,7 @@ import functools
 import inspect
 import json
 import math
+import re
 import statistics
 import tempfile
 import time
@@ -83,6 +85,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder with the image sets; needed but for --quick")
     parser.add_argument("--case", choices=tuple(CASES), action="append", help="only this one; may be given several times")
     parser.add_argument("--runs", default=str(ROOT / "runs"), help="folder for weights and pictures")
+    parser.add_argument("--units", default=".*", help="regular expression: only units whose name it is; those before are done")
     parser.add_argument("--table", action="store_true", help="run nothing, write the table of the cases that are done")
     parser.add_argument("--quick", action="store_true", help="see that it runs; writes nothing into docs/results")
     options = parser.parse_args()
@@ -99,9 +102,10 @@ def main() -> None:
         torch.manual_seed(0)
         case = make()
         images = load_images(Path(options.data) / case.data).images if case.data else digits(case.generator.x_shape)
-        run = CaseRun(case, images, runs / f"deep-{name}-{key}", Log(log, key, name), sizes)
+        run = CaseRun(case, images, runs / f"deep-{name}-{key}", Log(log, key, name, options.units), sizes)
         run.run()
-        image_panels(out / f"deep_latents_{name}.png", run.panels(), columns=5)
+        if _LAST_UNIT in run.log.done:
+            image_panels(out / f"deep_latents_{name}.png", run.panels(), columns=5)
     done = {name: units for name in (QUICK if options.quick else CASES) if (units := whole(log, name))}
     rows = [row for name, units in done.items() for row in rows_of(name, units)]
     write_results(out / "deep_latents.json", rows)
@@ -130,24 +134,34 @@ def whole(path: Path, case: str) -> dict[str, dict[str, Any]]:
 
 
 class Log:
-    """Units of a case that are done, a line each; those of other code do not count."""
+    """Units of a case that are done, a line each; those of other code do not count.
 
-    def __init__(self, path: Path, key: str, case: str) -> None:
-        self.path, self.key, self.case = path, key, case
+    Args:
+        path: the file; several processes may add to it.
+        key: what code they are of.
+        case: name of the case.
+        units: regular expression, of the names of units that may be run.
+    """
+
+    def __init__(self, path: Path, key: str, case: str, units: str) -> None:
+        self.path, self.key, self.case, self.units = path, key, case, re.compile(units)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.done = {line["unit"]: line["result"] for line in lines_of(path, case) if line["key"] == key}
 
-    def unit(self, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of a unit, which is run if it is not there."""
-        if name not in self.done:
+    @property
+    def done(self) -> dict[str, dict[str, Any]]:
+        """Results by name."""
+        return {line["unit"]: line["result"] for line in lines_of(self.path, self.case) if line["key"] == self.key}
+
+    def unit(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
+        """Runs a unit whose result is not there, if it is one of those that may be run."""
+        if self.units.fullmatch(name) and name not in self.done:
             begin = time.perf_counter()
             result = run()
-            self.done[name] = result | {"seconds": round(time.perf_counter() - begin), "commit": provenance()["commit"]}
-            line = {"key": self.key, "case": self.case, "unit": name, "result": self.done[name]}
+            result |= {"seconds": round(time.perf_counter() - begin), "commit": provenance()["commit"]}
+            line = {"key": self.key, "case": self.case, "unit": name, "result": result}
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            print(self.case, name, self.done[name], flush=True)
-        return self.done[name]
+            print(self.case, name, result, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------- one case
@@ -176,26 +190,26 @@ class CaseRun:
         """All units, in order."""
         unit, draws = self.log.unit, range(self.sizes.draws)
         unit("backbone", self._backbone)
-        self.vae.load_state_dict(torch.load(self.folder / "backbone.pt", weights_only=True))
+        if not (weights := self.folder / "backbone.pt").exists():
+            raise SystemExit(f"{weights} is not there: the unit 'backbone' has to be run first, with this --runs")
+        self.vae.load_state_dict(torch.load(weights, weights_only=True))
         self.vae.eval()
         unit("mismatch", self._mismatch)
         unit("energies", lambda: self._energies("energies", {}))
-        self.prior = self._learned("energies")
         unit("real", lambda: self._distance(self.others))
         unit("reconstructions", lambda: self._distance(self._reconstructed(self.others)))
-        temperature = unit("best temperature", self._temperature)["temperature"]
+        unit("best temperature", self._temperature)
         for i in draws:
             unit(f"gaussian {i}", lambda i=i: self._distance(self._gaussian(self.sizes.images, i)))
-            unit(f"temperature {i}", lambda i=i: self._distance(self._gaussian(self.sizes.images, i, temperature)))
+            unit(f"temperature {i}", lambda i=i: self._distance(self._at_best_temperature(i)))
             unit(f"gaussian_refit {i}", lambda i=i: self._distance(self._refit(self.sizes.images, i)))
             unit(f"mixture_refit {i}", lambda i=i: self._distance(self._refit(self.sizes.images, i, mixture=True)))
         for i in draws:
             unit(f"joint {i}", lambda i=i: self._distance(self._joint(self.sizes.images, i, self.folder / f"joint-{i}.pt")))
         if (differ := self.case.shorter) is not None:
             unit("shorter energies", lambda: self._energies("shorter", differ))
-            shorter = self._learned("shorter")
             for i in draws:
-                unit(f"shorter_fit {i}", lambda i=i: self._distance(self._joint(self.sizes.images, i, prior=shorter)))
+                unit(f"shorter_fit {i}", lambda i=i: self._distance(self._joint(self.sizes.images, i, learned="shorter")))
         if self.case.long_chains:
             unit("few real", lambda: self._distance(self.others[: self.sizes.few]))
             unit("few short", lambda: self._distance(self._joint(self.sizes.few, 90)))
@@ -204,9 +218,11 @@ class CaseRun:
 
     def panels(self) -> dict[str, Tensor]:
         """Forty images of each kind, the last of them frames of five chains of the joint prior."""
-        path = self.prior.trajectory(5, every=max(1, self.sizes.long // 70), steps=self.sizes.long // 10, rng=_seeded(99))
+        path = self._learned("energies").trajectory(
+            5, every=max(1, self.sizes.long // 70), steps=self.sizes.long // 10, rng=_seeded(99)
+        )
         frames = torch.linspace(0, len(path.steps) - 1, 8).long()
-        chains = self.prior.decode([z[frames].flatten(0, 1) for z in path.latents])
+        chains = self._plain.decode([z[frames].flatten(0, 1) for z in path.latents])
         images = {
             "real": self.reference[:40],
             "reconstructions": self._reconstructed(self.others[:40]),
@@ -262,6 +278,11 @@ class CaseRun:
         return {"gaussian": gaussian, "joint": joint, "ratio": (joint - 0.5) / (gaussian - 0.5)}
 
     @functools.cached_property
+    def _plain(self) -> JointEBMPrior:
+        """For decoding and reconstructions."""
+        return JointEBMPrior(self.vae)
+
+    @functools.cached_property
     def _reference_features(self) -> Tensor:
         return efficientnet_features(self.reference)
 
@@ -283,10 +304,13 @@ class CaseRun:
         return {"fd": _frechet(x, self._reference_features)}
 
     def _reconstructed(self, x: Tensor) -> Tensor:
-        return torch.cat([self.prior.reconstruct(batch) for batch in x.split(250)])
+        return torch.cat([self._plain.reconstruct(batch) for batch in x.split(250)])
 
     def _gaussian(self, n: int, number: int, temperature: float = 1.0) -> Tensor:
         return self._decoded(temperature * torch.randn(n, self.units, generator=_seeded(number)))
+
+    def _at_best_temperature(self, number: int) -> Tensor:
+        return self._gaussian(self.sizes.images, number, self.log.done["best temperature"]["temperature"])
 
     def _refit(self, n: int, number: int, *, mixture: bool = False) -> Tensor:
         return self._decoded((self._mixture if mixture else self._one_gaussian).sample(n, _seeded(number)))
@@ -297,17 +321,17 @@ class CaseRun:
         with torch.no_grad():
             for rows in noise.split(250):
                 descent = TopDown(self.vae, len(rows)).descend(layers_of(rows, self.vae), "noise")
-                parts.append(self.prior.decode(descent.latents))
+                parts.append(self._plain.decode(descent.latents))
         return torch.cat(parts)
 
-    def _joint(self, n: int, number: int, keep: Path | None = None, prior: JointEBMPrior | None = None, **chain: Any) -> Tensor:
-        """Images of the joint prior, or of another one; `keep`: the file that their noise goes into."""
-        prior, rng = prior or self.prior, _seeded(number)
+    def _joint(self, n: int, number: int, keep: Path | None = None, learned: str = "energies", **chain: Any) -> Tensor:
+        """Images of the joint prior; `keep`: the file that their noise goes into; `learned`: the run of `fit`."""
+        prior, rng = self._learned(learned), _seeded(number)
         latents = [prior.sample_latents(min(250, n - at), rng=rng, **chain) for at in range(0, n, 250)]
         if keep is not None:
             with torch.no_grad():
                 torch.save(torch.cat([flat(TopDown(self.vae, len(z[0])).position(z, "noise")) for z in latents]), keep)
-        return torch.cat([prior.decode(z) for z in latents])
+        return torch.cat([self._plain.decode(z) for z in latents])
 
 
 def _seeded(number: int) -> torch.Generator:
