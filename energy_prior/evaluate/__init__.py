@@ -1,0 +1,16 @@
+"""Figures: of images, of draws, of scores that detect what is unknown, and the protocols that these are measured by."""
+
+from energy_prior.evaluate.detection import Detection, DetectionTask, detection
+from energy_prior.evaluate.draws import effective_sample_size, two_sample_accuracy
+from energy_prior.evaluate.images import efficientnet_features, excess_ratio, frechet_distance
+
+__all__ = [
+    "Detection",
+    "DetectionTask",
+    "detection",
+    "effective_sample_size",
+    "efficientnet_features",
+    "excess_ratio",
+    "frechet_distance",
+    "two_sample_accuracy",
+]

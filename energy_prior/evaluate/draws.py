@@ -1,0 +1,70 @@
+"""Figures of draws: how many a chain is worth, whether two sets of them can be told apart."""
+
+from __future__ import annotations
+
+__all__ = ["effective_sample_size", "two_sample_accuracy"]
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from energy_prior.checks.settings import require_extra
+from energy_prior.errors import ShapeError
+
+
+def effective_sample_size(series: Tensor) -> Tensor:
+    """Effective sample size of one chain of T steps, T/(1 + 2 Σ_t ρ_t), in (0, T].
+
+    ρ_t is the autocorrelation at lag t, pooled over the chains about their common mean (chains that stay apart count as
+    correlated). The sum ends where two neighbouring terms add up to less than 0 (Geyer, Statistical Science 1992).
+
+    Args:
+        series: d quantities along the chains, (T, chains, d), T ≥ 4.
+
+    Returns:
+        (d,), of each quantity.
+
+    Raises:
+        ShapeError: if the shape is another.
+    """
+    if series.ndim != 3 or len(series) < 4:
+        raise ShapeError(f"series: expected shape (T, chains, d) with T of at least 4, got {tuple(series.shape)}.")
+    steps = len(series)
+    centred = series.double() - series.double().mean((0, 1))
+    spectrum = torch.fft.rfft(centred, n=2 * steps, dim=0)
+    covariance = torch.fft.irfft(spectrum.abs() ** 2, n=2 * steps, dim=0)[:steps].mean(1) / steps
+    correlation = covariance / covariance[0].clamp_min(1e-300)
+    pairs = correlation[: steps // 2 * 2].reshape(steps // 2, 2, -1).sum(1)
+    positive = (pairs > 0).long().cumprod(0)
+    return steps / (2 * (pairs * positive).sum(0) - 1).clamp_min(1.0)
+
+
+def two_sample_accuracy(
+    train_a: Tensor, train_b: Tensor, test_a: Tensor, test_b: Tensor, *, hidden: int = 128, epochs: int = 25, seed: int = 0
+) -> float:
+    """Classifier two-sample test: balanced accuracy of telling A from B on test draws, in [0, 1]; 0.5: no difference found.
+
+    After Lopez-Paz and Oquab (ICLR 2017), with scikit-learn's perceptron of two hidden layers.
+
+    Args:
+        train_a: draws of A to train on, (n, d); their mean and standard deviation standardise all inputs.
+        train_b: draws of B to train on, (n, d).
+        test_a: draws of A to test on, (m, d).
+        test_b: draws of B to test on, (m', d).
+        hidden: width of the two hidden layers.
+        epochs: passes over the training draws.
+        seed: random state of the classifier.
+
+    Raises:
+        MissingExtraError: if scikit-learn is not installed.
+    """
+    perceptron = require_extra("sklearn.neural_network", "eval").MLPClassifier
+    mean, spread = train_a.mean(0), train_a.std(0).clamp_min(1e-12)
+    unit = [((t - mean) / spread).cpu().numpy() for t in (train_a, train_b, test_a, test_b)]
+    labels = torch.cat([torch.ones(len(train_a)), torch.zeros(len(train_b))]).numpy()
+    net = perceptron((hidden, hidden), alpha=1e-3, batch_size=min(256, len(labels)), max_iter=epochs, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Stochastic Optimizer: Maximum iterations")
+        net.fit(torch.cat([torch.as_tensor(unit[0]), torch.as_tensor(unit[1])]).numpy(), labels)
+    return 0.5 * float(net.predict(unit[2]).mean() + (1 - net.predict(unit[3])).mean())

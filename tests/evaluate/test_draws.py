@@ -1,0 +1,42 @@
+"""Figures of draws: the two-sample test on known pairs, effective sample sizes of known chains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from energy_prior import ShapeError
+from energy_prior.evaluate import effective_sample_size, two_sample_accuracy
+
+
+def test_two_sample_accuracy_on_pairs_that_differ_and_that_do_not() -> None:
+    g = torch.Generator().manual_seed(0)
+
+    def draws(n: int, shift: float) -> torch.Tensor:
+        return torch.randn(n, 2, generator=g) + shift
+
+    same = two_sample_accuracy(draws(800, 0), draws(800, 0), draws(2000, 0), draws(2000, 0), epochs=10)
+    apart = two_sample_accuracy(draws(800, 0), draws(800, 1), draws(2000, 0), draws(2000, 1), epochs=10)
+    assert same == pytest.approx(0.5, abs=0.04)
+    best = float(torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor(0.5**0.5)))  # of two unit Gaussians √2 apart
+    assert apart == pytest.approx(best, abs=0.03)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
+def test_effective_sample_size_of_an_autoregression(rho: float) -> None:
+    """x_t = ρ x_{t−1} + noise has autocorrelations ρ^t, so T steps are worth T (1 − ρ)/(1 + ρ)."""
+    steps, chains = 4000, 8
+    noise = torch.randn(steps, chains, 2, generator=torch.Generator().manual_seed(0)) * (1 - rho**2) ** 0.5
+    x = [noise[0]]
+    for n in noise[1:]:
+        x.append(rho * x[-1] + n)
+    size = effective_sample_size(torch.stack(x))
+    assert size.shape == (2,)
+    assert size.tolist() == pytest.approx([steps * (1 - rho) / (1 + rho)] * 2, rel=0.1)
+
+
+def test_chains_that_stay_apart_are_worth_little() -> None:
+    x = 0.1 * torch.randn(400, 4, 1) + torch.arange(4.0)[:, None]
+    assert float(effective_sample_size(x)) < 3
+    with pytest.raises(ShapeError, match="series: expected shape"):
+        effective_sample_size(torch.zeros(3, 2, 1))

@@ -1,0 +1,81 @@
+"""Figures of images: Fréchet distance against closed forms, features of EfficientNet-Lite0."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+
+from energy_prior import ArgumentError, ShapeError
+from energy_prior.cli.demo import load_demo_data
+from energy_prior.evaluate import efficientnet_features, excess_ratio, frechet_distance
+
+
+def test_frechet_distance_of_known_gaussians() -> None:
+    """Samples whitened to have exactly the moments asked for, so that the closed form holds exactly."""
+    torch.manual_seed(0)
+
+    def exactly(mean: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+        z = torch.randn(50, 3, dtype=torch.float64)
+        z = z - z.mean(0)
+        z = z @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(z.T))).T
+        return mean + z @ torch.linalg.cholesky(covariance).T
+
+    m = torch.randn(3, 3, dtype=torch.float64)
+    cov_a, cov_b = m @ m.T + torch.eye(3).double(), torch.diag(torch.tensor([1.0, 2.0, 0.3])).double()
+    mean_a, mean_b = torch.tensor([1.0, 0.0, -2.0]).double(), torch.zeros(3).double()
+    root = torch.as_tensor(np.real(np.asarray(sqrtm((cov_a @ cov_b).numpy()))))
+    expected = (mean_a - mean_b).square().sum() + (cov_a + cov_b - 2 * root).trace()
+    assert frechet_distance(exactly(mean_a, cov_a), exactly(mean_b, cov_b)) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_frechet_distance_of_a_set_to_itself_and_with_fewer_rows_than_features() -> None:
+    x = torch.randn(10, 30)
+    assert frechet_distance(x, x) == pytest.approx(0.0, abs=1e-6)
+    assert frechet_distance(x, x + 1) == pytest.approx(30.0, rel=1e-5)
+    assert frechet_distance(x[:, :1], x[:, :1] + 2) == pytest.approx(4.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "error", "words"),
+    [
+        (torch.zeros(4), torch.zeros(4, 2), ShapeError, "expected two matrices"),
+        (torch.zeros(4, 3), torch.zeros(4, 2), ShapeError, r"got \(4, 3\) and \(4, 2\)"),
+        (torch.zeros(1, 2), torch.zeros(4, 2), ShapeError, "at least two rows"),
+        (torch.full((3, 2), float("nan")), torch.zeros(4, 2), ArgumentError, "expected finite values"),
+    ],
+)
+def test_frechet_distance_bad_input(a: torch.Tensor, b: torch.Tensor, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        frechet_distance(a, b)
+
+
+def test_excess_ratio() -> None:
+    assert excess_ratio(2.0, 5.0, 1.0) == pytest.approx(0.25)
+    with pytest.raises(ArgumentError, match="above the floor"):
+        excess_ratio(2.0, 1.0, 1.0)
+
+
+def test_features_of_images() -> None:
+    """They tell digits from noise by far more than one half of the digits from the other; gray counts as three channels."""
+    digits = load_demo_data(1, 0).train
+    state = torch.get_rng_state()
+    real = efficientnet_features(digits[:400])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert real.shape == (400, 1280)
+    assert real.dtype == torch.float32
+    torch.testing.assert_close(
+        efficientnet_features(digits[:5].expand(-1, 3, -1, -1), batch_size=2), real[:5], rtol=1e-3, atol=1e-4
+    )
+    near = frechet_distance(real[:200], real[200:])
+    far = frechet_distance(real[:200], efficientnet_features(torch.rand(200, 1, 8, 8)))
+    assert far > 5 * near
+    assert efficientnet_features(digits[:0]).shape == (0, 1280)
+    for wrong, error, words in (
+        (255 * digits[:2], ArgumentError, r"values in \[0, 1\], got some from 0 to 2"),
+        (digits[:2] * torch.nan, ArgumentError, "got some from nan"),
+        (digits[0], ShapeError, r"expected \(n, 1 or 3, height, width\), got \(1, 8, 8\)"),
+    ):
+        with pytest.raises(error, match=words):
+            efficientnet_features(wrong)
