@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ArgumentError",
     "BackendWarning",
+    "Calibration",
     "ChainSettings",
     "ChainWarning",
     "CheckpointError",
@@ -16,6 +17,7 @@ __all__ = [
     "DivergenceError",
     "Energy",
     "EnergyPriorError",
+    "Explanation",
     "FitConfig",
     "FitResult",
     "GeneratorError",
@@ -39,6 +41,7 @@ __all__ = [
     "map_batches",
 ]
 
+from energy_prior.calibration import Calibration, Explanation
 from energy_prior.checks.generator import check_generator
 from energy_prior.energies import ConvEnergy, DenoisingEnergy, Energy, MLPEnergy, default_energies, denoising_energies
 from energy_prior.errors import (

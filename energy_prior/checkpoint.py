@@ -177,7 +177,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         whole = False
     if (
         not whole
-        or not {"step_size", "calibration"} <= set(tensors)
+        or not {"step_size", "calibration.count"} <= set(tensors)
         or header.get("digest") != digest(tensors, header["config"])
     ):
         raise CheckpointError(f"{os.fspath(path)!r} is damaged. Save the prior again, or use another copy.")

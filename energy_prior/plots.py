@@ -1,9 +1,17 @@
-"""Plots, written to files: grids of images, Langevin chains, latents along a chain, histograms of scores. No display needed."""
+"""Plots, written to files: grids of images, Langevin chains, latents along a chain, scores. No display needed."""
 
 from __future__ import annotations
 
-__all__ = ["chain_strip", "image_panels", "latent_transitions", "score_histograms"]
+__all__ = [
+    "chain_strip",
+    "detection_curves",
+    "explanation",
+    "image_panels",
+    "latent_transitions",
+    "score_histograms",
+]
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +21,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from energy_prior.checks.settings import check_path, require_extra
+from energy_prior.checks.settings import check_count, check_path, require_extra
 from energy_prior.evaluate import detection
 
 
@@ -131,6 +139,65 @@ def score_histograms(
         if index == 1:
             handles, labels = axes.get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    figure.savefig(file, dpi=150)
+
+
+def detection_curves(
+    path: str | os.PathLike[str], scores: Mapping[str, tuple[Tensor, Tensor]], *, known: str, unknown: str
+) -> None:
+    """ROC and precision-recall curves of scores, with their areas.
+
+    Args:
+        path: file to write; its suffix sets the format (.png, .pdf, .svg, …).
+        scores: name -> scores of known and of unknown observations, (n,) and (m,), higher = more unknown.
+        known: label of the known observations.
+        unknown: label of the unknown observations, the positive class.
+    """
+    file, metrics = check_path("path", path), require_extra("sklearn.metrics", "eval")
+    figure = _figure(9.2, 4.2)
+    roc, recall = figure.subplots(1, 2)
+    for (name, (inside, outside)), line in zip(scores.items(), itertools.cycle(("-", "--", ":", "-."))):
+        labels = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).numpy()
+        values = torch.cat([inside.detach().cpu(), outside.detach().cpu()]).double().numpy()
+        found = detection(inside, outside)
+        false, true, _ = metrics.roc_curve(labels, values)
+        precision, share, _ = metrics.precision_recall_curve(labels, values)
+        roc.plot(false, true, line, label=f"{name}: {found.auroc:.3f}")
+        recall.plot(share, precision, line, label=f"{name}: {found.auprc:.3f}")
+        recall.axhline(found.positives, color="0.8", linewidth=0.8, zorder=0)
+    roc.plot([0, 1], [0, 1], color="0.8", linewidth=0.8, zorder=0)
+    roc.set(xlabel=f"share of {known} flagged", ylabel=f"share of {unknown} flagged", title="ROC: area under the curve")
+    recall.set(xlabel="recall", ylabel="precision", title="Precision and recall: area under the curve", ylim=(0, 1.02))
+    for axes in (roc, recall):
+        axes.legend(frameon=False, fontsize=8, loc="lower right" if axes is roc else "lower left")
+    figure.savefig(file, dpi=150)
+
+
+def explanation(path: str | os.PathLike[str], images: Tensor, surprises: Mapping[str, Tensor], *, most: int = 8) -> None:
+    """The images with the largest surprises, each over bars of what surprises at it.
+
+    Args:
+        path: file to write; its suffix sets the format (.png, .pdf, .svg, …).
+        images: in [0, 1], (n, channels, height, width), 1 or 3 channels.
+        surprises: term -> −log P_t, (n,), nats: "reconstruction", "rate", … of `JointEBMPrior.explain`.
+        most: images shown, ≥ 1.
+    """
+    file, table = check_path("path", path), torch.stack([s.detach().cpu() for s in surprises.values()], 1)
+    order = table.square().sum(1).argsort(descending=True)[: check_count("most", most)]
+    figure = _figure(1.5 * len(order) + 1.6, 3.6)
+    grid = figure.subplots(2, len(order), squeeze=False, height_ratios=[1, 1.3])
+    places = list(range(len(surprises)))
+    for column, index in enumerate(order.tolist()):
+        _show(grid[0][column], rearrange(images[index].detach().float().clamp(0, 1).cpu(), "c h w -> h w c"))
+        axes = grid[1][column]
+        axes.barh(places, table[index].tolist(), color="tab:blue")
+        axes.set_xlim(0, float(table[order].max()) * 1.05 + 1e-9)
+        axes.set_yticks(
+            places, [name.replace("_", " ") for name in surprises] if column == 0 else [""] * len(places), fontsize=8
+        )
+        axes.invert_yaxis()
+        axes.tick_params(axis="x", labelsize=7)
+    grid[1][0].set_xlabel("surprise in nats", fontsize=8)
     figure.savefig(file, dpi=150)
 
 

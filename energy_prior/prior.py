@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["JointEBMPrior"]
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
 from energy_prior import scores
+from energy_prior.calibration import Calibration, Explanation, row_digests, some_rows
 from energy_prior.checkpoint import (
     check_generator_fits,
     check_state_fits,
@@ -37,13 +37,13 @@ from energy_prior.checks.arguments import (
 from energy_prior.checks.generator import probe_generator
 from energy_prior.checks.settings import check_count, check_path, check_positive, check_share
 from energy_prior.energies import build_energies, default_energies, describe_energies
-from energy_prior.errors import ArgumentError, ShapeError
+from energy_prior.errors import ArgumentError, DataWarning, ShapeError, warn
 from energy_prior.langevin import USUAL_ACCEPTANCE, ChainOptions, ChainSettings, NoiseSource, Trajectory, tune_step_size
 from energy_prior.mismatch import LEAST_DRAWS, Mismatch, mismatch_of
 from energy_prior.model import JointModel
 from energy_prior.process import evaluating, exclusive, frozen, full_precision, reproducible
 from energy_prior.protocol import HierarchicalGenerator, unwrapped
-from energy_prior.scores import ANOMALY_SCORES, ScoreTerms, calibrated
+from energy_prior.scores import ANOMALY_SCORES, ScoreTerms
 from energy_prior.topdown import Decode, Space, TopDown
 from energy_prior.training import FitConfig, FitHooks, FitResult, Method, fit_energies
 
@@ -69,7 +69,7 @@ class JointEBMPrior(nn.Module):
     arrays of floating-point numbers, which are converted to them.
 
     The generator is not a submodule. `parameters()` are the energies'; `state_dict()` holds them (`energies.<i − 1>.…`),
-    the tuned `step_size` and the `calibration` of a score; after joint training both hold the generator (`generator.…`)
+    the tuned `step_size` and the `calibration.…` of a score; after joint training both hold the generator (`generator.…`)
     too. `.to()` moves the generator in any case. Sampling and scoring run everything in evaluation mode and outside of
     autocast, and leave train/eval flags, `requires_grad` and `.grad` as they were. Calls may come from several threads: one
     runs at a time, and training lets others through between its iterations (`docs/threads.md`).
@@ -98,7 +98,7 @@ class JointEBMPrior(nn.Module):
     space: Space
     x_shape: torch.Size
     step_size: Tensor
-    calibration: Tensor
+    calibration: Calibration
 
     def __init__(
         self,
@@ -123,9 +123,10 @@ class JointEBMPrior(nn.Module):
                 check_energies(modules, probe.latents, noise)
         object.__setattr__(self, "generator", generator)  # not a submodule: see the class docstring
         self.energies, self.space, self.x_shape = modules, space, probe.x_shape
-        self.register_buffer("calibration", torch.zeros(2, 3, dtype=reference.dtype, device=reference.device))
+        self.calibration = Calibration(len(modules), reference)
         self.register_buffer("step_size", torch.tensor(_FIRST_STEP_SIZE, dtype=reference.dtype, device=reference.device))
         self._fitted_on: str | None = None
+        self._trained_on: frozenset[bytes] = frozenset()
         self._built = True
 
     # ------------------------------------------------------------------------------------------------------------- samples
@@ -462,7 +463,7 @@ class JointEBMPrior(nn.Module):
     def anomaly_score(
         self,
         x: Any,
-        method: str = "log_joint",
+        method: str | None = None,
         *,
         num_samples: int = 16,
         rng: torch.Generator | None = None,
@@ -470,67 +471,94 @@ class JointEBMPrior(nn.Module):
     ) -> Tensor:
         """How unlike the training data each observation is, (batch,); higher = more anomalous.
 
-        With z ~ q_ω(z | x) (or Langevin posterior draws), averaged over `num_samples` draws:
-
-            "log_joint"        −L^{>0} = −E[log p_β0(x|z) + log p_β(z) + Σ_i f_i(z_i)], nats (Cui, Wu and Han, CVPR 2023)
-            "calibrated"       −Σ_t (E[t] − m_t)/s_t over the terms t = log p_β0(x|z), log p_β(z) − log q_ω(z|x), Σ_i f_i(z_i),
-                               with their mean m_t and standard deviation s_t on known data (`calibrate`): no term drowns
-                               the others, as the reconstruction does in "log_joint". In standard deviations; without
-                               `infer`, the second term is log p_β(z) alone
+            "tails"            √(Σ_t (log P_t(x))²), nats: how far out in the tails of known observations (`calibrate`) x is by
+                               four terms t of one pass; see `energy_prior.Calibration`. It is ours, depends on no random
+                               numbers where there is `infer`, and is the default once the prior is calibrated
+            "log_joint"        −L^{>0} = −E[log p_β0(x|z) + log p_β(z) + Σ_i f_i(z_i)], nats (Cui, Wu and Han, CVPR 2023); the
+                               default before
             "negative_energy"  −E[Σ_i f_i(z_i)], nats: how improbable the latents are against the generator's own prior
             "reconstruction"   −E[log p_β0(x | z)], nats: how badly x is reconstructed
 
+        with z ~ q_ω(z | x) (or Langevin posterior draws), averaged over `num_samples` draws, in the last three.
+
         Args:
             x: observations, (batch, *x_shape).
-            method: the score's name.
-            num_samples: draws that the expectation is averaged over.
+            method: the score's name; None: "tails" if the prior is calibrated, else "log_joint".
+            num_samples: draws that the expectation is averaged over; not used by "tails".
             rng: random number generator.
             posterior: options of the posterior's chain, for generators without `infer`.
+
+        Raises:
+            ArgumentError: if there is no such method, or "tails" without `calibrate`.
         """
-        if method not in (*ANOMALY_SCORES, "calibrated"):
-            raise ArgumentError(f"method: expected one of {sorted((*ANOMALY_SCORES, 'calibrated'))}, got {method!r}.")
-        if method == "calibrated":
-            if not bool((self.calibration[1] > 0).all()):
-                raise ArgumentError('method: "calibrated" needs prior.calibrate(x) on known data that were not trained on.')
-            score = functools.partial(calibrated, calibration=self.calibration)
-        else:
-            score = ANOMALY_SCORES[method]
+        if method is None:
+            method = "tails" if self.calibration.is_set else "log_joint"
+        if method not in ("tails", *ANOMALY_SCORES):
+            raise ArgumentError(f"method: expected one of {sorted(('tails', *ANOMALY_SCORES))}, got {method!r}.")
         num_samples = check_count("num_samples", num_samples)
+        if method == "tails":
+            return self.explain(x, rng=rng, posterior=posterior).score
         x, settings = self._observations(x), ChainSettings.of(posterior or {})
         with self._computing(rng) as model:
-            return -scores.expected_score(model, x, score, num_samples, settings)
+            return -scores.expected_score(model, x, ANOMALY_SCORES[method], num_samples, settings)
 
-    def calibrate(
-        self,
-        x: Any,
-        *,
-        num_samples: int = 16,
-        rng: torch.Generator | None = None,
-        posterior: ChainOptions | None = None,
-    ) -> None:
-        """Sets the mean and standard deviation of each term of the "calibrated" anomaly score from known observations.
-
-        Do it after `fit` and again after every further `fit`. `save` keeps it.
+    def explain(self, x: Any, *, rng: torch.Generator | None = None, posterior: ChainOptions | None = None) -> Explanation:
+        """Why observations are anomalous: the score "tails", and −log P_t(x) of each of its terms.
 
         Args:
-            x: observations like the training data but held out from it, (batch, *x_shape); two or more.
-            num_samples: draws that each term is averaged over; use the same for scoring.
-            rng: random number generator.
+            x: observations, (batch, *x_shape).
+            rng: random number generator, for generators without `infer`.
+            posterior: options of the posterior's chain, for generators without `infer`.
+
+        Raises:
+            ArgumentError: if the prior is not calibrated.
+        """
+        x, settings = self._observations(x), ChainSettings.of(posterior or {})
+        self._check_calibrated()
+        with self._computing(rng) as model:
+            return self.calibration.explain(scores.pass_terms(model, x, settings))
+
+    def calibrate(self, x: Any, *, rng: torch.Generator | None = None, posterior: ChainOptions | None = None) -> None:
+        """Learns from known observations what is usual, for the anomaly score "tails" and its `threshold`.
+
+        Do it after `fit`, which forgets it. `save` keeps it.
+
+        Args:
+            x: observations like the training data but held out from it, (n, *x_shape), n ≥ 2; of the terms' tails a thousand
+                show more than a hundred. Observations that were trained on reconstruct too well: a `DataWarning` says so
+                where `fit` was given them as a tensor or an array.
+            rng: random number generator, for generators without `infer`.
             posterior: options of the posterior's chain, for generators without `infer`.
         """
-        num_samples = check_count("num_samples", num_samples)
         x, settings = self._observations(x), ChainSettings.of(posterior or {})
         if len(x) < 2:
             raise ShapeError("x: expected two or more observations to calibrate on, got one.")
+        if known := self._trained_on.intersection(row_digests(x)):
+            warn(
+                f"x: at least {len(known)} of the {len(x)} observations to calibrate on were trained on, which reconstruct too "
+                "well: new ones will seem anomalous. Calibrate on observations that were held out.",
+                DataWarning,
+            )
         with self._computing(rng) as model:
-            terms = scores.expected_score(model, x, ScoreTerms.calibration_terms, num_samples, settings)
-            spread = terms.std(0)
-            if not bool((spread > 0).all()):
-                raise ArgumentError(
-                    "x: expected observations on which every term varies; an untrained prior (f = 0) has nothing to calibrate: "
-                    "fit first."
-                )
-            self.calibration.copy_(torch.stack([terms.mean(0), spread]))
+            self.calibration.set_from(scores.pass_terms(model, x, settings))
+
+    def threshold(self, quantile: float) -> float:
+        """The score "tails" that a share of the observations of `calibrate` does not exceed, nats.
+
+        Args:
+            quantile: that share, in (0, 1): at 0.95 a twentieth of known observations is flagged. Beyond 0.999 it is that of
+                0.999.
+
+        Raises:
+            ArgumentError: if the prior is not calibrated, or `quantile` is out of range.
+        """
+        quantile = check_share("quantile", quantile)
+        self._check_calibrated()
+        return self.calibration.threshold(quantile)
+
+    def _check_calibrated(self) -> None:
+        if not self.calibration.is_set:
+            raise ArgumentError('The score "tails" needs prior.calibrate(x) first, on known data that were not trained on.')
 
     # ------------------------------------------------------------------------------------------------------------ learning
 
@@ -599,7 +627,8 @@ class JointEBMPrior(nn.Module):
         """
 
         def learned() -> None:
-            self.calibration.zero_()  # it was that of other energies
+            self.calibration.forget()  # it was that of other energies
+            self._trained_on = row_digests(some_rows(data, self.step_size))
             self._fitted_on = fingerprint(self.generator)
 
         hooks = FitHooks(

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-__all__ = ["ANOMALY_SCORES", "ScoreTerms", "calibrated", "expected_score", "llr_scores", "log_joint", "score_terms"]
+__all__ = [
+    "ANOMALY_SCORES",
+    "ScoreTerms",
+    "expected_score",
+    "llr_scores",
+    "log_joint",
+    "pass_terms",
+    "score_terms",
+]
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
+from energy_prior.calibration import PassTerms
+from energy_prior.checks.replay import AtMean
 from energy_prior.errors import DivergenceError
 from energy_prior.langevin import ChainSettings
 from energy_prior.langevin.cost import equal_parts
@@ -41,7 +53,7 @@ class ScoreTerms:
         return self.log_likelihood + self.log_prior.sum(1) + self.negative_energy.sum(1)
 
     def calibration_terms(self) -> Tensor:
-        """log p_β0(x | z), log p_β(z) [− log q_ω(z | x)] and Σ_i f_i(z_i), (batch, 3): what `calibrated` weighs."""
+        """log p_β0(x | z), log p_β(z) [− log q_ω(z | x)] and Σ_i f_i(z_i), (batch, 3): what the score "tails" looks at."""
         rate = self.log_prior.sum(1) if self.log_q is None else self.log_prior.sum(1) - self.log_q.sum(1)
         return torch.stack([self.log_likelihood, rate, self.negative_energy.sum(1)], dim=1)
 
@@ -52,11 +64,6 @@ ANOMALY_SCORES: dict[str, Callable[[ScoreTerms], Tensor]] = {
     "reconstruction": lambda terms: terms.log_likelihood,
 }
 """Terms by the name of the anomaly score that is their negative, (batch,), nats."""
-
-
-def calibrated(terms: ScoreTerms, calibration: Tensor) -> Tensor:
-    """Σ_t (t − m_t)/s_t over the three `calibration_terms`, (batch,), with m and s in the rows of `calibration`, (2, 3)."""
-    return ((terms.calibration_terms() - calibration[0]) / calibration[1]).sum(1)
 
 
 def log_joint(
@@ -139,6 +146,30 @@ def score_terms(model: JointModel, x: Tensor, num_samples: int, posterior_chain:
     return ScoreTerms(log_likelihood[:, 0], *layers)
 
 
+def pass_terms(model: JointModel, x: Tensor, posterior_chain: ChainSettings) -> PassTerms:
+    """The terms of the calibrated score, by one pass in which q_ω draws every z_i at its mean given the others.
+
+    Nothing is drawn, so a score depends on neither a seed nor the rest of the batch. Without `infer` it is a Langevin draw.
+    """
+    inferred = find_infer(model.generator) is not None
+
+    def once(x: Tensor) -> Tensor:
+        with AtMean() if inferred else contextlib.nullcontext():
+            draw = model.posterior_draw(x, posterior_chain)
+        descent = draw.descent or _pass_through(model, draw.latents)
+        likelihood = model.generator.likelihood(descent.state)
+        terms = _finite(_terms_of(model, x, descent, draw.log_q, likelihood))
+        norms = [_log_norm(e) for e in descent.noise()]
+        try:
+            error = _log_norm(x - likelihood.mean)
+        except NotImplementedError:  # how torch.distributions says that there is no mean
+            error = terms.log_likelihood
+        return torch.cat([-terms.calibration_terms(), torch.stack([error, *norms], 1)], 1)
+
+    columns = _mean(model, x, 1, posterior_chain.max_memory, once)
+    return PassTerms(columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3:])
+
+
 def _terms(model: JointModel, x: Tensor, draw: PosteriorDraw) -> ScoreTerms:
     """The terms of L^{>0}(x) at one posterior draw."""
     return _finite(_terms_of(model, x, draw.descent or _pass_through(model, draw.latents), draw.log_q))
@@ -168,8 +199,15 @@ def _pass_through(model: JointModel, latents: Sequence[Tensor]) -> Descent:
     return TopDown(model.generator, len(latents[0])).descend(latents, "latent", to_observation=True)
 
 
-def _terms_of(model: JointModel, x: Tensor, descent: Descent, log_q: Tensor | None = None) -> ScoreTerms:
-    log_likelihood = model.generator.likelihood(descent.state).log_prob(x)
+def _log_norm(values: Tensor) -> Tensor:
+    """log ‖values‖² of every row, (batch,)."""
+    return values.flatten(1).square().sum(1).clamp_min(torch.finfo(values.dtype).tiny).log()
+
+
+def _terms_of(
+    model: JointModel, x: Tensor, descent: Descent, log_q: Tensor | None = None, likelihood: Distribution | None = None
+) -> ScoreTerms:
+    log_likelihood = (likelihood or model.generator.likelihood(descent.state)).log_prob(x)
     return ScoreTerms(log_likelihood, descent.log_priors(), model.negative_energy(descent.latents, descent.noise()), log_q)
 
 

@@ -181,7 +181,7 @@ def run(
     if unknown is not None:
         strange = load_images(unknown, "test", channels=3, size=32).images * 2 - 1
         prior.calibrate(validation, rng=rng)
-        for name in ("calibrated", "log_joint", "negative_energy"):
+        for name in ("tails", "log_joint", "negative_energy"):
             inside, outside = (
                 map_batches(prior.anomaly_score, x.to(place), seed=seed, accelerator=accelerator, method=name)
                 for x in (known, strange)

@@ -23,7 +23,7 @@ from energy_prior.generators import LadderVAE
 from energy_prior.prior import JointEBMPrior
 from energy_prior.training import fit_elbo
 
-SCORES = ("calibrated", "log_joint", "negative_energy", "reconstruction")
+SCORES = ("tails", "log_joint", "negative_energy", "reconstruction")
 """The anomaly scores that the demo reports."""
 
 # Where the fits differ from the defaults of `FitConfig`: few images ask for a strong weight decay.

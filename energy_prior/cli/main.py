@@ -1,4 +1,4 @@
-"""The command line: `energy-prior demo`, `energy-prior train` and `energy-prior info`."""
+"""The command line: `energy-prior demo`, `train`, `score` and `info`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 
 from energy_prior import __version__
-from energy_prior.cli import demo, info, train
+from energy_prior.cli import demo, info, score, train
 from energy_prior.errors import EnergyPriorError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status (0, or 2 after an error that is printed in one line).
+    """Runs a command; returns its exit status: 0, what the command says, or 2 after an error, which is one line.
 
     Args:
         arguments: words of the command line, without the program's name; None: those of this process.
@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo.add_command(commands)
     train.add_command(commands)
+    score.add_command(commands)
     info.add_command(commands)
     return parser
 

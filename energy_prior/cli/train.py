@@ -60,7 +60,7 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[s
     """Trains what the recipe says; the same call after a kill goes on where it was.
 
     Writes generator.safetensors, prior.safetensors, samples.png and report.json to `recipe.out`, and checkpoints of the
-    runs in folders of it.
+    runs in folders of it. The prior is calibrated on the validation images.
 
     Args:
         recipe: what to do.
@@ -103,6 +103,7 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[s
             "warnings": result.warnings,
         }
     if accelerator is None or accelerator.is_main_process:
+        prior.calibrate(validation)
         prior.save(out / "prior.safetensors")
         _save_generator(out / "generator.safetensors", generator, recipe.generator, x_shape)
         (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -7,7 +7,7 @@ __all__ = ["Images", "load_images"]
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,14 +35,25 @@ class Images(_Pair):
         images: in [0, 1], (n, channels, height, width), float32, on the CPU.
         labels: whole numbers, (n,); None where the set has none.
         classes: names of the labels 0, 1, …; None where they have no names.
+        names: of every image: its file's, or its table's and row's.
+        left_out: name -> why an image is not there, with on_error="skip".
     """
 
-    classes: tuple[str, ...] | None = None
+    classes: tuple[str, ...] | None
+    names: tuple[str, ...]
+    left_out: Mapping[str, str]
 
-    def __new__(cls, images: Tensor, labels: Tensor | None, classes: tuple[str, ...] | None = None) -> Self:
-        """The three of them."""
+    def __new__(
+        cls,
+        images: Tensor,
+        labels: Tensor | None,
+        classes: tuple[str, ...] | None = None,
+        names: tuple[str, ...] = (),
+        left_out: Mapping[str, str] | None = None,
+    ) -> Self:
+        """All of them."""
         made = super().__new__(cls, images, labels)
-        made.classes = classes
+        made.classes, made.names, made.left_out = classes, names, left_out or {}
         return made
 
 
@@ -81,7 +92,7 @@ def load_images(
         on_error: what an image that cannot be read does: "raise", or "skip": it is left out, counted and named at the end.
 
     Returns:
-        Images, labels and names of the classes.
+        Images, labels and names.
 
     Raises:
         ArgumentError: if there is no such set or split, it has no images, they differ in size, one cannot be read, or what its
@@ -117,9 +128,9 @@ def load_images(
     else:
         stacked = torch.stack([i.to(torch.float32) / 255 if i.dtype == torch.uint8 else i for i in images])
     if not rows.has_labels:
-        return Images(stacked, None)
+        return Images(stacked, None, None, tuple(names), reader.left_out)
     numbers, classes = _numbered(labels, rows.classes, name)
-    return Images(stacked, torch.tensor(numbers, device="cpu"), classes)
+    return Images(stacked, torch.tensor(numbers, device="cpu"), classes, tuple(names), reader.left_out)
 
 
 def _scaled(stored: Sequence[Tensor | Unscaled], names: Sequence[str], reader: Reader) -> list[Tensor]:

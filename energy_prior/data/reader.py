@@ -76,12 +76,13 @@ class Reader:
 
     Attributes:
         order: where the channels of arrays are; None: not known yet.
+        left_out: name -> why, of the images that were skipped.
     """
 
     def __init__(self, source: str, settings: ReadSettings) -> None:
         self.order: ChannelOrder | None = settings.channel_order
         self._source, self._settings = source, settings
-        self._left_out: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
         self._images = self._see_through = 0
 
     def read(self, rows: Iterator[Row] | ImageSource) -> Iterator[tuple[Row, Tensor | Unscaled]]:
@@ -95,7 +96,7 @@ class Reader:
                         f"source: {row.name!r} of {self._source!r} cannot be used: {error}. Mend or remove it, or pass "
                         'on_error="skip" to go on without such.'
                     ) from None
-                self._left_out[row.name] = str(error)
+                self.left_out[row.name] = str(error)
                 continue
             self._images += 1
             yield row, image
@@ -108,8 +109,8 @@ class Reader:
         """
         if left_out:
             warn(f"source: files in {self._source!r} that are no images were left out. {left_out}.", DataWarning)
-        if self._left_out:
-            few = [f"{name}: {why}" for name, why in self._left_out.items()]
+        if self.left_out:
+            few = [f"{name}: {why}" for name, why in self.left_out.items()]
             total = self._images + len(few)
             warn(f"source: {len(few)} of {total} images of {self._source!r} were left out ({some_of(few)}).", DataWarning)
         if self._see_through:

@@ -160,9 +160,11 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
         "given: every layer is held",
     ),
     (lambda p: p.anomaly_score((255 * X).to(torch.uint8)), ArgumentError, "scale it to the range"),
-    (lambda p: p.anomaly_score(X, "calibrated"), ArgumentError, r"needs prior.calibrate\(x\)"),
+    (lambda p: p.anomaly_score(X, "tails"), ArgumentError, r"needs prior.calibrate\(x\)"),
     (lambda p: p.calibrate(X[:1]), ShapeError, "x: expected two or more observations"),
-    (lambda p: p.calibrate(X), ArgumentError, "an untrained prior"),
+    (lambda p: p.explain(X), ArgumentError, r"needs prior.calibrate\(x\)"),
+    (lambda p: p.threshold(0.9), ArgumentError, r"needs prior.calibrate\(x\)"),
+    (lambda p: p.threshold(1.0), ArgumentError, "quantile: expected"),
     (lambda p: p.fit((255 * X).byte().numpy()), ArgumentError, "data: .* got an array of uint8. Scale it to the range"),
     (lambda p: p.fit(X, config={"iterations": 3}), ArgumentError, "config: expected a FitConfig or None, got dict"),  # type: ignore[arg-type]
     (lambda p: p.fit(X, persistent=3, batch_size=4), ArgumentError, "persistent: expected 0 or at least batch_size"),

@@ -28,7 +28,7 @@ def test_demo_quick_writes_its_files_and_prints_a_table(
         return dataclasses.replace(data, **rest)
 
     monkeypatch.setattr(demo, "load_demo_data", some)
-    monkeypatch.setattr(demo, "SCORES", ("calibrated", "log_joint"))
+    monkeypatch.setattr(demo, "SCORES", ("tails", "log_joint"))
     monkeypatch.setenv("HOME", str(tmp_path))
     threads = torch.get_num_threads()
     assert main(["demo", "--quick", "--unknown", "3", "--seed", "1", "--out", "~/out"]) == 0
@@ -39,9 +39,9 @@ def test_demo_quick_writes_its_files_and_prints_a_table(
     assert report["unknown_digit"] == 3
     assert report["images"]["unknown"] == 50
     printed = capsys.readouterr().out
-    for words in ("Gaussian prior", "joint prior", "AUROC", "'calibrated'", "only show that everything runs"):
+    for words in ("Gaussian prior", "joint prior", "AUROC", "'tails'", "only show that everything runs"):
         assert words in printed
-    assert f"{report['scores']['calibrated']['auroc']:.3f}" in printed
+    assert f"{report['scores']['tails']['auroc']:.3f}" in printed
 
 
 @pytest.mark.slow

@@ -1,0 +1,191 @@
+"""`energy-prior score`: anomaly scores of images under a prior that `energy-prior train` made."""
+
+from __future__ import annotations
+
+__all__ = ["add_command", "score_images"]
+
+import argparse
+import csv
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from energy_prior.checkpoint import digest
+from energy_prior.checks.settings import check_count, check_device, check_path, check_share, require_extra
+from energy_prior.cli.train import load_run
+from energy_prior.data import load_images
+from energy_prior.errors import ArgumentError
+from energy_prior.prior import JointEBMPrior
+
+UNREADABLE = 3
+"""Exit status where some images could not be read."""
+
+_TERMS = ("reconstruction", "rate", "negative_energy", "norms")
+
+
+def add_command(commands: Any) -> None:
+    """Adds the command to the subparsers of the command line."""
+    parser = commands.add_parser(
+        "score",
+        help="anomaly scores of images under a trained prior",
+        description="Scores images: the higher, the more unlike the known ones. Writes a table with a row per image: its name, "
+        "score and whether it is above the threshold, and of the default score the surprise at each of its terms. The same "
+        "command after a kill goes on where it was. Exit status: 0; 2 after an error; 3 if images could not be read, which "
+        "have a row without a score.",
+        epilog="example: energy-prior score runs/mnist --data photos/ --out scores.csv --quantile 0.99",
+    )
+    parser.add_argument("run", help="folder of a run of `energy-prior train`")
+    parser.add_argument(
+        "--data", required=True, metavar="SOURCE", help="folder of images or parquet files, or a set on the hub"
+    )
+    parser.add_argument("--split", default="test", help="split of it (default: test)")
+    parser.add_argument("--out", default="scores.csv", help="table to write, .csv or .parquet (default: scores.csv)")
+    parser.add_argument("--method", help="score, as in JointEBMPrior.anomaly_score (default: tails)")
+    parser.add_argument(
+        "--quantile", default="0.95", help="share of the known images below the threshold, in (0, 1) (default: 0.95)"
+    )
+    parser.add_argument("--batch-size", default="256", help="images at a time (default: 256)")
+    parser.add_argument("--seed", default="0", help="seed of scores that draw (default: 0)")
+    parser.add_argument("--device", default="cpu", help="where it computes (default: cpu)")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.set_defaults(command=_run)
+
+
+def score_images(
+    prior: JointEBMPrior,
+    source: str,
+    out: str | os.PathLike[str],
+    *,
+    split: str = "test",
+    method: str | None = None,
+    quantile: float = 0.95,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Scores the images of a split and writes the table; after a kill it goes on where it was.
+
+    Args:
+        prior: a prior of images, (channels, height, width).
+        source: as for `load_images`. Images are brought to the prior's size and channels; those that cannot be read get a row
+            without a score.
+        out: the table, .csv or .parquet (extra "examples"): columns "name", "score", "flagged", the surprises of "tails", and
+            "error". Finished rows are in a file beside it until it is whole.
+        split: split of the source.
+        method: as for `JointEBMPrior.anomaly_score`.
+        quantile: share of the known images that is not flagged; only "tails" has a threshold.
+        batch_size: images at a time, ≥ 1.
+        seed: of scores that draw.
+
+    Returns:
+        "images", "unreadable", "flagged" (None without a threshold), "threshold", "method" and "out".
+
+    Raises:
+        ArgumentError: if a setting is impossible, or the source has no images.
+        OSError: if the table cannot be written.
+    """
+    target, batch_size = check_path("out", out), check_count("batch_size", batch_size)
+    if target.suffix not in (".csv", ".parquet"):
+        raise ArgumentError(f"out: expected a file ending in .csv or .parquet, got {os.fspath(target)!r}.")
+    if target.suffix == ".parquet":
+        require_extra("pyarrow.parquet", "examples")
+    if len(prior.x_shape) != 3 or prior.x_shape[0] not in (1, 3):
+        raise ArgumentError(f"prior: expected one of images, (1 or 3, height, width), got {tuple(prior.x_shape)}.")
+    method = method or ("tails" if prior.calibration.is_set else "log_joint")
+    threshold = prior.threshold(check_share("quantile", quantile)) if method == "tails" else None
+    channels, height, width = prior.x_shape
+    size = height if height == width else None
+    data = load_images(source, split, size=size, channels=channels, label_column=False, on_error="skip")
+    part = target.with_name(f".{target.name}.part.jsonl")
+    done = _Part(part, digest({**prior.state_dict(), "images": data.images}, repr((method, seed, batch_size, data.names))))
+    for first in tqdm(range(0, len(data.images), batch_size), desc="score", unit="batch", disable=None):
+        if first < len(done.rows):
+            continue
+        x = data.images[first : first + batch_size].to(prior.device, prior.dtype)
+        names = data.names[first : first + batch_size]
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + first)
+        if method == "tails":
+            found = prior.explain(x, rng=rng)
+            columns = {"score": found.score, **{name: getattr(found, name) for name in _TERMS}}
+        else:
+            columns = {"score": prior.anomaly_score(x, method, rng=rng)}
+        values = {name: column.tolist() for name, column in columns.items()}
+        done.add([{"name": n} | {key: column[i] for key, column in values.items()} for i, n in enumerate(names)])
+    rows = [row | {"flagged": None if threshold is None else row["score"] > threshold, "error": ""} for row in done.rows]
+    empty = {key: None for key in rows[0] if key != "error"} if rows else {"score": None, "flagged": None}
+    rows += [empty | {"name": name, "error": why} for name, why in data.left_out.items()]
+    _write(target, rows)
+    part.unlink()
+    return {
+        "images": len(rows),
+        "unreadable": len(data.left_out),
+        "flagged": None if threshold is None else sum(bool(row["flagged"]) for row in rows),
+        "threshold": threshold,
+        "method": method,
+        "out": os.fspath(target),
+    }
+
+
+class _Part:
+    """Rows that are done, in a file that grows by batches; those of another call are dropped."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self._path = path
+        self.rows: list[dict[str, Any]] = []
+        lines = path.read_text().splitlines() if path.exists() else []
+        if lines and lines[0] == key:
+            for line in lines[1:]:
+                try:
+                    self.rows += json.loads(line)
+                except ValueError:  # the last one, cut by a kill
+                    break
+        whole = "".join(f"{json.dumps(batch)}\n" for batch in ([self.rows] if self.rows else []))
+        path.write_text(f"{key}\n{whole}")
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(list(rows)) + "\n")
+        self.rows += rows
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The table, whole or not at all."""
+    names = ["name", "score", "flagged", *(n for n in _TERMS if n in rows[0]), "error"]
+    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+    if path.suffix == ".parquet":
+        pa: Any = require_extra("pyarrow", "examples")
+        table = pa.table({name: [row.get(name) for row in rows] for name in names})
+        require_extra("pyarrow.parquet", "examples").write_table(table, temporary)
+        temporary.replace(path)
+        return
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """The command."""
+    check_device("--device", options.device)
+    numbers: dict[str, Any] = {}
+    for name, kind in (("quantile", float), ("batch_size", int), ("seed", int)):
+        text = getattr(options, name)
+        try:
+            numbers[name] = kind(text)
+        except ValueError:
+            raise ArgumentError(f"--{name.replace('_', '-')}: expected a number, got {text!r}.") from None
+    prior = load_run(options.run).to(options.device)
+    report = score_images(prior, options.data, options.out, split=options.split, method=options.method, **numbers)
+    if options.json:
+        print(json.dumps(report))
+    else:
+        above = "" if report["flagged"] is None else f", {report['flagged']} above the threshold {report['threshold']:.3g}"
+        print(f"{report['images']} images{above}; scores ({report['method']}) are in {report['out']}")
+        if report["unreadable"]:
+            print(f"{report['unreadable']} images could not be read: they have a row with the reason and no score")
+    return UNREADABLE if report["unreadable"] else 0
