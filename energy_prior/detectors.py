@@ -62,7 +62,7 @@ class OutlierDetector(_base.OutlierMixin, _base.BaseEstimator):
         contamination: float = 0.05,
         latent_dims: tuple[int, ...] = (8, 4),
         hidden: int = 64,
-        iterations: int = 1000,
+        iterations: int = 3000,
         fit_iterations: int = 500,
         held_out: float = 0.2,
         random_state: Any = None,

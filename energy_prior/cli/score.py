@@ -119,7 +119,7 @@ def score_images(
     empty = {key: None for key in rows[0] if key != "error"} if rows else {"score": None, "flagged": None}
     rows += [empty | {"name": name, "error": why} for name, why in data.left_out.items()]
     _write(target, rows)
-    part.unlink()
+    part.unlink(missing_ok=True)
     return {
         "images": len(rows),
         "unreadable": len(data.left_out),
@@ -143,12 +143,13 @@ class _Part:
                     self.rows += json.loads(line)
                 except ValueError:  # the last one, cut by a kill
                     break
-        whole = "".join(f"{json.dumps(batch)}\n" for batch in ([self.rows] if self.rows else []))
-        path.write_text(f"{key}\n{whole}")
+        self._begun: str | None = f"{key}\n" + (f"{json.dumps(self.rows)}\n" if self.rows else "")
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(list(rows)) + "\n")
+        """Rows of a batch."""
+        with self._path.open("a" if self._begun is None else "w") as file:
+            file.write(f"{self._begun or ''}{json.dumps(list(rows))}\n")
+        self._begun = None
         self.rows += rows
 
 
