@@ -79,7 +79,8 @@ def main() -> None:
         jobs = [Job(options.data, d, "development", 0) for d in DEVELOPMENT]
     if options.quick:
         out = Path(tempfile.mkdtemp())
-        jobs = [Job(made_up(out / "data"), d, p, 0, quick=True) for d, p in ((1, "zenati"), (4, "test_split"))]
+        data = made_up(out / "data")
+        jobs = [Job(data, d, p, 0, quick=True) for d, p in ((1, "zenati"), (4, "test_split"))]
     log = out / "anomaly_mnist.partial.jsonl"
     if not options.table:
         key = code_key(ROOT / "examples" / "anomaly_mnist.py")

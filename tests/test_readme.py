@@ -29,6 +29,7 @@ def test_there_are_blocks() -> None:
     assert len(blocks("docs/sampling.md")) == 1
     assert len(blocks("docs/data.md")) == 1
     assert len(blocks("docs/adapters.md")) == 6
+    assert len(blocks("docs/detection.md")) == 4
 
 
 def test_training_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +45,19 @@ def test_training_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert names["samples"].shape == (30, 1, 8, 8)
     assert names["scores"].shape == (64,)
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"vae", "prior", "prior-2"}
+
+
+def test_detection_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its blocks, one after the other, with nets of the lengths that a test has time for."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks("docs/detection.md"):
+        short = block.replace("input_noise=0.1)", "iterations=40, progress=False)")
+        short = short.replace("prior.fit(train)", "prior.fit(train, iterations=10, progress=False)")
+        exec(compile(short, "docs/detection.md", "exec"), names)  # noqa: S102
+    assert {p.name for p in tmp_path.iterdir()} == {"explanation.png", "histograms.png", "curves.png"}
+    assert "zenati, class 4 auroc_reconstruction" in capsys.readouterr().out
+    assert names["detector"].offset_ < 0
 
 
 def test_data_guide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
