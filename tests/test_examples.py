@@ -95,6 +95,21 @@ def test_quick(script: str, size: int, channels: int, files: set[str], tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("channels", "side"), [(1, 28), (3, 32)])
+def test_ood(channels: int, side: int, tmp_path: Path) -> None:
+    """Against a set that has no test split and other sizes."""
+    known = labelled(tmp_path / "known", side, channels)
+    unknown = write_parquet(tmp_path / "unknown", images(40, side + 6, channels, 1))
+    out = tmp_path / "out"
+    run("ood.py", ["--known", str(known), "--unknown", str(unknown), "--jpeg", "80", "--out", str(out), "--quick"])
+    assert {p.name for p in out.iterdir()} == {"results.json", "histograms.png", "curves.png", "explanation.png"}
+    results = json.loads((out / "results.json").read_text())
+    assert list(results) == ["known/unknown", "known/known_train"]
+    wanted = {"auroc", "fpr80", "auroc_llr", "auroc_llr_gaussian", "auroc_log_likelihood", "auroc_knn"}
+    assert all(wanted <= set(figures) for figures in results.values())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("setting", "side"), [("cifar10", 32), ("lsun_church_64", 70)])
 def test_two_stage(setting: str, side: int, tmp_path: Path) -> None:
     """With samples written out, on images that have to be cropped and scaled."""

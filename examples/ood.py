@@ -1,0 +1,187 @@
+"""One image set against another: how well the scores of a joint prior tell images of a set that it was not trained on.
+
+    python examples/ood.py --known DATA/mnist --unknown DATA/omniglot28          # ten minutes, one core
+    python examples/ood.py --known DATA/cifar10 --unknown DATA/svhn --jpeg 90    # two hours; the unknown ones as JPEG first
+    python examples/ood.py --known DATA/mnist --unknown DATA/omniglot28 --quick
+
+Sets are folders of parquet files or images, or names on the Hugging Face hub. The test images of the known set stand against
+those of the unknown one, at equal size; in the case KNOWN/KNOWN_train against its training images, which no score should find.
+k of LLR^{>k} is the largest whose layers above it carry a tenth of KL(q ‖ p_β) or more on held-out known images. Writes to
+--out: results.json, histograms.png, curves.png, explanation.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from command_line import add_options
+from PIL import Image
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor
+
+from energy_prior import JointEBMPrior, LadderVAE, ResidualVAE, fit_elbo, plots
+from energy_prior.data import load_images
+from energy_prior.evaluate import DetectionTask
+
+
+def main() -> None:
+    """Reads the command line and runs the example."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, data=None, out="runs/ood", device=False)
+    parser.add_argument("--known", required=True, help="the set to train on")
+    parser.add_argument("--unknown", required=True, help="the other one; its split is test, or train where it has no other")
+    parser.add_argument("--jpeg", type=int, help="quality at which the unknown images are compressed first")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    unknown = [(Path(options.unknown).name, options.unknown, options.jpeg)]
+    found = run(options.known, unknown, options.seed, quick=options.quick, out=options.out)
+    print(json.dumps(found, indent=2))
+
+
+def run(
+    known: str,
+    unknown: list[tuple[str, str, int | None]],
+    seed: int,
+    *,
+    quick: bool = False,
+    out: Path | None = None,
+    progress: bool = True,
+) -> dict[str, dict[str, float]]:
+    """Trains on a set, and scores it against others.
+
+    Args:
+        known: the set to train on.
+        unknown: name, set and JPEG quality (None: as they are) of each of the others.
+        seed: of everything random.
+        quick: small nets and few iterations.
+        out: folder of the pictures, of the first pair; None: none are drawn.
+        progress: show it.
+
+    Returns:
+        Case -> figure -> value.
+    """
+    limit = 200 if quick else None
+    images = load_images(known, "train", limit=limit).images
+    held_out = 50 if quick else 5000
+    train, held = images[:-held_out], images[-held_out:]
+    test = load_images(known, "test" if has_test(known) else "train", limit=limit).images
+    if not has_test(known):
+        train, test = train[:-held_out], train[-held_out:]
+    channels, side = images.shape[1], images.shape[2]
+    torch.manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
+    shared: dict[str, Any] = {"rng": rng, "progress": progress}
+
+    # 1. A hierarchical VAE: small layers of vectors for gray images, maps for others; and its joint prior.
+    fit: dict[str, Any] = {}
+    if channels == 1:
+        vae: Any = LadderVAE(images.shape[1:], latent_dims=(16, 8), hidden=512)
+        length: dict[str, Any] = {"iterations": 4000, "learning_rate": 1e-3}
+        fit = {"iterations": 3000, "batch_size": 512, "method": "nce", "energy_penalty": 5e-4}
+    else:
+        vae = ResidualVAE(images.shape[1:], groups=(2, 1, 1), channels=8 if quick else 24, latent_channels=8, downsample=2)
+        length = {"iterations": 3500, "batch_size": 64}
+        fit = {"iterations": 1000, "batch_size": 128, "method": "denoising"}
+    if quick:
+        length, fit = length | {"iterations": 20, "batch_size": 64}, fit | {"iterations": 10, "batch_size": 64}
+    fit_elbo(vae, train, validation=held[:1000], log_every=max(1, length["iterations"] // 20), **length, **shared)
+    prior = JointEBMPrior(vae)
+    prior.fit(train, **fit, **shared)
+    prior.calibrate(held)
+
+    # 2. Its scores, those of the same VAE without energies, and neighbours in pixels.
+    gaussian, few = JointEBMPrior(vae), 10 if quick else 1000
+    k = layers_redrawn(prior, held[:few], rng)
+    chain: dict[str, Any] = {"num_samples": 1 if quick else 2, "rng": rng}
+    scores: dict[str, Callable[[Tensor], Any]] = {
+        "": prior.anomaly_score,
+        "log_likelihood": lambda x: -elbo(prior, x, rng),
+        "knn": neighbours(train),
+    }
+    costly: dict[str, Callable[[Tensor], Any]] = {
+        "llr": lambda x: prior.llr_score(x, k, **chain),
+        "llr_gaussian": lambda x: gaussian.llr_score(x, k, **chain),
+    }
+    found: dict[str, dict[str, float]] = {}
+    name = Path(known).name
+    tasks = [DetectionTask.in_and_out(f"{name}/{name}_train", train, test, train, seed=seed)]
+    for other, source, quality in unknown:
+        strange = load_images(source, "test" if has_test(source) else "train", limit=limit, size=side, channels=channels).images
+        strange = strange if quality is None else compressed(strange, quality)
+        tasks.insert(-1, DetectionTask.in_and_out(f"{name}/{other}", train, test, strange, seed=seed))
+    for task in tasks:
+        rows = task.rows(scores)
+        rows += DetectionTask.in_and_out(task.name, train, task.known, task.unknown, limit=few, seed=seed).rows(costly)
+        found[task.name] = {str(row["metric"]): float(row["value"]) for row in rows} | {"k": k}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        draw(out, prior, tasks[0], scores, 10 if quick else 300)
+        (out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def has_test(source: str) -> bool:
+    """Whether a folder has a test split; sets on the hub are taken to have one."""
+    folder = Path(source)
+    return not folder.is_dir() or any(folder.glob("test*"))
+
+
+def elbo(prior: JointEBMPrior, x: Tensor, rng: torch.Generator) -> Tensor:
+    """That of the VAE, (batch,), nats: the usual stand-in for its log likelihood."""
+    terms = prior.score_terms(x, rng=rng)
+    assert terms.log_q is not None  # noqa: S101 (both VAEs have an inference model)
+    return terms.log_likelihood + terms.log_prior.sum(1) - terms.log_q.sum(1)
+
+
+def layers_redrawn(prior: JointEBMPrior, held: Tensor, rng: torch.Generator) -> int:
+    """k of LLR^{>k}: the largest with at least a tenth of the KL divergence above it."""
+    terms = prior.score_terms(held, rng=rng)
+    assert terms.log_q is not None  # noqa: S101
+    divergence = (terms.log_q - terms.log_prior).mean(0).clamp_min(0)
+    above = [float(divergence[k:].sum() / divergence.sum()) for k in range(len(divergence))]
+    return max(1, max(k for k, share in enumerate(above) if share >= 0.1))
+
+
+def neighbours(images: Tensor, k: int = 5) -> Callable[[Tensor], Any]:
+    """Distance to the k-th nearest of 10,000 training images."""
+    index = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(images[:10_000].flatten(1).numpy())
+    return lambda x: index.kneighbors(x.flatten(1).numpy())[0][:, -1]
+
+
+def compressed(images: Tensor, quality: int) -> Tensor:
+    """Images after JPEG compression: that the known set has it and the other has not must not be what is detected."""
+    parts = []
+    for image in (255 * images).round().to(torch.uint8).permute(0, 2, 3, 1):
+        buffer = io.BytesIO()
+        Image.fromarray(image.squeeze(-1).numpy()).save(buffer, "JPEG", quality=quality)
+        pixels = torch.frombuffer(bytearray(Image.open(buffer).tobytes()), dtype=torch.uint8)
+        parts.append(pixels.reshape(image.shape))
+    return torch.stack(parts).permute(0, 3, 1, 2).float() / 255
+
+
+def draw(out: Path, prior: JointEBMPrior, task: DetectionTask, scores: dict[str, Callable[[Tensor], Any]], count: int) -> None:
+    """The pictures, of so many images."""
+    inside, outside = task.name.split("/")
+    known, unknown = task.known[:count], task.unknown[:count]
+    rng = torch.Generator().manual_seed(0)
+    layers = range(min(4, len(prior.energies) + 1))
+    histograms = {
+        f"$-L^{{>{k}}}$": tuple(-prior.log_joint(x, k, num_samples=2, rng=rng) for x in (known, unknown)) for k in layers
+    }
+    plots.score_histograms(out / "histograms.png", histograms, known=inside, unknown=outside)  # type: ignore[arg-type]
+    shown = {"tails (default)": "", "log likelihood": "log_likelihood", "neighbours": "knn"}
+    curves = {title: tuple(torch.as_tensor(scores[name](x)) for x in (known, unknown)) for title, name in shown.items()}
+    plots.detection_curves(out / "curves.png", curves, known=inside, unknown=outside)  # type: ignore[arg-type]
+    found = prior.explain(unknown)
+    terms = {name: getattr(found, name) for name in ("reconstruction", "rate", "negative_energy", "norms")}
+    plots.explanation(out / "explanation.png", unknown, terms)
+
+
+if __name__ == "__main__":
+    main()
