@@ -1,7 +1,7 @@
 """One image set against another: how well the scores of a joint prior tell images of a set that it was not trained on.
 
     python examples/ood.py --known DATA/mnist --unknown DATA/omniglot28          # ten minutes, one core
-    python examples/ood.py --known DATA/cifar10 --unknown DATA/svhn --jpeg 90    # two hours; the unknown ones as JPEG first
+    python examples/ood.py --known DATA/cifar10 --unknown DATA/svhn --jpeg 75    # two hours; the unknown ones as JPEG first
     python examples/ood.py --known DATA/mnist --unknown DATA/omniglot28 --quick
 
 Sets are folders of parquet files or images, or names on the Hugging Face hub. The test images of the known set stand against
@@ -49,6 +49,8 @@ def run(
     unknown: list[tuple[str, str, int | None]],
     seed: int,
     *,
+    size: int | None = None,
+    name: str | None = None,
     quick: bool = False,
     out: Path | None = None,
     progress: bool = True,
@@ -59,6 +61,8 @@ def run(
         known: the set to train on.
         unknown: name, set and JPEG quality (None: as they are) of each of the others.
         seed: of everything random.
+        size: that all images are scaled to; None: that of the known ones.
+        name: of the known set in the cases; None: that of its folder.
         quick: small nets and few iterations.
         out: folder of the pictures, of the first pair; None: none are drawn.
         progress: show it.
@@ -67,10 +71,10 @@ def run(
         Case -> figure -> value.
     """
     limit = 200 if quick else None
-    images = load_images(known, "train", limit=limit).images
+    images = load_images(known, "train", limit=limit, size=size).images
     held_out = 50 if quick else 5000
     train, held = images[:-held_out], images[-held_out:]
-    test = load_images(known, "test" if has_test(known) else "train", limit=limit).images
+    test = load_images(known, "test" if has_test(known) else "train", limit=limit, size=size).images
     if not has_test(known):
         train, test = train[:-held_out], train[-held_out:]
     channels, side = images.shape[1], images.shape[2]
@@ -109,7 +113,7 @@ def run(
         "llr_gaussian": lambda x: gaussian.llr_score(x, k, **chain),
     }
     found: dict[str, dict[str, float]] = {}
-    name = Path(known).name
+    name = name or Path(known).name
     tasks = [DetectionTask.in_and_out(f"{name}/{name}_train", train, test, train, seed=seed)]
     for other, source, quality in unknown:
         strange = load_images(source, "test" if has_test(source) else "train", limit=limit, size=side, channels=channels).images
