@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["OODDetector", "OutlierDetector"]
 
 import copy
+import sys
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -167,7 +168,7 @@ class OutlierDetector(_base.OutlierMixin, _base.BaseEstimator):
 class OODDetector:
     """A joint prior as a detector of pytorch-ood 0.4: `fit(loader)`, `predict(x)`, higher = more out of distribution.
 
-    It has what `pytorch_ood.api.Detector` asks for, so that library's benchmarks take it; it does not import the library.
+    It counts as a `pytorch_ood.api.Detector` where that was imported before, so that library's benchmarks take it.
 
     Args:
         prior: a trained prior. `fit` calibrates it.
@@ -183,6 +184,8 @@ class OODDetector:
 
     def __init__(self, prior: JointEBMPrior, method: str | None = None, *, max_samples: int = 10_000) -> None:
         self.prior, self.method, self.max_samples = prior, method, check_count("max_samples", max_samples, least=2)
+        if (api := sys.modules.get("pytorch_ood.api")) is not None:
+            api.Detector.register(type(self))
 
     def fit(self, data_loader: Iterable[Any]) -> Self:
         """Calibrates the prior on known observations that it was not trained on.

