@@ -168,3 +168,16 @@ def test_settings_of_an_adapter_are_plain_numbers(name: str) -> None:
     adapter = EVERY[name]()
     assert all(type(n) is int for shape in (*adapter.latent_shapes, adapter.x_shape) for n in shape)
     assert likelihood_at_ones(adapter).event_shape == adapter.x_shape
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_calibrated_score_draws_nothing(name: str) -> None:
+    """Every normal draw of `infer` is at its mean: seeds and batches change nothing, and an image has one score."""
+    prior = JointEBMPrior(EVERY[name]())
+    x = images(prior.generator, 12)
+    prior.calibrate(x)
+    one, other = (prior.anomaly_score(x, rng=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    assert torch.equal(one, other)
+    terms, few = (prior.explain(part) for part in (x, x[4:6]))
+    torch.testing.assert_close(few.reconstruction, terms.reconstruction[4:6], rtol=1e-2, atol=1e-2)
+    assert bool(torch.isfinite(one).all())
