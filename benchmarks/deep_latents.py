@@ -104,6 +104,8 @@ def main() -> None:
         images = load_images(Path(options.data) / case.data).images if case.data else digits(case.generator.x_shape)
         run = CaseRun(case, images, runs / f"deep-{name}-{key}", Log(log, key, name, options.units), sizes)
         run.run()
+        if not run.log.matched:
+            parser.error(f"--units: no unit of {name} is {options.units!r}; its units are in the docstring of CaseRun.run")
         if _LAST_UNIT in run.log.done:
             image_panels(out / f"deep_latents_{name}.png", run.panels(), columns=5)
     done = {name: units for name in (QUICK if options.quick else CASES) if (units := whole(log, name))}
@@ -145,6 +147,7 @@ class Log:
 
     def __init__(self, path: Path, key: str, case: str, units: str) -> None:
         self.path, self.key, self.case, self.units = path, key, case, re.compile(units)
+        self.matched = False
         path.parent.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -154,7 +157,9 @@ class Log:
 
     def unit(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
         """Runs a unit whose result is not there, if it is one of those that may be run."""
-        if self.units.fullmatch(name) and name not in self.done:
+        mine = self.units.fullmatch(name) is not None
+        self.matched |= mine
+        if mine and name not in self.done:
             begin = time.perf_counter()
             result = run()
             result |= {"seconds": round(time.perf_counter() - begin), "commit": provenance()["commit"]}
@@ -187,12 +192,14 @@ class CaseRun:
         self.units = sum(shape.numel() for shape in self.vae.latent_shapes)
 
     def run(self) -> None:
-        """All units, in order."""
+        """All units, in order.
+
+        "backbone", "mismatch", "energies", "real", "reconstructions", "best temperature"; for i = 0 … 2 "gaussian i",
+        "temperature i", "gaussian_refit i", "mixture_refit i" and "joint i"; "shorter energies" and "shorter_fit i"; "few real", "few short", "few long"; "two sample".
+        """
         unit, draws = self.log.unit, range(self.sizes.draws)
         unit("backbone", self._backbone)
-        if not (weights := self.folder / "backbone.pt").exists():
-            raise SystemExit(f"{weights} is not there: the unit 'backbone' has to be run first, with this --runs")
-        self.vae.load_state_dict(torch.load(weights, weights_only=True))
+        self.vae.load_state_dict(torch.load(self._made("backbone.pt", "backbone"), weights_only=True))
         self.vae.eval()
         unit("mismatch", self._mismatch)
         unit("energies", lambda: self._energies("energies", {}))
@@ -251,7 +258,13 @@ class CaseRun:
         return {"method": result.method, "last": last, "resumed_at": result.resumed_at, "warnings": result.warnings}
 
     def _learned(self, name: str) -> JointEBMPrior:
-        return JointEBMPrior.load(self.folder / f"{name}.safetensors", self.vae)
+        return JointEBMPrior.load(self._made(f"{name}.safetensors", "energies or shorter energies"), self.vae)
+
+    def _made(self, file: str, unit: str) -> Path:
+        """A file that a unit before made."""
+        if not (path := self.folder / file).exists():
+            raise SystemExit(f"{path} is not there: the unit {unit} has to be run first, with this --runs")
+        return path
 
     def _mismatch(self) -> dict[str, Any]:
         """What `prior.mismatch` says before any energy is trained."""

@@ -81,6 +81,8 @@ def main() -> None:
         for name, result in run_missing(named, run, log, code_key(ROOT / "examples" / "ood.py"), options.workers):
             print(name, {case: round(figures["auroc"], 3) for case, figures in result.items()}, flush=True)
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    if not lines:
+        parser.error(f"--table: there are no runs in {log}")
     rows = rows_of(list({line["job"]: line["result"] for line in lines}.values()))
     write_results(out / "ood.json", rows)
     (out / "ood.md").write_text(table(rows))
@@ -116,7 +118,7 @@ def table(rows: Sequence[Row]) -> str:
         "# Out-of-distribution detection",
         "",
         "`python benchmarks/ood.py`: known/unknown, means over seeds (± standard deviation). `auroc` and `fpr80` are of the "
-        'default score, "tails". Against `_train`, the set\'s own training images, 0.5 is right.',
+        'default score, "tails"; LLR is of at most 1,000 images a side. Against `_train`, own training images, 0.5 is right.',
         "",
         "| case | seeds | " + " | ".join(SHOWN) + " |",
         "|---" * (2 + len(SHOWN)) + "|",

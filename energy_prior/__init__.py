@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = [
     "ArgumentError",
     "BackendWarning",
-    "Calibration",
     "ChainSettings",
     "ChainWarning",
     "CheckpointError",
@@ -41,7 +40,7 @@ __all__ = [
     "map_batches",
 ]
 
-from energy_prior.calibration import Calibration, Explanation
+from energy_prior.calibration import Explanation
 from energy_prior.checks.generator import check_generator
 from energy_prior.energies import ConvEnergy, DenoisingEnergy, Energy, MLPEnergy, default_energies, denoising_energies
 from energy_prior.errors import (

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["Calibration", "Explanation", "PassTerms", "row_digests", "some_rows"]
+__all__ = ["Calibration", "Explanation", "PassTerms", "row_digests"]
 
 import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from energy_prior.checks.arguments import is_array
+
 _TERMS = 4
 _LEVELS = 512
+_FOLDS = 5
 _TAIL = 0.05
 """Share of the known observations that the exponential tail of a term is fitted to."""
 
@@ -100,57 +104,88 @@ class Calibration(nn.Module):
         self.excess.fill_(1.0)
 
     def set_from(self, terms: PassTerms) -> None:
-        """Learns the distributions of known observations, (n, …), n ≥ 2."""
+        """Learns the distributions of known observations, (n, …), n ≥ 2.
+
+        The distances of the norms are each from the mean and covariance of the others, by fifths of the observations: from its
+        own it would be too near, and new observations would seem far.
+        """
         norms = terms.norms.double()
-        centre = norms.mean(0)
-        spread = norms.std(0).clamp_min(1e-6 * (1 + centre.abs()))
-        unit = (norms - centre) / spread
-        n, d = unit.shape
-        covariance = torch.cov(unit.T).reshape(d, d)
-        ridge = (d + 1) / (n + d + 1)  # few observations: towards independent norms
-        covariance = (1 - ridge) * covariance + ridge * torch.eye(d, dtype=unit.dtype, device=unit.device)
-        whitening = torch.linalg.inv(torch.linalg.cholesky(covariance)) / spread
-        self.centre.copy_(centre)
-        self.whitening.copy_(whitening)
-        columns = self._columns(terms)
-        levels = (torch.arange(_LEVELS, dtype=columns.dtype, device=columns.device) + 0.5) / _LEVELS
-        self.table.copy_(torch.quantile(columns, levels, dim=0).T)
+        n = len(norms)
+        centre, whitening = _gaussian(norms)
+        part = torch.arange(n, device=norms.device) % _FOLDS
+        distances = _distance(norms, centre, whitening)
+        if n >= 2 * _FOLDS:
+            for fold in range(_FOLDS):
+                distances[part == fold] = _distance(norms[part == fold], *_gaussian(norms[part != fold]))
+        columns = torch.stack([*_one_sided(terms), distances], dim=1)
+        levels = _levels(columns)
+        table = torch.quantile(columns, levels, dim=0).T.to(self.table)
         start = columns.quantile(1 - _TAIL, dim=0)
         over = columns > start
         mean = ((columns - start) * over).sum(0) / over.sum(0).clamp_min(1)
-        mean = mean.maximum(1e-6 * (1 + start.abs()))  # what rounding of nearly equal terms makes is no tail
-        self.excess.copy_(torch.where(over.any(0), mean, torch.ones_like(mean)))
+        excess = torch.where(mean > _rounding(start), mean, torch.ones_like(mean)).to(self.excess)
+        scores = _score(_surprises(columns, table, excess)).quantile(levels)
+        found = {"table": table, "excess": excess, "scores": scores, "centre": centre, "whitening": whitening}
+        for name, value in found.items():
+            getattr(self, name).copy_(value)
         self.count.fill_(n)
-        self.scores.copy_(self.explain(terms).score.double().quantile(levels))
 
     def explain(self, terms: PassTerms) -> Explanation:
         """A(x) and what it is made of."""
-        surprises = self._surprises(terms)
-        return Explanation(surprises.square().sum(1).sqrt(), *surprises.unbind(1))
-
-    def _surprises(self, terms: PassTerms) -> Tensor:
-        """−log P_t(x) of every term, (batch, 4), nats, ≥ 0, in the dtype of the buffers."""
-        columns = self._columns(terms)
-        levels = torch.arange(_LEVELS, dtype=columns.dtype, device=columns.device)
-        nats = -torch.log1p(-(levels + 0.5) / _LEVELS)
-        found = []
-        for value, table, excess in zip(columns.T, self.table.double(), self.excess.double(), strict=True):
-            start = _interpolated(table.new_tensor(1 - _TAIL), (levels + 0.5) / _LEVELS, table)
-            inside = _interpolated(value, table, nats).clamp_max(-math.log(_TAIL))
-            found.append(torch.where(value > start, -math.log(_TAIL) + (value - start) / excess, inside))
-        return torch.stack(found, dim=1).to(self.table.dtype)
+        distances = _distance(terms.norms.double(), self.centre.double(), self.whitening.double())
+        surprises = _surprises(torch.stack([*_one_sided(terms), distances], dim=1), self.table, self.excess)
+        return Explanation(*(t.to(self.table.dtype) for t in (_score(surprises), *surprises.unbind(1))))
 
     def threshold(self, quantile: float) -> float:
         """A that this share of the known observations does not exceed."""
         scores = self.scores.double()
-        levels = (torch.arange(_LEVELS, dtype=scores.dtype, device=scores.device) + 0.5) / _LEVELS
-        return float(_interpolated(scores.new_tensor(quantile), levels, scores))
+        return float(_interpolated(scores.new_tensor(quantile), _levels(scores), scores))
 
-    def _columns(self, terms: PassTerms) -> Tensor:
-        """The four terms, (batch, 4), float64, each higher where it is worse."""
-        away = (terms.norms.double() - self.centre.double()) @ self.whitening.double().T
-        several = (terms.reconstruction, terms.rate, terms.negative_energy)
-        return torch.stack([*(t.double() for t in several), away.square().sum(1)], dim=1)
+
+def _one_sided(terms: PassTerms) -> list[Tensor]:
+    return [t.double() for t in (terms.reconstruction, terms.rate, terms.negative_energy)]
+
+
+def _gaussian(norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, and inverse root of the covariance, drawn towards independent norms where there are few observations."""
+    centre = norms.mean(0)
+    spread = norms.std(0).clamp_min(1e-6 * (1 + centre.abs()))
+    n, d = norms.shape
+    covariance = torch.cov(((norms - centre) / spread).T).reshape(d, d)
+    ridge = (d + 1) / (n + d + 1)
+    covariance = (1 - ridge) * covariance + ridge * torch.eye(d, dtype=norms.dtype, device=norms.device)
+    return centre, torch.linalg.inv(torch.linalg.cholesky(covariance)) / spread
+
+
+def _distance(norms: Tensor, centre: Tensor, whitening: Tensor) -> Tensor:
+    """Squared Mahalanobis distance, (batch,)."""
+    return ((norms - centre) @ whitening.T).square().sum(1)
+
+
+def _surprises(columns: Tensor, table: Tensor, excess: Tensor) -> Tensor:
+    """−log P_t of every term, (batch, 4), nats, ≥ 0."""
+    levels = _levels(columns)
+    found = []
+    for value, quantiles, scale in zip(columns.T, table.to(columns), excess.to(columns), strict=True):
+        start = _interpolated(quantiles.new_tensor(1 - _TAIL), levels, quantiles)
+        value = value - _rounding(start)  # equal terms are not surprising, nor what rounding makes of them
+        inside = _interpolated(value, quantiles, -torch.log1p(-levels)).clamp_max(-math.log(_TAIL))
+        found.append(torch.where(value > start, -math.log(_TAIL) + (value - start) / scale, inside))
+    return torch.stack(found, dim=1)
+
+
+def _score(surprises: Tensor) -> Tensor:
+    return surprises.square().sum(1).sqrt()
+
+
+def _levels(like: Tensor) -> Tensor:
+    """Shares of the known observations that the quantiles in a table are those of."""
+    return (torch.arange(_LEVELS, dtype=like.dtype, device=like.device) + 0.5) / _LEVELS
+
+
+def _rounding(value: Tensor) -> Tensor:
+    """What terms of this size may differ by in single precision, with another batch, say."""
+    return 1e-5 * (1 + value.abs())
 
 
 def _interpolated(at: Tensor, places: Tensor, values: Tensor) -> Tensor:
@@ -161,18 +196,15 @@ def _interpolated(at: Tensor, places: Tensor, values: Tensor) -> Tensor:
     return values[right - 1] + share * (values[right] - values[right - 1])
 
 
-_REMEMBERED = 512
+def row_digests(rows: Any, most: int | None = None) -> frozenset[bytes]:
+    """Digests of observations in single precision, by which they are known again; none of what is no tensor and no array.
 
-
-def some_rows(data: Any, like: Tensor) -> Tensor:
-    """Some hundred observations, spread over a tensor or an array, in the dtype of `like`; none of anything else."""
-    if not isinstance(data, Tensor) and not hasattr(data, "__array_interface__"):
-        return like.new_zeros(0)
-    rows = data[:: max(1, len(data) // _REMEMBERED)]
-    return (rows if isinstance(rows, Tensor) else torch.as_tensor(rows, device="cpu")).to(like.dtype)
-
-
-def row_digests(rows: Tensor) -> frozenset[bytes]:
-    """A digest of every row, by which it is known again."""
-    values = rows.detach().flatten(1).cpu().contiguous().view(torch.uint8).numpy() if len(rows) else ()
-    return frozenset(hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in values)
+    Args:
+        rows: (n, …).
+        most: of about so many of them, spread over all; None: of each.
+    """
+    if not isinstance(rows, Tensor) and not is_array(rows):
+        return frozenset()
+    rows = rows[:: 1 if most is None else max(1, len(rows) // most)]
+    array = rows.detach().cpu().float().numpy() if isinstance(rows, Tensor) else rows
+    return frozenset(hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in np.array(array, np.float32, order="C"))

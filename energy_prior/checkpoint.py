@@ -35,7 +35,7 @@ from energy_prior.errors import CheckpointError
 from energy_prior.protocol import unwrapped
 
 FORMAT = "energy-prior"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _DIGEST_PART = 2**24
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
@@ -165,6 +165,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         raise CheckpointError(
             f"{os.fspath(path)!r} has checkpoint format {version!r}; this version of energy-prior reads up to "
             f"{FORMAT_VERSION}. Upgrade: pip install -U energy-prior."
+        )
+    if int(version) < FORMAT_VERSION:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} has checkpoint format {version}, of an unreleased version of energy-prior; this one reads "
+            f"{FORMAT_VERSION}. Fit the prior again."
         )
     config: dict[str, Any] = {}
     try:

@@ -18,6 +18,7 @@ from energy_prior.checks.settings import check_count, check_share, require_extra
 from energy_prior.errors import ArgumentError, ShapeError
 from energy_prior.generators import LadderVAE
 from energy_prior.prior import JointEBMPrior
+from energy_prior.process import reproducible
 from energy_prior.training import fit_elbo
 
 _base = require_extra("sklearn.base", "eval")
@@ -44,6 +45,7 @@ class OutlierDetector(_base.OutlierMixin, _base.BaseEstimator):
 
     Attributes:
         prior_: the calibrated prior.
+        seed_: of everything random, drawn from `random_state`.
         offset_: `decision_function` is `score_samples` − `offset_`.
         n_features_in_: columns of X.
 
@@ -94,12 +96,12 @@ class OutlierDetector(_base.OutlierMixin, _base.BaseEstimator):
         contamination = check_share("contamination", self.contamination)
         if contamination > 0.5:
             raise ArgumentError(f"contamination: expected at most 0.5, got {contamination}.")
-        seed = int(require_extra("sklearn.utils", "eval").check_random_state(self.random_state).randint(2**31 - 1))
+        self.seed_ = int(require_extra("sklearn.utils", "eval").check_random_state(self.random_state).randint(2**31 - 1))
         if self.prior is None:
-            prior, known = self._trained(torch.from_numpy(X), seed)
+            prior, known = self._trained(_tensor(X), self.seed_)
         else:
-            prior, known = copy.deepcopy(self.prior), self._shaped(torch.from_numpy(X), self.prior)
-        prior.calibrate(known)
+            prior, known = copy.deepcopy(self.prior), self._shaped(_tensor(X), self.prior)
+        prior.calibrate(known, rng=torch.Generator().manual_seed(self.seed_))
         self.prior_ = prior
         self.offset_ = float(np.percentile(self.score_samples(X), 100 * contamination))
         return self
@@ -112,7 +114,7 @@ class OutlierDetector(_base.OutlierMixin, _base.BaseEstimator):
         """
         _validation.check_is_fitted(self)
         X = _validation.validate_data(self, X, dtype=np.float64, reset=False)
-        return self._scores(self._shaped(torch.from_numpy(X), self.prior_))
+        return self._scores(self._shaped(_tensor(X), self.prior_))
 
     def decision_function(self, X: Any) -> np.ndarray:
         """`score_samples` − `offset_`, (n,): negative for outliers.
@@ -131,7 +133,8 @@ class OutlierDetector(_base.OutlierMixin, _base.BaseEstimator):
         return np.where(self.decision_function(X) < 0, -1, 1)
 
     def _scores(self, x: Tensor) -> np.ndarray:
-        return -self.prior_.anomaly_score(x, self.method).double().cpu().numpy()
+        rng = torch.Generator().manual_seed(self.seed_)  # for scores that draw: the same each time
+        return -self.prior_.anomaly_score(x, self.method, rng=rng).double().cpu().numpy()
 
     def _shaped(self, x: Tensor, prior: JointEBMPrior) -> Tensor:
         """Rows as observations of a prior; of one that was trained here, standardised."""
@@ -149,13 +152,14 @@ class OutlierDetector(_base.OutlierMixin, _base.BaseEstimator):
         rng = torch.Generator().manual_seed(seed)
         x = x[torch.randperm(len(x), generator=rng)]
         count = max(2, round(check_share("held_out", self.held_out) * len(x)))
+        if len(x) - count < 2:
+            raise ArgumentError(f"held_out: expected to leave 2 of the {len(x)} rows to train on, got {self.held_out}.")
         self.mean_, self.scale_ = x.mean(0), x.std(0)
         self.scale_ = torch.where(self.scale_ > 0, self.scale_, torch.ones_like(self.scale_))
         x = (x - self.mean_) / self.scale_
         low, high = float(x.min()), float(x.max())
         spread = max(high - low, 1.0)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with reproducible(rng, x.device):
             vae = LadderVAE(x.shape[1:], self.latent_dims, hidden=self.hidden, x_range=(low - spread, high + spread))
             prior = JointEBMPrior(vae)
         known, held = x[count:].float(), x[:count]
@@ -163,6 +167,11 @@ class OutlierDetector(_base.OutlierMixin, _base.BaseEstimator):
         fit_elbo(vae, known, validation=held.float(), iterations=check_count("iterations", self.iterations), **shared)
         prior.fit(known, iterations=check_count("fit_iterations", self.fit_iterations), **shared)
         return prior.double(), held  # scored in double precision: scores then do not depend on the batch
+
+
+def _tensor(X: np.ndarray) -> Tensor:
+    """Rows as a tensor, whatever their strides and whether they may be written to."""
+    return torch.from_numpy(np.require(X, np.float64, ["C", "W"]))
 
 
 class OODDetector:

@@ -158,7 +158,8 @@ def detection_curves(
     roc, recall = figure.subplots(1, 2)
     for (name, (inside, outside)), line in zip(scores.items(), itertools.cycle(("-", "--", ":", "-."))):
         labels = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).numpy()
-        values = torch.cat([inside.detach().cpu(), outside.detach().cpu()]).double().numpy()
+        both = torch.cat([inside.detach().cpu(), outside.detach().cpu()]).double()
+        values = torch.unique(both, return_inverse=True)[1].numpy()  # ranks: scores may be infinite
         found = detection(inside, outside)
         false, true, _ = metrics.roc_curve(labels, values)
         precision, share, _ = metrics.precision_recall_curve(labels, values)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
 from energy_prior import scores
-from energy_prior.calibration import Calibration, Explanation, row_digests, some_rows
+from energy_prior.calibration import Calibration, Explanation, row_digests
 from energy_prior.checkpoint import (
     check_generator_fits,
     check_state_fits,
@@ -472,7 +472,7 @@ class JointEBMPrior(nn.Module):
         """How unlike the training data each observation is, (batch,); higher = more anomalous.
 
             "tails"            √(Σ_t (log P_t(x))²), nats: how far out in the tails of known observations (`calibrate`) x is by
-                               four terms t of one pass; see `energy_prior.Calibration`. It is ours, depends on no random
+                               four terms t of one pass (`docs/method.md`). It is ours, depends on no random
                                numbers where there is `infer`, and is the default once the prior is calibrated
             "log_joint"        −L^{>0} = −E[log p_β0(x|z) + log p_β(z) + Σ_i f_i(z_i)], nats (Cui, Wu and Han, CVPR 2023); the
                                default before
@@ -525,15 +525,15 @@ class JointEBMPrior(nn.Module):
 
         Args:
             x: observations like the training data but held out from it, (n, *x_shape), n ≥ 2; of the terms' tails a thousand
-                show more than a hundred. Observations that were trained on reconstruct too well: a `DataWarning` says so
-                where `fit` was given them as a tensor or an array.
+                show more than a hundred. Observations that were trained on reconstruct too well; a `DataWarning` says so
+                where it finds some of the rows that this prior's `fit` got as a tensor or an array.
             rng: random number generator, for generators without `infer`.
             posterior: options of the posterior's chain, for generators without `infer`.
         """
         x, settings = self._observations(x), ChainSettings.of(posterior or {})
         if len(x) < 2:
             raise ShapeError("x: expected two or more observations to calibrate on, got one.")
-        if known := self._trained_on.intersection(row_digests(x)):
+        if known := self._trained_on and self._trained_on.intersection(row_digests(x)):
             warn(
                 f"x: at least {len(known)} of the {len(x)} observations to calibrate on were trained on, which reconstruct too "
                 "well: new ones will seem anomalous. Calibrate on observations that were held out.",
@@ -628,8 +628,8 @@ class JointEBMPrior(nn.Module):
 
         def learned() -> None:
             self.calibration.forget()  # it was that of other energies
-            self._trained_on = row_digests(some_rows(data, self.step_size))
             self._fitted_on = fingerprint(self.generator)
+            self._trained_on |= row_digests(data, most=512)
 
         hooks = FitHooks(
             started=self.train_jointly,

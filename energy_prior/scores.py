@@ -52,11 +52,6 @@ class ScoreTerms:
         """log p_β0(x | z) + log p_β(z) + Σ_i f_i(z_i), (batch,)."""
         return self.log_likelihood + self.log_prior.sum(1) + self.negative_energy.sum(1)
 
-    def calibration_terms(self) -> Tensor:
-        """log p_β0(x | z), log p_β(z) [− log q_ω(z | x)] and Σ_i f_i(z_i), (batch, 3): what the score "tails" looks at."""
-        rate = self.log_prior.sum(1) if self.log_q is None else self.log_prior.sum(1) - self.log_q.sum(1)
-        return torch.stack([self.log_likelihood, rate, self.negative_energy.sum(1)], dim=1)
-
 
 ANOMALY_SCORES: dict[str, Callable[[ScoreTerms], Tensor]] = {
     "log_joint": ScoreTerms.log_joint,
@@ -147,9 +142,10 @@ def score_terms(model: JointModel, x: Tensor, num_samples: int, posterior_chain:
 
 
 def pass_terms(model: JointModel, x: Tensor, posterior_chain: ChainSettings) -> PassTerms:
-    """The terms of the calibrated score, by one pass in which q_ω draws every z_i at its mean given the others.
+    """The terms of the score "tails", by one pass in which every normal draw of `infer` is its mean.
 
-    Nothing is drawn, so a score depends on neither a seed nor the rest of the batch. Without `infer` it is a Langevin draw.
+    With Gaussian posteriors nothing is random, so a score depends on neither a seed nor the rest of the batch. Without
+    `infer` z is a Langevin draw.
     """
     inferred = find_infer(model.generator) is not None
 
@@ -160,11 +156,12 @@ def pass_terms(model: JointModel, x: Tensor, posterior_chain: ChainSettings) -> 
         likelihood = model.generator.likelihood(descent.state)
         terms = _finite(_terms_of(model, x, descent, draw.log_q, likelihood))
         norms = [_log_norm(e) for e in descent.noise()]
-        try:
-            error = _log_norm(x - likelihood.mean)
-        except NotImplementedError:  # how torch.distributions says that there is no mean
-            error = terms.log_likelihood
-        return torch.cat([-terms.calibration_terms(), torch.stack([error, *norms], 1)], 1)
+        rate = -terms.log_prior.sum(1) if terms.log_q is None else terms.log_q.sum(1) - terms.log_prior.sum(1)
+        error = terms.log_likelihood
+        with contextlib.suppress(NotImplementedError):  # how torch.distributions says that there is no mean; or it is NaN
+            mean = likelihood.mean
+            error = _log_norm(x - mean) if bool(torch.isfinite(mean).all()) else error
+        return torch.stack([-terms.log_likelihood, rate, -terms.negative_energy.sum(1), error, *norms], 1)
 
     columns = _mean(model, x, 1, posterior_chain.max_memory, once)
     return PassTerms(columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3:])
@@ -207,7 +204,7 @@ def _log_norm(values: Tensor) -> Tensor:
 def _terms_of(
     model: JointModel, x: Tensor, descent: Descent, log_q: Tensor | None = None, likelihood: Distribution | None = None
 ) -> ScoreTerms:
-    log_likelihood = (likelihood or model.generator.likelihood(descent.state)).log_prob(x)
+    log_likelihood = (model.generator.likelihood(descent.state) if likelihood is None else likelihood).log_prob(x)
     return ScoreTerms(log_likelihood, descent.log_priors(), model.negative_energy(descent.latents, descent.noise()), log_q)
 
 

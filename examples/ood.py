@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import add_options
+from command_line import user_path
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
@@ -33,7 +33,9 @@ from energy_prior.evaluate import DetectionTask
 def main() -> None:
     """Reads the command line and runs the example."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, data=None, out="runs/ood", device=False)
+    parser.add_argument("--out", type=user_path, default="runs/ood", help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--quick", action="store_true", help="small nets and few iterations; the figures mean nothing")
     parser.add_argument("--known", required=True, help="the set to train on")
     parser.add_argument("--unknown", required=True, help="the other one; its split is test, or train where it has no other")
     parser.add_argument("--jpeg", type=int, help="quality at which the unknown images are compressed first")
@@ -74,8 +76,9 @@ def run(
     images = load_images(known, "train", limit=limit, size=size).images
     held_out = 50 if quick else 5000
     train, held = images[:-held_out], images[-held_out:]
-    test = load_images(known, "test" if has_test(known) else "train", limit=limit, size=size).images
-    if not has_test(known):
+    if has_test(known):
+        test = load_images(known, "test", limit=limit, size=size).images
+    else:
         train, test = train[:-held_out], train[-held_out:]
     channels, side = images.shape[1], images.shape[2]
     torch.manual_seed(seed)

@@ -12,8 +12,8 @@ import torch
 from small_priors import enliven, mlp
 from torch import Tensor
 
-from energy_prior import Calibration, DataWarning, JointEBMPrior, LadderVAE, ShapeError, fit_elbo
-from energy_prior.calibration import PassTerms
+from energy_prior import DataWarning, JointEBMPrior, LadderVAE, ShapeError, fit_elbo
+from energy_prior.calibration import Calibration, PassTerms
 from energy_prior.evaluate import detection
 
 LIKE = torch.zeros((), dtype=torch.float64)
@@ -66,6 +66,35 @@ def test_half_of_the_known_are_below_the_threshold_of_a_half() -> None:
     others = calibration.explain(known(seed=1)).score
     for quantile in (0.5, 0.9, 0.99):
         assert float((others <= calibration.threshold(quantile)).double().mean()) == pytest.approx(quantile, abs=0.02)
+
+
+@pytest.mark.parametrize(("n", "layers"), [(100, 2), (200, 8), (400, 30)])
+def test_few_observations_of_many_layers(n: int, layers: int) -> None:
+    """A twentieth of new known observations is above the threshold of 95%, though their norms are in 1 + L dimensions."""
+    g = torch.Generator().manual_seed(0)
+    root = torch.randn(1 + layers, 1 + layers, dtype=torch.float64, generator=g)
+
+    def some(count: int) -> PassTerms:
+        columns = -torch.rand(count, 3, dtype=torch.float64, generator=g).log()
+        return terms_of(columns, torch.randn(count, 1 + layers, dtype=torch.float64, generator=g) @ root)
+
+    flagged = []
+    for _ in range(6):
+        calibration = Calibration(layers, LIKE)
+        calibration.set_from(some(n))
+        flagged.append(float((calibration.explain(some(4000)).score > calibration.threshold(0.95)).double().mean()))
+    assert sum(flagged) / 6 == pytest.approx(0.05, abs=0.025)
+
+
+def test_rounding_of_equal_terms_surprises_nobody() -> None:
+    columns, norms = torch.full((300, 3), 1.2345678), torch.full((300, 2), -7.0)
+    columns[:6, 2] = torch.nextafter(columns[:6, 2], torch.tensor(9.0))  # 2% of them
+    calibration = Calibration(1, torch.zeros(()))
+    calibration.set_from(terms_of(columns, norms))
+    up = torch.nextafter(columns[10:12], torch.tensor(9.0))
+    assert float(calibration.explain(terms_of(up, norms[:2])).score.max()) < 0.02
+    off = calibration.explain(terms_of(columns[10:12] + 0.1, norms[:2]))
+    assert 2.9 < float(off.negative_energy.max()) < 4, "in nats, not in units of rounding"
 
 
 def test_terms_that_do_not_vary_surprise_nobody() -> None:
@@ -132,22 +161,30 @@ def test_the_default_is_log_joint_until_it_is_calibrated(tmp_path: Path) -> None
 
 
 class WithoutMean(LadderVAE):
-    """Its likelihood has no mean, and it has no inference model."""
+    """Its likelihood has no mean, or a NaN where others have one, and it has no inference model."""
+
+    nan = False
 
     infer = None  # type: ignore[assignment]
 
     def likelihood(self, state: Tensor) -> Any:
+        base, nan = super().likelihood(state), self.nan
+
         class NoMean(torch.distributions.Independent):
             @property
             def mean(self) -> Tensor:
+                if nan:
+                    return torch.full_like(base.mean, torch.nan)  # as that of Cauchy is
                 raise NotImplementedError
 
-        base = super().likelihood(state)
         return NoMean(torch.distributions.Normal(base.mean, 0.5), 1)
 
 
-def test_generators_without_a_mean_or_without_infer() -> None:
-    prior = JointEBMPrior(WithoutMean((6,), latent_dims=(4, 3), hidden=16))
+@pytest.mark.parametrize("nan", [False, True])
+def test_generators_without_a_mean_or_without_infer(nan: bool) -> None:
+    generator = WithoutMean((6,), latent_dims=(4, 3), hidden=16)
+    generator.nan = nan
+    prior = JointEBMPrior(generator)
     chain: Any = {"posterior": {"steps": 4}}
     prior.calibrate(torch.rand(40, 6), rng=torch.Generator().manual_seed(0), **chain)
     one, same, other = (prior.anomaly_score(torch.ones(5, 6), rng=torch.Generator().manual_seed(s), **chain) for s in (1, 1, 2))
@@ -161,9 +198,16 @@ def test_observations_that_were_trained_on_are_told() -> None:
     with pytest.warns(DataWarning, match="observations to calibrate on were trained on"):
         prior.calibrate(x[:300])
     prior.calibrate(torch.rand(300, 6))
-    prior.fit(x.double().numpy(), iterations=2, batch_size=8, step_size=0.3, progress=False)
-    with pytest.warns(DataWarning, match="of the 100 observations"):
-        prior.calibrate(np.asarray(x[:100]))
+    settings: Any = {"iterations": 2, "batch_size": 8, "step_size": 0.3, "progress": False}
+    other = torch.rand(700, 6).numpy()
+    for array in (other.astype(np.float64), other[::-1], other.astype(">f4"), other.astype(np.longdouble)):
+        again = JointEBMPrior(mlp())
+        again.fit(array, **settings)
+        with pytest.warns(DataWarning, match="of the 100 observations"):
+            again.calibrate(other[:100])
+    prior.fit([torch.rand(8, 6)], iterations=2, batch_size=8, step_size=0.3, progress=False)
+    with pytest.warns(DataWarning, match="of the 300 observations"):
+        prior.double().calibrate(x[:300].double())
 
 
 def test_too_few_observations() -> None:

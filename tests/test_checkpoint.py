@@ -114,6 +114,9 @@ def test_future_version_and_damaged_configuration(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="format '99'.*Upgrade"):
         JointEBMPrior.load(path, prior.generator)
     save_file({"weight": torch.zeros(2)}, path, metadata=header | {"format_version": "1"})
+    with pytest.raises(CheckpointError, match="format 1, of an unreleased version.*Fit the prior again"):
+        JointEBMPrior.load(path, prior.generator)
+    save_file({"weight": torch.zeros(2)}, path, metadata=header | {"format_version": "2"})
     with pytest.raises(CheckpointError, match="is damaged"):
         JointEBMPrior.load(path, prior.generator)
 

@@ -87,11 +87,27 @@ def test_outlier_detector_around_a_prior_of_the_users() -> None:
         (lambda: OutlierDetector(prior).fit(known[:, :4]), ShapeError, r"X: expected 6 features, .* got 4"),
         (lambda: OutlierDetector(prior, contamination=0.6).fit(known), ArgumentError, "contamination: expected at most 0.5"),
         (lambda: OutlierDetector(prior, method="nothing").fit(known), ArgumentError, "method: expected one of"),
+        (lambda: OutlierDetector(held_out=0.99).fit(known), ArgumentError, "held_out: expected to leave 2 of the 100 rows"),
         (lambda: OutlierDetector(held_out=1.5).fit(known), ArgumentError, "held_out: expected"),
         (lambda: OutlierDetector().fit(known[:5]), ValueError, "minimum of 8 is required"),
     ):
         with pytest.raises(error, match=words):
             wrong()
+
+
+def test_rows_in_any_layout_and_scores_that_draw() -> None:
+    """Reversed and read-only rows; the same row has the same score again, also where posterior draws are made."""
+    x, state = rows(), torch.get_rng_state()
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    for method in (None, "log_joint"):
+        detector: Any = OutlierDetector(**QUICK, method=method).fit(frozen)
+        scores = detector.score_samples(x)
+        np.testing.assert_array_equal(detector.score_samples(frozen), scores)
+        if method is None:
+            np.testing.assert_allclose(detector.score_samples(x[::-1])[::-1], scores)
+        np.testing.assert_array_equal(OutlierDetector(**QUICK, method=method).fit(x).score_samples(x), scores)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_ood_detector() -> None:
@@ -110,7 +126,8 @@ def test_ood_detector() -> None:
     assert detector.to("cpu").device == torch.device("cpu")
     assert detector.set_hyperparameters(method="reconstruction").get_hyperparameters() == {"method": "reconstruction"}
     assert detector.predict(x).shape == (60,)
-    assert all(JointEBMPrior(mlp()) and name in detector.hyperparameter_space["method"] for name in ("tails", "log_joint"))
+    for name in detector.hyperparameter_space["method"]:
+        assert detector.set_hyperparameters(method=name).predict(x).shape == (60,)
     with pytest.raises(ArgumentError, match="data_loader: expected two or more known observations"):
         detector.fit([(x, -torch.ones(60))])
 

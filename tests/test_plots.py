@@ -17,6 +17,7 @@ def test_plots_write_readable_pictures(tmp_path: Any) -> None:
     plots.chain_strip(tmp_path / "b.png", torch.rand(2, 3, 1, 4, 4), torch.tensor([0, 5, 10]), torch.randn(3, 2))
     scores = {name: (torch.randn(30), torch.randn(20) + 1) for name in ("one", "two", "three")}
     plots.score_histograms(tmp_path / "c.png", scores, known="in", unknown="out")
+    scores["one"][1][0] = torch.inf
     plots.detection_curves(tmp_path / "d.png", scores, known="in", unknown="out")
     surprises = {name: torch.rand(10) * 9 for name in ("reconstruction", "rate", "negative_energy", "norms")}
     plots.explanation(tmp_path / "e.png", images, surprises, most=5)

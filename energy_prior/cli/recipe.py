@@ -44,7 +44,8 @@ class DataSettings:
         channel_order: where the channels of arrays are, first or last; null: found.
         background: brightness of what is behind see-through images, from 0 (black) to 1 (white).
         on_error: what an image that cannot be read does, raise or skip.
-        validation: how many of them, the last ones, are kept out of training, to choose the generator's weights by, ≥ 1.
+        validation: how many of them, the last ones, are kept out of training, to choose the generator's weights by and to
+            calibrate scores on, ≥ 2.
     """
 
     source: str = ""
@@ -62,7 +63,7 @@ class DataSettings:
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source:
             raise ArgumentError(f"data.source: expected a folder or the name of a set on the hub, got {self.source!r}.")
-        check_count("data.validation", self.validation)
+        check_count("data.validation", self.validation, least=2)
         if self.column is not None and not isinstance(self.column, str):
             raise ArgumentError(f"data.column: expected the name of a column, got {self.column!r}.")
         ReadSettings(self.size, self.channels, self.value_range, self.channel_order, self.background, self.on_error)

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from energy_prior.checkpoint import digest
+from energy_prior.checkpoint import digest, fingerprint
 from energy_prior.checks.settings import check_count, check_device, check_path, check_share, require_extra
-from energy_prior.cli.train import load_run
+from energy_prior.cli.train import load_run, reading_of
 from energy_prior.data import load_images
-from energy_prior.errors import ArgumentError
+from energy_prior.errors import ArgumentError, DivergenceError
 from energy_prior.prior import JointEBMPrior
 
 UNREADABLE = 3
@@ -37,7 +38,8 @@ def add_command(commands: Any) -> None:
         "score and whether it is above the threshold, and of the default score the surprise at each of its terms. The same "
         "command after a kill goes on where it was. Exit status: 0; 2 after an error; 3 if images could not be read, which "
         "have a row without a score.",
-        epilog="example: energy-prior score runs/mnist --data photos/ --out scores.csv --quantile 0.99",
+        epilog="example: energy-prior score runs/mnist --data photos --out scores.csv, for images in photos/test/; "
+        "--data . --split photos for images in photos/",
     )
     parser.add_argument("run", help="folder of a run of `energy-prior train`")
     parser.add_argument(
@@ -52,6 +54,11 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--batch-size", default="256", help="images at a time (default: 256)")
     parser.add_argument("--seed", default="0", help="seed of scores that draw (default: 0)")
     parser.add_argument("--device", default="cpu", help="where it computes (default: cpu)")
+    parser.add_argument(
+        "--as-found",
+        action="store_true",
+        help="find out what pixels mean, instead of reading them as the run's images were read",
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(command=_run)
 
@@ -66,13 +73,14 @@ def score_images(
     quantile: float = 0.95,
     batch_size: int = 256,
     seed: int = 0,
+    **reading: Any,
 ) -> dict[str, Any]:
     """Scores the images of a split and writes the table; after a kill it goes on where it was.
 
     Args:
         prior: a prior of images, (channels, height, width).
-        source: as for `load_images`. Images are brought to the prior's size and channels; those that cannot be read get a row
-            without a score.
+        source: as for `load_images`. Images are brought to the prior's channels and, if it is square, to its size; those that
+            cannot be read, or have no finite score, get a row without one. All images of the split are held in memory.
         out: the table, .csv or .parquet (extra "examples"): columns "name", "score", "flagged", the surprises of "tails", and
             "error". Finished rows are in a file beside it until it is whole.
         split: split of the source.
@@ -80,6 +88,7 @@ def score_images(
         quantile: share of the known images that is not flagged; only "tails" has a threshold.
         batch_size: images at a time, ≥ 1.
         seed: of scores that draw.
+        **reading: other arguments of `load_images`.
 
     Returns:
         "images", "unreadable", "flagged" (None without a threshold), "threshold", "method" and "out".
@@ -89,6 +98,8 @@ def score_images(
         OSError: if the table cannot be written.
     """
     target, batch_size = check_path("out", out), check_count("batch_size", batch_size)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"out: there is no folder {os.fspath(target.parent)!r} to write the table to.")
     if target.suffix not in (".csv", ".parquet"):
         raise ArgumentError(f"out: expected a file ending in .csv or .parquet, got {os.fspath(target)!r}.")
     if target.suffix == ".parquet":
@@ -99,30 +110,27 @@ def score_images(
     threshold = prior.threshold(check_share("quantile", quantile)) if method == "tails" else None
     channels, height, width = prior.x_shape
     size = height if height == width else None
-    data = load_images(source, split, size=size, channels=channels, label_column=False, on_error="skip")
+    data = load_images(source, split, size=size, channels=channels, label_column=False, on_error="skip", **reading)
+    state = (method, seed, batch_size, data.names, fingerprint(prior.generator))
     part = target.with_name(f".{target.name}.part.jsonl")
-    done = _Part(part, digest({**prior.state_dict(), "images": data.images}, repr((method, seed, batch_size, data.names))))
+    done = _Part(part, digest({**prior.state_dict(), "images": data.images}, repr(state)))
     for first in tqdm(range(0, len(data.images), batch_size), desc="score", unit="batch", disable=None):
         if first < len(done.rows):
             continue
         x = data.images[first : first + batch_size].to(prior.device, prior.dtype)
         names = data.names[first : first + batch_size]
         rng = torch.Generator().manual_seed(seed * 1_000_003 + first)
-        if method == "tails":
-            found = prior.explain(x, rng=rng)
-            columns = {"score": found.score, **{name: getattr(found, name) for name in _TERMS}}
-        else:
-            columns = {"score": prior.anomaly_score(x, method, rng=rng)}
-        values = {name: column.tolist() for name, column in columns.items()}
-        done.add([{"name": n} | {key: column[i] for key, column in values.items()} for i, n in enumerate(names)])
-    rows = [row | {"flagged": None if threshold is None else row["score"] > threshold, "error": ""} for row in done.rows]
-    empty = {key: None for key in rows[0] if key != "error"} if rows else {"score": None, "flagged": None}
-    rows += [empty | {"name": name, "error": why} for name, why in data.left_out.items()]
+        done.add(_scored(prior, x, names, method, rng))
+    rows = [*done.rows, *({"name": name, "error": why} for name, why in data.left_out.items())]
+    for row in rows:
+        score = row.get("score")
+        row["flagged"] = None if threshold is None or score is None else score > threshold
+    unreadable = sum(bool(row["error"]) for row in rows)
     _write(target, rows)
     part.unlink(missing_ok=True)
     return {
         "images": len(rows),
-        "unreadable": len(data.left_out),
+        "unreadable": unreadable,
         "flagged": None if threshold is None else sum(bool(row["flagged"]) for row in rows),
         "threshold": threshold,
         "method": method,
@@ -130,44 +138,66 @@ def score_images(
     }
 
 
+def _scored(prior: JointEBMPrior, x: Tensor, names: Sequence[str], method: str, rng: torch.Generator) -> list[dict[str, Any]]:
+    """Rows of a batch; where it has no finite score, of its images one by one."""
+    try:
+        if method == "tails":
+            found = prior.explain(x, rng=rng)
+            columns = {"score": found.score, **{name: getattr(found, name) for name in _TERMS}}
+        else:
+            columns = {"score": prior.anomaly_score(x, method, rng=rng)}
+    except DivergenceError as error:
+        if len(x) == 1:
+            return [{"name": names[0], "error": str(error)}]
+        return [row for i, name in enumerate(names) for row in _scored(prior, x[i : i + 1], [name], method, rng)]
+    values = {name: column.tolist() for name, column in columns.items()}
+    return [{"name": n, "error": ""} | {key: column[i] for key, column in values.items()} for i, n in enumerate(names)]
+
+
 class _Part:
     """Rows that are done, in a file that grows by batches; those of another call are dropped."""
 
     def __init__(self, path: Path, key: str) -> None:
-        self._path = path
+        self._path, self._key = path, key
         self.rows: list[dict[str, Any]] = []
         lines = path.read_text().splitlines() if path.exists() else []
-        if lines and lines[0] == key:
-            for line in lines[1:]:
-                try:
-                    self.rows += json.loads(line)
-                except ValueError:  # the last one, cut by a kill
-                    break
-        self._begun: str | None = f"{key}\n" + (f"{json.dumps(self.rows)}\n" if self.rows else "")
+        self._is_new = not lines or lines[0] != key
+        whole = []
+        for line in [] if self._is_new else lines[1:]:
+            try:
+                self.rows += json.loads(line)
+            except ValueError:  # the last one, cut by a kill
+                temporary = path.with_name(f"{path.name}.tmp")
+                temporary.write_text("".join(f"{text}\n" for text in (key, *whole)))
+                temporary.replace(path)
+                break
+            whole.append(line)
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Rows of a batch."""
-        with self._path.open("a" if self._begun is None else "w") as file:
-            file.write(f"{self._begun or ''}{json.dumps(list(rows))}\n")
-        self._begun = None
+        with self._path.open("w" if self._is_new else "a") as file:
+            file.write((f"{self._key}\n" if self._is_new else "") + json.dumps(list(rows)) + "\n")
+        self._is_new = False
         self.rows += rows
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The table, whole or not at all."""
-    names = ["name", "score", "flagged", *(n for n in _TERMS if n in rows[0]), "error"]
+    names = ["name", "score", "flagged", *(n for n in _TERMS if any(n in row for row in rows)), "error"]
     temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
-    if path.suffix == ".parquet":
-        pa: Any = require_extra("pyarrow", "examples")
-        table = pa.table({name: [row.get(name) for row in rows] for name in names})
-        require_extra("pyarrow.parquet", "examples").write_table(table, temporary)
+    try:
+        if path.suffix == ".parquet":
+            pa: Any = require_extra("pyarrow", "examples")
+            table = pa.table({name: [row.get(name) for row in rows] for name in names})
+            require_extra("pyarrow.parquet", "examples").write_table(table, temporary)
+        else:
+            with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+                writer = csv.DictWriter(file, names, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(rows)
         temporary.replace(path)
-        return
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -181,6 +211,7 @@ def _run(options: argparse.Namespace) -> int:
         except ValueError:
             raise ArgumentError(f"--{name.replace('_', '-')}: expected a number, got {text!r}.") from None
     prior = load_run(options.run).to(options.device)
+    numbers |= {} if options.as_found else reading_of(options.run)
     report = score_images(prior, options.data, options.out, split=options.split, method=options.method, **numbers)
     if options.json:
         print(json.dumps(report))
@@ -188,5 +219,5 @@ def _run(options: argparse.Namespace) -> int:
         above = "" if report["flagged"] is None else f", {report['flagged']} above the threshold {report['threshold']:.3g}"
         print(f"{report['images']} images{above}; scores ({report['method']}) are in {report['out']}")
         if report["unreadable"]:
-            print(f"{report['unreadable']} images could not be read: they have a row with the reason and no score")
+            print(f"{report['unreadable']} images could not be read or scored: they have a row with the reason and no score")
     return UNREADABLE if report["unreadable"] else 0

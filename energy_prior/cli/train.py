@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["add_command", "load_run", "run_recipe"]
+__all__ = ["READING", "add_command", "load_run", "reading_of", "run_recipe"]
 
 import argparse
 import dataclasses
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _HEADER = "energy-prior train"
 _SHOWN = 64
+READING = ("value_range", "channel_order", "background")
+"""Settings of `load_images` that say what pixels mean."""
 
 
 def add_command(commands: Any) -> None:
@@ -103,9 +105,9 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[s
             "warnings": result.warnings,
         }
     if accelerator is None or accelerator.is_main_process:
-        prior.calibrate(validation)
+        prior.calibrate(validation, rng=torch.Generator().manual_seed(recipe.seed))
         prior.save(out / "prior.safetensors")
-        _save_generator(out / "generator.safetensors", generator, recipe.generator, x_shape)
+        _save_generator(out / "generator.safetensors", generator, recipe, x_shape)
         (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         after = prior.sample(_SHOWN, rng=torch.Generator().manual_seed(recipe.seed))
         if x_shape[0] in (1, 3):
@@ -122,14 +124,24 @@ def load_run(folder: str | os.PathLike[str]) -> JointEBMPrior:
         ArgumentError: if the generator's factory cannot be imported.
     """
     path = check_path("folder", folder) / "generator.safetensors"
-    weights, header = read_tensors(path)
-    if _HEADER not in header:
-        raise CheckpointError(f"{os.fspath(path)!r} was not written by `energy-prior train`.")
-    described = json.loads(header[_HEADER])
+    weights, described = _described(path)
     generator = build_generator(described["generator"], tuple(described["x_shape"]))
     check_state_fits(path, generator.state_dict(), weights, "the generator", "Is its factory still the same?")
     generator.load_state_dict(weights)
     return JointEBMPrior.load(path.with_name("prior.safetensors"), generator)
+
+
+def reading_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """How the images of a run were read: arguments of `load_images`."""
+    return _described(check_path("folder", folder) / "generator.safetensors")[1]["reading"]
+
+
+def _described(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights of a run's generator, and what is said of it."""
+    weights, header = read_tensors(path)
+    if _HEADER not in header:
+        raise CheckpointError(f"{os.fspath(path)!r} was not written by `energy-prior train`.")
+    return weights, json.loads(header[_HEADER])
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -180,8 +192,9 @@ def _check_batch_sizes(recipe: Recipe, share: int) -> None:
             )
 
 
-def _save_generator(path: Path, generator: nn.Module, settings: dict[str, Any], x_shape: tuple[int, ...]) -> None:
-    """The generator's weights, with what `load_run` builds it from."""
+def _save_generator(path: Path, generator: nn.Module, recipe: Recipe, x_shape: tuple[int, ...]) -> None:
+    """The generator's weights, with what `load_run` builds it from, and how its images were read."""
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in generator.state_dict().items()}
-    described = {"generator": settings, "x_shape": list(x_shape)}
+    reading = {name: getattr(recipe.data, name) for name in READING}
+    described = {"generator": recipe.generator, "x_shape": list(x_shape), "reading": reading}
     write_whole(path, save(weights, {_HEADER: json.dumps(described)}))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from energy_prior.checks.settings import check_count, check_share, require_extra
+from energy_prior.checks.settings import check_count, check_share, require_extra, whole_number
 from energy_prior.errors import ArgumentError, ShapeError
 
 
@@ -116,6 +116,8 @@ class DetectionTask:
         known = (~held).nonzero()[:, 0]
         known = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]
         count = int(check_share("share", share) * len(known))
+        if not 0 < count < len(known):
+            raise ArgumentError(f"share: expected a share that leaves known images on both sides of {len(known)}, got {share}.")
         return cls(name or f"zenati, {text}", images[known[:count]], images[known[count:]], images[held])
 
     @classmethod
@@ -203,7 +205,11 @@ def _held_out(images: Tensor, labels: Tensor | None, unknown: int | Iterable[int
     if labels is None or labels.shape != (len(images),):
         got = "none" if labels is None else str(tuple(labels.shape))
         raise ShapeError(f"labels: expected a class for each of the {len(images)} images, got {got}.")
-    classes = [unknown] if isinstance(unknown, int) else list(unknown)
+    one = whole_number(unknown)
+    classes = [one] if one is not None else [whole_number(u) for u in unknown] if isinstance(unknown, Iterable) else [None]
+    if None in classes or not set(classes) <= set(labels.tolist()):
+        there = labels.unique().tolist()
+        raise ArgumentError(f"unknown: expected classes among {there[:20]}, got {unknown!r}.")
     held = torch.isin(labels, torch.tensor(classes, dtype=labels.dtype, device=labels.device))
     if not 0 < int(held.sum()) < len(held):
         there = labels.unique().tolist()

@@ -13,10 +13,10 @@ import pytest
 import torch
 from pictures import picture, write_parquet
 
-from energy_prior import JointEBMPrior, LadderVAE
+from energy_prior import DivergenceError, JointEBMPrior, LadderVAE
 from energy_prior.cli.main import main
 from energy_prior.cli.score import score_images
-from energy_prior.cli.train import load_run
+from energy_prior.cli.train import load_run, reading_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:source. 1 of 11 images:energy_prior.DataWarning")
 
@@ -139,6 +139,7 @@ def test_a_killed_run_goes_on(run: Path, images: Path, tmp_path: Path, monkeypat
         (["--batch-size", "0"], "batch_size: expected"),
         (["--method", "best"], "method: expected one of"),
         (["--split", "nothing"], "nothing"),
+        (["--out", "nowhere/scores.csv"], "out: there is no folder 'nowhere'"),
         (["--device", "nothing"], "--device nothing: not available"),
     ],
 )
@@ -156,6 +157,28 @@ def test_errors_are_one_line(
 def test_a_prior_of_no_images(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="prior: expected one of images"):
         score_images(JointEBMPrior(LadderVAE((6,), latent_dims=(2, 2), hidden=8)), "anywhere", tmp_path / "a.csv")
+
+
+def test_images_without_a_finite_score_have_a_row(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the same batch have theirs."""
+    prior = JointEBMPrior(LadderVAE((1, 6, 6), latent_dims=(2, 2), hidden=8))
+    plain = JointEBMPrior.anomaly_score
+
+    def score(self: JointEBMPrior, x: Any, *arguments: Any, **keywords: Any) -> Any:
+        if bool((x.flatten(1).mean(1) > 0.3).any()):
+            raise DivergenceError("not finite")
+        return plain(self, x, *arguments, **keywords)
+
+    monkeypatch.setattr(JointEBMPrior, "anomaly_score", score)
+    report = score_images(prior, str(images), tmp_path / "a.csv")
+    errors = {Path(row["name"]).name: row["error"] for row in rows_of(tmp_path / "a.csv")}
+    assert report["unreadable"] == sum(bool(why) for why in errors.values()) > 1
+    assert errors["9.png"] == "not finite"
+    assert not errors["0.png"]
+
+
+def test_images_are_read_as_the_run_read_them(run: Path) -> None:
+    assert reading_of(run) == {"value_range": None, "channel_order": None, "background": 1.0}
 
 
 def test_a_prior_that_is_not_calibrated_has_no_threshold(images: Path, tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def test_zenati_trains_on_a_share_of_the_known_and_tests_on_every_unknown() -> N
     again, other = (DetectionTask.zenati(IMAGES, LABELS, 3, seed=seed) for seed in (1, 2))
     assert torch.equal(task.train, again.train)
     assert not torch.equal(task.train, other.train)
+    assert torch.equal(DetectionTask.zenati(IMAGES, LABELS, np.int64(3), seed=1).train, task.train)  # type: ignore[arg-type]
     two = DetectionTask.zenati(IMAGES, LABELS, [0, 3], share=0.5)
     assert (two.name, len(two.train), len(two.unknown)) == ("zenati, classes 0, 3", 30, 40)
 
@@ -134,14 +135,20 @@ def test_rows_of_a_task() -> None:
         (
             lambda: DetectionTask.zenati(IMAGES, LABELS, 7),
             ArgumentError,
-            r"unknown: expected some of the classes \[0, 1, 2, 3, 4\]",
+            r"unknown: expected classes among \[0, 1, 2, 3, 4\], got 7",
         ),
+        (
+            lambda: DetectionTask.zenati(IMAGES, LABELS, [3, 77]),
+            ArgumentError,
+            r"unknown: expected classes among .* got \[3, 77\]",
+        ),
+        (lambda: DetectionTask.zenati(IMAGES, LABELS, 3, share=0.01), ArgumentError, "share: expected a share that leaves"),
         (lambda: DetectionTask.zenati(IMAGES, LABELS, range(5)), ArgumentError, "there have to be known and unknown"),
         (lambda: DetectionTask.zenati(IMAGES, LABELS, 3, share=1.0), ArgumentError, r"share: expected"),
         (
             lambda: DetectionTask.test_split((IMAGES, LABELS), (IMAGES[:1], LABELS[:1]), 3),
             ArgumentError,
-            "unknown: expected some of the classes",
+            "unknown: expected classes among",
         ),
         (
             lambda: DetectionTask.in_and_out("a", IMAGES, IMAGES[:0], IMAGES),
