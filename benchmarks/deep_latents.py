@@ -195,7 +195,8 @@ class CaseRun:
         """All units, in order.
 
         "backbone", "mismatch", "energies", "real", "reconstructions", "best temperature"; for i = 0 … 2 "gaussian i",
-        "temperature i", "gaussian_refit i", "mixture_refit i" and "joint i"; "shorter energies" and "shorter_fit i"; "few real", "few short", "few long"; "two sample".
+        "temperature i", "gaussian_refit i", "mixture_refit i" and "joint i"; "shorter energies" and "shorter_fit i";
+        "few real", "few short", "few long"; "two sample".
         """
         unit, draws = self.log.unit, range(self.sizes.draws)
         unit("backbone", self._backbone)
