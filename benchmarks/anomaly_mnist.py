@@ -14,7 +14,6 @@ docs/results/anomaly_mnist.partial.jsonl as it ends. Writes docs/results/anomaly
 from __future__ import annotations
 
 import argparse
-import json
 import runpy
 import statistics
 import sys
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from results import ROOT, Row, code_key, mean_row, run_missing, write_results
+from results import ROOT, Row, code_key, logged_runs, mean_row, run_missing, write_results
 
 sys.path.insert(0, str(ROOT / "examples"))  # for what the example imports
 example: Any = runpy.run_path(str(ROOT / "examples" / "anomaly_mnist.py"))  # by its path: it has the name of this file
@@ -84,13 +83,10 @@ def main() -> None:
         jobs = [Job(data, d, p, 0, quick=True) for d, p in ((1, "zenati"), (4, "test_split"))]
     log = out / "anomaly_mnist.partial.jsonl"
     if not options.table:
-        key = code_key(ROOT / "examples" / "anomaly_mnist.py")
+        key = code_key(*(ROOT / "examples" / name for name in ("anomaly_mnist.py", "detecting.py")))
         for name, result in run_missing({job.name: job for job in jobs}, run, log, key, options.workers):
             print(f"{name}: auprc {result['auprc']:.3f}, log joint {result['auprc_log_joint']:.3f}", flush=True)
-    done = last_runs(log)
-    if not done:
-        parser.error(f"--table: there are no runs in {log}")
-    rows = rows_of(done)
+    rows = rows_of(logged_runs(log))
     write_results(out / "anomaly_mnist.json", rows)
     (out / "anomaly_mnist.md").write_text(table(rows))
     picture(out / "anomaly_mnist.png", rows)
@@ -117,12 +113,6 @@ def made_up(folder: Path) -> str:
                 x[2 * digit : 2 * digit + 8, 8:20] += 180
                 Image.fromarray(x.to(torch.uint8).numpy()).save(place / f"{i}.png")
     return str(folder)
-
-
-def last_runs(log: Path) -> dict[str, dict[str, float]]:
-    """Name -> figures of the runs as they were last made, whatever the code."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return {line["job"]: line["result"] for line in lines}
 
 
 def rows_of(done: dict[str, dict[str, float]]) -> list[Row]:

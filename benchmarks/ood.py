@@ -13,7 +13,6 @@ docs/results/ood.partial.jsonl as it ends. Writes docs/results/ood.json, .md and
 from __future__ import annotations
 
 import argparse
-import json
 import runpy
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from results import ROOT, Row, code_key, mean_row, run_missing, write_results
+from results import ROOT, Row, code_key, logged_runs, mean_row, run_missing, write_results
 
 sys.path.insert(0, str(ROOT / "examples"))  # for what the example imports
 example: Any = runpy.run_path(str(ROOT / "examples" / "ood.py"))  # by its path: it has the name of this file
@@ -78,12 +77,10 @@ def main() -> None:
     if not options.table:
         jobs = [Job(options.data, name, s) for s in range(3) for name in options.known or KNOWN if s < KNOWN[name].seeds]
         named = {f"{job.known}, seed {job.seed}": job for job in jobs}
-        for name, result in run_missing(named, run, log, code_key(ROOT / "examples" / "ood.py"), options.workers):
+        key = code_key(*(ROOT / "examples" / name for name in ("ood.py", "detecting.py")))
+        for name, result in run_missing(named, run, log, key, options.workers):
             print(name, {case: round(figures["auroc"], 3) for case, figures in result.items()}, flush=True)
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    if not lines:
-        parser.error(f"--table: there are no runs in {log}")
-    rows = rows_of(list({line["job"]: line["result"] for line in lines}.values()))
+    rows = rows_of(list(logged_runs(log).values()))
     write_results(out / "ood.json", rows)
     (out / "ood.md").write_text(table(rows))
     picture(out / "ood.png", rows)

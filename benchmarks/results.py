@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["ROOT", "Row", "code_key", "machine", "mean_row", "provenance", "run_missing", "write_results"]
+__all__ = [
+    "ROOT",
+    "Row",
+    "code_key",
+    "logged_runs",
+    "machine",
+    "mean_row",
+    "provenance",
+    "run_missing",
+    "write_results",
+]
 
 import ast
 import concurrent.futures
@@ -88,7 +98,6 @@ def write_results(path: Path, rows: Sequence[Row]) -> None:
 
 
 _WITHOUT_FIGURES = ("__init__.py", "cli", "data", "plots.py", "checks", "detectors.py")
-_WITH_FIGURES = ("checks/replay.py",)  # the calibrated score is taken at means by it
 
 
 def code_key(*files: Path, also: str = "") -> str:
@@ -97,8 +106,7 @@ def code_key(*files: Path, also: str = "") -> str:
     Results with another key were made by other code.
     """
     package = ROOT / "energy_prior"
-    named = [(file, file.relative_to(package)) for file in sorted(package.rglob("*.py"))]
-    own = [file for file, name in named if name.parts[0] not in _WITHOUT_FIGURES or name.as_posix() in _WITH_FIGURES]
+    own = [file for file in sorted(package.rglob("*.py")) if file.relative_to(package).parts[0] not in _WITHOUT_FIGURES]
     total = hashlib.sha256(also.encode())
     for path in (*own, *files):
         tree = ast.parse(path.read_text())
@@ -139,3 +147,15 @@ def run_missing(
             with log.open("a") as file:
                 file.write(json.dumps({"key": key, "job": name, "result": result}) + "\n")
             yield name, result
+
+
+def logged_runs(log: Path) -> dict[str, dict[str, Any]]:
+    """Name -> result of the lines of `run_missing`, as each was last made, whatever the code.
+
+    Raises:
+        SystemExit: if there are none: a table of nothing would replace the one that is there.
+    """
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    if not lines:
+        raise SystemExit(f"There are no runs in {log}.")
+    return {line["job"]: line["result"] for line in lines}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Calibration", "Explanation", "PassTerms", "row_digests"]
+__all__ = ["TERMS", "Calibration", "Explanation", "PassTerms", "row_digests"]
 
 import hashlib
 import math
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from energy_prior.checks.arguments import is_array
 
-_TERMS = 4
+TERMS = ("reconstruction", "rate", "negative_energy", "norms")
+"""Of the score, in the order of columns."""
+
 _LEVELS = 512
 _FOLDS = 5
 _TAIL = 0.05
@@ -58,6 +60,10 @@ class Explanation:
     negative_energy: Tensor
     norms: Tensor
 
+    def surprises(self) -> dict[str, Tensor]:
+        """Term -> its surprise, (batch,)."""
+        return {name: getattr(self, name) for name in TERMS}
+
 
 class Calibration(nn.Module):
     """Distributions of the terms on known observations, and the score by them.
@@ -85,8 +91,8 @@ class Calibration(nn.Module):
     def __init__(self, layers: int, like: Tensor) -> None:
         super().__init__()
         place = {"dtype": like.dtype, "device": like.device}
-        self.register_buffer("table", torch.zeros(_TERMS, _LEVELS, **place))
-        self.register_buffer("excess", torch.ones(_TERMS, **place))
+        self.register_buffer("table", torch.zeros(len(TERMS), _LEVELS, **place))
+        self.register_buffer("excess", torch.ones(len(TERMS), **place))
         self.register_buffer("scores", torch.zeros(_LEVELS, **place))
         self.register_buffer("centre", torch.zeros(1 + layers, **place))
         self.register_buffer("whitening", torch.zeros(1 + layers, 1 + layers, **place))

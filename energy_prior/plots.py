@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor
 
 from energy_prior.checks.settings import check_count, check_path, require_extra
-from energy_prior.evaluate import detection
+from energy_prior.evaluate.detection import detection, labelled_ranks
 
 
 def image_panels(path: str | os.PathLike[str], panels: Mapping[str, Tensor], *, columns: int = 8) -> None:
@@ -157,12 +157,10 @@ def detection_curves(
     figure = _figure(9.2, 4.2)
     roc, recall = figure.subplots(1, 2)
     for (name, (inside, outside)), line in zip(scores.items(), itertools.cycle(("-", "--", ":", "-."))):
-        labels = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).numpy()
-        both = torch.cat([inside.detach().cpu(), outside.detach().cpu()]).double()
-        values = torch.unique(both, return_inverse=True)[1].numpy()  # ranks: scores may be infinite
+        labels, ranks = labelled_ranks(inside, outside)
         found = detection(inside, outside)
-        false, true, _ = metrics.roc_curve(labels, values)
-        precision, share, _ = metrics.precision_recall_curve(labels, values)
+        false, true, _ = metrics.roc_curve(labels, ranks)
+        precision, share, _ = metrics.precision_recall_curve(labels, ranks)
         roc.plot(false, true, line, label=f"{name}: {found.auroc:.3f}")
         recall.plot(share, precision, line, label=f"{name}: {found.auprc:.3f}")
         recall.axhline(found.positives, color="0.8", linewidth=0.8, zorder=0)
@@ -180,7 +178,7 @@ def explanation(path: str | os.PathLike[str], images: Tensor, surprises: Mapping
     Args:
         path: file to write; its suffix sets the format (.png, .pdf, .svg, …).
         images: in [0, 1], (n, channels, height, width), 1 or 3 channels.
-        surprises: term -> −log P_t, (n,), nats: "reconstruction", "rate", … of `JointEBMPrior.explain`.
+        surprises: term -> −log P_t, (n,), nats, as `prior.explain(images).surprises()` gives them.
         most: images shown, ≥ 1.
     """
     file, table = check_path("path", path), torch.stack([s.detach().cpu() for s in surprises.values()], 1)

@@ -19,15 +19,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from energy_prior.calibration import PassTerms
-from energy_prior.checks.replay import AtMean
 from energy_prior.errors import DivergenceError
 from energy_prior.langevin import ChainSettings
 from energy_prior.langevin.cost import equal_parts
 from energy_prior.model import NEVER_SPLIT, JointModel, PosteriorDraw
 from energy_prior.protocol import find_infer
+from energy_prior.replay import AtMean
 from energy_prior.topdown import Descent, TopDown
 
 
@@ -153,9 +152,10 @@ def pass_terms(model: JointModel, x: Tensor, posterior_chain: ChainSettings) -> 
         with AtMean() if inferred else contextlib.nullcontext():
             draw = model.posterior_draw(x, posterior_chain)
         descent = draw.descent or _pass_through(model, draw.latents)
-        likelihood = model.generator.likelihood(descent.state)
-        terms = _finite(_terms_of(model, x, descent, draw.log_q, likelihood))
-        norms = [_log_norm(e) for e in descent.noise()]
+        likelihood, noise = model.generator.likelihood(descent.state), descent.noise()
+        energies = model.negative_energy(descent.latents, noise)
+        terms = _finite(ScoreTerms(likelihood.log_prob(x), descent.log_priors(), energies, draw.log_q))
+        norms = [_log_norm(e) for e in noise]
         rate = -terms.log_prior.sum(1) if terms.log_q is None else terms.log_q.sum(1) - terms.log_prior.sum(1)
         error = terms.log_likelihood
         with contextlib.suppress(NotImplementedError):  # how torch.distributions says that there is no mean; or it is NaN
@@ -201,10 +201,8 @@ def _log_norm(values: Tensor) -> Tensor:
     return values.flatten(1).square().sum(1).clamp_min(torch.finfo(values.dtype).tiny).log()
 
 
-def _terms_of(
-    model: JointModel, x: Tensor, descent: Descent, log_q: Tensor | None = None, likelihood: Distribution | None = None
-) -> ScoreTerms:
-    log_likelihood = (model.generator.likelihood(descent.state) if likelihood is None else likelihood).log_prob(x)
+def _terms_of(model: JointModel, x: Tensor, descent: Descent, log_q: Tensor | None = None) -> ScoreTerms:
+    log_likelihood = model.generator.likelihood(descent.state).log_prob(x)
     return ScoreTerms(log_likelihood, descent.log_priors(), model.negative_energy(descent.latents, descent.noise()), log_q)
 
 

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from command_line import add_options
-from sklearn.neighbors import NearestNeighbors
+from detecting import draw, neighbours
 from torch import Tensor, nn
 
-from energy_prior import JointEBMPrior, LadderVAE, MLPEnergy, fit_elbo, plots
+from energy_prior import JointEBMPrior, LadderVAE, MLPEnergy, fit_elbo
 from energy_prior.data import load_images
 from energy_prior.evaluate import DetectionTask
 
@@ -81,7 +81,8 @@ def run(
     figures = {str(row["metric"]): float(row["value"]) for row in task.rows(scores)}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        draw(out, prior, task, scores, digit)
+        shown = {"tails (default)": scores[""], "log joint": scores["log_joint"], "neighbours": scores["knn"]}
+        draw(out, prior, task, shown, "other digits", f"digit {digit}", 500)
         (out / "results.json").write_text(json.dumps({"case": task.name, "seed": seed, **figures}, indent=2) + "\n")
     return figures
 
@@ -107,33 +108,6 @@ class Flat(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """(batch, …) -> (batch,)."""
         return z.new_zeros(len(z))
-
-
-def neighbours(images: Tensor, k: int = 5) -> Callable[[Tensor], Any]:
-    """Distance to the k-th nearest training image."""
-    index = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(images.flatten(1).numpy())
-    return lambda x: index.kneighbors(x.flatten(1).numpy())[0][:, -1]
-
-
-def draw(out: Path, prior: JointEBMPrior, task: DetectionTask, scores: dict[str, Callable[[Tensor], Any]], digit: int) -> None:
-    """The pictures."""
-    labels = {"known": "other digits", "unknown": f"digit {digit}"}
-    known, unknown = task.known[:500], task.unknown[:500]
-    rng = torch.Generator().manual_seed(0)
-    layers = range(len(prior.energies) + 1)
-    histograms = {f"$-L^{{>{k}}}$": tuple(-prior.log_joint(x, k, rng=rng) for x in (known, unknown)) for k in layers}
-    plots.score_histograms(out / "histograms.png", histograms, **labels)  # type: ignore[arg-type]
-    shown = {"tails (default)": "", "log joint": "log_joint", "neighbours": "knn"}
-    curves = {title: tuple(torch.as_tensor(scores[name](x)) for x in (known, unknown)) for title, name in shown.items()}
-    plots.detection_curves(out / "curves.png", curves, **labels)  # type: ignore[arg-type]
-    panels = {}
-    for name, x in ((labels["known"], known), (labels["unknown"], unknown)):
-        order = prior.anomaly_score(x).argsort()
-        panels |= {f"{name}, least anomalous": x[order[:40]], f"{name}, most anomalous": x[order[-40:]]}
-    plots.image_panels(out / "extremes.png", panels)
-    found = prior.explain(unknown)
-    terms = {name: getattr(found, name) for name in ("reconstruction", "rate", "negative_energy", "norms")}
-    plots.explanation(out / "explanation.png", unknown, terms)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 Sets are folders of parquet files or images, or names on the Hugging Face hub. The test images of the known set stand against
 those of the unknown one, at equal size; in the case KNOWN/KNOWN_train against its training images, which no score should find.
 k of LLR^{>k} is the largest whose layers above it carry a tenth of KL(q ‖ p_β) or more on held-out known images. Writes to
---out: results.json, histograms.png, curves.png, explanation.png.
+--out: results.json, histograms.png, curves.png, extremes.png, explanation.png.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from command_line import user_path
+from detecting import draw, neighbours
 from PIL import Image
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from energy_prior import JointEBMPrior, LadderVAE, ResidualVAE, fit_elbo, plots
+from energy_prior import JointEBMPrior, LadderVAE, ResidualVAE, fit_elbo
 from energy_prior.data import load_images
 from energy_prior.evaluate import DetectionTask
 
@@ -86,11 +86,10 @@ def run(
     shared: dict[str, Any] = {"rng": rng, "progress": progress}
 
     # 1. A hierarchical VAE: small layers of vectors for gray images, maps for others; and its joint prior.
-    fit: dict[str, Any] = {}
     if channels == 1:
         vae: Any = LadderVAE(images.shape[1:], latent_dims=(16, 8), hidden=512)
         length: dict[str, Any] = {"iterations": 4000, "learning_rate": 1e-3}
-        fit = {"iterations": 3000, "batch_size": 512, "method": "nce", "energy_penalty": 5e-4}
+        fit: dict[str, Any] = {"iterations": 3000, "batch_size": 512, "method": "nce", "energy_penalty": 5e-4}
     else:
         vae = ResidualVAE(images.shape[1:], groups=(2, 1, 1), channels=8 if quick else 24, latent_channels=8, downsample=2)
         length = {"iterations": 3500, "batch_size": 64}
@@ -109,7 +108,7 @@ def run(
     scores: dict[str, Callable[[Tensor], Any]] = {
         "": prior.anomaly_score,
         "log_likelihood": lambda x: -elbo(prior, x, rng),
-        "knn": neighbours(train),
+        "knn": neighbours(train[:10_000]),
     }
     costly: dict[str, Callable[[Tensor], Any]] = {
         "llr": lambda x: prior.llr_score(x, k, **chain),
@@ -128,7 +127,8 @@ def run(
         found[task.name] = {str(row["metric"]): float(row["value"]) for row in rows} | {"k": k}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        draw(out, prior, tasks[0], scores, 10 if quick else 300)
+        shown = {"tails (default)": scores[""], "log likelihood": scores["log_likelihood"], "neighbours": scores["knn"]}
+        draw(out, prior, tasks[0], shown, *tasks[0].name.split("/"), count=10 if quick else 300)
         (out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
     return found
 
@@ -155,12 +155,6 @@ def layers_redrawn(prior: JointEBMPrior, held: Tensor, rng: torch.Generator) -> 
     return max(1, max(k for k, share in enumerate(above) if share >= 0.1))
 
 
-def neighbours(images: Tensor, k: int = 5) -> Callable[[Tensor], Any]:
-    """Distance to the k-th nearest of 10,000 training images."""
-    index = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(images[:10_000].flatten(1).numpy())
-    return lambda x: index.kneighbors(x.flatten(1).numpy())[0][:, -1]
-
-
 def compressed(images: Tensor, quality: int) -> Tensor:
     """Images after JPEG compression: that the known set has it and the other has not must not be what is detected."""
     parts = []
@@ -170,24 +164,6 @@ def compressed(images: Tensor, quality: int) -> Tensor:
         pixels = torch.frombuffer(bytearray(Image.open(buffer).tobytes()), dtype=torch.uint8)
         parts.append(pixels.reshape(image.shape))
     return torch.stack(parts).permute(0, 3, 1, 2).float() / 255
-
-
-def draw(out: Path, prior: JointEBMPrior, task: DetectionTask, scores: dict[str, Callable[[Tensor], Any]], count: int) -> None:
-    """The pictures, of so many images."""
-    inside, outside = task.name.split("/")
-    known, unknown = task.known[:count], task.unknown[:count]
-    rng = torch.Generator().manual_seed(0)
-    layers = range(min(4, len(prior.energies) + 1))
-    histograms = {
-        f"$-L^{{>{k}}}$": tuple(-prior.log_joint(x, k, num_samples=2, rng=rng) for x in (known, unknown)) for k in layers
-    }
-    plots.score_histograms(out / "histograms.png", histograms, known=inside, unknown=outside)  # type: ignore[arg-type]
-    shown = {"tails (default)": "", "log likelihood": "log_likelihood", "neighbours": "knn"}
-    curves = {title: tuple(torch.as_tensor(scores[name](x)) for x in (known, unknown)) for title, name in shown.items()}
-    plots.detection_curves(out / "curves.png", curves, known=inside, unknown=outside)  # type: ignore[arg-type]
-    found = prior.explain(unknown)
-    terms = {name: getattr(found, name) for name in ("reconstruction", "rate", "negative_energy", "norms")}
-    plots.explanation(out / "explanation.png", unknown, terms)
 
 
 if __name__ == "__main__":

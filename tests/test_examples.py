@@ -102,7 +102,13 @@ def test_ood(channels: int, side: int, tmp_path: Path) -> None:
     unknown = write_parquet(tmp_path / "unknown", images(40, side + 6, channels, 1))
     out = tmp_path / "out"
     run("ood.py", ["--known", str(known), "--unknown", str(unknown), "--jpeg", "80", "--out", str(out), "--quick"])
-    assert {p.name for p in out.iterdir()} == {"results.json", "histograms.png", "curves.png", "explanation.png"}
+    assert {p.name for p in out.iterdir()} == {
+        "results.json",
+        "histograms.png",
+        "curves.png",
+        "extremes.png",
+        "explanation.png",
+    }
     results = json.loads((out / "results.json").read_text())
     assert list(results) == ["known/unknown", "known/known_train"]
     wanted = {"auroc", "fpr80", "auroc_llr", "auroc_llr_gaussian", "auroc_log_likelihood", "auroc_knn"}

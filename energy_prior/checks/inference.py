@@ -15,10 +15,10 @@ from torch.distributions import Distribution, kl_divergence
 
 from energy_prior._util import plain_normal, sum_event
 from energy_prior.checks.arguments import checked_infer
-from energy_prior.checks.replay import Replay
 from energy_prior.checks.tolerance import gaussian_rounding, near, relative, same_conditional, same_log_density
 from energy_prior.process import reproducible
 from energy_prior.protocol import HierarchicalGenerator, Inferred
+from energy_prior.replay import Replay
 from energy_prior.topdown import TopDown, inferred_descent, parameters
 
 _MOST_LAYERS = 16  # whose gradients are looked at, from the top to the bottom

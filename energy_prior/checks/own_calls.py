@@ -17,11 +17,11 @@ from torch.distributions import Distribution
 from energy_prior._util import sum_event
 from energy_prior.checks.inference import Reading, kl_terms
 from energy_prior.checks.parting import Match, match_draw, match_observation, match_value, read_result
-from energy_prior.checks.replay import Replay, Step, plans
 from energy_prior.checks.tolerance import relative
 from energy_prior.errors import ArgumentError, GeneratorError
 from energy_prior.process import RandomStream
 from energy_prior.protocol import HierarchicalGenerator, Inferred
+from energy_prior.replay import Replay, Step, plans
 from energy_prior.topdown import TopDown, inferred_descent, parameters, to_latent
 
 _SEED = 77

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from energy_prior._util import sum_event
-from energy_prior.checks.replay import Step
 from energy_prior.checks.tolerance import near, relative, same_log_density
 from energy_prior.errors import ArgumentError
+from energy_prior.replay import Step
 
 _FACTORS = (2.0, 3.0)  # over `relative`, of μ in units of σ and of σ
 _CLEARLY = 5e-3  # of σ: above the rounding of many layers in a row, below an error of 1 %

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from energy_prior.calibration import TERMS
 from energy_prior.checkpoint import digest, fingerprint
 from energy_prior.checks.settings import check_count, check_device, check_path, check_share, require_extra
 from energy_prior.cli.train import load_run, reading_of
@@ -25,8 +26,6 @@ from energy_prior.prior import JointEBMPrior
 
 UNREADABLE = 3
 """Exit status where some images could not be read."""
-
-_TERMS = ("reconstruction", "rate", "negative_energy", "norms")
 
 
 def add_command(commands: Any) -> None:
@@ -143,7 +142,7 @@ def _scored(prior: JointEBMPrior, x: Tensor, names: Sequence[str], method: str, 
     try:
         if method == "tails":
             found = prior.explain(x, rng=rng)
-            columns = {"score": found.score, **{name: getattr(found, name) for name in _TERMS}}
+            columns = {"score": found.score, **found.surprises()}
         else:
             columns = {"score": prior.anomaly_score(x, method, rng=rng)}
     except DivergenceError as error:
@@ -183,7 +182,7 @@ class _Part:
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The table, whole or not at all."""
-    names = ["name", "score", "flagged", *(n for n in _TERMS if any(n in row for row in rows)), "error"]
+    names = ["name", "score", "flagged", *(n for n in TERMS if any(n in row for row in rows)), "error"]
     temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
     try:
         if path.suffix == ".parquet":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Detection", "DetectionTask", "detection"]
+__all__ = ["Detection", "DetectionTask", "detection", "labelled_ranks"]
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -52,9 +52,7 @@ def detection(known: Any, unknown: Any) -> Detection:
         MissingExtraError: if scikit-learn is not installed.
     """
     metrics = require_extra("sklearn.metrics", "eval")
-    known, unknown = _scores("known", known), _scores("unknown", unknown)
-    scores = torch.unique(torch.cat([known, unknown]), return_inverse=True)[1].numpy()  # ranks: the figures know no more
-    labels = torch.cat([torch.zeros(len(known)), torch.ones(len(unknown))]).numpy()
+    labels, scores = labelled_ranks(known, unknown)
     precision, recall, _ = metrics.precision_recall_curve(labels, scores)
     false, true, _ = metrics.roc_curve(labels, scores, drop_intermediate=False)
     return Detection(
@@ -63,8 +61,20 @@ def detection(known: Any, unknown: Any) -> Detection:
         average_precision=float(metrics.average_precision_score(labels, scores)),
         fpr80=float(false[(true >= 0.8).argmax()]),
         fpr95=float(false[(true >= 0.95).argmax()]),
-        positives=len(unknown) / len(labels),
+        positives=float(labels.mean(dtype="float64")),
     )
+
+
+def labelled_ranks(known: Any, unknown: Any) -> tuple[Any, Any]:
+    """Labels, 1 of unknown observations, and ranks of scores, as arrays: figures depend on no more, and ranks are finite.
+
+    Args:
+        known: scores of known observations, (n,), as for `detection`.
+        unknown: scores of unknown observations, (m,).
+    """
+    known, unknown = _scores("known", known), _scores("unknown", unknown)
+    labels = torch.cat([torch.zeros(len(known)), torch.ones(len(unknown))])
+    return labels.numpy(), torch.unique(torch.cat([known, unknown]), return_inverse=True)[1].numpy()
 
 
 @dataclass(frozen=True)
@@ -175,12 +185,28 @@ class DetectionTask:
         some = [x[torch.randperm(len(x), generator=rng)[:count]] for x in (known, unknown)]
         return cls(name, train, *some)
 
+    def scores(self, score: Callable[[Tensor], Any], *, batch_size: int = 1000) -> tuple[Tensor, Tensor]:
+        """Scores of the known and of the unknown observations, (m,) and (u,), float64 on the CPU.
+
+        Args:
+            score: x -> scores, (batch,), higher = more unknown.
+            batch_size: observations that it gets at a time, ≥ 1.
+
+        Raises:
+            ShapeError, ArgumentError: if what it gives is no row of numbers.
+        """
+        batch_size = check_count("batch_size", batch_size)
+        known, unknown = (
+            torch.cat([_scores("score", score(batch)) for batch in x.split(batch_size)]) for x in (self.known, self.unknown)
+        )
+        return known, unknown
+
     def rows(self, scores: Mapping[str, Callable[[Tensor], Any]], *, batch_size: int = 1000) -> list[dict[str, str | float]]:
         """Every figure of every score as a row of a table.
 
         Args:
-            scores: name -> x -> scores, (batch,), higher = more unknown: `{"": prior.anomaly_score, "knn": …}`. The metrics
-                of the name "" are "auroc", "auprc", …, those of another name "auroc_knn", ….
+            scores: name -> score, as for `scores`: `{"": prior.anomaly_score, "knn": …}`. The metrics of the name "" are
+                "auroc", "auprc", …, those of another name "auroc_knn", ….
             batch_size: observations that a score gets at a time, ≥ 1.
 
         Returns:
@@ -189,13 +215,9 @@ class DetectionTask:
         Raises:
             ShapeError, ArgumentError: if what a score gives is no row of numbers.
         """
-        batch_size, rows = check_count("batch_size", batch_size), list[dict[str, str | float]]()
+        rows: list[dict[str, str | float]] = []
         for name, score in scores.items():
-            known, unknown = (
-                torch.cat([_scores(f"scores[{name!r}]", score(batch)) for batch in x.split(batch_size)])
-                for x in (self.known, self.unknown)
-            )
-            found = detection(known, unknown)._asdict().items()
+            found = detection(*self.scores(score, batch_size=batch_size))._asdict().items()
             rows += [{"case": self.name, "metric": f"{key}_{name}" if name else key, "value": value} for key, value in found]
         return rows
 
