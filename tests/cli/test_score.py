@@ -130,6 +130,26 @@ def test_a_killed_run_goes_on(run: Path, images: Path, tmp_path: Path, monkeypat
     assert out.read_text() == whole.read_text()
 
 
+def test_rows_of_another_generator_are_dropped(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prior's own state does not hold the generator."""
+    generator = LadderVAE((1, 6, 6), latent_dims=(2, 2), hidden=8)
+    prior, plain, calls = JointEBMPrior(generator), JointEBMPrior.anomaly_score, list[int]()
+
+    def score(self: JointEBMPrior, x: Any, *arguments: Any, **keywords: Any) -> Any:
+        calls.append(len(x))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(self, x, *arguments, **keywords)
+
+    monkeypatch.setattr(JointEBMPrior, "anomaly_score", score)
+    with pytest.raises(KeyboardInterrupt):
+        score_images(prior, str(images), tmp_path / "a.csv", batch_size=2)
+    with torch.no_grad():
+        generator.pixels.log_sigma.add_(1.0)
+    score_images(prior, str(images), tmp_path / "a.csv", batch_size=2)
+    assert len(calls) == 2 + 5, "every batch again"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

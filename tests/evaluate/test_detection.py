@@ -42,6 +42,7 @@ def test_figures_against_their_definitions() -> None:
     assert found.fpr80 == found.fpr95 == 3 / 4  # all four unknown ones are flagged from score 1 on, and with it 2, 4 and 6
     assert detection(range(100), [79.5] * 4 + [-1.0]).fpr80 == pytest.approx(0.2)
     assert found.positives == 0.5
+    assert detection(range(5), range(5)).fpr80 == pytest.approx(0.8), "points on a straight piece count too"
 
 
 @pytest.mark.parametrize(
