@@ -99,6 +99,17 @@ def test_the_way_leads_to_the_moments_of_the_posterior() -> None:
     torch.testing.assert_close(again[0], end[0][:7])
 
 
+def test_twice_the_steps_have_a_quarter_of_the_error() -> None:
+    density = target_of(refitted(0.7)[0], 300).density()
+    torch.manual_seed(2)
+    start = [torch.randn(300, u).double() for u in UNITS]
+    exact, few, more = (cross(density, start, levels) for levels in (1000, 20, 40))
+    for end, coarse, fine in zip(exact, few, more, strict=True):
+        error = (coarse - end).norm()
+        assert error < 0.02 * end.norm()
+        assert error > 3 * (fine - end).norm()
+
+
 def test_only_free_chains_of_the_prior_cross() -> None:
     prior = noisy()
     z = prior.sample_latents(N, prior="generator")
