@@ -43,7 +43,7 @@ from energy_prior.mismatch import LEAST_DRAWS, Mismatch, mismatch_of
 from energy_prior.model import JointModel
 from energy_prior.process import evaluating, exclusive, frozen, full_precision, reproducible
 from energy_prior.protocol import HierarchicalGenerator, unwrapped
-from energy_prior.scores import ANOMALY_SCORES, ScoreTerms
+from energy_prior.scores import ANOMALY_SCORES, ScoreTerms, Skipped
 from energy_prior.topdown import Decode, Space, TopDown
 from energy_prior.training import FitConfig, FitHooks, FitResult, Method, fit_energies
 
@@ -363,6 +363,7 @@ class JointEBMPrior(nn.Module):
         k: int = 0,
         *,
         num_samples: int = 8,
+        skipped: Skipped = "draw",
         rng: torch.Generator | None = None,
         posterior: ChainOptions | None = None,
         **chain: Unpack[ChainOptions],
@@ -377,12 +378,14 @@ class JointEBMPrior(nn.Module):
             x: observations, (batch, *x_shape).
             k: number of layers nearest the data that are redrawn from the prior, 0 … L.
             num_samples: draws that the expectation is averaged over; a single one is noisy.
+            skipped: what stands for z_{<=k}. "draw": draws of the joint prior. "mean": z_i = μ_i(z_{>i}), the mean of the
+                generator's own p_β, as the evaluation of Havtorn et al. has it; without a chain.
             rng: random number generator.
             posterior: options of the posterior's chain, for generators without `infer`.
             **chain: options of the prior's chain.
         """
         k, num_samples = check_k(k, len(self.energies)), check_count("num_samples", num_samples)
-        x, settings, of_posterior = self._observations(x), ChainSettings.of(chain), ChainSettings.of(posterior or {})
+        x, settings, of_posterior = self._observations(x), _of_skipped(skipped, chain), ChainSettings.of(posterior or {})
         with self._computing(rng) as model:
             return scores.log_joint(model, x, k, num_samples, settings, of_posterior)
 
@@ -392,6 +395,7 @@ class JointEBMPrior(nn.Module):
         k: int,
         *,
         num_samples: int = 8,
+        skipped: Skipped = "draw",
         rng: torch.Generator | None = None,
         posterior: ChainOptions | None = None,
         **chain: Unpack[ChainOptions],
@@ -404,12 +408,14 @@ class JointEBMPrior(nn.Module):
             x: observations, (batch, *x_shape).
             k: as in `log_joint`.
             num_samples: draws that the expectation is averaged over; a single one is noisy.
+            skipped: what stands for z_{<=k}. "draw": draws of the joint prior. "mean": z_i = μ_i(z_{>i}), the mean of the
+                generator's own p_β, as the evaluation of Havtorn et al. has it; without a chain.
             rng: random number generator.
             posterior: options of the posterior's chain, for generators without `infer`.
             **chain: options of the prior's chain.
         """
         k, num_samples = check_k(k, len(self.energies)), check_count("num_samples", num_samples)
-        x, settings, of_posterior = self._observations(x), ChainSettings.of(chain), ChainSettings.of(posterior or {})
+        x, settings, of_posterior = self._observations(x), _of_skipped(skipped, chain), ChainSettings.of(posterior or {})
         with self._computing(rng) as model:
             return scores.llr_scores(model, x, [k], num_samples, settings, of_posterior)[:, 0]
 
@@ -418,6 +424,7 @@ class JointEBMPrior(nn.Module):
         x: Any,
         *,
         num_samples: int = 8,
+        skipped: Skipped = "draw",
         rng: torch.Generator | None = None,
         posterior: ChainOptions | None = None,
         **chain: Unpack[ChainOptions],
@@ -427,12 +434,14 @@ class JointEBMPrior(nn.Module):
         Args:
             x: observations, (batch, *x_shape).
             num_samples: draws that the expectation is averaged over; a single one is noisy.
+            skipped: what stands for z_{<=k}. "draw": draws of the joint prior. "mean": z_i = μ_i(z_{>i}), the mean of the
+                generator's own p_β, as the evaluation of Havtorn et al. has it; without a chain.
             rng: random number generator.
             posterior: options of the posterior's chain, for generators without `infer`.
             **chain: options of the prior's chain.
         """
         num_samples = check_count("num_samples", num_samples)
-        x, settings, of_posterior = self._observations(x), ChainSettings.of(chain), ChainSettings.of(posterior or {})
+        x, settings, of_posterior = self._observations(x), _of_skipped(skipped, chain), ChainSettings.of(posterior or {})
         with self._computing(rng) as model:
             return scores.llr_scores(model, x, range(1, len(self.energies) + 1), num_samples, settings, of_posterior)
 
@@ -887,3 +896,17 @@ def _check_prior(prior: str, more: object, chain: ChainOptions) -> None:
 
 def _of_generator(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name.startswith("generator.")}
+
+
+def _of_skipped(skipped: Skipped, chain: ChainOptions) -> ChainSettings | None:
+    """Settings of the chain that redraws layers; None where their means stand for them."""
+    if skipped not in get_args(Skipped):
+        raise ArgumentError(f"skipped: expected one of {get_args(Skipped)}, got {skipped!r}.")
+    if skipped == "draw":
+        return ChainSettings.of(chain)
+    if chain:
+        raise ArgumentError(
+            f'{next(iter(chain))}: skipped="mean" runs no chain of the prior. Leave it out, or give it to the posterior: '
+            "posterior={…}."
+        )
+    return None

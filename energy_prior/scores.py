@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ANOMALY_SCORES",
     "ScoreTerms",
+    "Skipped",
     "expected_score",
     "llr_scores",
     "log_joint",
@@ -16,6 +17,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +30,9 @@ from energy_prior.model import NEVER_SPLIT, JointModel, PosteriorDraw
 from energy_prior.protocol import find_infer
 from energy_prior.replay import AtMean
 from energy_prior.topdown import Descent, TopDown
+
+Skipped = Literal["draw", "mean"]
+"""What stands for z_{<=k} in L^{>k}: a Langevin draw of the joint prior given z_{>k}, or the generator's own means."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ ANOMALY_SCORES: dict[str, Callable[[ScoreTerms], Tensor]] = {
 
 
 def log_joint(
-    model: JointModel, x: Tensor, k: int, num_samples: int, prior_chain: ChainSettings, posterior_chain: ChainSettings
+    model: JointModel, x: Tensor, k: int, num_samples: int, prior_chain: ChainSettings | None, posterior_chain: ChainSettings
 ) -> Tensor:
     """L^{>k}(x), (batch,), nats, the mean over `num_samples` draws.
 
@@ -70,7 +75,8 @@ def log_joint(
         x: observations, (batch, *x_shape).
         k: layers nearest the data that are redrawn from the joint prior, 0 … L. With k = L no posterior is drawn.
         num_samples: draws, ≥ 1.
-        prior_chain: of p(z_{<=k} | z_{>k}). The smaller `max_memory` of the two bounds the whole.
+        prior_chain: of p(z_{<=k} | z_{>k}); None: z_i = μ_i(z_{>i}) there. The smaller `max_memory`
+            of the two bounds the whole.
         posterior_chain: of the posterior, for generators without `infer`.
     """
     every = k == len(model.energies)
@@ -90,7 +96,7 @@ def llr_scores(
     x: Tensor,
     ks: Sequence[int],
     num_samples: int,
-    prior_chain: ChainSettings,
+    prior_chain: ChainSettings | None,
     posterior_chain: ChainSettings,
 ) -> Tensor:
     """LLR^{>k}(x) = L^{>0}(x) − L^{>k}(x) for each k of `ks`, (batch, len(ks)), nats (Havtorn et al., ICML 2021).
@@ -102,7 +108,8 @@ def llr_scores(
         x: observations, (batch, *x_shape).
         ks: each 0 … L.
         num_samples: posterior draws, ≥ 1.
-        prior_chain: of p(z_{<=k} | z_{>k}). The smaller `max_memory` of the two bounds the whole.
+        prior_chain: of p(z_{<=k} | z_{>k}); None: z_i = μ_i(z_{>i}) there. The smaller `max_memory`
+            of the two bounds the whole.
         posterior_chain: of the posterior, for generators without `infer`.
     """
     bound, prior_chain, posterior_chain = _shared(prior_chain, posterior_chain)
@@ -173,12 +180,12 @@ def _terms(model: JointModel, x: Tensor, draw: PosteriorDraw) -> ScoreTerms:
 
 
 def _redrawn(
-    model: JointModel, x: Tensor, latents: Sequence[Tensor], ks: Sequence[int], prior_chain: ChainSettings
+    model: JointModel, x: Tensor, latents: Sequence[Tensor], ks: Sequence[int], prior_chain: ChainSettings | None
 ) -> dict[int, Tensor]:
     """L^{>k}(x) at one posterior draw for each k > 0 of `ks`: keeps z_{>k}, redraws z_{<=k} ~ p(z_{<=k} | z_{>k}) by Langevin.
 
-    One pass goes down through the posterior's z, and stops at every such k, from where the rest is drawn: a step of the
-    chain costs k layers. k = L needs no z.
+    Without a chain z_{<=k} is where ε_i = 0. One pass goes down through the posterior's z, and stops at every such k, from
+    where the rest is drawn: a step of the chain costs k layers. k = L needs no z.
     """
     scores: dict[int, Tensor] = {}
     topdown, layers = TopDown(model.generator, len(x)), len(model.energies)
@@ -186,8 +193,12 @@ def _redrawn(
         if k < layers:
             topdown = topdown.holding(latents[k])
         if k in ks:
-            drawn = model.run(model.target_below(topdown), prior_chain)
-            descent = topdown.descend(drawn[:k], "latent", to_observation=True)
+            if prior_chain is None:
+                means = [topdown.reference.new_zeros(shape) for shape in topdown.shapes]
+                descent = topdown.descend(means, "noise", to_observation=True)
+            else:
+                drawn = model.run(model.target_below(topdown), prior_chain)
+                descent = topdown.descend(drawn[:k], "latent", to_observation=True)
             scores[k] = _finite(_terms_of(model, x, descent)).log_joint()
     return scores
 
@@ -206,10 +217,13 @@ def _terms_of(model: JointModel, x: Tensor, descent: Descent, log_q: Tensor | No
     return ScoreTerms(log_likelihood, descent.log_priors(), model.negative_energy(descent.latents, descent.noise()), log_q)
 
 
-def _shared(prior_chain: ChainSettings, posterior_chain: ChainSettings) -> tuple[float, ChainSettings, ChainSettings]:
+def _shared(
+    prior_chain: ChainSettings | None, posterior_chain: ChainSettings
+) -> tuple[float, ChainSettings | None, ChainSettings]:
     """Bytes for a pass, and the settings of chains that run beside what it keeps: the smaller `max_memory`, in two halves."""
-    half = min(prior_chain.max_memory, posterior_chain.max_memory) / 2
-    return half, dataclasses.replace(prior_chain, max_memory=half), dataclasses.replace(posterior_chain, max_memory=half)
+    half = min(chain.max_memory for chain in (prior_chain, posterior_chain) if chain is not None) / 2
+    of_prior = prior_chain and dataclasses.replace(prior_chain, max_memory=half)
+    return half, of_prior, dataclasses.replace(posterior_chain, max_memory=half)
 
 
 def _mean(

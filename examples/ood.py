@@ -113,6 +113,7 @@ def run(
     costly: dict[str, Callable[[Tensor], Any]] = {
         "llr": lambda x: prior.llr_score(x, k, **chain),
         "llr_gaussian": lambda x: gaussian.llr_score(x, k, **chain),
+        "llr_gaussian_mean": lambda x: gaussian.llr_score(x, k, skipped="mean", **chain),
     }
     found: dict[str, dict[str, float]] = {}
     name = name or Path(known).name

@@ -166,3 +166,35 @@ def test_what_infer_hands_over_is_not_computed_again(monkeypatch: pytest.MonkeyP
     layers = spied(prior, "descend", monkeypatch, lambda *_: 1)
     torch.testing.assert_close(prior.log_joint(X), plain, rtol=1e-6, atol=1e-6)
     assert not layers
+
+
+def test_means_stand_for_skipped_layers() -> None:
+    """L^{>k} written out: z_i = μ_i(z_{>i}) for i <= k below the posterior's z_{>k}, which is nearly certain here."""
+    prior = certain()
+    ladder = prior.generator
+    assert isinstance(ladder, LinearLadder)
+    q = ladder.infer(X).latents
+    means = prior.llr_scores(X, num_samples=2, skipped="mean")
+    whole = prior.log_joint(X, 0, num_samples=1)
+    for k in (1, 2, 3):
+        with torch.no_grad():
+            state, z, log_prior = ladder.start(len(X)), [Tensor()] * 3, torch.zeros(len(X), dtype=torch.float64)
+            for i in (3, 2, 1):
+                conditional = ladder.conditional(state, i)
+                z[i - 1] = conditional.mean if i <= k else q[i - 1]
+                log_prior = log_prior + conditional.log_prob(z[i - 1]).sum(1)
+                state = ladder.descend(state, z[i - 1], i)
+            own = ladder.likelihood(state).log_prob(X) + log_prior + prior.negative_energy(z).sum(1)
+        torch.testing.assert_close(prior.log_joint(X, k, num_samples=1, skipped="mean"), own, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(means[:, k - 1], whole - own, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(prior.llr_score(X, k, num_samples=1, skipped="mean"), whole - own, rtol=1e-5, atol=1e-5)
+
+
+def test_means_have_no_chain() -> None:
+    prior = certain()
+    with pytest.raises(ArgumentError, match=r'^steps: skipped="mean" runs no chain'):
+        prior.llr_score(X, 1, skipped="mean", steps=10)
+    with pytest.raises(ArgumentError, match=r"^skipped: expected one of \('draw', 'mean'\), got 'mode'"):
+        prior.log_joint(X, 1, skipped="mode")  # type: ignore[arg-type]
+    small = prior.llr_scores(X, num_samples=16, skipped="mean", posterior={"max_memory": 3000})
+    torch.testing.assert_close(small, prior.llr_scores(X, num_samples=1, skipped="mean"), rtol=1e-5, atol=1e-5)
