@@ -485,10 +485,14 @@ class JointEBMPrior(nn.Module):
                                numbers where there is `infer`, and is the default once the prior is calibrated
             "log_joint"        −L^{>0} = −E[log p_β0(x|z) + log p_β(z) + Σ_i f_i(z_i)], nats (Cui, Wu and Han, CVPR 2023); the
                                default before
+            "elbo"             −E[log p_β0(x|z) + log p_β(z) + Σ_i f_i(z_i) − log q_ω(z|x)], nats: with the posterior's entropy
+            "log_likelihood"   −log (1/S) Σ_s p_β0(x|z_s) p_β(z_s) exp(Σ_i f_i) / q_ω(z_s|x), nats, S = `num_samples`
+                               (importance weights: Burda, Grosse and Salakhutdinov, ICLR 2016); − log p(x) − log Z for S → ∞
             "negative_energy"  −E[Σ_i f_i(z_i)], nats: how improbable the latents are against the generator's own prior
             "reconstruction"   −E[log p_β0(x | z)], nats: how badly x is reconstructed
 
-        with z ~ q_ω(z | x) (or Langevin posterior draws), averaged over `num_samples` draws, in the last three.
+        with z ~ q_ω(z | x) (or Langevin posterior draws), over `num_samples` draws, in all but "tails"; "elbo" and
+        "log_likelihood" need `infer`.
 
         Args:
             x: observations, (batch, *x_shape).
@@ -498,7 +502,7 @@ class JointEBMPrior(nn.Module):
             posterior: options of the posterior's chain, for generators without `infer`.
 
         Raises:
-            ArgumentError: if there is no such method, or "tails" without `calibrate`.
+            ArgumentError: if there is no such method, "tails" without `calibrate`, or one that needs `infer` without it.
         """
         if method is None:
             method = "tails" if self.calibration.is_set else "log_joint"
@@ -509,7 +513,8 @@ class JointEBMPrior(nn.Module):
             return self.explain(x, rng=rng, posterior=posterior).score
         x, settings = self._observations(x), ChainSettings.of(posterior or {})
         with self._computing(rng) as model:
-            return -scores.expected_score(model, x, ANOMALY_SCORES[method], num_samples, settings)
+            score, pool = ANOMALY_SCORES[method]
+            return -scores.expected_score(model, x, score, num_samples, settings, pool)
 
     def explain(self, x: Any, *, rng: torch.Generator | None = None, posterior: ChainOptions | None = None) -> Explanation:
         """Why observations are anomalous: the score "tails", and −log P_t(x) of each of its terms.

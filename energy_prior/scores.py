@@ -15,6 +15,7 @@ __all__ = [
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from energy_prior.calibration import PassTerms
-from energy_prior.errors import DivergenceError
+from energy_prior.errors import ArgumentError, DivergenceError
 from energy_prior.langevin import ChainSettings
 from energy_prior.langevin.cost import equal_parts
 from energy_prior.model import NEVER_SPLIT, JointModel, PosteriorDraw
@@ -56,13 +57,36 @@ class ScoreTerms:
         """log p_β0(x | z) + log p_β(z) + Σ_i f_i(z_i), (batch,)."""
         return self.log_likelihood + self.log_prior.sum(1) + self.negative_energy.sum(1)
 
+    def log_weight(self) -> Tensor:
+        """log of the importance weight p_β0(x | z) p_β(z) exp(Σ_i f_i(z_i)) / q_ω(z | x), (batch,), nats.
 
-ANOMALY_SCORES: dict[str, Callable[[ScoreTerms], Tensor]] = {
-    "log_joint": ScoreTerms.log_joint,
-    "negative_energy": lambda terms: terms.negative_energy.sum(1),
-    "reconstruction": lambda terms: terms.log_likelihood,
+        Raises:
+            ArgumentError: without log q_ω.
+        """
+        if self.log_q is None:
+            raise ArgumentError('method: "elbo" and "log_likelihood" need q_ω(z | x), and the generator has no infer.')
+        return self.log_joint() - self.log_q.sum(1)
+
+
+def _average(draws: Tensor) -> Tensor:
+    """(draws, batch, …) -> their means, (batch, …)."""
+    return draws.mean(0)
+
+
+def _log_average_exp(draws: Tensor) -> Tensor:
+    """(draws, batch) -> log of the means of their exponentials, (batch,)."""
+    return draws.logsumexp(0) - math.log(len(draws))
+
+
+ANOMALY_SCORES: dict[str, tuple[Callable[[ScoreTerms], Tensor], Callable[[Tensor], Tensor]]] = {
+    "log_joint": (ScoreTerms.log_joint, _average),
+    "elbo": (ScoreTerms.log_weight, _average),
+    "log_likelihood": (ScoreTerms.log_weight, _log_average_exp),
+    "negative_energy": (lambda terms: terms.negative_energy.sum(1), _average),
+    "reconstruction": (lambda terms: terms.log_likelihood, _average),
 }
-"""Terms by the name of the anomaly score that is their negative, (batch,), nats."""
+"""Name of an anomaly score -> what is taken of every posterior draw, (batch,), nats, and how draws are put together. The score
+is the negative."""
 
 
 def log_joint(
@@ -88,7 +112,7 @@ def log_joint(
         latents = () if every else model.posterior_draw(x, posterior_chain).latents
         return _redrawn(model, x, latents, [k], prior_chain)[k]
 
-    return _mean(model, x, num_samples, bound, once, posterior=not every)
+    return _pooled(model, x, num_samples, bound, once, posterior=not every)
 
 
 def llr_scores(
@@ -121,18 +145,23 @@ def llr_scores(
         l_ks |= _redrawn(model, x, latents, ks, prior_chain)
         return torch.stack([l_ks[0] - l_ks[k] for k in ks], dim=1)
 
-    return _mean(model, x, num_samples, bound, once)
+    return _pooled(model, x, num_samples, bound, once)
 
 
 def expected_score(
-    model: JointModel, x: Tensor, score: Callable[[ScoreTerms], Tensor], num_samples: int, posterior_chain: ChainSettings
+    model: JointModel,
+    x: Tensor,
+    score: Callable[[ScoreTerms], Tensor],
+    num_samples: int,
+    posterior_chain: ChainSettings,
+    pool: Callable[[Tensor], Tensor] = _average,
 ) -> Tensor:
-    """E[score(terms of L^{>0}(x))] over posterior draws, of the score's shape (batch, …)."""
+    """E[score(terms of L^{>0}(x))] over posterior draws, of the score's shape (batch, …), or what `pool` makes of the draws."""
 
     def once(x: Tensor) -> Tensor:
         return score(_terms(model, x, model.posterior_draw(x, posterior_chain)))
 
-    return _mean(model, x, num_samples, posterior_chain.max_memory, once)
+    return _pooled(model, x, num_samples, posterior_chain.max_memory, once, pool=pool)
 
 
 def score_terms(model: JointModel, x: Tensor, num_samples: int, posterior_chain: ChainSettings) -> ScoreTerms:
@@ -170,7 +199,7 @@ def pass_terms(model: JointModel, x: Tensor, posterior_chain: ChainSettings) -> 
             error = _log_norm(x - mean) if bool(torch.isfinite(mean).all()) else error
         return torch.stack([-terms.log_likelihood, rate, -terms.negative_energy.sum(1), error, *norms], 1)
 
-    columns = _mean(model, x, 1, posterior_chain.max_memory, once)
+    columns = _pooled(model, x, 1, posterior_chain.max_memory, once)
     return PassTerms(columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3:])
 
 
@@ -226,15 +255,18 @@ def _shared(
     return half, of_prior, dataclasses.replace(posterior_chain, max_memory=half)
 
 
-def _mean(
+def _pooled(
     model: JointModel,
     x: Tensor,
     num_samples: int,
     max_memory: float,
     once: Callable[[Tensor], Tensor],
     posterior: bool = True,
+    pool: Callable[[Tensor], Tensor] = _average,
 ) -> Tensor:
-    """The mean of `once(x)` over draws, which go through together, in parts that need at most `max_memory` bytes.
+    """The mean of `once(x)` over draws, or what `pool` makes of them.
+
+    They go through together, in parts that need at most `max_memory` bytes.
 
     Args:
         model: the joint model.
@@ -243,6 +275,7 @@ def _mean(
         max_memory: > 0.
         once: x -> what is averaged, (batch, …), each row at a draw of its own.
         posterior: whether `once` draws from the posterior.
+        pool: what is made of the draws, (num_samples, batch, …) -> (batch, …).
     """
     n, parts = len(x), [slice(0, len(x) * num_samples)]
     if parts[0].stop > NEVER_SPLIT:
@@ -256,7 +289,7 @@ def _mean(
 
         parts = equal_parts(parts[0].stop, model.memory_of(one_pass, "score", infer, like=x), max_memory)
     values = [once(x[torch.arange(rows.start, rows.stop, device=x.device) % n]) for rows in parts]
-    return torch.cat(values).unflatten(0, (num_samples, n)).mean(0)
+    return pool(torch.cat(values).unflatten(0, (num_samples, n)))
 
 
 def _finite(terms: ScoreTerms) -> ScoreTerms:

@@ -107,10 +107,12 @@ def run(
     chain: dict[str, Any] = {"num_samples": 1 if quick else 2, "rng": rng}
     scores: dict[str, Callable[[Tensor], Any]] = {
         "": prior.anomaly_score,
-        "log_likelihood": lambda x: -elbo(prior, x, rng),
+        "log_likelihood": lambda x: gaussian.anomaly_score(x, "elbo", num_samples=8, rng=rng),
         "knn": neighbours(train[:10_000]),
     }
     costly: dict[str, Callable[[Tensor], Any]] = {
+        "joint_elbo": lambda x: prior.anomaly_score(x, "elbo", rng=rng),
+        "importance": lambda x: prior.anomaly_score(x, "log_likelihood", rng=rng),
         "llr": lambda x: prior.llr_score(x, k, **chain),
         "llr_gaussian": lambda x: gaussian.llr_score(x, k, **chain),
         "llr_gaussian_mean": lambda x: gaussian.llr_score(x, k, skipped="mean", **chain),
@@ -138,13 +140,6 @@ def has_test(source: str) -> bool:
     """Whether a folder has a test split; sets on the hub are taken to have one."""
     folder = Path(source)
     return not folder.is_dir() or any(folder.glob("test*"))
-
-
-def elbo(prior: JointEBMPrior, x: Tensor, rng: torch.Generator) -> Tensor:
-    """That of the VAE, (batch,), nats: the usual stand-in for its log likelihood."""
-    terms = prior.score_terms(x, rng=rng)
-    assert terms.log_q is not None  # noqa: S101 (both VAEs have an inference model)
-    return terms.log_likelihood + terms.log_prior.sum(1) - terms.log_q.sum(1)
 
 
 def layers_redrawn(prior: JointEBMPrior, held: Tensor, rng: torch.Generator) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import limit
-from ladders import LinearLadder
+from ladders import GaussianLadder, LinearLadder, gaussian
 
-from energy_prior import JointEBMPrior
+from energy_prior import ArgumentError, JointEBMPrior
 
 DRAWS = 4000
 X = torch.tensor([1.2, -0.4, 0.9], dtype=torch.float64)
@@ -37,3 +37,39 @@ def test_num_samples_averages_draws() -> None:
     x = X.expand(500, -1)
     one, many = (prior.log_joint(x, num_samples=n, rng=torch.Generator().manual_seed(0)) for n in (1, 16))
     assert float(many.std() / one.std()) == pytest.approx(0.25, rel=0.2)
+
+
+def test_importance_weights_give_the_likelihood() -> None:
+    """With q the exact posterior for f = 0 every weight is p(x); with energies their mean tends to Z p(x)."""
+    ladder = GaussianLadder((2, 2), x_dim=3, seed=5)
+    x = X.expand(4, -1)
+    z = slice(4, 7)
+
+    def log_p(*, tilted: bool) -> float:
+        mean, covariance = gaussian(ladder, tilted=tilted)
+        return float(torch.distributions.MultivariateNormal(mean[z], covariance[z, z]).log_prob(X))
+
+    zero = JointEBMPrior(ladder, [_Zero(), _Zero()])
+    for method in ("elbo", "log_likelihood"):
+        score = zero.anomaly_score(x, method, num_samples=3)
+        torch.testing.assert_close(score, torch.full_like(score, -log_p(tilted=False)), rtol=1e-6, atol=1e-6)
+    prior = JointEBMPrior(ladder, ladder.energies)
+    rng = torch.Generator().manual_seed(0)
+    exact = -log_p(tilted=True) - ladder.log_z()
+    score = prior.anomaly_score(x, "log_likelihood", num_samples=4000, rng=rng)
+    torch.testing.assert_close(score, torch.full_like(score, exact), rtol=0, atol=0.15)
+    bound = prior.anomaly_score(x, "elbo", num_samples=4000, rng=rng)
+    assert bool((bound > score).all()), "the ELBO is a lower bound"
+
+
+def test_scores_with_q_need_infer() -> None:
+    ladder = LinearLadder((2, 2), seed=5)
+    ladder.infer = None  # type: ignore[method-assign, assignment]
+    prior = JointEBMPrior(ladder, ladder.energies)
+    with pytest.raises(ArgumentError, match=r'^method: "elbo" and "log_likelihood" need q_ω'):
+        prior.anomaly_score(X.expand(3, -1), "elbo", num_samples=1, posterior={"steps": 2})
+
+
+class _Zero(torch.nn.Module):
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return z.flatten(1).sum(1) * 0.0
