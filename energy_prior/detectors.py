@@ -19,6 +19,7 @@ from energy_prior.errors import ArgumentError, ShapeError
 from energy_prior.generators import LadderVAE
 from energy_prior.prior import JointEBMPrior
 from energy_prior.process import reproducible
+from energy_prior.scores import ANOMALY_SCORES
 from energy_prior.training import fit_elbo
 
 _base = require_extra("sklearn.base", "eval")
@@ -187,9 +188,7 @@ class OODDetector:
 
     requires_fit = True
     info = None
-    hyperparameter_space: ClassVar[dict[str, list[Any]]] = {
-        "method": ["tails", "log_joint", "negative_energy", "reconstruction"]
-    }
+    hyperparameter_space: ClassVar[dict[str, list[Any]]] = {"method": ["tails", *ANOMALY_SCORES]}
 
     def __init__(self, prior: JointEBMPrior, method: str | None = None, *, max_samples: int = 10_000) -> None:
         self.prior, self.method, self.max_samples = prior, method, check_count("max_samples", max_samples, least=2)

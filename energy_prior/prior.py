@@ -42,8 +42,8 @@ from energy_prior.langevin import USUAL_ACCEPTANCE, ChainOptions, ChainSettings,
 from energy_prior.mismatch import LEAST_DRAWS, Mismatch, mismatch_of
 from energy_prior.model import JointModel
 from energy_prior.process import evaluating, exclusive, frozen, full_precision, reproducible
-from energy_prior.protocol import HierarchicalGenerator, unwrapped
-from energy_prior.scores import ANOMALY_SCORES, ScoreTerms, Skipped
+from energy_prior.protocol import HierarchicalGenerator, find_infer, unwrapped
+from energy_prior.scores import ANOMALY_SCORES, NEED_INFER, ScoreTerms, Skipped
 from energy_prior.topdown import Decode, Space, TopDown
 from energy_prior.training import FitConfig, FitHooks, FitResult, Method, fit_energies
 
@@ -379,7 +379,8 @@ class JointEBMPrior(nn.Module):
             k: number of layers nearest the data that are redrawn from the prior, 0 … L.
             num_samples: draws that the expectation is averaged over; a single one is noisy.
             skipped: what stands for z_{<=k}. "draw": draws of the joint prior. "mean": z_i = μ_i(z_{>i}), the mean of the
-                generator's own p_β, as the evaluation of Havtorn et al. has it; without a chain.
+                generator's own p_β, where the evaluation of Havtorn et al. puts them (the terms stay those of L^{>k}); then no
+                chain runs, and a bound of memory goes into `posterior`.
             rng: random number generator.
             posterior: options of the posterior's chain, for generators without `infer`.
             **chain: options of the prior's chain.
@@ -409,7 +410,8 @@ class JointEBMPrior(nn.Module):
             k: as in `log_joint`.
             num_samples: draws that the expectation is averaged over; a single one is noisy.
             skipped: what stands for z_{<=k}. "draw": draws of the joint prior. "mean": z_i = μ_i(z_{>i}), the mean of the
-                generator's own p_β, as the evaluation of Havtorn et al. has it; without a chain.
+                generator's own p_β, where the evaluation of Havtorn et al. puts them (the terms stay those of L^{>k}); then no
+                chain runs, and a bound of memory goes into `posterior`.
             rng: random number generator.
             posterior: options of the posterior's chain, for generators without `infer`.
             **chain: options of the prior's chain.
@@ -435,7 +437,8 @@ class JointEBMPrior(nn.Module):
             x: observations, (batch, *x_shape).
             num_samples: draws that the expectation is averaged over; a single one is noisy.
             skipped: what stands for z_{<=k}. "draw": draws of the joint prior. "mean": z_i = μ_i(z_{>i}), the mean of the
-                generator's own p_β, as the evaluation of Havtorn et al. has it; without a chain.
+                generator's own p_β, where the evaluation of Havtorn et al. puts them (the terms stay those of L^{>k}); then no
+                chain runs, and a bound of memory goes into `posterior`.
             rng: random number generator.
             posterior: options of the posterior's chain, for generators without `infer`.
             **chain: options of the prior's chain.
@@ -508,6 +511,8 @@ class JointEBMPrior(nn.Module):
             method = "tails" if self.calibration.is_set else "log_joint"
         if method not in ("tails", *ANOMALY_SCORES):
             raise ArgumentError(f"method: expected one of {sorted(('tails', *ANOMALY_SCORES))}, got {method!r}.")
+        if method in NEED_INFER and find_infer(self.generator) is None:
+            raise ArgumentError(f'method: "{method}" needs q_ω(z | x), and the generator has no infer. Use "log_joint".')
         num_samples = check_count("num_samples", num_samples)
         if method == "tails":
             return self.explain(x, rng=rng, posterior=posterior).score

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "ANOMALY_SCORES",
+    "NEED_INFER",
     "ScoreTerms",
     "Skipped",
     "expected_score",
@@ -23,8 +24,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from energy_prior._util import not_none
 from energy_prior.calibration import PassTerms
-from energy_prior.errors import ArgumentError, DivergenceError
+from energy_prior.errors import DivergenceError
 from energy_prior.langevin import ChainSettings
 from energy_prior.langevin.cost import equal_parts
 from energy_prior.model import NEVER_SPLIT, JointModel, PosteriorDraw
@@ -57,15 +59,10 @@ class ScoreTerms:
         """log p_β0(x | z) + log p_β(z) + Σ_i f_i(z_i), (batch,)."""
         return self.log_likelihood + self.log_prior.sum(1) + self.negative_energy.sum(1)
 
-    def log_weight(self) -> Tensor:
-        """log of the importance weight p_β0(x | z) p_β(z) exp(Σ_i f_i(z_i)) / q_ω(z | x), (batch,), nats.
 
-        Raises:
-            ArgumentError: without log q_ω.
-        """
-        if self.log_q is None:
-            raise ArgumentError('method: "elbo" and "log_likelihood" need q_ω(z | x), and the generator has no infer.')
-        return self.log_joint() - self.log_q.sum(1)
+def _log_weight(terms: ScoreTerms) -> Tensor:
+    """log of the importance weight p_β0(x | z) p_β(z) exp(Σ_i f_i(z_i)) / q_ω(z | x) at one draw, (batch,), nats."""
+    return terms.log_joint() - not_none(terms.log_q).sum(1)
 
 
 def _average(draws: Tensor) -> Tensor:
@@ -80,13 +77,16 @@ def _log_average_exp(draws: Tensor) -> Tensor:
 
 ANOMALY_SCORES: dict[str, tuple[Callable[[ScoreTerms], Tensor], Callable[[Tensor], Tensor]]] = {
     "log_joint": (ScoreTerms.log_joint, _average),
-    "elbo": (ScoreTerms.log_weight, _average),
-    "log_likelihood": (ScoreTerms.log_weight, _log_average_exp),
+    "elbo": (_log_weight, _average),
+    "log_likelihood": (_log_weight, _log_average_exp),
     "negative_energy": (lambda terms: terms.negative_energy.sum(1), _average),
     "reconstruction": (lambda terms: terms.log_likelihood, _average),
 }
 """Name of an anomaly score -> what is taken of every posterior draw, (batch,), nats, and how draws are put together. The score
 is the negative."""
+
+NEED_INFER = ("elbo", "log_likelihood")
+"""Those of them that need q_ω(z | x)."""
 
 
 def log_joint(
@@ -211,9 +211,9 @@ def _terms(model: JointModel, x: Tensor, draw: PosteriorDraw) -> ScoreTerms:
 def _redrawn(
     model: JointModel, x: Tensor, latents: Sequence[Tensor], ks: Sequence[int], prior_chain: ChainSettings | None
 ) -> dict[int, Tensor]:
-    """L^{>k}(x) at one posterior draw for each k > 0 of `ks`: keeps z_{>k}, redraws z_{<=k} ~ p(z_{<=k} | z_{>k}) by Langevin.
+    """L^{>k}(x) at one posterior draw for each k > 0 of `ks`: keeps z_{>k}, and redraws z_{<=k} by Langevin.
 
-    Without a chain z_{<=k} is where ε_i = 0. One pass goes down through the posterior's z, and stops at every such k, from
+    Without a chain ε_i = 0 there. One pass goes down through the posterior's z, and stops at every such k, from
     where the rest is drawn: a step of the chain costs k layers. k = L needs no z.
     """
     scores: dict[int, Tensor] = {}

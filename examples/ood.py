@@ -111,11 +111,11 @@ def run(
         "knn": neighbours(train[:10_000]),
     }
     costly: dict[str, Callable[[Tensor], Any]] = {
-        "joint_elbo": lambda x: prior.anomaly_score(x, "elbo", rng=rng),
-        "importance": lambda x: prior.anomaly_score(x, "log_likelihood", rng=rng),
         "llr": lambda x: prior.llr_score(x, k, **chain),
         "llr_gaussian": lambda x: gaussian.llr_score(x, k, **chain),
         "llr_gaussian_mean": lambda x: gaussian.llr_score(x, k, skipped="mean", **chain),
+        "joint_elbo": lambda x: prior.anomaly_score(x, "elbo", rng=rng),
+        "importance": lambda x: prior.anomaly_score(x, "log_likelihood", rng=rng),
     }
     found: dict[str, dict[str, float]] = {}
     name = name or Path(known).name

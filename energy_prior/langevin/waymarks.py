@@ -25,10 +25,10 @@ def cross(density: JointDensity, noise: Sequence[Tensor], levels: int) -> tuple[
     """Takes ε ~ N(0, I) of the free layers to noise of the joint prior, by the probability flow of its waymarks.
 
     With θ the angle of a waymark, α = cos θ, σ = sin θ, the mean of ε_q given ε is e(ε; θ) = α ε + (σ²/α) ∇ Σ f(·; t), that of
-    n is (ε − α e)/σ, and the flow moves ε along the arc between the two. A step from θ to θ' < θ takes them as constant (DDIM:
-    Song, Meng and Ermon, ICLR 2021), with e extrapolated to the middle of the step from this waymark and the one before, so
-    that the error falls with the square of the number of steps (a multistep solver, as DPM-Solver++ of Lu et al., 2022, is in
-    log α/σ). It draws no random numbers, and each step costs one gradient.
+    n is (ε − α e)/σ, and the flow moves ε along the arc between the two. A step from θ to θ' < θ takes both as constant (DDIM:
+    Song, Meng and Ermon, ICLR 2021), with e extrapolated to the middle of the step from this waymark and the one before (in the
+    first step e of this one), so that the error falls with the square of the number of steps (a multistep solver, as
+    DPM-Solver++ of Lu et al., 2022, is in log α/σ). It draws no random numbers, and each step costs one gradient.
 
     Args:
         density: the target, of which `can_cross`.
