@@ -125,9 +125,9 @@ def table(rows: Sequence[Row]) -> str:
         "# Out-of-distribution detection",
         "",
         "`python benchmarks/ood.py`: known/unknown, means over seeds (± standard deviation). `auroc` and `fpr80` are of the "
-        'default score, "tails". LLR, `joint_elbo` and `importance` are of at most 1,000 images a side. `llr_gaussian` is of the '
-        "same VAE without energies, `…_mean` with skipped layers at their means; `log_likelihood` is that VAE's ELBO (8 draws), "
-        "`joint_elbo` the joint prior's, `importance` its bound (16 draws). Against `_train`, own training images, 0.5 is right.",
+        'default score, "tails". LLR, `joint_elbo` and `importance` are of at most 1,000 images a side. `llr_gaussian` is of '
+        "the same VAE without energies, `…_mean` with skipped layers at their means. `log_likelihood`: its ELBO, 8 draws; "
+        "`joint_elbo` the joint prior's, `importance` its bound, 16 draws. Against `_train`, training images, 0.5 is right.",
         "",
         "| case | seeds | " + " | ".join(SHOWN) + " |",
         "|---" * (2 + len(SHOWN)) + "|",
