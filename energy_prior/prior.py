@@ -409,9 +409,7 @@ class JointEBMPrior(nn.Module):
             x: observations, (batch, *x_shape).
             k: as in `log_joint`.
             num_samples: draws that the expectation is averaged over; a single one is noisy.
-            skipped: what stands for z_{<=k}. "draw": draws of the joint prior. "mean": z_i = μ_i(z_{>i}), the mean of the
-                generator's own p_β, where the evaluation of Havtorn et al. puts them (the terms stay those of L^{>k}); then no
-                chain runs, and a bound of memory goes into `posterior`.
+            skipped: as in `log_joint`.
             rng: random number generator.
             posterior: options of the posterior's chain, for generators without `infer`.
             **chain: options of the prior's chain.
@@ -436,9 +434,7 @@ class JointEBMPrior(nn.Module):
         Args:
             x: observations, (batch, *x_shape).
             num_samples: draws that the expectation is averaged over; a single one is noisy.
-            skipped: what stands for z_{<=k}. "draw": draws of the joint prior. "mean": z_i = μ_i(z_{>i}), the mean of the
-                generator's own p_β, where the evaluation of Havtorn et al. puts them (the terms stay those of L^{>k}); then no
-                chain runs, and a bound of memory goes into `posterior`.
+            skipped: as in `log_joint`.
             rng: random number generator.
             posterior: options of the posterior's chain, for generators without `infer`.
             **chain: options of the prior's chain.

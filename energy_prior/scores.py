@@ -85,7 +85,7 @@ ANOMALY_SCORES: dict[str, tuple[Callable[[ScoreTerms], Tensor], Callable[[Tensor
 """Name of an anomaly score -> what is taken of every posterior draw, (batch,), nats, and how draws are put together. The score
 is the negative."""
 
-NEED_INFER = ("elbo", "log_likelihood")
+NEED_INFER = tuple(name for name, (score, _) in ANOMALY_SCORES.items() if score is _log_weight)
 """Those of them that need q_ω(z | x)."""
 
 

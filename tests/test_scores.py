@@ -190,11 +190,13 @@ def test_means_stand_for_skipped_layers() -> None:
         torch.testing.assert_close(prior.llr_score(X, k, num_samples=1, skipped="mean"), whole - own, rtol=1e-5, atol=1e-5)
 
 
-def test_means_have_no_chain() -> None:
+def test_means_have_no_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     prior = certain()
     with pytest.raises(ArgumentError, match=r'^steps: skipped="mean" runs no chain'):
         prior.llr_score(X, 1, skipped="mean", steps=10)
     with pytest.raises(ArgumentError, match=r"^skipped: expected one of \('draw', 'mean'\), got 'mode'"):
         prior.log_joint(X, 1, skipped="mode")  # type: ignore[arg-type]
+    sizes = spied(prior, "infer", monkeypatch, lambda x: len(x))
     small = prior.llr_scores(X, num_samples=16, skipped="mean", posterior={"max_memory": 3000})
+    assert max(sizes) < 16 * len(X), "in parts that fit"
     torch.testing.assert_close(small, prior.llr_scores(X, num_samples=1, skipped="mean"), rtol=1e-5, atol=1e-5)
