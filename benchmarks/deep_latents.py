@@ -4,6 +4,7 @@
     python benchmarks/deep_latents.py --data DATA                              # every case, days
     python benchmarks/deep_latents.py --table                                  # only the table, of the cases that are done
     python benchmarks/deep_latents.py --data DATA --case … --units 'backbone'  # only some units: processes share them
+    python benchmarks/deep_latents.py --data DATA --device cuda                # minutes a case
     python benchmarks/deep_latents.py --quick                                  # see that it runs, on scikit-learn's digits
 
 DATA: a folder with `cifar10` and `fashion_mnist`, as `energy_prior.data.load_images` reads them. Of the training images the
@@ -14,8 +15,8 @@ last 10,000 are held out: 5,000 are the reference of every Fréchet distance (Ef
 
 Beside the joint prior of the defaults: the Gaussian prior at its best temperature; N(m, C) fitted to the posterior's noise of
 all layers; a mixture of 50 such Gaussians with one covariance. Every unit is a line of docs/results/deep_latents.partial.jsonl
-as it ends, with the commit that it was run at; weights are in `--runs`. A case that is done stays in the table when code has
-changed since. Writes docs/results/deep_latents.json and .md, and a picture per case.
+as it ends, with the commit and the device that it was run on; weights are in `--runs`. A case that is done stays in the table
+when code has changed since. Writes docs/results/deep_latents.json and .md, and a picture per case.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder with the image sets; needed but for --quick")
     parser.add_argument("--case", choices=tuple(CASES), action="append", help="only this one; may be given several times")
+    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
     parser.add_argument("--runs", default=str(ROOT / "runs"), help="folder for weights and pictures")
     parser.add_argument("--units", default=".*", help="regular expression: only units whose name it is; those before are done")
     parser.add_argument("--table", action="store_true", help="run nothing, write the table of the cases that are done")
@@ -91,6 +93,9 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.data or options.quick or options.table):
         parser.error("--data: the folder with cifar10 and fashion_mnist is needed")
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
     out, runs = ROOT / "docs" / "results", Path(options.runs)
     makers, sizes = {name: CASES[name] for name in ([] if options.table else options.case or CASES)}, Sizes()
     if options.quick:
@@ -102,7 +107,7 @@ def main() -> None:
         torch.manual_seed(0)
         case = make()
         images = load_images(Path(options.data) / case.data).images if case.data else digits(case.generator.x_shape)
-        run = CaseRun(case, images, runs / f"deep-{name}-{key}", Log(log, key, name, options.units), sizes)
+        run = CaseRun(case, images, runs / f"deep-{name}-{key}", Log(log, key, name, options.units, device), sizes)
         run.run()
         if not run.log.matched:
             parser.error(f"--units: no unit of {name} is {options.units!r}; its units are in the docstring of CaseRun.run")
@@ -111,7 +116,7 @@ def main() -> None:
     done = {name: units for name in (QUICK if options.quick else CASES) if (units := whole(log, name))}
     rows = [row for name, units in done.items() for row in rows_of(name, units)]
     write_results(out / "deep_latents.json", rows)
-    text = table(rows, {name: units[_LAST_UNIT]["commit"] for name, units in done.items()})
+    text = table(rows, {name: units[_LAST_UNIT] for name, units in done.items()})
     (out / "deep_latents.md").write_text(text)
     print(text)
 
@@ -143,10 +148,11 @@ class Log:
         key: what code they are of.
         case: name of the case.
         units: regular expression, of the names of units that may be run.
+        device: what they are run on.
     """
 
-    def __init__(self, path: Path, key: str, case: str, units: str) -> None:
-        self.path, self.key, self.case, self.units = path, key, case, re.compile(units)
+    def __init__(self, path: Path, key: str, case: str, units: str, device: torch.device) -> None:
+        self.path, self.key, self.case, self.units, self.device = path, key, case, re.compile(units), device
         self.matched = False
         path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -163,6 +169,7 @@ class Log:
             begin = time.perf_counter()
             result = run()
             result |= {"seconds": round(time.perf_counter() - begin), "commit": provenance()["commit"]}
+            result |= {"device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"}
             line = {"key": self.key, "case": self.case, "unit": name, "result": result}
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -185,10 +192,11 @@ class CaseRun:
 
     def __init__(self, case: Case, images: Tensor, folder: Path, log: Log, sizes: Sizes) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.case, self.folder, self.log, self.sizes = case, folder, log, sizes
+        self.case, self.folder, self.log, self.sizes, self.device = case, folder, log, sizes, log.device
+        self.batch = 1000 if self.device.type == "cuda" else 250
         self.train, held = images[: -sizes.held], images[-sizes.held :]
         self.reference, self.others = held[: sizes.images], held[sizes.images : 2 * sizes.images]
-        self.vae = case.generator
+        self.vae = case.generator.to(self.device)
         self.units = sum(shape.numel() for shape in self.vae.latent_shapes)
 
     def run(self) -> None:
@@ -200,7 +208,8 @@ class CaseRun:
         """
         unit, draws = self.log.unit, range(self.sizes.draws)
         unit("backbone", self._backbone)
-        self.vae.load_state_dict(torch.load(self._made("backbone.pt", "backbone"), weights_only=True))
+        backbone = self._made("backbone.pt", "backbone")
+        self.vae.load_state_dict(torch.load(backbone, weights_only=True, map_location=self.device))
         self.vae.eval()
         unit("mismatch", self._mismatch)
         unit("energies", lambda: self._energies("energies", {}))
@@ -230,7 +239,7 @@ class CaseRun:
             5, every=max(1, self.sizes.long // 70), steps=self.sizes.long // 10, rng=_seeded(99)
         )
         frames = torch.linspace(0, len(path.steps) - 1, 8).long()
-        chains = self._plain.decode([z[frames].flatten(0, 1) for z in path.latents])
+        chains = self._plain.decode([z[frames].flatten(0, 1) for z in path.latents]).cpu()
         images = {
             "real": self.reference[:40],
             "reconstructions": self._reconstructed(self.others[:40]),
@@ -269,14 +278,16 @@ class CaseRun:
 
     def _mismatch(self) -> dict[str, Any]:
         """What `prior.mismatch` says before any energy is trained."""
-        found = JointEBMPrior(self.vae).mismatch(self.train[: 2 * self.sizes.few], prior="generator", rng=_seeded(4))
+        found = JointEBMPrior(self.vae).mismatch(
+            self.train[: 2 * self.sizes.few].to(self.device), prior="generator", rng=_seeded(4)
+        )
         print(found)
         return dataclasses.asdict(found)
 
     def _temperature(self) -> dict[str, Any]:
         count = 2 * self.sizes.few
-        chosen_on = efficientnet_features(self.others[:count])
-        found = {t: _frechet(self._gaussian(count, 50, t), chosen_on) for t in TEMPERATURES}
+        chosen_on = self._features(self.others[:count])
+        found = {t: frechet_distance(self._features(self._gaussian(count, 50, t)), chosen_on) for t in TEMPERATURES}
         return {"temperature": min(found, key=lambda t: found[t]), "distances": found}
 
     def _two_sample(self) -> dict[str, Any]:
@@ -286,7 +297,8 @@ class CaseRun:
         torch.manual_seed(3)
 
         def accuracy(rows: Tensor) -> float:
-            return tell_apart(layers_of(posterior, self.vae), layers_of(rows, self.vae), steps=self.sizes.classifier)
+            sides = (layers_of(side.to(self.device), self.vae) for side in (posterior, rows))
+            return tell_apart(*sides, steps=self.sizes.classifier)
 
         gaussian, joint = accuracy(torch.randn_like(posterior)), accuracy(chains[: len(posterior)])
         return {"gaussian": gaussian, "joint": joint, "ratio": (joint - 0.5) / (gaussian - 0.5)}
@@ -298,13 +310,13 @@ class CaseRun:
 
     @functools.cached_property
     def _reference_features(self) -> Tensor:
-        return efficientnet_features(self.reference)
+        return self._features(self.reference)
 
     @functools.cached_property
     def _posterior(self) -> Tensor:
         """The posterior's noise of training images, a row each."""
         torch.manual_seed(2)
-        return flat(noise_of(self.vae, self.train[: self.sizes.moments]))
+        return flat(noise_of(self.vae, self.train[: self.sizes.moments].to(self.device))).cpu()
 
     @functools.cached_property
     def _one_gaussian(self) -> GaussianMixture:
@@ -315,10 +327,13 @@ class CaseRun:
         return GaussianMixture(self._posterior, self.sizes.components)
 
     def _distance(self, x: Tensor) -> dict[str, Any]:
-        return {"fd": _frechet(x, self._reference_features)}
+        return {"fd": frechet_distance(self._features(x), self._reference_features)}
+
+    def _features(self, x: Tensor) -> Tensor:
+        return efficientnet_features(x.clamp(0, 1).to(self.device)).cpu()
 
     def _reconstructed(self, x: Tensor) -> Tensor:
-        return torch.cat([self._plain.reconstruct(batch) for batch in x.split(250)])
+        return torch.cat([self._plain.reconstruct(batch).cpu() for batch in x.to(self.device).split(self.batch)])
 
     def _gaussian(self, n: int, number: int, temperature: float = 1.0) -> Tensor:
         return self._decoded(temperature * torch.randn(n, self.units, generator=_seeded(number)))
@@ -333,27 +348,24 @@ class CaseRun:
         """Images of rows of noise, through T_β."""
         parts = []
         with torch.no_grad():
-            for rows in noise.split(250):
+            for rows in noise.to(self.device).split(self.batch):
                 descent = TopDown(self.vae, len(rows)).descend(layers_of(rows, self.vae), "noise")
-                parts.append(self._plain.decode(descent.latents))
+                parts.append(self._plain.decode(descent.latents).cpu())
         return torch.cat(parts)
 
     def _joint(self, n: int, number: int, keep: Path | None = None, learned: str = "energies", **chain: Any) -> Tensor:
         """Images of the joint prior; `keep`: the file that their noise goes into; `learned`: the run of `fit`."""
         prior, rng = self._learned(learned), _seeded(number)
-        latents = [prior.sample_latents(min(250, n - at), rng=rng, **chain) for at in range(0, n, 250)]
+        latents = [prior.sample_latents(min(self.batch, n - at), rng=rng, **chain) for at in range(0, n, self.batch)]
         if keep is not None:
             with torch.no_grad():
-                torch.save(torch.cat([flat(TopDown(self.vae, len(z[0])).position(z, "noise")) for z in latents]), keep)
-        return torch.cat([self._plain.decode(z) for z in latents])
+                noise = torch.cat([flat(TopDown(self.vae, len(z[0])).position(z, "noise")) for z in latents])
+            torch.save(noise.cpu(), keep)
+        return torch.cat([self._plain.decode(z).cpu() for z in latents])
 
 
 def _seeded(number: int) -> torch.Generator:
     return torch.Generator().manual_seed(number)
-
-
-def _frechet(x: Tensor, features: Tensor) -> float:
-    return frechet_distance(efficientnet_features(x.clamp(0, 1)), features)
 
 
 # ------------------------------------------------------------------------------------------------------------------ the table
@@ -396,8 +408,8 @@ def rows_of(case: str, found: dict[str, dict[str, Any]]) -> list[Row]:
     return rows
 
 
-def table(rows: Sequence[Row], commits: dict[str, str]) -> str:
-    """The rows in Markdown, and the commit that every case was run at."""
+def table(rows: Sequence[Row], last: dict[str, dict[str, Any]]) -> str:
+    """The rows in Markdown, and from the last unit of every case the commit and the device."""
     lines = [
         "# Deep latents",
         "",
@@ -411,7 +423,7 @@ def table(rows: Sequence[Row], commits: dict[str, str]) -> str:
         goal = "" if row["goal"] is None else f"{'≤' if row['better'] == 'lower' else '≥'} {row['goal']:g}"
         sd = "" if row["sd"] is None else f"{row['sd']:.2g}"
         lines.append(f"| {row['case']} | {row['metric']} | {row['value']:.4g} | {sd} | {goal} |")
-    at = ", ".join(f"{case} at commit {commit[:7]}" for case, commit in commits.items())
+    at = ", ".join(f"{case} at commit {unit['commit'][:7]}, {unit.get('device', 'CPU')}" for case, unit in last.items())
     return "\n".join([*lines, "", f"Run: {at}."]) + "\n"
 
 
