@@ -356,6 +356,8 @@ class CaseRun:
     def _joint(self, n: int, number: int, keep: Path | None = None, learned: str = "energies", **chain: Any) -> Tensor:
         """Images of the joint prior; `keep`: the file that their noise goes into; `learned`: the run of `fit`."""
         prior, rng = self._learned(learned), _seeded(number)
+        if self.device.type == "cuda":  # where compiling takes longer than the chains
+            chain["backend"] = "eager"
         latents = [prior.sample_latents(min(self.batch, n - at), rng=rng, **chain) for at in range(0, n, self.batch)]
         if keep is not None:
             with torch.no_grad():

@@ -29,7 +29,7 @@ def test_the_whole_way(maps: bool, method: str, tmp_path: Path) -> None:
         if maps
         else LadderVAE((1, 16, 16), latent_dims=(8, 4), hidden=32)
     ).to("cuda")
-    fit_elbo(vae, x, iterations=20, batch_size=64, progress=False)
+    fit_elbo(vae, x, validation=x[:50], iterations=20, batch_size=64, progress=False)
     prior = JointEBMPrior(vae)
     prior.fit(x, method, iterations=6, batch_size=64, progress=False)
     images = prior.sample(32)

@@ -141,8 +141,8 @@ def fit_elbo(
     Args:
         generator: an `nn.Module` that follows `HierarchicalGenerator` and has `infer`; trained in place.
         data: as in `JointEBMPrior.fit`.
-        validation: observations kept out of training, (n, *x_shape), a tensor or an array; looked at from the end of the
-            warm-up on, always at KL weight 1. None: the last weights are kept.
+        validation: observations kept out of training, (n, *x_shape), a tensor on any device or an array; looked at from the
+            end of the warm-up on, always at KL weight 1. None: the last weights are kept.
         config: settings; None: the defaults.
         run_dir: folder for checkpoints; the same call goes on from the last one. None: nothing is written.
         accelerator: as in `JointEBMPrior.fit`.
@@ -182,7 +182,8 @@ def fit_elbo(
                 probe = probe_generator(generator)
             x_shape, reference = probe.x_shape, probe.latents[0]
             if validation is not None:
-                validation = as_observations("validation", validation, x_shape, reference, generator)
+                place = reference.to(validation.device if isinstance(validation, Tensor) else "cpu")
+                validation = as_observations("validation", validation, x_shape, place, generator)
             engine.agree("generator", [float(p.detach().double().sum()) for p in generator.parameters()])
             engine.agree("settings", config.resumable())
             turns = Turns(engine, rng, reference.device)
@@ -307,12 +308,12 @@ class _ElboTask:
 
     def _validation_elbo(self) -> float:
         """Mean ELBO over the validation set, in batches; always with the same draws, and none of the training's."""
-        validation = not_none(self.validation)
-        total = torch.zeros((), dtype=torch.float64, device=validation.device)
-        with torch.no_grad(), evaluating(self.generator), _fixed_draws(validation.device):
+        validation, device = not_none(self.validation), self.groups[0].parameters[0].device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        with torch.no_grad(), evaluating(self.generator), _fixed_draws(device):
             for _ in range(self.config.validation_draws):
                 for batch in validation.split(_VALIDATION_BATCH):
-                    total += elbo(self.generator, batch).sum()
+                    total += elbo(self.generator, batch.to(device)).sum()
         return float(self.engine.mean([total])[0]) / (len(validation) * self.config.validation_draws)
 
     def _give_up(self, iteration: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from energy_prior._util import not_none, per_row
 from energy_prior.checks.arguments import checked_infer
-from energy_prior.energies import LAST_LEVEL, Energy, waymark
+from energy_prior.energies import LAST_LEVEL, DenoisingEnergy, Energy, waymark
 from energy_prior.errors import DivergenceError, TrainingWarning, warn
 from energy_prior.model import JointModel, PosteriorDraw
 from energy_prior.process import frozen, full_precision
@@ -29,6 +29,7 @@ from energy_prior.training.distributed import Engine
 from energy_prior.training.loop import Group
 from energy_prior.training.objectives import denoising, generator_likelihood, maximum_likelihood, noise_contrastive
 from energy_prior.training.penalty import WALL_WEIGHT, PenaltyWeight, energy_penalty, energy_wall
+from energy_prior.training.recorded import RecordedLoss
 from energy_prior.training.turns import same_stream_after
 
 _LARGEST_GRADIENT, _LARGEST_GENERATOR_GRADIENT = 10.0, 1000.0  # norm of an update's gradient
@@ -111,6 +112,8 @@ class FitTask:
         self.penalty = PenaltyWeight(config.energy_penalty, self._size, self.weights[0])
         self._gaps: list[Tensor] = []
         self._cut = 0.0
+        recordable = self.method == "denoising" and all(map(_recordable, self.energies))
+        self._waymark_loss = RecordedLoss(self._of_noise, self.weights) if recordable else self._of_noise
 
     @property
     def cut_share(self) -> float:
@@ -150,8 +153,7 @@ class FitTask:
         self._gaps = []
         decay = min(not_none(self.config.ema_decay), (1 + iteration) / (10 + iteration))
         with torch.no_grad():
-            for average, weight in zip(self.average, self.weights, strict=True):
-                average.lerp_(weight, 1 - decay)
+            torch._foreach_lerp_(self.average, self.weights, 1 - decay)  # type: ignore[attr-defined]
 
     def look(self, first: int, figures: dict[str, Tensor]) -> dict[str, float]:
         """Stops at the first iteration that is not sound, else remembers the average as good; warns of what is coming."""
@@ -278,11 +280,16 @@ class FitTask:
         return loss + penalty, figures | self.chains.figures()
 
     def _denoise(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of "denoising" and figures, f at the first waymark of a few draws."""
+        """The loss of "denoising" and figures, of posterior draws."""
         with full_precision(x.device), torch.no_grad(), frozen(self.model.generator):
             clean = self.model.noise(self._posterior(x).latents)
+        return self._waymark_loss(clean)
+
+    def _of_noise(self, clean: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of "denoising" and figures, f at the first waymark of a few draws; `clean`: noise of posterior draws."""
         added = [torch.randn_like(e) for e in clean]
-        level = LAST_LEVEL * (torch.rand(()) + torch.arange(len(x)) / len(x)).remainder(1).to(clean[0])  # evenly spread
+        spread = torch.arange(len(clean[0]), device=clean[0].device).to(clean[0]) / len(clean[0])  # evenly
+        level = LAST_LEVEL * (torch.rand_like(spread[0]) + spread).remainder(1)
         alpha, sigma = waymark(level)
         noised = tuple(
             (per_row(alpha, e) * e + per_row(sigma, e) * n).requires_grad_() for e, n in zip(clean, added, strict=True)
@@ -361,6 +368,13 @@ class FitTask:
         """Of every layer what its energy reads: z_i, or ε_i."""
         noise = self.model.noise(latents) if any(map(reads_noise, self.energies)) else latents
         return [e if reads_noise(f) else z for f, z, e in zip(self.energies, latents, noise, strict=True)]
+
+
+def _recordable(energy: nn.Module) -> bool:
+    """Whether it is ours and without hooks: Python of others would not run again."""
+    parts = [part for module in energy.modules() for part in (module, *module.parameters(recurse=False))]
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return type(energy) is DenoisingEnergy and not any(getattr(part, name, None) for part in parts for name in names)
 
 
 @torch.no_grad()

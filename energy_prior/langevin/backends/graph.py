@@ -11,8 +11,8 @@ from __future__ import annotations
 __all__ = ["BACKEND", "Graph"]
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,9 +25,9 @@ from energy_prior.langevin.backends import Backend
 from energy_prior.langevin.density import JointDensity, matrix_products
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
 from energy_prior.langevin.step import Draws, End, Info, State, StepConfig, coefficients, end_at, per_chain
+from energy_prior.recording import DEVICES, Recording, record
 from energy_prior.topdown import TopDown
 
-_DEVICES = ("cuda",)
 _LONGEST = 100
 _WARM_UP = 3
 _KEPT = 8
@@ -73,7 +73,7 @@ class Graph(Backend):
             return "it shows nothing of a chain but its end"
         if config.precision == "bf16":
             return "it has no bf16"
-        if device not in _DEVICES:
+        if device not in DEVICES:
             return f"it needs a CUDA device, and the generator is on {device}"
         if density.x is not None:
             return "it is for chains of the prior"
@@ -83,12 +83,6 @@ class Graph(Backend):
 
 
 BACKEND = Graph()
-
-
-class _Recorded(Protocol):
-    def replay(self) -> None:
-        """Launches everything that was recorded, on the tensors that it was recorded with."""
-        ...
 
 
 class _Inputs(NamedTuple):
@@ -118,9 +112,8 @@ class _Outputs(NamedTuple):
 
 
 class _Record(NamedTuple):
-    graph: _Recorded
+    recording: Recording[_Outputs]
     inputs: _Inputs
-    outputs: _Outputs
 
 
 def _launch(density: JointDensity, config: StepConfig, state: State, draws: Draws) -> tuple[End, Info]:
@@ -130,13 +123,12 @@ def _launch(density: JointDensity, config: StepConfig, state: State, draws: Draw
         injected = tuple(torch.stack(layer) for layer in zip(*(d.noise for d in draws.each(config)), strict=True))
     inputs = _Inputs(state.position, density.topdown.held, state.step_size, injected)
     with matrix_products(config.precision):
-        record = _recorded(density, config, inputs, draws.steps)
-        if record is None:
+        found = _recorded(density, config, inputs, draws.steps)
+        if found is None:
             return _steps(density, config, inputs, draws.steps)
-    for kept, new in zip(record.inputs.tensors(), inputs.tensors(), strict=True):
+    for kept, new in zip(found.inputs.tensors(), inputs.tensors(), strict=True):
         kept.copy_(new)
-    record.graph.replay()
-    return record.outputs.clone()
+    return found.recording.launch().clone()
 
 
 def _steps(density: JointDensity, config: StepConfig, inputs: _Inputs, count: int) -> _Outputs:
@@ -159,7 +151,8 @@ def _recorded(density: JointDensity, config: StepConfig, like: _Inputs, count: i
     known = _records.setdefault(density.energies[0], OrderedDict())
     flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     key = density.cache_key, density.topdown.batch_size, config, count, bool(like.noise), flags, _contents(density)
-    if key not in known:
+    found = known.get(key)
+    if key not in known or (found is not None and not found.recording.valid):
         known[key] = _record(density, config, like, count)
         if len(known) > _KEPT:
             known.popitem(last=False)
@@ -178,9 +171,8 @@ def _record(density: JointDensity, config: StepConfig, like: _Inputs, count: int
         return _steps(fresh, config, inputs, count)
 
     try:
-        graph, outputs = _captured(lambda: steps(min(count, _WARM_UP)), lambda: steps(count), like.step_size.device)
+        recording = record(lambda: steps(min(count, _WARM_UP)), lambda: steps(count), like.step_size.device)
     except Exception as error:  # whatever code of the user's does that cannot be recorded
-        _forget()
         if isinstance(error, torch.OutOfMemoryError):
             raise
         warn(
@@ -189,41 +181,7 @@ def _record(density: JointDensity, config: StepConfig, like: _Inputs, count: int
             BackendWarning,
         )
         return None
-    return _Record(graph, inputs, outputs)
-
-
-def _captured(
-    warm_up: Callable[[], object], run: Callable[[], _Outputs], device: torch.device
-) -> tuple[_Recorded, _Outputs]:  # pragma: no cover (needs a GPU; tests have one of their own)
-    """`run` as a graph. What libraries and compilers do in a first call, they do before; no random number is used up.
-
-    A recording that fails leaves torch's generator waiting for its end, and every later draw would be an error: its state is
-    replaced by a copy of what it was. Recordings that were made before read the old one.
-    """
-    with torch.cuda.device(device), torch.random.fork_rng(devices=[device]):
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        before = generator.clone_state()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                warm_up()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                outputs = run()
-        except BaseException:
-            generator.graphsafe_set_state(before)
-            raise
-    return graph, outputs
-
-
-def _forget() -> None:
-    """Drops all recordings: the random numbers of their launches come from a state that a failed recording has replaced."""
-    for known in _records.values():
-        for key in [key for key, record in known.items() if record is not None]:
-            del known[key]
+    return _Record(recording, inputs)
 
 
 def _contents(density: JointDensity) -> Hashable:

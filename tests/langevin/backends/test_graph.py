@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from small_priors import enliven, target_of
+from tapes import Tape, record_on_tapes
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from energy_prior import BackendWarning, DivergenceError, JointEBMPrior, LadderVAE
 from energy_prior.langevin import InjectedNoise
@@ -22,50 +21,13 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 STEPS, N = 7, 5
 
 
-class Tape(TorchDispatchMode):
-    """A CUDA graph on a CPU: replays every kernel on the tensors that it was recorded with, and runs no Python of the model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernels: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            self.kernels.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self) -> None:
-        for func, args, kwargs, out in self.kernels:
-            new = func(*args, **kwargs)
-            for old, value in zip(_tensors(out), _tensors(new), strict=True):
-                if old is not value:
-                    old.copy_(value)
-
-
-def _tensors(out: Any) -> list[Tensor]:
-    return [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor)]
-
-
 @pytest.fixture(autouse=True)
 def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     """Without a GPU, recordings are tapes of eager steps; all that were made."""
-    made: list[Tape] = []
-
-    def captured(warm_up: Callable[[], object], run: Callable[[], Any], device: torch.device) -> tuple[Tape, Any]:
-        with torch.random.fork_rng(devices=[]):
-            warm_up()
-            made.append(Tape())
-            with made[-1]:
-                return made[-1], run()
-
-    if DEVICE == "cpu":
-        monkeypatch.setattr(graphs, "_captured", captured)
-        monkeypatch.setattr(graphs, "_DEVICES", ("cpu",))
-        monkeypatch.setattr(graphs.BACKEND, "fallback", "eager")
-    return made
+    if DEVICE == "cuda":
+        return []
+    monkeypatch.setattr(graphs.BACKEND, "fallback", "eager")
+    return record_on_tapes(monkeypatch)
 
 
 def lively(generator: Any, space: Any = "noise") -> JointEBMPrior:
@@ -237,7 +199,7 @@ def test_chains_that_run_from_start_to_end(config: StepConfig, why: str | None) 
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_DEVICES", ("another",))
+    monkeypatch.setattr(graphs, "DEVICES", ("another",))
     prior = lively(mlp())
     with pytest.warns(BackendWarning, match=f"needs a CUDA device, and the generator is on {DEVICE}"):
         prior.sample_latents(N, steps=2, step_size=0.3, backend="graph")
