@@ -1,7 +1,7 @@
 """What a Langevin step costs: against the bare matrix products, a plain loop, torchebm, and what it need not do.
 
     python benchmarks/langevin.py            # about ten minutes on two cores that do nothing else
-    python benchmarks/langevin.py --gpu      # the cases of a CUDA device, about four minutes
+    python benchmarks/langevin.py --gpu      # the cases of a CUDA device, about six minutes
     python benchmarks/langevin.py --quick    # see that it runs
 
 Every figure is a median of ratios of runs that alternate within one process, each case in a process of its own: what earlier
@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from langevin_models import DeepConv, Published, StiffLadder, weights_of
@@ -36,6 +37,7 @@ from energy_prior import ConvEnergy, DivergenceError, JointEBMPrior, LadderVAE, 
 from energy_prior.process import frozen
 from energy_prior.protocol import layer_energy
 from energy_prior.topdown import TopDown, ancestral
+from energy_prior.training import recorded
 from energy_prior.training.chains import TrainingChains
 
 STEP, STEPS = 0.1, 60
@@ -95,6 +97,7 @@ def main() -> None:
             "batch=100": lambda: on_gpu(ladder(), 100, ("eager", "compiled", "graph"), quick),
             "batch=10000": lambda: on_gpu(ladder(), 10_000, ("eager", "compiled", "graph"), quick),
             "denoising": lambda: on_gpu(denoising_prior(), 100, ("eager", "graph"), quick),
+            "updates": lambda: updates(quick),
             "deep_conv": lambda: on_gpu(deep_prior(), 100, ("eager", "compiled", "graph"), quick),
         }
     if options.case:
@@ -428,6 +431,28 @@ def denoising_prior() -> JointEBMPrior:
     prior = JointEBMPrior(ResidualVAE((3, 32, 32), groups=(2, 2), channels=32, latent_channels=8).to("cuda").eval())
     prior.fit(torch.rand(256, 3, 32, 32), "denoising", iterations=1, batch_size=64, progress=False)
     return prior
+
+
+def updates(quick: bool) -> dict[str, float]:
+    """Updates of "denoising" recorded as a graph, against updates kernel by kernel; the recording does not count."""
+
+    def ms(devices: Sequence[str]) -> float:
+        at: list[float] = []
+        with mock.patch.object(recorded, "DEVICES", devices):
+            vae = ResidualVAE((3, 32, 32), groups=(2, 2), channels=32, latent_channels=8).to("cuda").eval()
+            settings: dict[str, Any] = {
+                "iterations": 20 if quick else 100,
+                "batch_size": 128,
+                "log_every": 10,
+                "progress": False,
+            }
+            JointEBMPrior(vae).fit(
+                torch.rand(256, 3, 32, 32), "denoising", callback=lambda entry: at.append(time.perf_counter()), **settings
+            )
+        return statistics.median(b - a for a, b in zip(at, at[1:])) / settings["log_every"] * 1e3
+
+    plain, launched = ms(()), ms(("cuda",))
+    return {"plain_ms_per_update": plain, "recorded_ms_per_update": launched, "recorded_over_plain": launched / plain}
 
 
 def on_gpu(prior: JointEBMPrior, batch: int, backends: Sequence[Any], quick: bool) -> dict[str, float]:
