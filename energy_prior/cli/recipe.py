@@ -166,17 +166,8 @@ def build_generator(settings: Mapping[str, Any], x_shape: tuple[int, ...]) -> An
             return LadderVAE(x_shape, **settings)
         except (TypeError, ArgumentError) as error:
             raise ArgumentError(f"generator.{error}") from error
-    module, separator, name = str(factory).partition(":")
-    if not separator:
-        raise ArgumentError(f'generator.factory: expected "module:function", got {factory!r}.')
+    make = imported("generator.factory", str(factory))
     with _importable_folder():
-        try:
-            make = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ArgumentError(
-                f"generator.factory: cannot import {factory!r}: {error}. Modules of the current folder and "
-                "installed ones can be named."
-            ) from error
         try:
             generator = make(x_shape, **settings)
         except Exception as error:  # whatever the user's function raises
@@ -187,6 +178,28 @@ def build_generator(settings: Mapping[str, Any], x_shape: tuple[int, ...]) -> An
     if not isinstance(generator, nn.Module):
         raise ArgumentError(f"generator.factory: expected {factory!r} to give an nn.Module, got {type(generator).__name__}.")
     return generator
+
+
+def imported(argument: str, text: str) -> Any:
+    """What "module:name" names; modules of the current folder can be named too.
+
+    Args:
+        argument: that it is the value of, for messages.
+        text: the name.
+
+    Raises:
+        ArgumentError: if it cannot be imported.
+    """
+    module, separator, name = text.partition(":")
+    if not separator:
+        raise ArgumentError(f'{argument}: expected "module:function", got {text!r}.')
+    with _importable_folder():
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ArgumentError(
+                f"{argument}: cannot import {text!r}: {error}. Modules of the current folder and installed ones can be named."
+            ) from error
 
 
 def settings_help() -> str:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from energy_prior.calibration import TERMS
 from energy_prior.checkpoint import digest, fingerprint
 from energy_prior.checks.settings import check_count, check_device, check_path, check_share, require_extra
+from energy_prior.cli.options import numbers_of
 from energy_prior.cli.train import load_run, reading_of
 from energy_prior.data import load_images
 from energy_prior.errors import ArgumentError, DivergenceError
@@ -59,7 +60,7 @@ def add_command(commands: Any) -> None:
         help="find out what pixels mean, instead of reading them as the run's images were read",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    parser.set_defaults(command=_run)
+    parser.set_defaults(command=_run, resumes=True)
 
 
 def score_images(
@@ -202,13 +203,7 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _run(options: argparse.Namespace) -> int:
     """The command."""
     check_device("--device", options.device)
-    numbers: dict[str, Any] = {}
-    for name, kind in (("quantile", float), ("batch_size", int), ("seed", int)):
-        text = getattr(options, name)
-        try:
-            numbers[name] = kind(text)
-        except ValueError:
-            raise ArgumentError(f"--{name.replace('_', '-')}: expected a number, got {text!r}.") from None
+    numbers = numbers_of(options, {"quantile": float, "batch_size": int, "seed": int})
     prior = load_run(options.run).to(options.device)
     numbers |= {} if options.as_found else reading_of(options.run)
     report = score_images(prior, options.data, options.out, split=options.split, method=options.method, **numbers)

@@ -55,7 +55,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--seed", metavar="NUMBER", help="the same as --set seed=…")
     parser.add_argument("--device", metavar="DEVICE", help="the same as --set device=…")
     parser.add_argument("--settings", action="store_true", help="print every setting with its default and meaning, and stop")
-    parser.set_defaults(command=_run)
+    parser.set_defaults(command=_run, resumes=True)
 
 
 def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[str, Any]:

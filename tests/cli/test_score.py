@@ -7,11 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pictures import picture, write_parquet
+from pictures import picture
 
 from energy_prior import DivergenceError, JointEBMPrior, LadderVAE
 from energy_prior.cli.main import main
@@ -19,31 +18,6 @@ from energy_prior.cli.score import score_images
 from energy_prior.cli.train import load_run, reading_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:source. 1 of 11 images:energy_prior.DataWarning")
-
-FLAGS = [
-    "generator.latent_dims=[3, 2]",
-    "generator.hidden=8",
-    "elbo.iterations=4",
-    "elbo.batch_size=8",
-    "elbo.progress=false",
-    "fit.0.iterations=4",
-    "fit.0.batch_size=8",
-    "fit.0.progress=false",
-    "data.validation=12",
-]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of `energy-prior train`."""
-    folder = tmp_path_factory.mktemp("run")
-    datasets.disable_progress_bars()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
-        data = write_parquet(folder / "set", [picture(7 * i % 255, (6, 6)) for i in range(50)])
-        settings = [word for flag in FLAGS for word in ("--set", flag)]
-        assert main(["train", "--data", str(data), "--out", str(folder / "out"), "--device", "cpu", *settings]) == 0
-    return folder / "out"
 
 
 @pytest.fixture
