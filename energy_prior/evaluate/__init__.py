@@ -2,7 +2,14 @@
 
 from energy_prior.evaluate.detection import Detection, DetectionTask, detection
 from energy_prior.evaluate.draws import effective_sample_size, two_sample_accuracy
-from energy_prior.evaluate.images import efficientnet_features, excess_ratio, frechet_distance
+from energy_prior.evaluate.images import (
+    efficientnet_features,
+    excess_ratio,
+    frechet_distance,
+    gap_closed,
+    kernel_distance,
+    precision_recall,
+)
 
 __all__ = [
     "Detection",
@@ -12,5 +19,8 @@ __all__ = [
     "efficientnet_features",
     "excess_ratio",
     "frechet_distance",
+    "gap_closed",
+    "kernel_distance",
+    "precision_recall",
     "two_sample_accuracy",
 ]

@@ -1,8 +1,8 @@
-"""Figures of sets of images: features, Fréchet distance, what of it is in excess of its floor."""
+"""Figures of sets of images: features, Fréchet and kernel distances, precision and recall, what a prior mends of a distance."""
 
 from __future__ import annotations
 
-__all__ = ["efficientnet_features", "excess_ratio", "frechet_distance"]
+__all__ = ["efficientnet_features", "excess_ratio", "frechet_distance", "gap_closed", "kernel_distance", "precision_recall"]
 
 import functools
 
@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from energy_prior.checks.settings import require_extra
+from energy_prior.checks.settings import check_count, require_extra
 from energy_prior.errors import ArgumentError, ShapeError
+
+_PART = 1000  # rows whose distances to all others are computed at a time
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
@@ -28,19 +30,100 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
         ShapeError: if they are not two matrices with the same d.
         ArgumentError: if a value is not finite.
     """
-    if features_a.ndim != 2 or features_b.ndim != 2 or features_a.shape[1] != features_b.shape[1]:
-        got = f"{tuple(features_a.shape)} and {tuple(features_b.shape)}"
-        raise ShapeError(f"features: expected two matrices (n, d) and (m, d), got {got}.")
-    if min(len(features_a), len(features_b)) < 2:
-        raise ShapeError("features: expected at least two rows on each side.")
-    a, b = features_a.double(), features_b.double()
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise ArgumentError("features: expected finite values, got NaN or infinity.")
+    a, b = _two_sides(features_a, features_b, least=2)
     cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def kernel_distance(features_a: Tensor, features_b: Tensor) -> float:
+    """Kernel distance of two sets of features: the unbiased estimate of their squared maximum mean discrepancy.
+
+    With the kernel k(a, b) = (aᵀb/d + 1)³ it is the KID of Bińkowski et al. (ICLR 2018) where the features are Inception's.
+    Unlike a Fréchet distance it is not biased where images are few: sets of any size compare, and it may be below 0.
+
+    Args:
+        features_a: features of the one set, (n, d), n ≥ 2.
+        features_b: features of the other, (m, d), m ≥ 2.
+
+    Raises:
+        ShapeError: if they are not two matrices with the same d.
+        ArgumentError: if a value is not finite.
+    """
+    a, b = _two_sides(features_a, features_b, least=2)
+
+    def kernel(dots: Tensor) -> Tensor:
+        return (dots / a.shape[1] + 1) ** 3
+
+    def total(x: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([kernel(part @ y.T).sum() for part in x.split(_PART)]).sum()
+
+    def within(x: Tensor) -> Tensor:
+        return (total(x, x) - kernel(x.square().sum(1)).sum()) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b)))
+
+
+def precision_recall(real: Tensor, generated: Tensor, *, neighbours: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al., NeurIPS 2019), each in [0, 1].
+
+    Precision is the share of generated images that lie within the k-th neighbour's distance of some real image, recall that of
+    real ones that lie so near a generated one. Equal counts on both sides make two priors comparable.
+
+    Args:
+        real: features of real images, (n, d), n > `neighbours`.
+        generated: features of generated ones, (m, d), m > `neighbours`.
+        neighbours: k ≥ 1.
+
+    Returns:
+        Precision and recall.
+
+    Raises:
+        ShapeError: if they are not two matrices with the same d, or have too few rows.
+        ArgumentError: if a value is not finite.
+    """
+    k = check_count("neighbours", neighbours)
+    a, b = _two_sides(real, generated, least=k + 1)
+
+    def covered(x: Tensor, by: Tensor) -> float:
+        radius = torch.cdist(by, by).kthvalue(k + 1, dim=1).values  # the nearest is the image itself
+        return float(torch.cat([(torch.cdist(part, by) <= radius).any(1) for part in x.split(_PART)]).double().mean())
+
+    return covered(b, a), covered(a, b)
+
+
+def _two_sides(a: Tensor, b: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """Two matrices of finite features, in float64, with at least so many rows."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ShapeError(f"features: expected two matrices (n, d) and (m, d), got {tuple(a.shape)} and {tuple(b.shape)}.")
+    if min(len(a), len(b)) < least:
+        raise ShapeError(f"features: expected at least {least} rows on each side, got {len(a)} and {len(b)}.")
+    a, b = a.double(), b.double()
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise ArgumentError("features: expected finite values, got NaN or infinity.")
+    return a, b
+
+
+def gap_closed(joint: float, generator: float, reconstructions: float) -> float:
+    """(D(generator) − D(joint))/(D(generator) − D(reconstructions)) of three distances to the same images at equal counts.
+
+    What the prior mends of what a prior can mend: 1 where samples are as near as reconstructions of held-out images, 0 where
+    they are no nearer than the generator's own. A blurred decoder does not show in it.
+
+    Args:
+        joint: distance of the joint prior's samples.
+        generator: distance of samples of the generator's own prior.
+        reconstructions: distance of reconstructions of images that are not among those that are compared with.
+
+    Raises:
+        ArgumentError: if `generator` does not exceed `reconstructions`: there is then no gap.
+    """
+    if not generator > reconstructions:
+        floor = f"above that of reconstructions, {reconstructions:.4g}"
+        raise ArgumentError(f"generator: expected a distance {floor}, got {generator:.4g}.")
+    return (generator - joint) / (generator - reconstructions)
 
 
 def efficientnet_features(images: Tensor, *, batch_size: int = 100) -> Tensor:

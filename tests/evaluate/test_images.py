@@ -9,7 +9,14 @@ from scipy.linalg import sqrtm
 
 from energy_prior import ArgumentError, ShapeError
 from energy_prior.cli.demo import load_demo_data
-from energy_prior.evaluate import efficientnet_features, excess_ratio, frechet_distance
+from energy_prior.evaluate import (
+    efficientnet_features,
+    excess_ratio,
+    frechet_distance,
+    gap_closed,
+    kernel_distance,
+    precision_recall,
+)
 
 
 def test_frechet_distance_of_known_gaussians() -> None:
@@ -42,7 +49,7 @@ def test_frechet_distance_of_a_set_to_itself_and_with_fewer_rows_than_features()
     [
         (torch.zeros(4), torch.zeros(4, 2), ShapeError, "expected two matrices"),
         (torch.zeros(4, 3), torch.zeros(4, 2), ShapeError, r"got \(4, 3\) and \(4, 2\)"),
-        (torch.zeros(1, 2), torch.zeros(4, 2), ShapeError, "at least two rows"),
+        (torch.zeros(1, 2), torch.zeros(4, 2), ShapeError, "at least 2 rows"),
         (torch.full((3, 2), float("nan")), torch.zeros(4, 2), ArgumentError, "expected finite values"),
     ],
 )
@@ -79,3 +86,44 @@ def test_features_of_images() -> None:
     ):
         with pytest.raises(error, match=words):
             efficientnet_features(wrong)
+
+
+def test_kernel_distance_is_the_unbiased_estimate() -> None:
+    """Against the definition, and 0 on average where both sets are of one distribution, however few there are."""
+    torch.manual_seed(0)
+    a, b = torch.randn(7, 4).double(), torch.randn(5, 4).double() + 1
+
+    def k(x: torch.Tensor, y: torch.Tensor) -> float:
+        return float((x @ y / 4 + 1) ** 3)
+
+    within = [
+        sum(k(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j) / (len(x) * (len(x) - 1)) for x in (a, b)
+    ]
+    across = sum(k(x, y) for x in a for y in b) / 35
+    assert kernel_distance(a, b) == pytest.approx(sum(within) - 2 * across, rel=1e-9)
+    same = [kernel_distance(torch.randn(10, 4), torch.randn(10, 4)) for _ in range(400)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / 20
+    assert min(same) < 0
+
+
+def test_precision_and_recall_of_sets_on_a_line() -> None:
+    """Real points at 0, 1, …, 9; the third neighbour of an inner point is 2 away, of an end 3."""
+    real = torch.arange(10.0)[:, None]
+    assert precision_recall(real, real) == (1.0, 1.0)
+    assert precision_recall(real, real + 100) == (0.0, 0.0)
+    few = torch.tensor([0.0, 0.1, 0.2, 0.3, 50.0])[:, None]  # four of five are on the line; they reach little of it
+    precision, recall = precision_recall(real, few)
+    assert precision == pytest.approx(0.8)
+    assert recall == 1.0  # the third neighbour of 50 is at 0.1, so that it reaches all but 0
+    assert precision_recall(real, few[:4]) == (1.0, 0.1)
+    with pytest.raises(ShapeError, match="at least 4 rows"):
+        precision_recall(real[:3], real)
+    with pytest.raises(ArgumentError, match="neighbours"):
+        precision_recall(real, real, neighbours=0)
+
+
+def test_gap_closed() -> None:
+    assert gap_closed(2.0, 5.0, 1.0) == pytest.approx(0.75)
+    assert gap_closed(6.0, 5.0, 1.0) == pytest.approx(-0.25)
+    with pytest.raises(ArgumentError, match="above that of reconstructions"):
+        gap_closed(2.0, 1.0, 1.0)
