@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
 DOCS = Path(__file__).parent
-TOP_LEVEL = {"changelog.md": "CHANGELOG.md"}
+TOP_LEVEL = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 _GUIDE = re.compile(r"docs/(\w+)\.md")
 _CODE = re.compile(r"<code>([^<]+)</code>")
 _APART = re.compile(r"(<pre.*?</pre>|<a\b.*?</a>|<h\d.*?</h\d>)", re.DOTALL)
@@ -78,6 +78,8 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 def top_level_page(text: str) -> str:
     """The text of a file of the top level, its links as they are from here."""
+    for page, file in TOP_LEVEL.items():
+        text = text.replace(f"]({file})", f"]({page})")
     return text.replace("](docs/", "](")
 
 

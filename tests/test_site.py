@@ -22,7 +22,7 @@ import energy_prior
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-FILES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *PAGES]
+FILES = [*sorted(ROOT.glob("*.md")), *PAGES]
 
 
 class Loader(yaml.SafeLoader):
@@ -213,5 +213,6 @@ def test_formulas_stay_as_they_are(hooks: ModuleType) -> None:
 
 
 def test_pages_of_the_top_level(hooks: ModuleType) -> None:
-    assert hooks.top_level_page("See [training](docs/training.md#data).") == "See [training](training.md#data)."
+    text = "See [training](docs/training.md#data), [changes](CHANGELOG.md)."
+    assert hooks.top_level_page(text) == "See [training](training.md#data), [changes](changelog.md)."
     assert all((ROOT / file).is_file() for file in hooks.TOP_LEVEL.values())
