@@ -113,7 +113,7 @@ def linked(html: str, page: str, names: Collection[str]) -> str:
 
     def link(found: re.Match[str]) -> str:
         code = found[1]
-        if guide := _GUIDE.fullmatch(code):
+        if (guide := _GUIDE.fullmatch(code)) and (DOCS / f"{guide[1]}.md").exists():
             target = os.path.relpath(f"{guide[1]}.html", os.path.dirname(page) or ".")
             return f'<a href="{target}">{found[0]}</a>'
         name, call, _ = code.partition("(")

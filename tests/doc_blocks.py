@@ -83,7 +83,7 @@ def run_shell(
 ) -> str:
     """Runs blocks, each in a shell that stops at the first error; what they print.
 
-    pip only looks whether what is installed would do, and asks no network.
+    pip only looks whether what is installed would do, and asks no network: `pip install` has these options besides.
 
     Args:
         chosen: the blocks.
@@ -93,14 +93,13 @@ def run_shell(
         cache: folder for copies of data sets; None: one in `place`.
     """
     printed = ""
-    pip = {"PIP_DRY_RUN": "1", "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     paths = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     others = {"HF_DATASETS_CACHE": str(cache or place / "cache"), "OMP_NUM_THREADS": "1", "NO_MKDOCS_2_WARNING": "1"}
     for block, code in zip(chosen, shortened(chosen, replace or {}), strict=True):
         done = subprocess.run(  # noqa: S603
-            ["/bin/sh", "-ec", code],
+            ["/bin/sh", "-ec", code.replace("pip install", "pip install --dry-run --no-index --no-build-isolation")],
             cwd=place,
-            env=os.environ | pip | paths | others,
+            env=os.environ | paths | others,
             capture_output=True,
             text=True,
             timeout=600,

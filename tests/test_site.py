@@ -100,13 +100,14 @@ def test_what_a_broken_link_is(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------------ API
 
 
+INSIDE = [m.name for m in pkgutil.iter_modules(energy_prior.__path__) if m.ispkg or m.name in ("detectors", "plots")]
+AREAS = [energy_prior, *(importlib.import_module(f"energy_prior.{name}") for name in INSIDE)]
+"""The package, its subpackages, and the two modules that are imported by name."""
+
+
 def public_names() -> set[str]:
-    """What the package, its public subpackages, and the two modules that are imported by name list in `__all__`."""
-    inner = [m.name for m in pkgutil.iter_modules(energy_prior.__path__) if m.ispkg or m.name in ("detectors", "plots")]
-    names = set()
-    for area in ("energy_prior", *(f"energy_prior.{name}" for name in inner)):
-        names |= {f"{area}.{name}" for name in getattr(importlib.import_module(area), "__all__", ())}
-    return names
+    """What is listed in `__all__` there."""
+    return {f"{area.__name__}.{name}" for area in AREAS for name in getattr(area, "__all__", ())}
 
 
 def what(name: str) -> Any:
@@ -189,6 +190,7 @@ def test_code_becomes_links(hooks: ModuleType) -> None:
     assert not target("detection")
     assert not target("fit_elbo(x) + 1")
     assert target("docs/threads.md", "api/prior.md") == "../threads.html"
+    assert not target("docs/nowhere.md")
     for apart in (
         "<pre><code>fit_elbo</code></pre>",
         '<a href="x"><code>fit_elbo</code></a>',
@@ -210,6 +212,10 @@ def test_formulas_stay_as_they_are(hooks: ModuleType) -> None:
     html = markdown.markdown(f"{text}, an *important* **word**, `code`", extensions=[hooks.PlainFormulas()])
     escaped = text.replace("<", "&lt;").replace(">", "&gt;")
     assert html == f"<p>{escaped}, an <em>important</em> <strong>word</strong>, <code>code</code></p>"
+
+
+def test_the_citation_is_of_this_version() -> None:
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == energy_prior.__version__
 
 
 def test_pages_of_the_top_level(hooks: ModuleType) -> None:
