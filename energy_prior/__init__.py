@@ -66,3 +66,4 @@ from energy_prior.scores import ScoreTerms
 from energy_prior.training import FitConfig, FitResult, fit_elbo, map_batches
 
 __version__ = "0.1.0"
+"""Of the package."""

@@ -50,7 +50,7 @@ class OutlierDetector(_base.OutlierMixin, _base.BaseEstimator):
         offset_: `decision_function` is `score_samples` − `offset_`.
         n_features_in_: columns of X.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> X = np.random.default_rng(0).normal(size=(300, 4))
         >>> detector = OutlierDetector(latent_dims=(2, 2), hidden=16, iterations=50, fit_iterations=20, random_state=0).fit(X)

@@ -62,7 +62,7 @@ class ChainWarning(UserWarning):
 
 
 class DataWarning(UserWarning):
-    """Observations are not in the range that the generator says it was made for; the message says what was seen."""
+    """Data may not be what they should: out of the generator's range, left out, trained on; the message says what was seen."""
 
 
 class BackendWarning(UserWarning):

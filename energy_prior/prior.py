@@ -84,7 +84,7 @@ class JointEBMPrior(nn.Module):
         GeneratorError: if the generator breaks the protocol in a way that a single pass shows, or has half-precision weights.
         ArgumentError, ShapeError: if the energies do not fit the generator, or `space` is unknown.
 
-    Example:
+    Examples:
         >>> from energy_prior import JointEBMPrior, LadderVAE
         >>> prior = JointEBMPrior(LadderVAE((1, 8, 8), latent_dims=(16, 8)))
         >>> prior.sample(4).shape

@@ -14,14 +14,15 @@ from energy_prior.generators.likelihoods import DiscretizedLogistic, Discretized
 
 
 class OwnCalls(NamedTuple):
-    """What `check_generator` takes of a model."""
+    """What `check_generator` takes of a model, and one pass, down from what its encoder gives or, from None, from the prior."""
 
     reconstruct: Callable[[Tensor], Any]
     sample: Callable[[int], Any]
     kl: Callable[[Tensor], Any]
+    run: Callable[[Any, int], tuple[Any, list[Tensor]]]
 
     def keywords(self) -> dict[str, Any]:
-        return self._asdict()
+        return {"reconstruct": self.reconstruct, "sample": self.sample, "kl": self.kl}
 
 
 def total(values: Tensor) -> Tensor:
@@ -127,6 +128,7 @@ def nvae_calls(model: Any, t: float = 1.0, as_density: bool = False) -> OwnCalls
         lambda x: image(run(padded(x), len(x))[0], x),
         lambda n: image(run(None, n)[0], None),
         lambda x: run(padded(x), len(x))[1][::-1],
+        run,
     )
 
 
@@ -168,9 +170,10 @@ def vdvae_calls(
                 spread = log_sigma.exp() ** 2 + (mu - mu_p) ** 2
                 kls.append(-0.5 + log_sigma_p - log_sigma + 0.5 * spread / log_sigma_p.exp() ** 2)
             xs[block.base] = block.resnet(h + features[:, 2 * block.zdim :] + block.z_proj(z))
-        return decoder.out_net(decoder.final_fn(xs[8])).permute(0, 3, 1, 2), kls
+        return decoder.final_fn(xs[8]), kls
 
-    def log_p(parameters: Tensor, x: Tensor) -> Tensor:
+    def log_p(features: Tensor, x: Tensor) -> Tensor:
+        parameters = decoder.out_net(features).permute(0, 3, 1, 2)
         level = 255 * x if bins == 255 else torch.floor((255 * x).round() / 8) * 8
         mixture = DiscretizedLogisticMixture.from_channels(parameters, levels=int(bins) + 1, bottom=-0.999, top=0.999)
         return mixture.log_prob(level / 127.5 - 1)
@@ -182,6 +185,7 @@ def vdvae_calls(
         lambda y: log_p(run(encoded(y), len(y))[0], y),
         lambda n: log_p(run(None, n)[0], x),
         lambda y: run(encoded(y), len(y))[1][::-1],
+        run,
     )
 
 
@@ -227,8 +231,7 @@ def deep_calls(model: Any, as_density: bool = False) -> OwnCalls:
                 kls.insert(0, total(q.log_prob(z) - p.log_prob(z)))
             features, skips = stage.p_deterministic(stage.p_projection(z), skips)
             skips = skips if model.skip_stochastic else None
-        features = features if model.pad is None else F.pad(features, model.unpad)
-        return features, kls
+        return likelihood(features if model.pad is None else F.pad(features, model.unpad)), kls
 
     def likelihood(features: Tensor) -> Any:
         module = model.likelihood
@@ -245,15 +248,15 @@ def deep_calls(model: Any, as_density: bool = False) -> OwnCalls:
         return x if model.lambda_init is None else model.lambda_init(x)
 
     def reconstruct(x: Tensor) -> Any:
-        p = likelihood(run(seen(x), len(x))[0])
+        p = run(seen(x), len(x))[0]
         p.sample()  # as the repository does, whether it is asked for or not
         return total(p.log_prob(seen(x)).reshape(len(x), -1)) if as_density else p.mean
 
     def sample(n: int) -> Any:
-        p = likelihood(run(None, n)[0])
+        p = run(None, n)[0]
         return p.sample() if as_density else p.mean
 
-    return OwnCalls(reconstruct, sample, lambda x: run(seen(x), len(x))[1])
+    return OwnCalls(reconstruct, sample, lambda x: run(seen(x), len(x))[1], run)
 
 
 class Halved:

@@ -1,94 +1,158 @@
-"""The Python blocks of README and of the guides in docs run as they are written, but for the number of training iterations."""
+"""The code of README and the docs runs as it is written, but for the length of what takes minutes: Python, and commands."""
 
 from __future__ import annotations
 
-import re
+import argparse
+import collections
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
-from pictures import picture
+from doc_blocks import CODE, ROOT, Record, all_blocks, blocks, run_python, run_shell
+from pictures import picture, write_parquet
+from PIL import Image
+from public_models import PublicDeepVAE, PublicNVAE, PublicVDVAE, vdvae_inputs, vdvae_targets
+from stand_ins import NVAE, perturbed
 
-from energy_prior import LadderVAE
+from energy_prior import JointEBMPrior, LadderVAE, check_generator
+from energy_prior.adapters import NVAEAdapter
 from energy_prior.cli.demo import load_demo_data
+from energy_prior.cli.main import main
 
-ROOT = Path(__file__).parent.parent
+SHORT_ELBO = {"validation=held_out)": "validation=held_out, iterations=3, progress=False)"}
+SHORT_FIT = {"prior.fit(images)": "prior.fit(images, iterations=3, progress=False)"}
+
+BLOCKS = {
+    ("CONTRIBUTING.md", "shell"): 1,
+    ("README.md", "python"): 3,
+    ("README.md", "shell"): 2,
+    ("docs/adapters.md", "python"): 10,
+    ("docs/data.md", "python"): 1,
+    ("docs/detection.md", "python"): 4,
+    ("docs/detection.md", "shell"): 1,
+    ("docs/faq.md", "python"): 1,
+    ("docs/index.md", "python"): 1,
+    ("docs/index.md", "shell"): 1,
+    ("docs/sampling.md", "python"): 1,
+    ("docs/threads.md", "python"): 1,
+    ("docs/training.md", "python"): 3,
+    ("docs/training.md", "shell"): 4,
+}
+"""How many blocks of code there are; the tests below run them all, and `benchmarks/docs.py` counts whether they do."""
+
+NO_CODE = {("docs/index.md", "text"): 1}  # what the quickstart prints
 
 
-def blocks(name: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+def test_every_block_is_known() -> None:
+    found = collections.Counter((b.file, CODE.get(b.kind, b.kind)) for b in all_blocks())
+    assert found == BLOCKS | NO_CODE
 
 
-BLOCKS = blocks("README.md")
+# ---------------------------------------------------------------------------------------------------------------- Python
 
 
-def test_there_are_blocks() -> None:
-    assert len(BLOCKS) == 3
-    assert len(blocks("docs/training.md")) == 3
-    assert len(blocks("docs/sampling.md")) == 1
-    assert len(blocks("docs/data.md")) == 1
-    assert len(blocks("docs/adapters.md")) == 6
-    assert len(blocks("docs/detection.md")) == 4
+@pytest.mark.parametrize("index", range(BLOCKS["README.md", "python"]))
+def test_readme(
+    index: int, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = load_demo_data(9, 0)
+    names: dict[str, Any] = {
+        "images": data.train[:64],
+        "held_out": data.validation[:32],
+        "generator": LadderVAE((1, 8, 8), latent_dims=(4, 2)),
+    }
+    chosen = blocks("README.md", "python")[index : index + 1]
+    run_python(chosen, names, record_property, [SHORT_FIT, {}, SHORT_FIT | SHORT_ELBO][index])
+    if index == 1:
+        assert "torch.Size([3, 8])" in capsys.readouterr().out
+    else:
+        assert names["prior"].sample(2).shape == (2, 1, 8, 8)
 
 
-def test_training_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quickstart(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = {"input_noise=0.15)": "iterations=3, progress=False)"}
+    short["prior.fit(train)"] = "prior.fit(train, iterations=3, progress=False)"
+    run_python(blocks("docs/index.md", "python"), {}, record_property, short)
+    assert capsys.readouterr().out.count("% of the ") == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["samples.png"]
+
+
+def test_training_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record) -> None:
     """Its blocks, one after the other."""
     monkeypatch.chdir(tmp_path)
     data = load_demo_data(9, 0)
     names: dict[str, Any] = {"images": data.train[:64], "held_out": data.validation[:32]}
-    for block in blocks("docs/training.md"):
-        short = block.replace("run_dir=", "iterations=3, progress=False, run_dir=").replace(
-            "1000, batch_size=256", "30, batch_size=20"
-        )
-        exec(compile(short, "docs/training.md", "exec"), names)  # noqa: S102
+    short = {"run_dir=": "iterations=3, progress=False, run_dir=", "1000, batch_size=256": "30, batch_size=20"}
+    run_python(blocks("docs/training.md", "python"), names, record_property, short)
     assert names["samples"].shape == (30, 1, 8, 8)
     assert names["scores"].shape == (64,)
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"vae", "prior", "prior-2"}
 
 
-def test_detection_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_detection_guide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], record_property: Record
+) -> None:
     """Its blocks, one after the other, with nets of the lengths that a test has time for."""
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    for block in blocks("docs/detection.md"):
-        short = block.replace("input_noise=0.1)", "iterations=40, progress=False)")
-        short = short.replace("prior.fit(train)", "prior.fit(train, iterations=10, progress=False)")
-        exec(compile(short, "docs/detection.md", "exec"), names)  # noqa: S102
+    short = {"input_noise=0.1)": "iterations=40, progress=False)"}
+    short["prior.fit(train)"] = "prior.fit(train, iterations=10, progress=False)"
+    names = run_python(blocks("docs/detection.md", "python"), {}, record_property, short)
     assert {p.name for p in tmp_path.iterdir()} == {"explanation.png", "histograms.png", "curves.png"}
     assert "zenati, class 4 auroc_reconstruction" in capsys.readouterr().out
     assert names["detector"].offset_ < -0.5
 
 
-def test_data_guide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_guide(tmp_path: Path, capsys: pytest.CaptureFixture[str], record_property: Record) -> None:
     (tmp_path / "train" / "cat").mkdir(parents=True)
     picture(3).save(tmp_path / "train" / "cat" / "0.png")
-    exec(compile(blocks("docs/data.md")[0].replace("path/to/set", str(tmp_path)), "docs/data.md", "exec"), {})  # noqa: S102
+    run_python(blocks("docs/data.md", "python"), {}, record_property, {"path/to/set": str(tmp_path)})
     assert capsys.readouterr().out == "torch.Size([1, 1, 32, 32]) tensor([0]) ('cat',)\n"
 
 
+def test_questions(capsys: pytest.CaptureFixture[str], record_property: Record) -> None:
+    names: dict[str, Any] = {
+        "prior": JointEBMPrior(LadderVAE((1, 8, 8), (4, 2), hidden=8)),
+        "images": load_demo_data(9, 0).train[:64],
+    }
+    run_python(blocks("docs/faq.md", "python"), names, record_property, {"steps=200": "steps=40"})
+    assert names["before"].joint_accuracy is None
+    assert names["after"].joint_accuracy is not None
+    assert "sum of energies along the chains tensor([0., 0., 0.])" in capsys.readouterr().out
+
+
+def test_threads_guide(record_property: Record) -> None:
+    assert len(run_python(blocks("docs/threads.md", "python"), {}, record_property)["together"]) == 6
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
-def test_sampling_guide(backend: str) -> None:
+def test_sampling_guide(backend: str, record_property: Record) -> None:
     names: dict[str, Any] = {"generator": LadderVAE((1, 4, 4), latent_dims=(4, 2), hidden=8)}
-    block = blocks("docs/sampling.md")[0]
-    assert block.count('backend="compiled"') == 1
-    short = block.replace("100_000", "50").replace('backend="compiled"', f'backend="{backend}"')
-    exec(compile(short, "docs/sampling.md", "exec"), names)  # noqa: S102
+    short = {"100_000": "50", 'backend="compiled"': f'backend="{backend}"'}
+    run_python(blocks("docs/sampling.md", "python"), names, record_property, short)
     assert names["z"][0].shape == (1000, 4)
     assert names["run"].steps.tolist() == [0, 25, 50]
 
 
 @pytest.mark.slow
-def test_adapter_guide(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that the reader has never seen, from nothing to samples: the blocks one after the other."""
+def test_adapter_guide(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    """A model that the reader has never seen, from nothing to samples, and without a model: the blocks one after the other."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     data = load_demo_data(9, 0)
     names: dict[str, Any] = {"images": data.train[:64]}
-    for block in blocks("docs/adapters.md"):
-        short = block.replace("prior.fit(images)", "prior.fit(images, iterations=3, progress=False)")
-        short = short.replace("iterations=2000)", "iterations=3, progress=False)")
-        exec(compile(short, "docs/adapters.md", "exec"), names)  # noqa: S102
+    chosen = blocks("docs/adapters.md", "python")
+    short = SHORT_FIT | {"iterations=2000)": "iterations=3, progress=False)"}
+    run_python([*chosen[:5], chosen[9]], names, record_property, short)
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "shapes, types and layer order agree with latent_shapes"
     assert "reconstruct: the observation agrees with the model's own, on the same noise" in out
@@ -98,20 +162,114 @@ def test_adapter_guide(capsys: pytest.CaptureFixture[str], tmp_path: Path, monke
     assert out[-1] == "torch.Size([4, 1, 8, 8])"
 
 
-@pytest.mark.parametrize("index", range(len(BLOCKS)))
-def test_block(index: int, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class AutoEncoder(NVAE):
+    """A stand-in with the arguments of NVAE's class."""
+
+    def __init__(self, args: argparse.Namespace, writer: None, arch_instance: dict[str, list[str]]) -> None:
+        super().__init__(args.decoder)
+
+
+@pytest.mark.slow
+def test_checkpoint_of_a_public_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record) -> None:
+    """On a stand-in of NVAE."""
     monkeypatch.chdir(tmp_path)
-    data = load_demo_data(9, 0)
-    names: dict[str, Any] = {
-        "images": data.train,
-        "held_out": data.validation,
-        "generator": LadderVAE((1, 8, 8), latent_dims=(4, 2)),
-    }
-    short = BLOCKS[index].replace("prior.fit(images)", "prior.fit(images, iterations=2, progress=False)")
-    short = short.replace("validation=held_out)", "validation=held_out, iterations=2, progress=False)")
-    torch.manual_seed(0)
-    exec(compile(short, f"README block {index}", "exec"), names)  # noqa: S102
-    if "check_generator" in short:
-        assert "torch.Size([3, 8])" in capsys.readouterr().out
-    else:
-        assert names["prior"].sample(2).shape == (2, 1, 8, 8)
+    saved = {"state_dict": NVAE().state_dict(), "args": argparse.Namespace(decoder="mixture"), "arch_instance": {"cell": ["a"]}}
+    torch.save(saved, "checkpoint.pt")
+    images = torch.randint(0, 256, (32, 3, 16, 16)) / 255
+    names = {"AutoEncoder": AutoEncoder, "JointEBMPrior": JointEBMPrior, "images": images}
+    run_python(blocks("docs/adapters.md", "python")[5:6], names, record_property, SHORT_FIT)
+    assert names["prior"].sample(2, steps=2).shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("index", [6, 7, 8], ids=["NVAE", "VDVAE", "hvae-oodd"])
+def test_own_calls_of_a_public_model(index: int, record_property: Record) -> None:
+    """On stand-ins whose calls have the names that the repositories give them."""
+    model, x = {
+        6: lambda: (PublicNVAE(), torch.randint(0, 2, (4, 1, 16, 16)).float()),
+        7: lambda: (PublicVDVAE(), torch.randint(0, 256, (4, 3, 8, 8)) / 255),
+        8: lambda: (PublicDeepVAE(ladder=True), torch.randint(0, 2, (4, 10)).float()),
+    }[index]()
+    said: list[Any] = []
+    names: dict[str, Any] = {"NVAEAdapter": NVAEAdapter, "inputs": vdvae_inputs, "targets": vdvae_targets}
+    names |= {"check_generator": lambda *a, **b: said.append(check_generator(*a, **b)), "model": perturbed(model), "x": x}
+    run_python(blocks("docs/adapters.md", "python")[index : index + 1], names, record_property)
+    assert [line.partition(":")[0] for line in said[0]][-3:] == ["sample", "reconstruct", "kl"]
+
+
+# -------------------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A set like MNIST, of 28 × 28 pixels and ten classes, small."""
+    folder = tmp_path_factory.mktemp("digits")
+    datasets.disable_progress_bars()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        for split, n in (("train", 800), ("test", 120)):
+            pixels = torch.randint(0, 256, (n, 28, 28), generator=torch.Generator().manual_seed(n), dtype=torch.uint8)
+            images = [Image.fromarray(p.numpy()) for p in pixels]
+            write_parquet(folder / "mnist", images, split, label=[i % 10 for i in range(n)])
+        yield folder / "mnist"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["README.md", "docs/index.md"])
+def test_installing(file: str, tmp_path: Path, record_property: Record) -> None:
+    """From a folder with what pip reads here; the demo is short, and of the tests one file runs."""
+    for name in ("constraints.txt", "pyproject.toml", "README.md", "LICENSE", "energy_prior", "tests", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    short = {"energy-prior demo": "energy-prior demo --quick", "pytest -n 2": "pytest -n 2 -q tests/langevin/test_noise.py"}
+    printed = run_shell(blocks(file, "shell"), tmp_path, record_property, short if file == "README.md" else None)
+    assert printed.count("Would install energy-prior") == len(blocks(file, "shell"))
+    if file == "README.md":
+        assert (tmp_path / "energy-prior-demo" / "samples.png").exists()
+        assert " passed in " in printed
+
+
+@pytest.mark.slow
+def test_checking_a_change(tmp_path: Path, record_property: Record) -> None:
+    """The checks as they are, but for the types and the tests, which take minutes; they need the extra "dev"."""
+    if not (shutil.which("ruff") and shutil.which("pyright") and shutil.which("mkdocs")):
+        pytest.skip('needs the extra "dev"')
+    short = {"pyright\n": "pyright docs\n", "--strict": f"--strict --site-dir {tmp_path / 'site'}"}
+    short["pytest -n 2"] = "pytest -n 2 -q -p no:cacheprovider tests/langevin/test_noise.py"
+    printed = run_shell(blocks("CONTRIBUTING.md", "shell"), ROOT, record_property, short, cache=tmp_path / "cache")
+    for said in ("Would install energy-prior", "0 errors", "Contracts: 4 kept", " passed in "):
+        assert said in printed
+    assert (tmp_path / "site" / "contributing.html").exists()
+
+
+@pytest.mark.slow
+def test_training_on_several_processes(digits: Path, tmp_path: Path, record_property: Record) -> None:
+    """Both commands, on the CPU and a small set."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    short = {"--data ylecun/mnist": "--data path/to/mnist --device cpu --quick --out runs/first", "path/to/mnist": str(digits)}
+    short["cpu --quick\n"] = "cpu --quick --out runs/second\n"
+    run_shell(blocks("docs/training.md", "shell")[:1], tmp_path, record_property, short)
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"first", "second"}
+
+
+@pytest.mark.slow
+def test_training_from_the_command_line(digits: Path, tmp_path: Path, record_property: Record) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    few = "iterations=5 --set fit.0.batch_size=64 --set elbo.iterations=5 --set data.validation=100"
+    short = {"path/to/mnist": str(digits), "iterations=500": few, "-n 1000": "-n 20"}
+    printed = run_shell(blocks("docs/training.md", "shell")[1:], tmp_path, record_property, short)
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 20
+    assert "60 images a side, 3 draws" in printed
+    assert (tmp_path / "report" / "samples.png").exists()
+
+
+@pytest.mark.slow
+def test_scoring_from_the_command_line(digits: Path, tmp_path: Path, record_property: Record) -> None:
+    """With a short run, and a folder of photos."""
+    settings = ["generator.latent_dims=[3, 2]", "generator.hidden=8", "data.validation=100"]
+    settings += [f"{part}.{name}" for part in ("elbo", "fit.0") for name in ("iterations=4", "batch_size=8", "progress=false")]
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert main(["train", "--data", str(digits), "--out", str(tmp_path / "runs" / "mnist"), "--device", "cpu", *words]) == 0
+    (tmp_path / "photos" / "test").mkdir(parents=True)
+    for i in range(3):
+        picture(80 * i, (28, 28)).save(tmp_path / "photos" / "test" / f"{i}.png")
+    run_shell(blocks("docs/detection.md", "shell"), tmp_path, record_property)
+    assert len((tmp_path / "scores.csv").read_text().splitlines()) == 4

@@ -49,9 +49,11 @@ class NVAEAdapter(Adapter):
     Raises:
         GeneratorError: if this is not such a model, or is not in evaluation mode.
 
-    Example:
-        model = AutoEncoder(checkpoint["args"], None, checkpoint["arch_instance"])  # NVAE's own code
-        prior = JointEBMPrior(NVAEAdapter(load_weights(model, checkpoint).eval()))
+    Examples:
+        With NVAE's own code, and a checkpoint of it:
+
+            model = AutoEncoder(checkpoint["args"], None, checkpoint["arch_instance"])
+            prior = JointEBMPrior(NVAEAdapter(load_weights(model, checkpoint).eval()))
     """
 
     def __init__(self, model: nn.Module, *, prior_temperature: float = 1.0) -> None:

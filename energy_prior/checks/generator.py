@@ -65,7 +65,7 @@ def check_generator(
         GeneratorError: with every fault found, in words, and what to do about it.
         ArgumentError: x, or what one of the model's calls gives, is of the wrong kind.
 
-    Example:
+    Examples:
         >>> import energy_prior as ep
         >>> vae = ep.LadderVAE((1, 8, 8)).eval()
         >>> ep.check_generator(vae, torch.rand(4, 1, 8, 8))[0]

@@ -21,7 +21,7 @@ BUILT_IN: dict[str, type[MLPEnergy | ConvEnergy | DenoisingEnergy]] = {
 
 
 def default_energies(latent_shapes: Sequence[Sequence[int]]) -> nn.ModuleList:
-    """One energy per layer, in the order z_1, …, z_L: `MLPEnergy` for vectors, `DenoisingEnergy` where a layer is a map.
+    """One energy per layer, in the order z_1, …, z_L: `MLPEnergy` for vectors, `DenoisingEnergy` where any layer is a map.
 
     Args:
         latent_shapes: shapes of z_1, …, z_L without the batch.

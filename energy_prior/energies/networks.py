@@ -68,7 +68,7 @@ class MLPEnergy(LatentEnergy):
 
     Shape: (batch, *latent_shape) -> (batch,), nats.
 
-    Example:
+    Examples:
         >>> f = MLPEnergy((16,), hidden=(64, 64))
         >>> f(torch.randn(3, 16))
         tensor([0., 0., 0.], grad_fn=<DivBackward0>)

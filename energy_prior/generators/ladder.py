@@ -49,7 +49,7 @@ class LadderVAE(nn.Module):
     Raises:
         ArgumentError, ShapeError: if a value is impossible; the message says which.
 
-    Example:
+    Examples:
         >>> vae = LadderVAE((1, 8, 8), latent_dims=(16, 8))
         >>> vae.latent_shapes
         (torch.Size([16]), torch.Size([8]))

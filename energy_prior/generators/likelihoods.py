@@ -115,7 +115,7 @@ class DiscretizedLogisticMixture(Distribution):
     Raises:
         ArgumentError, ShapeError: if a value is impossible; the message says which.
 
-    Example:
+    Examples:
         >>> logits, loc = torch.zeros(2, 5, 8, 8), torch.zeros(2, 5, 3, 8, 8)
         >>> mixture = DiscretizedLogisticMixture(logits, loc, loc - 2, bottom=-0.999, top=0.999)
         >>> mixture.log_prob(2 * torch.rand(2, 3, 8, 8) - 1).shape

@@ -58,7 +58,7 @@ class ResidualVAE(nn.Module):
     Raises:
         ArgumentError, ShapeError: if a value is impossible; the message says which.
 
-    Example:
+    Examples:
         >>> vae = ResidualVAE((3, 32, 32), groups=(4, 2), channels=16)
         >>> vae.latent_shapes[0], vae.latent_shapes[-1], len(vae.latent_shapes)
         (torch.Size([8, 16, 16]), torch.Size([8, 8, 8]), 6)

@@ -29,6 +29,7 @@ StepBackend = Literal["auto", "eager", "compiled"]
 """Backends whose chains can be measured on the way."""
 
 METHODS: tuple[Method, ...] = get_args(Method)
+"""All of them, in this order."""
 JOINT_METHODS: tuple[Method, ...] = ("variational", "joint")
 """Rules that train the generator too."""
 LANGEVIN_METHODS: tuple[Method, ...] = ("two_stage", "variational", "joint")
@@ -95,8 +96,8 @@ class FitConfig(RunConfig):
         batch_size: posterior draws, and as many prior draws, per update, process and accumulation step, ≥ 1; None: 256, or
             all observations if there are fewer.
         learning_rate: of the energies' AdamW, > 0, after a linear warm-up of 100 iterations, or a tenth of them if fewer, and
-            with cosine decay to a tenth of it; None: 1e-3, and 1e-3 · √(2000/iterations), up to 3e-3, where there are fewer
-            than 2000 iterations to get anywhere in.
+            with cosine decay to a tenth of it; None: 2e-3 for "denoising", else 1e-3, and 1e-3 · √(2000/iterations), up to
+            3e-3, where there are fewer than 2000 iterations to get anywhere in.
         weight_decay: of the energies' AdamW, ≥ 0.
         accumulate: batches whose gradients are averaged into one update, ≥ 1.
         log_every: iterations between looks at the run, each with an entry in the history, warnings of what may go wrong and
