@@ -52,6 +52,11 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--batch-size", default="256", help="images at a time (default: 256)")
     parser.add_argument("--seed", default="0", help="seed of scores that draw (default: 0)")
+    parser.add_argument(
+        "--factory",
+        metavar="MODULE:FUNCTION",
+        help="where the run's recipe named one: the function that gives the generator, which is imported and called",
+    )
     parser.add_argument("--device", default="cpu", help="where it computes (default: cpu)")
     parser.add_argument(
         "--as-found",
@@ -209,7 +214,7 @@ def _run(options: argparse.Namespace) -> int:
             numbers[name] = kind(text)
         except ValueError:
             raise ArgumentError(f"--{name.replace('_', '-')}: expected a number, got {text!r}.") from None
-    prior = load_run(options.run).to(options.device)
+    prior = load_run(options.run, options.factory).to(options.device)
     numbers |= {} if options.as_found else reading_of(options.run)
     report = score_images(prior, options.data, options.out, split=options.split, method=options.method, **numbers)
     if options.json:
