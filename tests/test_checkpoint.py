@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from energy_prior import CheckpointError, ConvEnergy, JointEBMPrior, LadderVAE, MLPEnergy
+from energy_prior import CheckpointError, ConvEnergy, JointEBMPrior, LadderVAE, MLPEnergy, denoising_energies
 from energy_prior import checkpoint as checkpoint_module
 
 
@@ -237,6 +237,20 @@ def test_a_damaged_description_of_the_energies(tmp_path: Path, entry: Any) -> No
         JointEBMPrior.load(path, prior.generator)
     assert len(str(error.value)) < 600
     assert time.process_time() - before < 5
+
+
+def test_an_energy_of_as_many_weights_for_another_shape(tmp_path: Path) -> None:
+    vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8)
+    prior, path = JointEBMPrior(vae, denoising_energies(vae.latent_shapes, channels=4)), tmp_path / "p"
+    prior.save(path)
+    described = [{"kind": "DenoisingEnergy", "latent_shape": [1, 3], "above": [[2]], "channels": 4, "saturation": 4.0}]
+    described.append({"kind": "DenoisingEnergy", "latent_shape": [2], "above": [], "channels": 4, "saturation": 4.0})
+    signed(path, config={"energies": described})
+    with pytest.raises(CheckpointError, match="f_1 cannot be built .* it is for another layer or for other weights"):
+        JointEBMPrior.load(path, vae)
+    described[0]["latent_shape"] = [3]
+    signed(path, config={"energies": described})
+    assert JointEBMPrior.load(path, vae).energies[0].latent_shape == (3,)
 
 
 @pytest.mark.parametrize("energies", [[], [WELL], [WELL] * 3, [WELL] * 100_000])

@@ -115,7 +115,7 @@ def _of_stream(file: IO[bytes], size: int) -> Any:
     if isinstance(system, dict) and system.get("little_endian", True) is not True:
         raise ValueError("its numbers have another byte order")
     content, keys = of_next(), of_next()
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(stored):
+    if not isinstance(keys, list) or sorted(keys) != sorted(stored):
         raise ValueError("the list of its tensors' values is wrong")
     for key in keys:
         part = stored[key]

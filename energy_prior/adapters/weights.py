@@ -124,7 +124,7 @@ def _state_dicts(loaded: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
     level: list[tuple[str, Any]] = [("", loaded)]
     for _ in range(_DEPTH + 1):
         below: dict[int, tuple[str, Any]] = {}
-        for where, held in sorted(level, key=lambda entry: entry[0] not in _KEYS):
+        for where, held in level:
             texts = {key: value for key, value in held.items() if isinstance(key, str)} if isinstance(held, Mapping) else {}
             tensors = {
                 canonical_name(key): value

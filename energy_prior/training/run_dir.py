@@ -212,7 +212,7 @@ def _lock(file: int | None) -> bool:
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """Nested dicts and lists with every tensor moved to `tensors` and its name put in its place."""
     if isinstance(value, Tensor):
-        tensors[canonical_name(name)] = value  # as `write_checkpoint` has it, which copies it
+        tensors[name] = value  # which `write_checkpoint` copies, under its canonical name
         return {"tensor": canonical_name(name)}
     if isinstance(value, dict):
         return {"dict": {key: _pack(item, f"{name}/{key}", tensors) for key, item in value.items()}}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from energy_prior import CheckpointError
 from energy_prior.adapters import load_checkpoint
+from energy_prior.adapters.unpickler import Unpickler
 
 TORCH: Any = torch  # with its private modules, whose functions pickles name
 
@@ -257,6 +258,7 @@ def makes(folder: Path) -> dict[str, Any]:
         "memory": Call(bytearray, 10**10),
         "a tensor without values": Call(torch.Tensor, 100_000, 100_000),
         "text that doubles": Doubled(40),
+        "text in another encoding": Call(Doubled(0).__reduce__()[0], "x", "utf-16"),
         "a type without a call": {"x": torch.Tensor},
         "a function in a tuple": {"x": (argparse.Namespace,)},
         "values without a tensor": {"x": (Values(),)},
@@ -305,6 +307,23 @@ BOMBS = {
     "a key without a value": b"\x80\x02}(K\1u.",
     "another operation": b"\x80\x04\x8c\1a.",
 }
+
+
+class Counted(io.BytesIO):
+    """A file that says what was asked of it: memory is taken for that before it is known how much there is."""
+
+    most = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.most = max(self.most, size or 0)
+        return super().read(size)
+
+
+def test_no_more_is_asked_for_than_there_is() -> None:
+    file = Counted(b"\x80\x02X\xff\xff\xff\x7fabc.")
+    with pytest.raises(ValueError, match="it ends too early"):
+        Unpickler(file, 11, lambda *_: pytest.fail("no values")).load()
+    assert file.most < 100
 
 
 @pytest.mark.parametrize("name", BOMBS)
