@@ -11,6 +11,8 @@ __all__ = [
     "plain",
     "plain_normal",
     "resized",
+    "shortened",
+    "shown",
     "some_of",
     "sum_event",
 ]
@@ -72,6 +74,19 @@ def draw(q: Normal) -> tuple[Tensor, Tensor]:
     return z, sum_event(q.log_prob(z))
 
 
+def shortened(text: str, letters: int = 100) -> str:
+    """Text for a message: what comes from a file may be of any length."""
+    return text if len(text) <= letters else f"{text[:letters]}…"
+
+
+def shown(value: object, letters: int = 100) -> str:
+    """A value for a message, as `repr` writes it, shortened."""
+    try:
+        return shortened(repr(value), letters)
+    except (ValueError, RecursionError):  # whole numbers of thousands of digits; very deep lists
+        return f"a {type(value).__name__}"
+
+
 def some_of(names: Iterable[str], shown: int = 5) -> str:
     """The first few names, for a message."""
     every = list(names)
@@ -80,4 +95,4 @@ def some_of(names: Iterable[str], shown: int = 5) -> str:
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message with something in it, for a message of ours; its type where there is none."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return shortened(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__), 200)

@@ -1,9 +1,16 @@
-"""Checkpoints: one safetensors file with the energies' weights, and their configuration as JSON in its header. No pickle."""
+"""Checkpoints: safetensors files with a configuration as JSON and a digest of everything in their header. No pickle.
+
+There are three kinds: priors, runs and generators. One version number counts the changes of all three.
+"""
 
 from __future__ import annotations
 
 __all__ = [
     "FORMAT_VERSION",
+    "GENERATOR",
+    "PRIOR",
+    "RUN",
+    "Kind",
     "check_generator_fits",
     "check_state_fits",
     "check_unchanged",
@@ -13,29 +20,51 @@ __all__ = [
     "fingerprint",
     "load_named",
     "read_checkpoint",
+    "read_prior",
     "read_tensors",
     "write_checkpoint",
     "write_whole",
 ]
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from energy_prior._util import first_line, shortened, shown
 from energy_prior.checks.settings import check_path
 from energy_prior.errors import CheckpointError
 from energy_prior.protocol import unwrapped
 
-FORMAT = "energy-prior"
+
+class Kind(NamedTuple):
+    """A kind of checkpoint.
+
+    Attributes:
+        format: its name in the header.
+        writer: what writes it, for errors.
+        remedy: what to do where it cannot be read.
+    """
+
+    format: str
+    writer: str
+    remedy: str
+
+
+PRIOR = Kind("energy-prior", "JointEBMPrior.save", "Save the prior again, or use another copy.")
+RUN = Kind("energy-prior run", "a run with a run_dir", "Name another run_dir to begin anew.")
+GENERATOR = Kind("energy-prior generator", "`energy-prior train`", "Train it again, or use another copy.")
+
 FORMAT_VERSION = 2
+_DIGITS = 9  # of a version number that can be one
 _DIGEST_PART = 2**24
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
@@ -104,8 +133,21 @@ def _digest_value(total: Any, value: Any) -> None:
         total.update(type(value).__qualname__.encode())
 
 
-def write_checkpoint(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Writes a checkpoint whole or not at all: to a temporary file beside `path`, then renamed over it."""
+def write_checkpoint(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: Mapping[str, Any], kind: Kind = PRIOR
+) -> None:
+    """Writes a checkpoint whole or not at all: to a temporary file beside `path`, then renamed over it.
+
+    Args:
+        path: of the file.
+        tensors: by canonical names, or names that become such.
+        config: JSON-able.
+        kind: of the checkpoint.
+
+    Raises:
+        CheckpointError: if a value in `tensors` is none.
+        FileNotFoundError, IsADirectoryError, OSError: as `write_whole`.
+    """
     foreign = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if foreign:
         raise CheckpointError(
@@ -114,7 +156,7 @@ def write_checkpoint(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]
         )
     values = {canonical_name(name): value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     text = json.dumps(dict(config))
-    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "config": text, "digest": digest(values, text)}
+    header = {"format": kind.format, "format_version": str(FORMAT_VERSION), "config": text, "digest": digest(values, text)}
     write_whole(path, save(values, metadata=header))
 
 
@@ -147,54 +189,80 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the configuration of a checkpoint.
+def read_checkpoint(
+    path: str | os.PathLike[str], kind: Kind = PRIOR, remedy: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, on the CPU, and the configuration of a checkpoint, which are those that were written: their digest says so.
+
+    A digest tells damage, not who wrote a file: whoever reads it checks that names, shapes and values make sense.
+
+    Args:
+        path: the file; `~` is the home folder.
+        kind: what it must be.
+        remedy: what to do where it cannot be read, for errors; None: the kind's own.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is truncated or damaged, was not written by this library, or by a newer version of it.
+        CheckpointError: if it is truncated or damaged, of another kind, or of another version of this library.
     """
-    tensors, header = read_tensors(path)
-    if header.get("format") != FORMAT:
+    name, remedy = repr(os.fspath(path)), remedy or kind.remedy
+    tensors, header = read_tensors(path, remedy)
+    if header.get("format") != kind.format:
+        got = f" It has the format {shown(header['format'])}." if "format" in header else ""
         raise CheckpointError(
-            f"{os.fspath(path)!r} is a safetensors file, but not a checkpoint of energy-prior. Expected one that "
-            "JointEBMPrior.save wrote."
+            f"{name} is a safetensors file, but not a checkpoint of energy-prior as expected here, one that {kind.writer} "
+            f"wrote.{got} {remedy}"
         )
     version = header.get("format_version", "")
-    if not version.isdecimal() or int(version) > FORMAT_VERSION:
+    known = version.isdecimal() and len(version) <= _DIGITS
+    if not known or int(version) > FORMAT_VERSION:
         raise CheckpointError(
-            f"{os.fspath(path)!r} has checkpoint format {version!r}; this version of energy-prior reads up to "
-            f"{FORMAT_VERSION}. Upgrade: pip install -U energy-prior."
+            f"{name} has checkpoint format {shown(version)}; this version of energy-prior reads {FORMAT_VERSION}. "
+            "Upgrade: pip install -U energy-prior."
         )
     if int(version) < FORMAT_VERSION:
         raise CheckpointError(
-            f"{os.fspath(path)!r} has checkpoint format {version}, of an unreleased version of energy-prior; this one reads "
-            f"{FORMAT_VERSION}. Fit the prior again."
+            f"{name} has checkpoint format {version}, of an unreleased version of energy-prior; this one reads "
+            f"{FORMAT_VERSION}. {'Fit the prior again.' if kind is PRIOR else remedy}"
         )
-    config: dict[str, Any] = {}
-    try:
-        config = json.loads(header["config"])
-        whole = all(
-            isinstance(config[key], kind)
-            for key, kind in {"space": str, "latent_shapes": list, "generator": str, "energies": list}.items()
-        )
-    except (KeyError, TypeError, ValueError):
-        whole = False
-    if (
-        not whole
-        or not {"step_size", "calibration.count"} <= set(tensors)
-        or header.get("digest") != digest(tensors, header["config"])
-    ):
-        raise CheckpointError(f"{os.fspath(path)!r} is damaged. Save the prior again, or use another copy.")
+    text = header.get("config", "")
+    if header.get("digest") != digest(tensors, text):
+        raise CheckpointError(f"{name} is damaged: it does not hold what was written, by its digest. {remedy}")
+    config: Any = None
+    with contextlib.suppress(ValueError, RecursionError):  # no JSON, or nested without end
+        config = json.loads(text)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{name} is damaged: expected its configuration as a JSON object, got {shown(text)}. {remedy}")
     return tensors, config
 
 
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_prior(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the configuration of a prior: "space", "latent_shapes", "generator", "energies" and "joint".
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `read_checkpoint`; or if something is missing, or is not what it is called.
+    """
+    tensors, config = read_checkpoint(path)
+    kinds = {"space": str, "latent_shapes": list, "generator": str, "energies": list, "joint": bool}
+    bad = [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]
+    bad += [key for key in ("step_size", "calibration.count") if key not in tensors]
+    if not bad and not (tensors["step_size"].is_floating_point() and bool((tensors["step_size"] > 0).all())):
+        bad = ["step_size"]
+    if bad:
+        raise CheckpointError(f"{os.fspath(path)!r} is damaged: its {bad[0]} is missing or impossible. {PRIOR.remedy}")
+    return tensors, config
+
+
+def read_tensors(path: str | os.PathLike[str], remedy: str = PRIOR.remedy) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, on the CPU, and its header.
+
+    Args:
+        path: the file; `~` is the home folder.
+        remedy: what to do where it cannot be read, for errors.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is truncated or damaged.
+        CheckpointError: if it is truncated or damaged, or of another kind.
     """
     path = check_path("path", path)
     if not path.is_file():
@@ -202,10 +270,12 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
+    except OSError:  # it may not be read, or the disk fails
+        raise
+    except Exception as error:  # torch's own, for dtypes and shapes that it does not have
         raise CheckpointError(
-            f"{os.fspath(path)!r} is not a whole safetensors file ({error}): it is truncated, damaged or of another kind. "
-            "Save it again, or use another copy."
+            f"{os.fspath(path)!r} is not a whole safetensors file ({first_line(error)}): it is truncated, "
+            f"damaged or of another kind. {remedy}"
         ) from error
 
 
@@ -216,8 +286,8 @@ def check_generator_fits(
     shapes = [list(shape) for shape in generator.latent_shapes]
     if shapes != config["latent_shapes"]:
         raise CheckpointError(
-            f"{os.fspath(path)!r} was made for latents of shapes {config['latent_shapes']} (z_1 first); this generator "
-            f"has {shapes}. Give `load` the generator that the prior was fitted on."
+            f"{os.fspath(path)!r} was made for latents of shapes {shown(config['latent_shapes'])} (z_1 first); this "
+            f"generator has {shapes}. Give `load` the generator that the prior was fitted on."
         )
     if weights and fingerprint(generator) != config["generator"]:
         raise CheckpointError(
@@ -242,16 +312,28 @@ def check_state_fits(
     what: str = "these energies",
     remedy: str = "Pass `energies` built as they were when it was saved.",
 ) -> None:
-    """Raises `CheckpointError`, saying what differs and the remedy, if names or shapes of two state dicts do not agree."""
+    """Raises `CheckpointError`, saying what differs and the remedy, if one state dict cannot be loaded into another.
+
+    Names and shapes must be the same, and so must the kind of number (floating, complex, whole, bool) of each; floating-point
+    values must be finite.
+    """
     expected = {canonical_name(name): value for name, value in expected.items()}
-    faults = [f"{name} is missing" for name in expected if name not in got]
-    faults += [f"{name} is not expected" for name in got if name not in expected]
-    faults += [
-        f"{name} has shape {tuple(got[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in got and got[name].shape != value.shape
-    ]
-    faults += [f"{name} is not finite" for name, value in got.items() if not bool(torch.isfinite(value.float()).all())]
+    faults = [f"{shortened(name)} is missing" for name in expected if name not in got]
+    faults += [f"{shortened(name)} is not expected" for name in got if name not in expected]
+    faults += [fault for name, value in expected.items() if name in got for fault in _faults(name, value, got[name])]
     if faults:
         more = f" (and {len(faults) - 4} more)" if len(faults) > 4 else ""
         raise CheckpointError(f"{os.fspath(path)!r} does not fit {what}: {'; '.join(faults[:4])}{more}. {remedy}")
+
+
+def _faults(name: str, expected: Tensor, got: Tensor) -> list[str]:
+    """What is wrong with a tensor, in words."""
+    if got.shape != expected.shape:
+        return [f"{name} has shape {shown(tuple(got.shape))} instead of {tuple(expected.shape)}"]
+    if got.layout is not torch.strided or got.is_meta or got.is_quantized:
+        return [f"{name} is no dense tensor with values"]
+    kinds = [(t.is_floating_point(), t.is_complex(), t.dtype == torch.bool) for t in (expected, got)]
+    if kinds[0] != kinds[1]:
+        return [f"{name} is of {got.dtype} instead of {expected.dtype}"]
+    values = got.float() if got.dtype.itemsize == 1 else got  # torch does not compare every type of 8 bits
+    return [] if bool(torch.isfinite(values).all()) else [f"{name} is not finite"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
 from energy_prior import scores
+from energy_prior._util import shown
 from energy_prior.calibration import Calibration, Explanation, row_digests
 from energy_prior.checkpoint import (
     check_generator_fits,
@@ -21,7 +22,7 @@ from energy_prior.checkpoint import (
     check_unchanged,
     fingerprint,
     load_named,
-    read_checkpoint,
+    read_prior,
     write_checkpoint,
 )
 from energy_prior.checks.arguments import (
@@ -37,7 +38,7 @@ from energy_prior.checks.arguments import (
 from energy_prior.checks.generator import probe_generator
 from energy_prior.checks.settings import check_count, check_path, check_positive, check_share
 from energy_prior.energies import build_energies, default_energies, describe_energies
-from energy_prior.errors import ArgumentError, DataWarning, ShapeError, warn
+from energy_prior.errors import ArgumentError, CheckpointError, DataWarning, ShapeError, warn
 from energy_prior.langevin import USUAL_ACCEPTANCE, ChainOptions, ChainSettings, NoiseSource, Trajectory, tune_step_size
 from energy_prior.mismatch import LEAST_DRAWS, Mismatch, mismatch_of
 from energy_prior.model import JointModel
@@ -637,6 +638,7 @@ class JointEBMPrior(nn.Module):
             GeneratorError: if the method cannot work with the generator.
             DivergenceError: if something stops being finite, |f| leaves `max_energy`, or built-in energies stay near their
                 saturation; the prior then holds its last good average.
+            CheckpointError: if the last checkpoint in `run_dir` is damaged; the prior is as it was.
             DistributedError: if another process dies.
             OSError: if a checkpoint cannot be written; the one before is whole.
         """
@@ -791,15 +793,25 @@ class JointEBMPrior(nn.Module):
         """
         source = check_path("path", path)
         generator = unwrapped(generator)
-        tensors, config = read_checkpoint(source)
-        joint = bool(config.get("joint"))
+        tensors, config = read_prior(source)
+        joint, space = config["joint"], config["space"]
         check_generator_fits(source, config, generator, weights=not joint)
+        with torch.no_grad(), frozen(generator):
+            reference = TopDown(generator, 1).reference
+        if tensors["step_size"].dtype != reference.dtype or space not in get_args(Space):
+            raise CheckpointError(
+                f"{os.fspath(source)!r} is of a prior in {tensors['step_size'].dtype} and the space {shown(space)}; "
+                f"expected {reference.dtype}, as this generator computes in, and one of {get_args(Space)}. Convert the "
+                "generator, or use another copy."
+            )
         if energies is None:
-            step_size = tensors["step_size"]  # its dtype is that of the latents
-            with torch.no_grad(), frozen(generator):
-                device = TopDown(generator, 1).reference.device
-            energies = build_energies(config["energies"]).to(device, step_size.dtype)
-        prior = cls(generator, energies, space=config["space"])
+            weights = {name: value.shape for name, value in tensors.items()}
+            try:
+                energies = build_energies(config["energies"], generator.latent_shapes, weights)
+            except CheckpointError as error:
+                raise CheckpointError(f"{os.fspath(source)!r}: {error}") from error.__cause__
+            energies = energies.to(reference.device, reference.dtype)
+        prior = cls(generator, energies, space=space)
         if joint:
             prior.train_jointly()
             check_state_fits(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from energy_prior import CheckpointError, ConvEnergy, JointEBMPrior, LadderVAE, MLPEnergy
+from energy_prior import CheckpointError, ConvEnergy, JointEBMPrior, LadderVAE, MLPEnergy, denoising_energies
 from energy_prior import checkpoint as checkpoint_module
 
 
@@ -100,7 +102,10 @@ def test_truncated_file(tmp_path: Path, keep: float) -> None:
 def test_foreign_files(tmp_path: Path) -> None:
     prior, path = make(), tmp_path / "p"
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(CheckpointError, match="not a checkpoint of energy-prior"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of energy-prior as expected here, one that JointEBMPrior.save"):
+        JointEBMPrior.load(path, prior.generator)
+    checkpoint_module.write_checkpoint(path, {"weight": torch.zeros(2)}, {}, checkpoint_module.RUN)
+    with pytest.raises(CheckpointError, match="wrote. It has the format 'energy-prior run'"):
         JointEBMPrior.load(path, prior.generator)
     torch.save({"weight": torch.zeros(2)}, path)
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
@@ -181,19 +186,172 @@ def test_energies_that_share_weights(tmp_path: Path) -> None:
     assert torch.equal(again.net.weight, shared.net.weight)
 
 
-@pytest.mark.parametrize("entry", [{}, 3, {"kind": "MLPEnergy", "latent_shape": [3], "depth": 9}, {"kind": "Other"}])
+def signed(
+    path: Path,
+    tensors: dict[str, Any] | None = None,
+    header: dict[str, str] | None = None,
+    config: dict[str, Any] | None = None,
+) -> None:
+    """Writes a checkpoint with other contents, whose digest is right; a name whose value is None goes."""
+    with safe_open(path, "pt") as file:
+        metadata: dict[str, str] = file.metadata() | (header or {})
+        values: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()} | (tensors or {})  # noqa: SIM118
+    if config is not None:
+        document = json.loads(metadata["config"]) | config
+        metadata["config"] = json.dumps({name: value for name, value in document.items() if value is not None})
+    values = {name: value for name, value in values.items() if value is not None}
+    save_file(values, path, metadata=metadata | {"digest": checkpoint_module.digest(values, metadata["config"])})
+
+
+WELL = {"kind": "MLPEnergy", "latent_shape": [3]}
+DESCRIPTIONS: list[Any] = [
+    {},
+    3,
+    WELL | {"depth": 9},
+    {"kind": "Other"},
+    WELL | {"latent_shape": [2]},
+    WELL | {"latent_shape": [3.0]},
+    WELL | {"hidden": [64]},
+    WELL | {"hidden": [0]},
+    WELL | {"hidden": [128, "x"]},
+    WELL | {"hidden": [100_000, 100_000]},
+    WELL | {"hidden": [10**12, 10**12]},
+    WELL | {"hidden": [10**30]},
+    WELL | {"hidden": [1] * 100_000},
+    WELL | {"activation": "relu"},
+    WELL | {"saturation": -1},
+    {"kind": "ConvEnergy", "latent_shape": [3]},
+    {"kind": "DenoisingEnergy", "latent_shape": [3], "above": [[2]], "channels": 10**5},
+    {"kind": "DenoisingEnergy", "latent_shape": [3], "above": [[2]] * 100_000},
+]
+
+
+@pytest.mark.parametrize("entry", DESCRIPTIONS, ids=range(len(DESCRIPTIONS)))
 def test_a_damaged_description_of_the_energies(tmp_path: Path, entry: Any) -> None:
+    """Nothing of the size that it asks for is made: some would need terabytes."""
     prior, path = make(), tmp_path / "p"
     prior.save(path)
-    with safe_open(path, "pt") as file:
-        header = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    config = json.loads(header["config"])
-    text = json.dumps(config | {"energies": [entry, entry]})
-    changed = header | {"config": text, "digest": checkpoint_module.digest(tensors, text)}
-    save_file(tensors, path, metadata=changed)
-    with pytest.raises(CheckpointError, match="energies: "):
+    signed(path, config={"energies": [entry, entry]})
+    before = time.process_time()
+    with pytest.raises(CheckpointError, match="/p': energies: .* Save the prior again") as error:
         JointEBMPrior.load(path, prior.generator)
+    assert len(str(error.value)) < 600
+    assert time.process_time() - before < 5
+
+
+def test_an_energy_of_as_many_weights_for_another_shape(tmp_path: Path) -> None:
+    vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8)
+    prior, path = JointEBMPrior(vae, denoising_energies(vae.latent_shapes, channels=4)), tmp_path / "p"
+    prior.save(path)
+    described = [{"kind": "DenoisingEnergy", "latent_shape": [1, 3], "above": [[2]], "channels": 4, "saturation": 4.0}]
+    described.append({"kind": "DenoisingEnergy", "latent_shape": [2], "above": [], "channels": 4, "saturation": 4.0})
+    signed(path, config={"energies": described})
+    with pytest.raises(CheckpointError, match="f_1 cannot be built .* it is for another layer or for other weights"):
+        JointEBMPrior.load(path, vae)
+    described[0]["latent_shape"] = [3]
+    signed(path, config={"energies": described})
+    assert JointEBMPrior.load(path, vae).energies[0].latent_shape == (3,)
+
+
+@pytest.mark.parametrize("energies", [[], [WELL], [WELL] * 3, [WELL] * 100_000])
+def test_descriptions_of_other_layers(tmp_path: Path, energies: Any) -> None:
+    prior, path = make(), tmp_path / "p"
+    prior.save(path)
+    signed(path, config={"energies": energies})
+    with pytest.raises(CheckpointError, match=f"expected descriptions of f_1, …, f_2, got {len(energies)} of them"):
+        JointEBMPrior.load(path, prior.generator)
+
+
+CONFIGS: list[dict[str, Any]] = [
+    {"space": 3},
+    {"space": "other"},
+    {"space": None},
+    {"joint": 1},
+    {"joint": None},
+    {"latent_shapes": None},
+    {"latent_shapes": [[3]]},
+    {"latent_shapes": [[1] * 100_000]},
+    {"generator": None},
+    {"generator": "x"},
+    {"energies": {}},
+    {"energies": None},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_damaged_configuration(tmp_path: Path, config: dict[str, Any]) -> None:
+    prior, path = make(), tmp_path / "p"
+    prior.save(path)
+    signed(path, config=config)
+    with pytest.raises(CheckpointError, match="/p' ") as error:
+        JointEBMPrior.load(path, prior.generator)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("text", ["", "3", "[]", "{", "[" * 100_000, '{"space": ' + "1" * 5000 + "}"])
+def test_a_configuration_that_is_none(tmp_path: Path, text: str) -> None:
+    prior, path = make(), tmp_path / "p"
+    prior.save(path)
+    signed(path, header={"config": text})
+    with pytest.raises(CheckpointError, match="/p' is damaged: expected its configuration as a JSON object") as error:
+        JointEBMPrior.load(path, prior.generator)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("version", ["", "-1", "2.0", "²", "1" * 6000])
+def test_a_version_that_is_none(tmp_path: Path, version: str) -> None:
+    prior, path = make(), tmp_path / "p"
+    prior.save(path)
+    signed(path, header={"format_version": version})
+    with pytest.raises(CheckpointError, match="/p' has checkpoint format .*Upgrade"):
+        JointEBMPrior.load(path, prior.generator)
+
+
+TENSORS: list[tuple[str, Any, str]] = [
+    ("step_size", None, "its step_size is missing or impossible"),
+    ("step_size", torch.tensor(1), "its step_size is missing or impossible"),
+    ("step_size", torch.tensor(-0.1), "its step_size is missing or impossible"),
+    ("step_size", torch.tensor(torch.nan), "its step_size is missing or impossible"),
+    ("step_size", torch.tensor(0.3, dtype=torch.float64), "of a prior in torch.float64 .*expected torch.float32, as this"),
+    ("step_size", torch.tensor(0.3, dtype=torch.complex64), "its step_size is missing or impossible"),
+    ("step_size", torch.tensor([0.3]), r"step_size has shape \(1,\) instead of \(\)"),
+    ("calibration.count", None, "its calibration.count is missing or impossible"),
+    ("calibration.count", torch.tensor(0.5), "calibration.count is of torch.float32 instead of torch.int64"),
+    ("calibration.table", torch.zeros(4, 512, dtype=torch.bool), "calibration.table is of torch.bool instead of torch.float32"),
+    ("energies.0.net.1.weight", torch.zeros(1), "f_1 cannot be built .* it is for another layer or for other weights"),
+    ("energies.0.net.1.bias", torch.full((128,), torch.inf), "energies.0.net.1.bias is not finite"),
+    ("x" * 10_000, torch.zeros(1), "x*… is not expected"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), TENSORS, ids=range(len(TENSORS)))
+def test_tensors_that_do_not_fit(tmp_path: Path, name: str, value: Any, words: str) -> None:
+    prior, path = make(), tmp_path / "p"
+    prior.save(path)
+    signed(path, {name: value})
+    with pytest.raises(CheckpointError, match=f"/p'.* {words}|/p' {words}") as error:
+        JointEBMPrior.load(path, prior.generator)
+    assert len(str(error.value)) < 800
+
+
+def test_numbers_beyond_single_precision_are_finite(tmp_path: Path) -> None:
+    prior, path = make().double(), tmp_path / "p"
+    with torch.no_grad():
+        next(iter(prior.parameters())).fill_(1e300)
+    prior.save(path)
+    again = JointEBMPrior.load(path, prior.generator)
+    assert bool((next(iter(again.parameters())) == 1e300).all())
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("F4", [3]), ("F32", [2**63, 0]), ("F32", [1] * 100), ("U16", [6])])
+def test_what_safetensors_has_and_torch_may_not(tmp_path: Path, dtype: str, shape: list[int]) -> None:
+    """Whatever torch says of such tensors: the file is damaged, by its digest if by nothing else."""
+    entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, 0 if 0 in shape else 12 if dtype == "U16" else 4]}
+    header = {"a": entry, "__metadata__": {"format": "energy-prior", "format_version": "2", "config": "{}", "digest": ""}}
+    text = json.dumps(header).encode()
+    (tmp_path / "p").write_bytes(struct.pack("<Q", len(text)) + text + bytes(entry["data_offsets"][1]))  # type: ignore[index]
+    with pytest.raises(CheckpointError, match="/p' is (damaged|not a whole safetensors file)"):
+        JointEBMPrior.load(tmp_path / "p", make().generator)
 
 
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:
@@ -211,7 +369,7 @@ def test_a_flipped_bit(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(bytes(data))
-    with pytest.raises(CheckpointError, match="is damaged. Save the prior again"):
+    with pytest.raises(CheckpointError, match="is damaged: it does not hold what was written.*Save the prior again"):
         JointEBMPrior.load(path, prior.generator)
 
 

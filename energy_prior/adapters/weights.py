@@ -4,33 +4,33 @@ from __future__ import annotations
 
 __all__ = ["load_checkpoint", "load_weights"]
 
-import argparse
-import collections
 import os
-import pickle
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from energy_prior._util import first_line, some_of
+from energy_prior._util import first_line, shortened, some_of
 from energy_prior.adapters.base import without_compile
+from energy_prior.adapters.torch_calls import UnsafeError
+from energy_prior.adapters.torch_files import read_torch_file
 from energy_prior.checkpoint import canonical_name, canonical_state, check_state_fits
 from energy_prior.checks.settings import check_path
 from energy_prior.errors import CheckpointError
 
-_PLAIN: list[Any] = [argparse.Namespace]
 _KEYS = ("", "state_dict", "model_state_dict", "model")  # where a state is taken from though another place has one too
 _COMPUTED = "weight_normalized"
 _DEPTH = 3
-_SHORT = 2
+_SHORT, _DOTS = 2, 10
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     """What `torch.save` wrote to a file, on the CPU: tensors, numbers, text, lists, dicts, `argparse.Namespace`, nothing else.
+
+    Files of today's format have checksums, which are compared. Memory: the file's size and a constant, and some dozens of times
+    what is not a tensor.
 
     Args:
         path: the file; `~` is the home folder.
@@ -38,30 +38,30 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     Raises:
         ArgumentError: if `path` is empty, or no path.
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is truncated, or asks for any other type (which could run code).
+        CheckpointError: if it is truncated or damaged, or asks for anything else (which could run code, or take more memory
+            than the file is large).
     """
     file = check_path("path", path)
     if not file.is_file():
         inside = sorted(p.name for p in file.glob("*.p[th]*")) if file.is_dir() else []
         hint = f" It is a folder; give one of the files in it: {', '.join(inside[:5])}." if inside else ""
         raise FileNotFoundError(f"No checkpoint at {os.fspath(path)!r}.{hint}")
-    try:
-        allowed = torch.serialization.get_safe_globals()
-        with torch.serialization.safe_globals([kind for kind in _PLAIN if kind not in allowed]):  # removed again on exit
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file of another kind raises whatever its bytes happen to mean
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if asked:
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        try:
+            return read_torch_file(opened, size)
+        except UnsafeError as error:
             raise CheckpointError(
-                f"{os.fspath(path)!r} asks for {asked[1]}, and holds more than tensors and plain values: reading it could "
-                "run code. Where the file is your own, save the model's state_dict() alone, with the code that made the model, "
-                "and load that."
+                f"{os.fspath(path)!r} asks for {shortened(error.name)}, and holds more than tensors and plain values: reading "
+                "it could run code. Where the file is your own, save the model's state_dict() alone, with the code that made "
+                "the model, and load that."
             ) from None
-        unreadable = isinstance(error, pickle.UnpicklingError)  # torch's text is advice to switch its safety off
-        reason = "it is no pickle" if unreadable else f"{type(error).__name__}: {first_line(error)}"
-        raise CheckpointError(
-            f"{os.fspath(path)!r} is not a whole checkpoint of torch.save ({reason}). Use another copy."
-        ) from error
+        except Exception as error:  # a file of another kind raises whatever its bytes happen to mean
+            what = first_line(error) if type(error) is ValueError else f"{type(error).__name__}: {first_line(error)}"
+            raise CheckpointError(
+                f"{os.fspath(path)!r} is not a whole checkpoint of torch.save ({what if size else 'it is empty'}): it is "
+                "truncated, damaged or of another kind. Use another copy."
+            ) from error
 
 
 def load_weights(model: _Model, checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> _Model:
@@ -93,14 +93,15 @@ def load_weights(model: _Model, checkpoint: str | os.PathLike[str] | Mapping[str
     usual = [part for part in fitting if part.where in _KEYS] or fitting
     if not usual:
         _say_what_differs(name, expected, parts, type(inner).__name__)
-    if any(not _equal(usual[0].weights, other.weights) for other in usual[1:]):
-        raise CheckpointError(
-            f"{name!r} holds {len(usual)} different states of this {type(inner).__name__}, under "
-            f"{' and '.join(repr(part.where + part.prefix) for part in usual)}. Pass the one to take: "
-            "load_weights(model, load_checkpoint(path)[…])."
-        )
+    for part in usual:
+        check_state_fits(name, expected, part.weights, f"this {type(inner).__name__}", "Use another copy.")  # all finite
     weights = usual[0].weights
-    check_state_fits(name, expected, weights, f"this {type(inner).__name__}", "Use another copy.")  # all finite
+    if any(not _equal(weights, other.weights) for other in usual[1:]):
+        places = [repr(part.where + part.prefix) for part in usual]
+        raise CheckpointError(
+            f"{name!r} holds {len(usual)} different states of this {type(inner).__name__}, under {' and '.join(places[:4])}"
+            f"{' and others' if len(places) > 4 else ''}. Pass the one to take: load_weights(model, load_checkpoint(path)[…])."
+        )
     inner.load_state_dict(
         {key: weights[c] for key in inner.state_dict() if (c := canonical_name(key)) in weights}, strict=False
     )
@@ -115,31 +116,40 @@ class _Part(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def _state_dicts(loaded: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Dicts with tensors, at the top or in dicts below it, and their keys."""
-    if not isinstance(loaded, Mapping) or depth > _DEPTH:
-        return
-    tensors = {
-        canonical_name(key): value
-        for key, value in loaded.items()
-        if isinstance(key, str) and isinstance(value, Tensor) and not key.endswith(_COMPUTED)
-    }
-    if tensors:
-        yield where, tensors
-    for key, value in loaded.items():
-        if isinstance(key, str):
-            yield from _state_dicts(value, f"{where}.{key}".lstrip("."), depth + 1)
+def _state_dicts(loaded: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Dicts with tensors, at the top or in dicts below it, and their keys.
+
+    One that is in several places is met once at each depth: dicts that share what is in them may have more paths than bytes.
+    """
+    level: list[tuple[str, Any]] = [("", loaded)]
+    for _ in range(_DEPTH + 1):
+        below: dict[int, tuple[str, Any]] = {}
+        for where, held in level:
+            texts = {key: value for key, value in held.items() if isinstance(key, str)} if isinstance(held, Mapping) else {}
+            tensors = {
+                canonical_name(key): value
+                for key, value in texts.items()
+                if isinstance(value, Tensor) and not key.endswith(_COMPUTED)
+            }
+            if tensors:
+                yield where, tensors
+            for key in sorted(texts, key=lambda key: key not in _KEYS):
+                below.setdefault(id(texts[key]), (f"{where}.{shortened(key)}".lstrip("."), texts[key]))
+        level = list(below.values())
 
 
 def _parts(where: str, tensors: Mapping[str, Tensor], size: int) -> list[_Part]:
     """A state dict itself, and its parts below beginnings of names that end in a dot: the first two, and those of this size."""
-    counts = collections.Counter(key[: i + 1] for key in tensors for i, letter in enumerate(key) if letter == ".")
-    prefixes = ["", *(prefix for prefix, count in counts.items() if count == size or prefix.count(".") <= _SHORT)]
-    found = []
-    for prefix in sorted(prefixes, key=len):
-        inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        found.append(_Part(where, prefix, inside))
-    return found
+    inside: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        dot = key.find(".")
+        for _ in range(_DOTS):
+            if dot < 0:
+                break
+            inside.setdefault(key[: dot + 1], {})[key[dot + 1 :]] = value
+            dot = key.find(".", dot + 1)
+    found = {"": dict(tensors)} | {p: part for p, part in inside.items() if len(part) == size or p.count(".") <= _SHORT}
+    return [_Part(where, prefix, found[prefix]) for prefix in sorted(found, key=len)]
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
@@ -147,7 +157,7 @@ def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return all(torch.equal(value, b[key]) for key, value in a.items())
+    return all(value.dtype == b[key].dtype and torch.equal(value, b[key]) for key, value in a.items())
 
 
 def _say_what_differs(name: str, expected: Mapping[str, Tensor], parts: Sequence[_Part], model: str) -> NoReturn:
@@ -156,13 +166,18 @@ def _say_what_differs(name: str, expected: Mapping[str, Tensor], parts: Sequence
     if nearest.weights.keys() == expected.keys():
         check_state_fits(name, expected, nearest.weights, f"this {model}", "Build the model as it was when it was trained.")
     if not nearest.weights.keys() & expected.keys():
+        ours, theirs = (some_of(map(shortened, names), 3) for names in (expected, nearest.weights))
         raise CheckpointError(
-            f"{name!r} does not fit this {model}: no name is the same. The model has {some_of(expected, 3)}; the file has "
-            f"{some_of(nearest.weights, 3)}. It may be of another code, or of another part of the model."
+            f"{name!r} does not fit this {model}: no name is the same. The model has {ours}; the file has {theirs}. It may be "
+            "of another code, or of another part of the model."
         )
     missing, more = expected.keys() - nearest.weights.keys(), nearest.weights.keys() - expected.keys()
-    lacks = f" {len(missing)} names of the model are missing, such as {some_of(sorted(missing), 3)}." if missing else ""
-    has = f" {len(more)} are not expected, such as {some_of(sorted(more), 3)}." if more else ""
+    lacks = (
+        f" {len(missing)} names of the model are missing, such as {some_of(map(shortened, sorted(missing)), 3)}."
+        if missing
+        else ""
+    )
+    has = f" {len(more)} are not expected, such as {some_of(map(shortened, sorted(more)), 3)}." if more else ""
     raise CheckpointError(
         f"{name!r} does not fit this {model}: {len(nearest.weights.keys() & expected.keys())} of {len(expected)} names are "
         f"there.{lacks}{has} Build the model as it was when it was trained."

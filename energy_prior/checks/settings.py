@@ -32,15 +32,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from energy_prior._util import first_line
+from energy_prior._util import first_line, shortened, shown
 from energy_prior.errors import ArgumentError, MissingExtraError, ShapeError
+
+_LARGEST_SIZE = 2**63 - 1
 
 
 def check_count(name: str, value: Any, *, least: int = 1) -> int:
     """A whole number of at least `least`, of any kind (numpy's, a tensor with one element), as Python's own."""
     number = whole_number(value)
     if number is None or number < least:
-        raise ArgumentError(f"{name}: expected a whole number of at least {least}, got {value!r}.")
+        raise ArgumentError(f"{name}: expected a whole number of at least {least}, got {shown(value)}.")
     return number
 
 
@@ -48,7 +50,7 @@ def check_sizes(name: str, values: Any, *, least: int = 1) -> tuple[int, ...]:
     """Whole numbers of at least `least`, from any iterable of any kind of integers, as Python's own."""
     found = _elements(values)
     if found is None:
-        raise ArgumentError(f"{name}: expected a sequence of whole numbers, got {values!r}.")
+        raise ArgumentError(f"{name}: expected a sequence of whole numbers, got {shown(values)}.")
     return tuple(check_count(name, value, least=least) for value in found)
 
 
@@ -56,8 +58,8 @@ def check_shape(name: str, values: Any) -> torch.Size:
     """A shape without the batch: one or more sizes of at least 1, from any iterable of any kind of integers."""
     found = _elements(values)
     sizes = [whole_number(value) or 0 for value in found or ()]
-    if not sizes or min(sizes) < 1:
-        raise ShapeError(f"{name}: expected one or more positive sizes, got {values if found is None else found!r}.")
+    if not sizes or min(sizes) < 1 or max(sizes) > _LARGEST_SIZE:
+        raise ShapeError(f"{name}: expected one or more positive sizes, got {shown(values if found is None else found)}.")
     return torch.Size(sizes)
 
 
@@ -91,7 +93,7 @@ def check_positive(name: str, value: Any) -> float:
     """A finite number above 0, of any kind, as Python's own."""
     number = real_number(value)
     if number is None or number <= 0:
-        raise ArgumentError(f"{name}: expected a finite number above 0, got {value!r}.")
+        raise ArgumentError(f"{name}: expected a finite number above 0, got {shown(value)}.")
     return number
 
 
@@ -99,7 +101,7 @@ def check_not_negative(name: str, value: Any) -> float:
     """A finite number of at least 0, of any kind, as Python's own."""
     number = real_number(value)
     if number is None or number < 0:
-        raise ArgumentError(f"{name}: expected a finite number of at least 0, got {value!r}.")
+        raise ArgumentError(f"{name}: expected a finite number of at least 0, got {shown(value)}.")
     return number
 
 
@@ -107,14 +109,14 @@ def check_share(name: str, value: Any) -> float:
     """A number between 0 and 1, of any kind, as Python's own."""
     number = real_number(value)
     if number is None or not 0 < number < 1:
-        raise ArgumentError(f"{name}: expected a number between 0 and 1, got {value!r}.")
+        raise ArgumentError(f"{name}: expected a number between 0 and 1, got {shown(value)}.")
     return number
 
 
 def check_flag(name: str, value: Any) -> bool:
     """True or False, numpy's too."""
     if not isinstance(value, bool) and "numpy.bool" not in str(type(value)):
-        raise ArgumentError(f"{name}: expected True or False, got {value!r}.")
+        raise ArgumentError(f"{name}: expected True or False, got {shown(value)}.")
     return bool(value)
 
 
@@ -126,6 +128,8 @@ def check_path(name: str, value: Any) -> Path:
         raise ArgumentError(f"{name}: expected a path, got one of bytes.")
     if not os.fspath(value):
         raise ArgumentError(f"{name}: expected a path, got an empty text.")
+    if "\0" in os.fspath(value):
+        raise ArgumentError(f"{name}: expected a path, got {shown(value)}, which holds the character 0.")
     try:
         return Path(value).expanduser()
     except RuntimeError as error:  # ~nobody
@@ -135,9 +139,9 @@ def check_path(name: str, value: Any) -> Path:
 def check_device(name: str, value: str) -> str:
     """The name of a device that can be used here."""
     try:
-        torch.empty(0, device=value)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"{name} {value}: not available here ({first_line(error)}).") from error
+        torch.zeros(1, device=value).tolist()
+    except Exception as error:  # of whatever would have to be there for such a device
+        raise ArgumentError(f"{name} {shortened(value)}: not available here ({first_line(error)}).") from error
     return value
 
 
@@ -146,9 +150,9 @@ def check_settings(kind: type[Any], given: Mapping[str, Any], what: str) -> None
     known = [field.name for field in dataclasses.fields(kind)]
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(known)}."
-            raise ArgumentError(f"{name}: not {what}. {hint}")
+            raise ArgumentError(f"{shortened(str(name))}: not {what}. {hint}")
 
 
 def require_extra(module: str, extra: str) -> ModuleType:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from energy_prior import plots
 from energy_prior.checks.settings import check_count, check_device, check_path
-from energy_prior.cli.options import numbers_of
+from energy_prior.cli.options import add_run, numbers_of
 from energy_prior.cli.train import load_run, reading_of
 from energy_prior.data import load_images
 from energy_prior.errors import ArgumentError
@@ -47,7 +47,7 @@ def add_command(commands: Any) -> None:
         "are compared with, the other half is what is reconstructed; take images that were not trained on.",
         epilog="example: energy-prior evaluate runs/mnist --data path/to/mnist --number 4000 --out report",
     )
-    parser.add_argument("run", help="folder of a run of `energy-prior train`")
+    add_run(parser)
     parser.add_argument("--data", required=True, metavar="SOURCE", help="images, as for `train`")
     parser.add_argument("--split", default="test", help="split of it (default: test)")
     parser.add_argument("--number", help="read only so many images (default: all)")
@@ -55,7 +55,6 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--steps", help="Langevin steps (default: as JointEBMPrior.sample has it)")
     parser.add_argument("--batch-size", default="250", help="images at a time (default: 250)")
     parser.add_argument("--seed", default="0", help="of the draws (default: 0)")
-    parser.add_argument("--device", default="cpu", help="where it computes (default: cpu)")
     parser.add_argument("--out", metavar="FOLDER", help="write report.json and samples.png to it")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(command=_run)
@@ -192,7 +191,7 @@ def _run(options: argparse.Namespace) -> int:
     """The command."""
     check_device("--device", options.device)
     numbers = numbers_of(options, dict.fromkeys(("number", "draws", "steps", "batch_size", "seed"), int))
-    prior = load_run(options.run).to(options.device)
+    prior = load_run(options.run, options.factory).to(options.device)
     if len(prior.x_shape) != 3:
         raise ArgumentError(f"prior: expected one of images, (1 or 3, height, width), got {tuple(prior.x_shape)}.")
     channels, height, width = prior.x_shape

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-__all__ = ["DataSettings", "Recipe", "build_generator", "read_recipe", "settings_help"]
+__all__ = ["DataSettings", "Recipe", "build_generator", "imported", "ladder_shapes", "read_recipe", "settings_help"]
 
-import codecs
 import contextlib
 import dataclasses
 import importlib
@@ -20,13 +19,25 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from energy_prior.checks.settings import check_count, check_device, check_path, check_settings, require_extra
+from energy_prior._util import first_line, shortened, shown
+from energy_prior.checks.settings import (
+    check_count,
+    check_device,
+    check_path,
+    check_settings,
+    check_sizes,
+    require_extra,
+    whole_number,
+)
+from energy_prior.cli.document import read_document, text_of
 from energy_prior.data.pixels import ChannelOrder
 from energy_prior.data.reader import ReadSettings
-from energy_prior.errors import ArgumentError
+from energy_prior.errors import ArgumentError, ShapeError
 from energy_prior.generators import LadderVAE
 from energy_prior.training import ElboConfig, FitConfig
 from energy_prior.training.config import METHODS, Method, check_method
+
+_FEW = 3  # layers of a kind, to see whether such can be built
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +73,10 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source:
-            raise ArgumentError(f"data.source: expected a folder or the name of a set on the hub, got {self.source!r}.")
+            raise ArgumentError(f"data.source: expected a folder or the name of a set on the hub, got {shown(self.source)}.")
         check_count("data.validation", self.validation, least=2)
         if self.column is not None and not isinstance(self.column, str):
-            raise ArgumentError(f"data.column: expected the name of a column, got {self.column!r}.")
+            raise ArgumentError(f"data.column: expected the name of a column, got {shown(self.column)}.")
         ReadSettings(self.size, self.channels, self.value_range, self.channel_order, self.background, self.on_error)
 
 
@@ -108,26 +119,26 @@ def read_recipe(
         ArgumentError: for an unknown key or an impossible value; the message names the key.
         FileNotFoundError: if there is no such file.
     """
-    yaml = require_extra("yaml", "train")
+    require_extra("yaml", "train")
     entries: Any = {}
     if path is not None:
         file = check_path("config", path)
         if not file.is_file():
             raise FileNotFoundError(f"There is no file {os.fspath(path)!r}.")
-        entries = _numbers(_yaml(yaml, _text_of(file), os.fspath(path)) or {})
+        entries = read_document(text_of(file), os.fspath(path)) or {}
     if not isinstance(entries, dict):
         raise ArgumentError(f"{path}: expected a mapping of sections, got {type(entries).__name__}.")
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
-            raise ArgumentError(f"--set: expected KEY=VALUE, got {override!r}.")
-        _put(entries, key.strip().split("."), _numbers(_yaml(yaml, value, key)), key)
+            raise ArgumentError(f"--set: expected KEY=VALUE, got {shown(override)}.")
+        _put(entries, key.strip().split("."), read_document(value, shortened(key)), key)
     for key, text in (texts or {}).items():
         _put(entries, key.split("."), text, key)
     check_settings(Recipe, entries, "a section of a recipe")
     fits = entries.get("fit", [{}])
     if not isinstance(fits, list) or not fits:
-        raise ArgumentError(f"fit: expected a list of fits, each with a method and settings, got {fits!r}.")
+        raise ArgumentError(f"fit: expected a list of fits, each with a method and settings, got {shown(fits)}.")
     generator = _section(entries, "generator")
     if "factory" not in generator:
         _check_ladder(generator)
@@ -164,8 +175,10 @@ def build_generator(settings: Mapping[str, Any], x_shape: tuple[int, ...]) -> An
     if factory is None:
         try:
             return LadderVAE(x_shape, **settings)
-        except (TypeError, ArgumentError) as error:
+        except (ArgumentError, ShapeError) as error:
             raise ArgumentError(f"generator.{error}") from error
+        except (TypeError, ArithmeticError, RuntimeError) as error:  # other types, or sizes beyond what memory can have
+            raise ArgumentError(f"generator: LadderVAE cannot be built from {shown(settings)}: {first_line(error)}.") from error
     make = imported("generator.factory", str(factory))
     with _importable_folder():
         try:
@@ -192,7 +205,7 @@ def imported(argument: str, text: str) -> Any:
     """
     module, separator, name = text.partition(":")
     if not separator:
-        raise ArgumentError(f'{argument}: expected "module:function", got {text!r}.')
+        raise ArgumentError(f'{argument}: expected "module:function", got {shown(text)}.')
     with _importable_folder():
         try:
             return getattr(importlib.import_module(module), name)
@@ -232,48 +245,20 @@ def _meanings(kind: type[Any]) -> dict[str, str]:
     return {name: " ".join(meaning.split()) for name, meaning in found}
 
 
-def _text_of(file: Path) -> str:
-    """The text of a file: UTF-8, with or without a mark of the byte order, or UTF-16 with one."""
-    content = file.read_bytes()
-    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        return content.decode("utf-16" if utf16 else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ArgumentError(
-            f"{str(file)!r}: expected text in UTF-8, and byte {error.start} is none. Save the file as UTF-8."
-        ) from error
-
-
-def _yaml(yaml: Any, text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ArgumentError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-
-
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; here it is a number."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
-    return value
-
-
 def _put(entries: Any, keys: list[str], value: Any, name: str) -> None:
     """Sets entries[k][l]… = value, making the sections and list entries on the way."""
     for here, following in zip(keys, [*keys[1:], None]):
         index: Any = here
         if isinstance(entries, list):
             if not here.isdecimal() or int(here) > len(entries):
-                raise ArgumentError(f"{name}: expected a number from 0 to {len(entries)} after the list's name, got {here!r}.")
+                raise ArgumentError(
+                    f"{name}: expected a number from 0 to {len(entries)} after the list's name, got {shown(here)}."
+                )
             index = int(here)
             if index == len(entries):
                 entries.append(None)
         elif not isinstance(entries, dict):
-            raise ArgumentError(f"{name}: {here!r} would be inside {entries!r}, which is no section.")
+            raise ArgumentError(f"{name}: {shown(here)} would be inside {shown(entries)}, which is no section.")
         if following is None:
             entries[index] = value
             return
@@ -287,13 +272,13 @@ def _put(entries: Any, keys: list[str], value: Any, name: str) -> None:
 def _section(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
     section = entries.get(name) or {}
     if not isinstance(section, dict):
-        raise ArgumentError(f"{name}: expected a section of settings, got {section!r}.")
+        raise ArgumentError(f"{name}: expected a section of settings, got {shown(section)}.")
     return section
 
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise ArgumentError(f"{name}: expected text, got {value!r}. Put it in quotes.")
+        raise ArgumentError(f"{name}: expected text, got {shown(value)}. Put it in quotes.")
     return value
 
 
@@ -308,7 +293,7 @@ def _build(kind: type[Any], section: Mapping[str, Any], name: str) -> Any:
 
 def _fit(entry: Any, name: str) -> tuple[Method | None, FitConfig]:
     if not isinstance(entry, dict):
-        raise ArgumentError(f"{name}: expected a section with a method and its settings, got {entry!r}.")
+        raise ArgumentError(f"{name}: expected a section with a method and its settings, got {shown(entry)}.")
     settings = dict(entry)
     try:
         named = settings.pop("method", None)
@@ -318,14 +303,37 @@ def _fit(entry: Any, name: str) -> tuple[Method | None, FitConfig]:
     return method, _build(FitConfig, settings, name)
 
 
-def _check_ladder(settings: Mapping[str, Any]) -> None:
-    """`LadderVAE` takes these arguments, for an image of some shape."""
+def ladder_shapes(settings: Mapping[str, Any], x_shape: Sequence[int]) -> dict[str, torch.Size]:
+    """Shapes of the weights of a `LadderVAE` by name, without making any.
+
+    Args:
+        settings: its arguments but the shape of an image.
+        x_shape: shape of an image.
+
+    Raises:
+        ArgumentError: if there is no such argument, or `LadderVAE` refuses one.
+    """
     known = [name for name in inspect.signature(LadderVAE).parameters if name != "x_shape"]
     for name in settings:
         if name not in known:
-            raise ArgumentError(f"generator.{name}: not an argument of LadderVAE. There are {', '.join(known)}, and factory.")
-    with torch.random.fork_rng(devices=[]):
-        build_generator(settings, (1, 8, 8))
+            raise ArgumentError(
+                f"generator.{shortened(name)}: not an argument of LadderVAE. There are {', '.join(known)}, and factory."
+            )
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return {name: value.shape for name, value in build_generator(settings, tuple(x_shape)).state_dict().items()}
+
+
+def _check_ladder(settings: Mapping[str, Any]) -> None:
+    """`LadderVAE` takes these arguments, for an image of some shape. Of many layers, the first few stand for all."""
+    dims = settings.get("latent_dims", ())
+    if isinstance(dims, list):
+        try:
+            check_sizes("latent_dims", dims)
+        except ArgumentError as error:
+            raise ArgumentError(f"generator.{error}") from error
+        settings = {**settings, "latent_dims": dims[:_FEW]} if len(dims) > _FEW else settings
+    few = {"depth": _FEW} if (whole_number(settings.get("depth")) or 0) > _FEW else {}
+    ladder_shapes({**settings, **few}, (1, 8, 8))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from energy_prior import plots
 from energy_prior.checkpoint import digest, fingerprint
 from energy_prior.checks.settings import check_count, check_device, check_path, require_extra
-from energy_prior.cli.options import numbers_of
+from energy_prior.cli.options import add_run, numbers_of
 from energy_prior.cli.train import load_run
 from energy_prior.errors import ArgumentError
 from energy_prior.prior import JointEBMPrior
@@ -35,7 +35,7 @@ def add_command(commands: Any) -> None:
         "same command after a kill goes on where it was, and ends with the same images.",
         epilog="example: energy-prior sample runs/mnist -n 1000 --out samples --grid samples.png",
     )
-    parser.add_argument("run", help="folder of a run of `energy-prior train`")
+    add_run(parser)
     parser.add_argument("-n", "--number", default="64", help="images (default: 64)")
     parser.add_argument("--out", default="samples", help="folder to write to (default: samples)")
     parser.add_argument("--grid", metavar="FILE", help="picture of the first 64 beside those of the generator's own prior")
@@ -45,7 +45,6 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--steps", help="Langevin steps (default: as JointEBMPrior.sample has it)")
     parser.add_argument("--batch-size", default="100", help="images at a time (default: 100)")
     parser.add_argument("--seed", default="0", help="of the draws (default: 0)")
-    parser.add_argument("--device", default="cpu", help="where it computes (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(command=_run, resumes=True)
 
@@ -139,7 +138,7 @@ def _run(options: argparse.Namespace) -> int:
     """The command."""
     check_device("--device", options.device)
     numbers = numbers_of(options, dict.fromkeys(("number", "batch_size", "seed", "steps"), int))
-    prior = load_run(options.run).to(options.device)
+    prior = load_run(options.run, options.factory).to(options.device)
     n = numbers.pop("number")
     report = write_samples(prior, n, options.out, which=options.prior, **numbers)
     if options.grid is not None:

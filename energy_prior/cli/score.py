@@ -19,7 +19,7 @@ from tqdm import tqdm
 from energy_prior.calibration import TERMS
 from energy_prior.checkpoint import digest, fingerprint
 from energy_prior.checks.settings import check_count, check_device, check_path, check_share, require_extra
-from energy_prior.cli.options import numbers_of
+from energy_prior.cli.options import add_run, numbers_of
 from energy_prior.cli.train import load_run, reading_of
 from energy_prior.data import load_images
 from energy_prior.errors import ArgumentError, DivergenceError
@@ -41,7 +41,7 @@ def add_command(commands: Any) -> None:
         epilog="example: energy-prior score runs/mnist --data photos --out scores.csv, for images in photos/test/; "
         "--data . --split photos for images in photos/",
     )
-    parser.add_argument("run", help="folder of a run of `energy-prior train`")
+    add_run(parser)
     parser.add_argument(
         "--data", required=True, metavar="SOURCE", help="folder of images or parquet files, or a set on the hub"
     )
@@ -53,7 +53,6 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--batch-size", default="256", help="images at a time (default: 256)")
     parser.add_argument("--seed", default="0", help="seed of scores that draw (default: 0)")
-    parser.add_argument("--device", default="cpu", help="where it computes (default: cpu)")
     parser.add_argument(
         "--as-found",
         action="store_true",
@@ -204,7 +203,7 @@ def _run(options: argparse.Namespace) -> int:
     """The command."""
     check_device("--device", options.device)
     numbers = numbers_of(options, {"quantile": float, "batch_size": int, "seed": int})
-    prior = load_run(options.run).to(options.device)
+    prior = load_run(options.run, options.factory).to(options.device)
     numbers |= {} if options.as_found else reading_of(options.run)
     report = score_images(prior, options.data, options.out, split=options.split, method=options.method, **numbers)
     if options.json:

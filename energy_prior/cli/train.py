@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from energy_prior import plots
-from energy_prior.checkpoint import check_state_fits, read_tensors, write_whole
-from energy_prior.checks.settings import check_path
-from energy_prior.cli.recipe import DataSettings, Recipe, build_generator, read_recipe, settings_help
+from energy_prior._util import shown
+from energy_prior.checkpoint import GENERATOR, check_state_fits, load_named, read_checkpoint, write_checkpoint
+from energy_prior.checks.settings import check_path, check_shape, whole_number
+from energy_prior.cli.recipe import DataSettings, Recipe, build_generator, ladder_shapes, read_recipe, settings_help
 from energy_prior.data import load_images
-from energy_prior.errors import ArgumentError, CheckpointError
+from energy_prior.data.reader import ReadSettings
+from energy_prior.errors import ArgumentError, CheckpointError, ShapeError
 from energy_prior.prior import JointEBMPrior
 from energy_prior.training import fit_elbo, launched_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_HEADER = "energy-prior train"
 _SHOWN = 64
 READING = ("value_range", "channel_order", "background")
 """Settings of `load_images` that say what pixels mean."""
@@ -116,32 +116,81 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[s
     return report
 
 
-def load_run(folder: str | os.PathLike[str]) -> JointEBMPrior:
+def load_run(folder: str | os.PathLike[str], factory: str | None = None) -> JointEBMPrior:
     """The joint prior that a run of `energy-prior train` wrote to `folder`, around its generator, on the CPU.
 
+    Args:
+        folder: what the recipe calls "out".
+        factory: "module:function", as in the recipe, where it names a factory of yours. The file names it too, but what is
+            named in a file is never run: it could be any function.
+
     Raises:
-        FileNotFoundError, CheckpointError: if the folder does not hold a finished run, or a file of it is damaged.
-        ArgumentError: if the generator's factory cannot be imported.
+        FileNotFoundError, CheckpointError: if the folder does not hold a finished run, or a file of it is damaged, or names
+            another factory.
+        ArgumentError: if the generator's factory cannot be imported, or there is none.
     """
     path = check_path("folder", folder) / "generator.safetensors"
     weights, described = _described(path)
-    generator = build_generator(described["generator"], tuple(described["x_shape"]))
+    settings, x_shape = described["generator"], tuple(described["x_shape"])
+    named = settings.get("factory")
+    if named is None and factory is not None:
+        raise ArgumentError(
+            f"factory: the generator in {os.fspath(folder)!r} is a LadderVAE, of no factory; got {shown(factory)}."
+        )
+    if named != factory:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} says that its generator comes from the factory {shown(named)}, and a function is not run "
+            f"because a file names it. If you trust it, pass factory={shown(named)} (on the command line: --factory)."
+        )
+    if named is None:
+        _check_ladder_fits(path, settings, x_shape, weights)
+    generator = build_generator(settings, x_shape)
     check_state_fits(path, generator.state_dict(), weights, "the generator", "Is its factory still the same?")
-    generator.load_state_dict(weights)
+    load_named(generator, weights)
     return JointEBMPrior.load(path.with_name("prior.safetensors"), generator)
 
 
 def reading_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """How the images of a run were read: arguments of `load_images`."""
+    """How the images of a run were read: arguments of `load_images`.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `load_run`.
+    """
     return _described(check_path("folder", folder) / "generator.safetensors")[1]["reading"]
 
 
 def _described(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights of a run's generator, and what is said of it."""
-    weights, header = read_tensors(path)
-    if _HEADER not in header:
-        raise CheckpointError(f"{os.fspath(path)!r} was not written by `energy-prior train`.")
-    return weights, json.loads(header[_HEADER])
+    """Weights of a run's generator, and what is said of it: its "generator", "x_shape" and "reading"."""
+    weights, described = read_checkpoint(path, GENERATOR)
+    generator, x_shape, reading = (described.get(name) for name in ("generator", "x_shape", "reading"))
+    whole = isinstance(generator, dict) and isinstance(x_shape, list)
+    try:
+        check_shape("x_shape", x_shape)
+        if not isinstance(reading, dict) or set(reading) != set(READING):
+            whole = False
+        else:
+            ReadSettings(**reading)
+    except (ArgumentError, ShapeError):
+        whole = False
+    if not whole:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} is damaged: what it says of its generator and images is incomplete or impossible. "
+            f"{GENERATOR.remedy}"
+        )
+    return weights, described
+
+
+def _check_ladder_fits(path: Path, settings: dict[str, Any], x_shape: tuple[int, ...], weights: dict[str, Tensor]) -> None:
+    """Raises `CheckpointError` unless a `LadderVAE` of these settings has these weights; makes none of that size before."""
+    layers = [whole_number(settings.get("depth")) or 0, *(len(v) for v in settings.values() if isinstance(v, list))]
+    reason = "it asks for more layers than it has weights" if max(layers) > max(len(weights), len(READING)) else ""
+    try:
+        fits = not reason and ladder_shapes(settings, x_shape) == {name: value.shape for name, value in weights.items()}
+    except ArgumentError as error:
+        fits, reason = False, str(error).rstrip(".")
+    if not fits:
+        reason = reason or "the generator that it describes has other weights"
+        raise CheckpointError(f"{os.fspath(path)!r} is damaged: {reason}. {GENERATOR.remedy}")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -194,7 +243,6 @@ def _check_batch_sizes(recipe: Recipe, share: int) -> None:
 
 def _save_generator(path: Path, generator: nn.Module, recipe: Recipe, x_shape: tuple[int, ...]) -> None:
     """The generator's weights, with what `load_run` builds it from, and how its images were read."""
-    weights = {name: value.detach().cpu().contiguous().clone() for name, value in generator.state_dict().items()}
     reading = {name: getattr(recipe.data, name) for name in READING}
     described = {"generator": recipe.generator, "x_shape": list(x_shape), "reading": reading}
-    write_whole(path, save(weights, {_HEADER: json.dumps(described)}))
+    write_checkpoint(path, generator.state_dict(), described, GENERATOR)

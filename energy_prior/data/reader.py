@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from energy_prior._util import some_of
+from energy_prior._util import shown, some_of
 from energy_prior.checks.settings import check_count, real_number, require_extra, whole_number
 from energy_prior.data.pixels import (
     EIGHT_BITS,
@@ -47,7 +47,7 @@ class ReadSettings:
     def __post_init__(self) -> None:
         if self.channels is not None:
             if whole_number(self.channels) not in (1, 3):
-                raise ArgumentError(f"channels: expected 1, 3 or None, got {self.channels!r}.")
+                raise ArgumentError(f"channels: expected 1, 3 or None, got {shown(self.channels)}.")
             object.__setattr__(self, "channels", whole_number(self.channels))
         if self.size is not None:
             object.__setattr__(self, "size", check_count("size", self.size))
@@ -55,13 +55,13 @@ class ReadSettings:
             object.__setattr__(self, "value_range", _range(self.value_range))
         order = self.channel_order
         if order is not None and not (isinstance(order, str) and order in get_args(ChannelOrder)):
-            raise ArgumentError(f'channel_order: expected "first", "last" or None, got {self.channel_order!r}.')
+            raise ArgumentError(f'channel_order: expected "first", "last" or None, got {shown(self.channel_order)}.')
         level = real_number(self.background)
         if level is None or not 0 <= level <= 1:
-            raise ArgumentError(f"background: expected a number from 0 (black) to 1 (white), got {self.background!r}.")
+            raise ArgumentError(f"background: expected a number from 0 (black) to 1 (white), got {shown(self.background)}.")
         object.__setattr__(self, "background", level)
         if not isinstance(self.on_error, str) or self.on_error not in ("raise", "skip"):
-            raise ArgumentError(f'on_error: expected "raise" or "skip", got {self.on_error!r}.')
+            raise ArgumentError(f'on_error: expected "raise" or "skip", got {shown(self.on_error)}.')
 
 
 class Reader:
@@ -220,5 +220,5 @@ def _range(value: Any) -> tuple[float, float]:
     ends = [real_number(v) for v in value] if isinstance(value, Sequence | np.ndarray | Tensor) else []
     low, high = ends if len(ends) == 2 else (None, None)
     if low is None or high is None or not low < high or not math.isfinite(high - low):
-        raise ArgumentError(f"value_range: expected two finite numbers (low, high) with low below high, got {value!r}.")
+        raise ArgumentError(f"value_range: expected two finite numbers (low, high) with low below high, got {shown(value)}.")
     return low, high

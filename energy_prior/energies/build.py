@@ -7,8 +7,10 @@ __all__ = ["build_energies", "default_energies", "denoising_energies", "describe
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from energy_prior._util import first_line, shortened, shown
 from energy_prior.energies.base import Energy
 from energy_prior.energies.denoising import DenoisingEnergy
 from energy_prior.energies.networks import ConvEnergy, MLPEnergy
@@ -18,6 +20,8 @@ BUILT_IN: dict[str, type[MLPEnergy | ConvEnergy | DenoisingEnergy]] = {
     kind.__name__: kind for kind in (MLPEnergy, ConvEnergy, DenoisingEnergy)
 }
 """The energies that a checkpoint can describe by name."""
+
+_REMEDY = "Save the prior again, or use another copy."
 
 
 def default_energies(latent_shapes: Sequence[Sequence[int]]) -> nn.ModuleList:
@@ -56,23 +60,57 @@ def describe_energies(energies: Iterable[nn.Module]) -> list[dict[str, Any]]:
     return described
 
 
-def build_energies(described: Iterable[Mapping[str, Any]]) -> nn.ModuleList:
-    """The built-in energies that `describe_energies` described.
+def build_energies(
+    described: Sequence[Any], latent_shapes: Sequence[Sequence[int]], weights: Mapping[str, Sequence[int]]
+) -> nn.ModuleList:
+    """The built-in energies that `describe_energies` described, of random weights.
+
+    What a description asks for is compared with the weights that there are before anything of its size is made.
+
+    Args:
+        described: a description per layer, of z_1, …, z_L.
+        latent_shapes: shapes of z_1, …, z_L without the batch.
+        weights: shapes of the weights to be loaded, by their names in the prior's state ("energies.0.…").
 
     Raises:
-        CheckpointError: if one of them is not built in.
+        CheckpointError: if one of them is not built in, or is for other layers or other weights than these.
     """
-    built = nn.ModuleList()
-    for layer, entry in enumerate(described, start=1):
-        if not isinstance(entry, Mapping) or entry.get("kind") not in (*BUILT_IN, "custom"):
-            raise CheckpointError(f"energies: the description of f_{layer}, {entry!r}, is not one that this version can read.")
-        if entry["kind"] == "custom":
-            raise CheckpointError(
-                f"energies: f_{layer} was a module of your own, {entry.get('name')}; a checkpoint holds its weights but not "
-                "its code. Pass energies=[…] to load, built as they were when the prior was saved."
-            )
-        try:
-            built.append(BUILT_IN[entry["kind"]](**{key: value for key, value in entry.items() if key != "kind"}))
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"energies: f_{layer} cannot be built from {dict(entry)!r}: {error}") from error
-    return built
+    if len(described) != len(latent_shapes):
+        raise CheckpointError(
+            f"energies: expected descriptions of f_1, …, f_{len(latent_shapes)}, got {len(described)} of them. {_REMEDY}"
+        )
+    return nn.ModuleList(
+        _built(entry, layer, shape, {name: size for name, size in weights.items() if name.startswith(f"energies.{layer - 1}.")})
+        for layer, (entry, shape) in enumerate(zip(described, latent_shapes), start=1)
+    )
+
+
+def _built(entry: Any, layer: int, shape: Sequence[int], weights: Mapping[str, Sequence[int]]) -> nn.Module:
+    """f of one layer."""
+    if not isinstance(entry, Mapping) or entry.get("kind") not in (*BUILT_IN, "custom"):
+        raise CheckpointError(
+            f"energies: the description of f_{layer}, {shown(entry)}, is not one that this version can read. {_REMEDY}"
+        )
+    if entry["kind"] == "custom":
+        raise CheckpointError(
+            f"energies: f_{layer} was a module of your own, {shortened(str(entry.get('name')))}; a checkpoint holds its "
+            "weights but not its code. Pass energies=[…] to load, built as they were when the prior was saved."
+        )
+    settings = {key: value for key, value in entry.items() if key != "kind"}
+    fits = settings.get("latent_shape") == list(shape)
+    fits = fits and all(len(value) <= len(weights) for value in settings.values() if isinstance(value, list))
+    failure: Exception | None = None
+    try:
+        if fits:
+            with torch.device("meta"):  # which has shapes, and no memory
+                state = BUILT_IN[entry["kind"]](**settings).state_dict()
+            sizes = {f"energies.{layer - 1}.{name}": value.shape for name, value in state.items()}
+            if sizes == {name: torch.Size(size) for name, size in weights.items()}:
+                return BUILT_IN[entry["kind"]](**settings)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        failure = error
+    raise CheckpointError(
+        f"energies: f_{layer} cannot be built from {shown(dict(entry))}: "
+        + ("it is for another layer or for other weights" if failure is None else first_line(failure))
+        + f". {_REMEDY}"
+    ) from failure

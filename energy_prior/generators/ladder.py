@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
-from energy_prior._util import draw, plain_normal
+from energy_prior._util import draw, plain_normal, shown
 from energy_prior.checks.settings import check_count, check_sizes
 from energy_prior.errors import ArgumentError, ShapeError
 from energy_prior.generators.likelihoods import Likelihood, PixelLikelihood, check_x
@@ -128,7 +128,7 @@ class LadderVAE(nn.Module):
 def _latent_shapes(x_shape: torch.Size, latent_dims: Any, nets: str) -> tuple[torch.Size, ...]:
     """Shapes of z_1, …, z_L."""
     if nets not in get_args(Nets):
-        raise ArgumentError(f"nets: expected one of {get_args(Nets)}, got {nets!r}.")
+        raise ArgumentError(f"nets: expected one of {get_args(Nets)}, got {shown(nets)}.")
     if nets == "conv" and len(x_shape) != 3:
         raise ShapeError(f'x_shape: nets="conv" needs (channels, height, width), got {tuple(x_shape)}.')
     dims = check_sizes("latent_dims", latent_dims)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal, constraints
 
+from energy_prior._util import shown
 from energy_prior.checks.settings import check_count, check_positive, check_shape, real_number
 from energy_prior.errors import ArgumentError, ShapeError
 
@@ -303,7 +304,7 @@ class PixelLikelihood(nn.Module):
         self.x_shape, self.x_range = check_shape("x_shape", x_shape), _check_range("x_range", x_range)
         self.levels, self.mixtures = check_count("levels", levels, least=2), check_count("mixtures", mixtures)
         if name not in get_args(Likelihood):
-            raise ArgumentError(f"likelihood: expected one of {get_args(Likelihood)}, got {name!r}.")
+            raise ArgumentError(f"likelihood: expected one of {get_args(Likelihood)}, got {shown(name)}.")
         if name == "bernoulli" and self.x_range != (0.0, 1.0):
             raise ArgumentError(f'x_range: likelihood="bernoulli" needs (0, 1), got {self.x_range}.')
         if name == "mixture" and (len(self.x_shape) != 3 or self.x_shape[0] not in (1, 3)):
@@ -353,14 +354,14 @@ def _check_range(name: str, values: Any) -> tuple[float, float]:
             found = []
         if len(found) == 2 and found[0] is not None and found[1] is not None and found[0] < found[1]:
             return found[0], found[1]
-    raise ArgumentError(f"{name}: expected (lowest, highest), two finite numbers, got {values!r}.")
+    raise ArgumentError(f"{name}: expected (lowest, highest), two finite numbers, got {shown(values)}.")
 
 
 def _check_edge(name: str, value: Any, default: float) -> float:
     """A finite number of any kind, as Python's own; None: `default`."""
     number = default if value is None else real_number(value)
     if number is None:
-        raise ArgumentError(f"{name}: expected a finite number or None, got {value!r}.")
+        raise ArgumentError(f"{name}: expected a finite number or None, got {shown(value)}.")
     return number
 
 

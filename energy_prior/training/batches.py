@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Batches", "observations_of"]
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -15,6 +16,7 @@ from energy_prior.checkpoint import digest
 from energy_prior.checks.arguments import as_observations, is_array
 from energy_prior.errors import ArgumentError
 from energy_prior.training.config import RunConfig
+from energy_prior.training.state import random_stream, whole
 
 _KEYS = ("x", "image", "images", "pixel_values", "img", "data", "input", "inputs")
 _BATCH = "data (a batch of it)"
@@ -115,14 +117,34 @@ class Batches:
         """Where the stream stands: the random state at the start of this pass, and the batches taken from it."""
         return {"pass_start": self._pass_start, "taken": self._taken}
 
+    def state_like(self) -> dict[str, Any]:
+        """The pattern of such a state."""
+        return {"pass_start": random_stream, "taken": whole(math.inf if self._in_a_pass is None else 1 + self._in_a_pass)}
+
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken."""
+        """Goes on where `state` was taken.
+
+        Raises:
+            ArgumentError: if an iterable has fewer batches now than had been taken from it then.
+        """
         self._stream = state["pass_start"].cpu()
         self._begin()
-        for _ in range(state["taken"]):
+        for done in range(state["taken"]):
             with self._own_stream():
-                next(self._pass)
+                batch = next(self._pass, None)
+            if batch is None:
+                raise ArgumentError(
+                    f"data: the run had taken {state['taken']} batches from it when it was stopped, and the iterable now gives "
+                    f"{done}. Pass the same data, or name another run_dir to begin anew."
+                )
         self._taken = state["taken"]
+
+    @property
+    def _in_a_pass(self) -> int | None:
+        """Batches of a pass over the data; None where that is not known."""
+        if self.whole is not None:
+            return len(self.whole) // (self._size * self._world)
+        return len(self._data) if isinstance(self._data, Sized) else None
 
     def _begin(self) -> None:
         self._pass_start, self._taken = self._stream, 0

@@ -20,6 +20,7 @@ from energy_prior.langevin import (
     USUAL_ACCEPTANCE,
     ChainResult,
     ChainSettings,
+    backends,
     choose_backend,
     sample_target,
     tune_step_size,
@@ -29,6 +30,7 @@ from energy_prior.process import frozen, full_precision
 from energy_prior.protocol import find_infer
 from energy_prior.topdown import ancestral
 from energy_prior.training.config import FitConfig
+from energy_prior.training.state import Either, Optional, Such, positive
 
 LONGEST_DRIFT = 1.0
 """Of a training chain's step, per layer, as a multiple of the noise's length; a longer one is cut to it."""
@@ -158,6 +160,25 @@ class TrainingChains:
         state: dict[str, Any] = {"step_size": self.step_size, "posterior_step_size": self.posterior_step_size}
         state["backend"] = self.backend
         return state | ({"persistent": list(self.persistent)} if self.persistent is not None else {})
+
+    def state_like(self) -> dict[str, Any]:
+        """The pattern of such a state."""
+        shapes = self.model.generator.latent_shapes
+        dtype = self._drift_norm.dtype
+
+        def are_chains(value: Any) -> bool:
+            tensors = isinstance(value, list) and len(value) == len(shapes) and all(isinstance(z, Tensor) for z in value)
+            return tensors and len({z.shape[:1] for z in value}) == 1 and all(map(are_latents, value, shapes))
+
+        def are_latents(z: Tensor, shape: torch.Size) -> bool:
+            return len(z) > 0 and z.shape[1:] == shape and z.dtype == dtype and bool(torch.isfinite(z).all())
+
+        return {
+            "step_size": positive,
+            "posterior_step_size": positive,
+            "backend": Either((None, *backends.available())),
+            "persistent": Optional(Such(are_chains, "latents of every layer")),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from such a state."""

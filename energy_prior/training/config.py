@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+from energy_prior._util import shown
 from energy_prior.checks.settings import check_count, check_flag, check_not_negative, check_positive, real_number
 from energy_prior.errors import ArgumentError
 
@@ -160,7 +161,7 @@ class FitConfig(RunConfig):
         self._keep(check_positive, "max_energy", "generator_learning_rate")
         self._keep(check_not_negative, "energy_penalty")
         if self.backend not in get_args(StepBackend):
-            raise ArgumentError(f"backend: expected one of {get_args(StepBackend)}, got {self.backend!r}.")
+            raise ArgumentError(f"backend: expected one of {get_args(StepBackend)}, got {shown(self.backend)}.")
         self._keep_unless_none(check_positive, "step_size")
         self._keep_unless_none(_decay, "ema_decay")
 
@@ -181,7 +182,7 @@ class FitConfig(RunConfig):
 def check_method(method: str) -> Method:
     """The method, if there is such a one."""
     if method not in METHODS:
-        raise ArgumentError(f"method: expected one of {METHODS}, got {method!r}.")
+        raise ArgumentError(f"method: expected one of {METHODS}, got {shown(method)}.")
     return method
 
 
@@ -193,12 +194,12 @@ def count_from_zero(name: str, value: Any) -> int:
 def _share(name: str, value: Any) -> float:
     number = real_number(value)
     if number is None or not 0 <= number <= 1:
-        raise ArgumentError(f"{name}: expected a share in [0, 1], got {value!r}.")
+        raise ArgumentError(f"{name}: expected a share in [0, 1], got {shown(value)}.")
     return number
 
 
 def _decay(name: str, value: Any) -> float:
     number = real_number(value)
     if number is None or not 0 <= number < 1:
-        raise ArgumentError(f"{name}: expected a number in [0, 1), got {value!r}.")
+        raise ArgumentError(f"{name}: expected a number in [0, 1), got {shown(value)}.")
     return number

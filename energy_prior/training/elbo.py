@@ -27,6 +27,7 @@ from energy_prior.training.batches import Batches
 from energy_prior.training.config import RunConfig, count_from_zero
 from energy_prior.training.distributed import Engine
 from energy_prior.training.loop import Callback, Group, check_callback, check_state_is_tensors, description, run_loop
+from energy_prior.training.state import Either, named_like, number, whole
 from energy_prior.training.turns import Turns, being_trained, plain_gradients
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def fit_elbo(
         ArgumentError, ShapeError, GeneratorError: for impossible settings or data, or a generator without `infer`, of half
             precision, inside of a wrapper such as `DataParallel`, or that another run trains now.
         DivergenceError: if the ELBO, or its gradient, stops being finite; the generator then holds its best weights so far.
+        CheckpointError: if the last checkpoint in `run_dir` is damaged; the generator is as it was.
     """
     generator = unwrapped(generator)
     if not isinstance(generator, nn.Module) or not callable(getattr(generator, "infer", None)):
@@ -295,6 +297,11 @@ class _ElboTask:
         best = {"elbo": self.best_elbo, "iteration": self.best_iteration, "weights": dict(self.best_weights)}
         skipped = {"skipped": self.skipped, "in_a_row": self.in_a_row}
         return {"buffers": list(self.generator.buffers()), "best": best, **skipped}
+
+    def state_like(self) -> dict[str, Any]:
+        """The pattern of such a state."""
+        best = {"elbo": Either((None, number)), "iteration": whole(), "weights": named_like(self.generator)}
+        return {"buffers": list(self.generator.buffers()), "best": best, "skipped": whole(), "in_a_row": whole()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from such a state."""

@@ -15,6 +15,7 @@ __all__ = [
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ from energy_prior.training.distributed import Engine
 from energy_prior.training.progress import progress_bar
 from energy_prior.training.run_dir import RunFolder
 from energy_prior.training.schedule import warmup_cosine
+from energy_prior.training.state import Each, Either, Given, Such, number, random_stream, whole
 from energy_prior.training.turns import Turns, same_stream_after
 
 Callback = Callable[[dict[str, float]], object]
@@ -91,6 +93,10 @@ class Task(Protocol):
 
     def state(self) -> dict[str, Any]:
         """What it needs to go on."""
+        ...
+
+    def state_like(self) -> Any:
+        """The pattern of such a state, as for `energy_prior.training.state.unlike`."""
         ...
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -352,9 +358,23 @@ class _Loop:
         }
         self.folder.save(iteration, state)
 
+    def _state_like(self) -> dict[str, Any]:
+        """The pattern of what `_save` writes."""
+        step = Such(lambda t: isinstance(t, Tensor) and t.ndim == 0 and 0 <= float(t) < math.inf, "a number of steps")
+        optimizer = [Either(({}, {"step": step, "exp_avg": w, "exp_avg_sq": w})) for w in self.weights]
+        return {
+            "weights": self.weights,
+            "optimizer": optimizer,
+            "task": self.task.state_like(),
+            "data": self.batches.state_like(),
+            "random": Given({"cpu": random_stream}),
+            "history": Each(list, Each(dict, number), least=1),
+            "clipped": {group.name: whole() for group in self.task.groups},
+        }
+
     def _resume(self) -> int | None:
         """Goes back to the last checkpoint; the iteration that it was taken after, or None if there is none."""
-        found = None if self.folder is None else self.folder.load(self.device)
+        found = None if self.folder is None else self.folder.load(self.device, self._state_like())
         if found is None:
             return None
         iteration, state = found

@@ -30,6 +30,7 @@ from energy_prior.training.loop import Group
 from energy_prior.training.objectives import denoising, generator_likelihood, maximum_likelihood, noise_contrastive
 from energy_prior.training.penalty import WALL_WEIGHT, PenaltyWeight, energy_penalty, energy_wall
 from energy_prior.training.recorded import RecordedLoss
+from energy_prior.training.state import Each, Optional, Such, named_like, number, whole
 from energy_prior.training.turns import same_stream_after
 
 _LARGEST_GRADIENT, _LARGEST_GENERATOR_GRADIENT = 10.0, 1000.0  # norm of an update's gradient
@@ -211,6 +212,20 @@ class FitTask:
         if self.previous is not None:
             state["previous"] = dict(self.previous.state_dict())
         return state
+
+    def state_like(self) -> dict[str, Any]:
+        """The pattern of such a state."""
+        return {
+            "average": self.average,
+            "good": [*self.average, *self.buffers],
+            "buffers": self.buffers,
+            "chains": self.chains.state_like(),
+            "stage": whole(self.config.stages),
+            "cut": number,
+            "warned": Each(dict, Such(lambda v: isinstance(v, str), "text")),
+            "penalty": self.penalty.state(),
+            "previous": Optional(named_like(self.energies)),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from such a state."""

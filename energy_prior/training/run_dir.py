@@ -14,19 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from energy_prior.checkpoint import read_tensors, write_whole
+from energy_prior._util import shortened, shown
+from energy_prior.checkpoint import RUN, canonical_name, read_checkpoint, write_checkpoint
 from energy_prior.checks.settings import check_path
 from energy_prior.errors import ArgumentError, CheckpointError
 from energy_prior.training.distributed import Engine
+from energy_prior.training.state import unlike
 
 _KEPT = 2
 
 
 class RunFolder:
-    """`path`/checkpoint-<iteration>/rank<r>.safetensors: tensors, with everything else as JSON in the header. No pickle.
+    """`path`/checkpoint-<iteration>/rank<r>.safetensors: tensors, with everything else as JSON in the header, and a digest.
 
     A checkpoint is written into a hidden folder, then renamed: there are only whole ones, whenever the run is killed. The
     last two are kept.
@@ -87,14 +88,14 @@ class RunFolder:
         Raises:
             OSError: if it cannot be written; the one before is whole.
         """
-        final = self.path / f"checkpoint-{iteration:08d}"
+        final = self.path / _folder_name(iteration)
         hidden = self.path / f".{final.name}"
         hidden.mkdir(exist_ok=True)
         failure: OSError | None = None
         tensors: dict[str, Tensor] = {}
         document = {"iteration": iteration, "identity": self._identity, "state": _pack(state, "", tensors)}
         try:
-            write_whole(hidden / f"rank{self._engine.rank}.safetensors", save(tensors, {"run": json.dumps(document)}))
+            write_checkpoint(hidden / f"rank{self._engine.rank}.safetensors", tensors, document, RUN)
         except OSError as error:
             failure = error
         whole = all(self._engine.objects(failure is None))
@@ -112,48 +113,62 @@ class RunFolder:
                 shutil.rmtree(old, ignore_errors=True)
         self._engine.wait()
 
-    def load(self, device: torch.device) -> tuple[int, dict[str, Any]] | None:
+    def load(self, device: torch.device, like: Any) -> tuple[int, dict[str, Any]] | None:
         """Iteration and state of the last checkpoint, or None if there is none yet.
+
+        Args:
+            device: where its tensors go.
+            like: the pattern of a state that this run can go on from, as for `unlike`.
 
         Raises:
             ArgumentError: if it is of a run with other settings, data or model; the message says which.
-            CheckpointError: if its file was damaged since.
+            CheckpointError: if its file was damaged since, or holds something else.
         """
         checkpoints = self._checkpoints()
         self._engine.agree("run_dir", [c.name for c in checkpoints])
         if not checkpoints:
             return None
-        file = checkpoints[-1] / f"rank{self._engine.rank}.safetensors"
-        self._check_processes(checkpoints[-1])
+        folder = checkpoints[-1]
+        file = folder / f"rank{self._engine.rank}.safetensors"
+        self._check_processes(folder, file)
+        remedy = (
+            f"Delete the folder {folder.name} to go on from the checkpoint before it, or name another run_dir to begin anew."
+        )
+        remedy = remedy if len(checkpoints) > 1 else RUN.remedy
+        tensors, document = read_checkpoint(file, RUN, remedy)
+        identity, iteration, packed = (document.get(name) for name in ("identity", "iteration", "state"))
+        fault = None if isinstance(identity, dict) else "it does not say of which run it is"
+        if isinstance(identity, dict):
+            self._check_identity(identity)
+        if not isinstance(iteration, int) or folder.name != _folder_name(iteration):
+            fault = f"it says that it was written after iteration {shown(iteration)}"
+        state = None
         try:
-            tensors, header = read_tensors(file)
-            document = json.loads(header["run"])
-            identity, iteration = document["identity"], int(document["iteration"])
-            state = _unpack(document["state"], {name: t.to(device) for name, t in tensors.items()})
-        except (CheckpointError, KeyError, TypeError, ValueError) as error:
-            more = len(checkpoints) > 1
-            remedy = (
-                f"Delete the folder {checkpoints[-1].name} to go on from the checkpoint before it, or name" if more else "Name"
-            )
-            raise CheckpointError(
-                f"{str(file)!r} is truncated or damaged ({str(error).split(': it is')[0]}). {remedy} another run_dir to begin "
-                "anew."
-            ) from error
+            state = _unpack(packed, {name: t.to(device) for name, t in tensors.items()}) if fault is None else None
+            fault = fault or unlike(state, like)
+        except (ValueError, RecursionError) as error:
+            fault = f"its state cannot be put together ({shortened(str(error))})"
+        if fault is not None or not isinstance(iteration, int) or state is None:
+            raise CheckpointError(f"{str(file)!r} is damaged, or not of this run: {fault}. {remedy}")
+        return iteration, state
+
+    def _check_identity(self, identity: dict[str, Any]) -> None:
+        """Raises `ArgumentError` if a checkpoint is of another run."""
         changed = [name for name in self._identity if identity.get(name) != self._identity[name]]
         if changed:
-            what = "; ".join(f"{name} was {identity.get(name)!r}, now {self._identity[name]!r}" for name in changed[:4])
+            was = {name: shown(identity.get(name)) for name in changed[:4]}
+            what = "; ".join(f"{name} was {old}, now {shown(self._identity[name])}" for name, old in was.items())
             raise ArgumentError(
                 f"run_dir: {str(self.path)!r} holds a run that cannot go on like this: {what}. Use the same settings, data and "
                 "model, or name another run_dir to begin anew."
             )
-        return iteration, state
 
-    def _check_processes(self, checkpoint: Path) -> None:
+    def _check_processes(self, checkpoint: Path, own: Path) -> None:
         files = len(list(checkpoint.glob("rank*.safetensors")))
-        if files == 0:
+        if files == 0 or (files == self._engine.world and not own.is_file()):
             raise CheckpointError(
-                f"{str(checkpoint)!r} holds no file of a process (rank0.safetensors, …): it is damaged. Delete it, to go on "
-                "from the checkpoint before it if there is one."
+                f"{str(checkpoint)!r} lacks the file of a process, {own.name}: it is damaged. Delete it, to go on from the "
+                "checkpoint before it if there is one."
             )
         if files != self._engine.world:
             raise ArgumentError(
@@ -197,8 +212,8 @@ def _lock(file: int | None) -> bool:
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """Nested dicts and lists with every tensor moved to `tensors` and its name put in its place."""
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().contiguous().clone()
-        return {"tensor": name}
+        tensors[name] = value  # which `write_checkpoint` copies, under its canonical name
+        return {"tensor": canonical_name(name)}
     if isinstance(value, dict):
         return {"dict": {key: _pack(item, f"{name}/{key}", tensors) for key, item in value.items()}}
     if isinstance(value, list | tuple):
@@ -206,10 +221,23 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     return {"value": value}
 
 
-def _unpack(packed: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    kind, content = next(iter(packed.items()))
-    if kind == "tensor":
+def _unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
+    """What `_pack` packed.
+
+    Raises:
+        ValueError: if it is nothing that `_pack` gives.
+    """
+    kind, content = next(iter(packed.items())) if isinstance(packed, dict) and len(packed) == 1 else ("", None)
+    if kind == "tensor" and isinstance(content, str) and content in tensors:
         return tensors[content]
-    if kind == "dict":
+    if kind == "dict" and isinstance(content, dict):
         return {key: _unpack(item, tensors) for key, item in content.items()}
-    return [_unpack(item, tensors) for item in content] if kind == "list" else content
+    if kind == "list" and isinstance(content, list):
+        return [_unpack(item, tensors) for item in content]
+    if kind == "value" and not isinstance(content, dict | list):
+        return content
+    raise ValueError(f"{shown(packed)} is no part of a state")
+
+
+def _folder_name(iteration: int) -> str:
+    return f"checkpoint-{iteration:08d}"

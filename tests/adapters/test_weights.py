@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -140,7 +141,9 @@ class Harmful:
 def test_unsafe_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {}, "extra": Harmful()}, "bad.pt")
-    with pytest.raises(CheckpointError, match="'bad.pt' asks for getattr, .*more than tensors and plain values") as error:
+    with pytest.raises(
+        CheckpointError, match="'bad.pt' asks for builtins.getattr, .*more than tensors and plain values"
+    ) as error:
         load_checkpoint("bad.pt")
     assert "weights_only" not in str(error.value), "torch's advice to switch its safety off is not passed on"
     assert not Path("touched").exists()
@@ -197,10 +200,89 @@ def a_zip(path: Path) -> Any:
         (a_zip, CheckpointError, "is not a whole checkpoint"),
         (load_checkpoint, FileNotFoundError, "No checkpoint at"),
         (a_text, CheckpointError, "is not a whole checkpoint of torch.save"),
-        (an_empty_file, CheckpointError, "is not a whole checkpoint of torch.save .EOFError"),
+        (an_empty_file, CheckpointError, "is not a whole checkpoint of torch.save .it is empty"),
         (a_folder, FileNotFoundError, "It is a folder; give one of the files in it: weights.pt"),
     ],
 )
 def test_bad_checkpoints(act: Callable[[Path], Any], error: type[Exception], words: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=re.compile(words)):
         act(tmp_path / "model.pt")
+
+
+def shared(width: int, depth: int, inside: dict[str, Any]) -> dict[str, Any]:
+    """Dicts of dicts with width^depth paths to the one inside."""
+    for _ in range(depth):
+        inside = {f"k{i}": inside for i in range(width)}
+    return inside
+
+
+def test_shared_dicts_are_met_once() -> None:
+    weights = nn.Linear(2, 2).state_dict()
+    load_weights(nn.Linear(2, 2), shared(300, 3, weights))
+    with pytest.raises(CheckpointError, match="holds no state dict"):
+        load_weights(nn.Linear(2, 2), shared(300, 4, weights))
+
+
+def test_the_usual_place_goes_first_also_where_it_is_shared() -> None:
+    model, weights = nn.Linear(2, 2), nn.Linear(2, 2).state_dict()
+    other = {key: value + 1 for key, value in weights.items()}
+    load_weights(model, {"a": weights, "ema": other, "state_dict": weights})
+    assert torch.equal(model.weight, weights["weight"])
+
+
+@pytest.mark.parametrize("names", [["x." * 20_000 + str(i) for i in range(50)], [f"a{i}.b{i}.c{i}.w" for i in range(5000)]])
+def test_names_with_many_dots_and_many_beginnings(names: list[str]) -> None:
+    """Neither time nor memory grows with the square of them."""
+    before = time.process_time()
+    with pytest.raises(CheckpointError, match="no name is the same") as error:
+        load_weights(nn.Linear(2, 2), {name: torch.zeros(1) for name in names})
+    assert time.process_time() - before < 3
+    assert len(str(error.value)) < 800
+
+
+def test_a_prefix_of_many_parts() -> None:
+    model, weights = nn.Linear(2, 2), nn.Linear(2, 2).state_dict()
+    load_weights(model, {"a.b.c.d.e.f.g.h." + key: value for key, value in weights.items()} | {"x.y": torch.zeros(1)})
+    assert torch.equal(model.weight, weights["weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.to(torch.int64), "weight is of torch.int64 instead of torch.float32"),
+        (lambda w: w > 0, "weight is of torch.bool instead of torch.float32"),
+        (lambda w: w.to(torch.complex64), "weight is of torch.complex64 instead of torch.float32"),
+        (lambda w: w.to_sparse(), "weight is no dense tensor with values"),
+        (lambda w: w.to("meta"), "weight is no dense tensor with values"),
+        (lambda w: w / 0, "weight is not finite"),
+        (lambda w: w[:1].expand(10**9, 2), r"weight has shape \(1000000000, 2\) instead of \(2, 2\)"),
+    ],
+)
+def test_values_of_another_kind(change: Callable[[torch.Tensor], torch.Tensor], words: str) -> None:
+    model, weights = nn.Linear(2, 2), nn.Linear(2, 2).state_dict()
+    before = model.weight.detach().clone()
+    with pytest.raises(CheckpointError, match=words):
+        load_weights(model, weights | {"weight": change(weights["weight"].abs() + 1)})
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_other_floating_point_numbers_are_converted(dtype: torch.dtype) -> None:
+    model, weights = nn.Linear(2, 2), {key: value.to(dtype) for key, value in nn.Linear(2, 2).state_dict().items()}
+    load_weights(model, weights)
+    assert torch.equal(model.weight, weights["weight"].float())
+
+
+def test_equal_values_of_two_dtypes_are_two_states() -> None:
+    weights = nn.Linear(2, 2).state_dict()
+    with pytest.raises(CheckpointError, match="holds 2 different states"):
+        load_weights(nn.Linear(2, 2), {"a": weights, "b": {key: value.double() for key, value in weights.items()}})
+
+
+def test_many_states_make_no_long_message() -> None:
+    many = {f"k{i}": {key: value + i for key, value in nn.Linear(2, 2).state_dict().items()} for i in range(300)}
+    with pytest.raises(
+        CheckpointError, match="holds 300 different states .* 'k0' and 'k1' and 'k2' and 'k3' and others"
+    ) as error:
+        load_weights(nn.Linear(2, 2), many)
+    assert len(str(error.value)) < 400

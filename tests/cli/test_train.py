@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from pictures import picture, write_parquet
 from safetensors.torch import load_file, save_file
 
 from energy_prior import ArgumentError, CheckpointError, JointEBMPrior, LadderVAE
+from energy_prior.checkpoint import GENERATOR, write_checkpoint
 from energy_prior.cli.main import main
-from energy_prior.cli.recipe import read_recipe, settings_help
-from energy_prior.cli.train import load_run
+from energy_prior.cli.recipe import ladder_shapes, read_recipe, settings_help
+from energy_prior.cli.train import load_run, reading_of
 from energy_prior.training import ElboConfig, FitConfig
 
 RECIPE = """
@@ -85,6 +87,17 @@ def test_a_recipe_from_a_file_and_flags(recipe: Path) -> None:
         ("seed", "--set: expected KEY=VALUE, got 'seed'"),
         ("seed.a=1", "seed.a: 'a' would be inside 3, which is no section"),
         ("elbo=[", "elbo: not valid YAML"),
+        ("elbo={1: 2}", "elbo: expected text as the name of an entry, got 1"),
+        ("generator={hidden: 1000000000000, latent_dims: [1000000000000]}", "generator: LadderVAE cannot be built from"),
+        ("generator.hidden=0", "generator.hidden: expected a whole number of at least 1"),
+        ("generator.depth=0", "generator.depth: expected a whole number of at least 1"),
+        ("generator.depth=x", "generator.depth: expected a whole number of at least 1, got 'x'"),
+        ("generator.latent_dims=[1, 1, 1, 1, 0]", "generator.latent_dims: expected a whole number of at least 1, got 0"),
+        ("generator.nets=[conv]", "generator.nets: expected one of"),
+        ("generator.self=3", "generator.self: not an argument of LadderVAE"),
+        ("device=meta", "device meta: not available here"),
+        ("device='cuda:99999999999999999999'", "device cuda:99999999999999999999: not available here"),
+        ('out="\\0"', "out: expected text that can be written"),
     ],
 )
 def test_a_wrong_setting_is_named_before_anything_runs(recipe: Path, override: str, message: str) -> None:
@@ -127,7 +140,13 @@ def test_a_factory_in_the_current_folder(
     once = "fit=[{method: nce, iterations: 2, batch_size: 8, step_size: 0.3, progress: false}]"
     own = ["--set", "generator={factory: 'my_own_models:make', width: 4}", "--set", once]
     assert main(["train", str(recipe), *own, "--out", "here", "--seed", "1", "--device", "cpu"]) == 0
-    assert load_run("here").sample_latents(2, steps=1)[0].shape == (2, 4)
+    with pytest.raises(
+        CheckpointError, match="factory 'my_own_models:make', and a function is not run because a file names it"
+    ):
+        load_run("here")
+    with pytest.raises(CheckpointError, match="pass factory='my_own_models:make'"):
+        load_run("here", "my_own_models:other")
+    assert load_run("here", "my_own_models:make").sample_latents(2, steps=1)[0].shape == (2, 4)
     for factory, message in (
         ("nowhere:f", "cannot import"),
         ("f", 'expected "module:function"'),
@@ -158,7 +177,7 @@ def test_a_folder_that_holds_no_run(recipe: Path) -> None:
     with pytest.raises(FileNotFoundError, match="No checkpoint at"):
         load_run(recipe.parent)
     save_file({"a": torch.zeros(1)}, recipe.parent / "generator.safetensors")
-    with pytest.raises(CheckpointError, match="was not written by"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of energy-prior .* one that `energy-prior train` wrote"):
         load_run(recipe.parent)
 
 
@@ -214,3 +233,84 @@ def test_a_folder_is_named_as_it_is_written(name: str) -> None:
 def test_an_out_that_is_no_text() -> None:
     with pytest.raises(ArgumentError, match="out: expected text, got 20240115. Put it in quotes."):
         read_recipe(None, ["data.source=x", "out=2024_01_15"])
+
+
+def test_a_recipe_takes_no_memory_for_what_it_describes() -> None:
+    """Whatever its sizes, no weight is made before the run, and of many layers a few stand for all."""
+    before = time.process_time()
+    read = read_recipe(None, ["data.source=x", "generator={hidden: 50000, latent_dims: [100000, 100000], depth: 1000000000}"])
+    assert read.generator["depth"] == 10**9
+    assert len(read_recipe(None, ["data.source=x", f"generator.latent_dims={[1] * 15_000}"]).generator["latent_dims"]) == 15_000
+    assert time.process_time() - before < 4
+
+
+def test_the_shapes_of_a_ladder() -> None:
+    settings: dict[str, Any] = {"latent_dims": [3, 2], "hidden": 8, "nets": "conv", "likelihood": "mixture"}
+    torch.manual_seed(0)
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    shapes = ladder_shapes(settings, (3, 6, 6))
+    assert shapes == {name: value.shape for name, value in LadderVAE((3, 6, 6), **settings).state_dict().items()}
+    torch.manual_seed(0)
+    ladder_shapes(settings, (3, 6, 6))
+    assert torch.equal(torch.rand(1), drawn), "and no random number is drawn"
+
+
+def saved(folder: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]]:
+    """A folder as `energy-prior train` leaves it, and what its file of the generator holds."""
+    folder.mkdir()
+    vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8)
+    described = {"generator": {"latent_dims": [3, 2], "hidden": 8}, "x_shape": [1, 4, 4]}
+    described["reading"] = {"value_range": None, "channel_order": None, "background": 1.0}
+    write_checkpoint(folder / "generator.safetensors", vae.state_dict(), described, GENERATOR)
+    JointEBMPrior(vae).save(folder / "prior.safetensors")
+    return folder / "generator.safetensors", vae.state_dict(), described
+
+
+GENERATORS: list[tuple[dict[str, Any], str]] = [
+    ({"generator": None}, "what it says of its generator and images is incomplete or impossible"),
+    ({"generator": []}, "what it says of its generator and images is incomplete or impossible"),
+    ({"x_shape": None}, "what it says of its generator and images is incomplete or impossible"),
+    ({"x_shape": ["a"]}, "what it says of its generator and images is incomplete or impossible"),
+    ({"x_shape": [10**30]}, "what it says of its generator and images is incomplete or impossible"),
+    ({"reading": {}}, "what it says of its generator and images is incomplete or impossible"),
+    ({"reading": {"value_range": 3, "channel_order": None, "background": 1.0}}, "what it says of its generator and images is"),
+    ({"x_shape": [1, 4, 5]}, "the generator that it describes has other weights"),
+    ({"x_shape": [1, 100_000, 100_000]}, "the generator that it describes has other weights"),
+    ({"generator": {"latent_dims": [3, 2], "hidden": 9}}, "the generator that it describes has other weights"),
+    ({"generator": {"latent_dims": [3, 2], "hidden": 10**6}}, "the generator that it describes has other weights"),
+    ({"generator": {"latent_dims": [3, 2], "hidden": 10**12}}, "generator: LadderVAE cannot be built from"),
+    ({"generator": {"latent_dims": [3, 2], "hidden": 8, "depth": 10**9}}, "it asks for more layers than it has weights"),
+    ({"generator": {"latent_dims": [1] * 100_000}}, "it asks for more layers than it has weights"),
+    ({"generator": {"latent_dims": [3, 2], "hidden": 8, "more": 3}}, "generator.more: not an argument of LadderVAE"),
+    ({"generator": {"factory": "os:mkdir"}}, "factory 'os:mkdir', and a function is not run because a file names it"),
+    ({"generator": {"factory": 3}}, "factory 3, and a function is not run because a file names it"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), GENERATORS, ids=range(len(GENERATORS)))
+def test_a_generator_that_is_not_what_it_says(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    path, weights, described = saved(tmp_path / "run")
+    assert load_run(path.parent).x_shape == (1, 4, 4)
+    write_checkpoint(path, weights, described | change, GENERATOR)
+    before = time.process_time()
+    with pytest.raises(CheckpointError, match=f"generator.safetensors' .*{words}") as error:
+        load_run(path.parent)
+    assert len(str(error.value)) < 600
+    assert time.process_time() - before < 4
+
+
+def test_a_flipped_bit_of_the_generator(tmp_path: Path) -> None:
+    path, *_ = saved(tmp_path / "run")
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 4
+    path.write_bytes(content)
+    for read in (load_run, reading_of):
+        with pytest.raises(CheckpointError, match="generator.safetensors' is damaged: .*by its digest. Train it again"):
+            read(path.parent)
+
+
+def test_a_factory_where_there_is_none(tmp_path: Path) -> None:
+    path, *_ = saved(tmp_path / "run")
+    with pytest.raises(ArgumentError, match="factory: the generator in .* is a LadderVAE, of no factory; got 'a:b'"):
+        load_run(path.parent, "a:b")

@@ -184,7 +184,8 @@ def test_settings_of_any_kind_of_number() -> None:
     conv = {"kind": "ConvEnergy", "latent_shape": [2, 4, 4], "saturation": None, "channels": [3, 4], "spectral_norm": False}
     assert described == [entry | {"activation": "silu"} for entry in [mlp] * 3 + [conv] * 2]
     assert {type(value) for f in built for value in f.config.values()} == {list, str, bool, float, type(None)}
-    for energy, again in zip(built, build_energies(described), strict=True):
+    weights = {f"energies.{name}": value.shape for name, value in nn.ModuleList(built).state_dict().items()}
+    for energy, again in zip(built, build_energies(described, [f.latent_shape for f in built], weights), strict=True):
         assert repr(again) == repr(energy)
         again.load_state_dict(energy.state_dict())
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 from runs import X, make, make_for, recorded, seeded
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from energy_prior import ArgumentError, CheckpointError, DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy, fit_elbo
+from energy_prior.checkpoint import digest
 from energy_prior.training import METHODS, Method, chains, penalty
 from energy_prior.training.distributed import Engine
 from energy_prior.training.run_dir import RunFolder
@@ -185,11 +190,218 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_is_whole(tmp_path: P
     make().fit(X, **SETTINGS, run_dir=tmp_path)
     file = tmp_path / "checkpoint-00000014" / "rank0.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="truncated or damaged .*Delete the folder checkpoint-00000014 to go on"):
+    with pytest.raises(CheckpointError, match="is truncated, damaged or .*Delete the folder checkpoint-00000014 to go on"):
         make().fit(X, **SETTINGS, run_dir=tmp_path)
     file.unlink()
     file.parent.rmdir()
     assert make().fit(X, **SETTINGS, run_dir=tmp_path).resumed_at == 10
+
+
+def test_a_flipped_bit_is_told(tmp_path: Path) -> None:
+    make().fit(X, **SETTINGS, run_dir=tmp_path)
+    file = tmp_path / "checkpoint-00000014" / "rank0.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    prior = make()
+    before = {name: value.clone() for name, value in everything(prior).items()}
+    with pytest.raises(
+        CheckpointError, match="rank0.safetensors' is damaged: .* by its digest. Delete the folder checkpoint-0"
+    ):
+        prior.fit(X, **SETTINGS, run_dir=tmp_path)
+    assert all(torch.equal(before[name], value) for name, value in everything(prior).items())
+
+
+def signed(file: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> None:
+    """Changes a checkpoint so that its digest is right."""
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    document = json.loads(header["config"])
+    change(document, tensors)
+    text = json.dumps(document)
+    save_file(tensors, file, header | {"config": text, "digest": digest(tensors, text)})
+
+
+def at(*place: str, of: str = "state") -> Callable[[Any], Any]:
+    """Where something is in the document, which says of everything what it is."""
+
+    def found(document: Any) -> Any:
+        here = document[of]
+        for key in place:
+            here = next(iter(here.values()))[int(key) if key.isdecimal() else key]
+        return here
+
+    return found
+
+
+def value_of(*place: str, becomes: Any) -> Callable[[dict[str, Any], dict[str, Tensor]], object]:
+    def change(document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        here = at(*place)(document)
+        here.clear()
+        here.update(becomes)
+
+    return change
+
+
+def tensor_of(name: str, becomes: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Any], dict[str, Tensor]], object]:
+    def change(document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        tensors[name] = becomes(tensors[name])
+
+    return change
+
+
+DEEP: dict[str, Any] = {"list": []}
+for _ in range(300):
+    DEEP = {"list": [DEEP]}
+
+DAMAGES: list[tuple[Any, str]] = [
+    (lambda d, t: d.clear(), "it says that it was written after iteration None"),
+    (lambda d, t: d.update(identity=3), "it does not say of which run it is"),
+    (lambda d, t: d.update(iteration=13), "it says that it was written after iteration 13"),
+    (lambda d, t: d.update(iteration=14.0), "it says that it was written after iteration 14.0"),
+    (lambda d, t: d.update(iteration=1e400), "it says that it was written after iteration inf"),
+    (lambda d, t: d.update(state=None), "its state cannot be put together .None is no part of a state"),
+    (lambda d, t: d.update(state={}), "its state cannot be put together"),
+    (lambda d, t: d.update(state={"list": [], "dict": {}}), "its state cannot be put together"),
+    (lambda d, t: d.update(state={"dict": []}), "its state cannot be put together"),
+    (lambda d, t: d.update(state={"list": 3}), "its state cannot be put together"),
+    (lambda d, t: d.update(state={"value": [1]}), "its state cannot be put together"),
+    (lambda d, t: d.update(state={"tensor": ["x"]}), "its state cannot be put together"),
+    (lambda d, t: d.update(state={"tensor": "x"}), "its state cannot be put together"),
+    (lambda d, t: d.update(state=DEEP), "state is a list of 1 instead of a dict"),
+    (lambda d, t: d["state"]["dict"].pop("weights"), "state lacks weights"),
+    (lambda d, t: d["state"]["dict"].update(more={"value": 1}), "state has more, which is not expected"),
+    (lambda d, t: at("weights")(d)["list"].pop(), "state/weights is a list of 11 instead of a list of 12"),
+    (lambda d, t: at("history")(d)["list"].clear(), "state/history is a list of 0 instead of a list of at least 1"),
+    (value_of("clipped", "energies", becomes={"value": -1}), "state/clipped/energies is -1 instead of a whole number"),
+    (value_of("data", "taken", becomes={"value": 10**9}), "state/data/taken is 1000000000 instead of a whole number in its"),
+    (value_of("task", "chains", "step_size", becomes={"value": 0}), "state/task/chains/step_size is 0 instead of a finite"),
+    (value_of("task", "chains", "backend", becomes={"value": "x"}), "state/task/chains/backend is 'x' instead of"),
+    (value_of("task", "stage", becomes={"value": 3}), "state/task/stage is 3 instead of a whole number in its range"),
+    (value_of("task", "warned", becomes={"dict": {"a": {"value": 1}}}), "state/task/warned/a is 1 instead of text"),
+    (value_of("task", "penalty", becomes={"dict": {}}), "state/task/penalty lacks gap"),
+    (tensor_of("/weights/0", lambda t: t * torch.nan), "state/weights/0 is not finite"),
+    (tensor_of("/weights/0", lambda t: t[:1, :1].contiguous()), r"state/weights/0 is a tensor .* shape \(1, 1\) instead of"),
+    (tensor_of("/weights/0", lambda t: t.double()), "state/weights/0 is a tensor of torch.float64"),
+    (tensor_of("/optimizer/0/exp_avg", lambda t: t / 0), "state/optimizer/0/exp_avg is not finite"),
+    (tensor_of("/optimizer/0/step", lambda t: t * 0 - 1), "state/optimizer/0/step is a tensor .* instead of a number of steps"),
+    (tensor_of("/task/good/0", lambda t: t.flatten()), "state/task/good/0 is a tensor"),
+    (tensor_of("/task/chains/persistent/0", lambda t: t[:-1].clone()), "persistent is a list of 2 instead of latents of every"),
+    (tensor_of("/task/chains/persistent/0", lambda t: t * torch.nan), "persistent is a list of 2 instead of latents of every"),
+    (tensor_of("/task/chains/persistent/0", lambda t: t[:, :1].clone()), "persistent is a list of 2 instead of latents of"),
+    (tensor_of("/random/cpu", lambda t: t[:-1].clone()), "state/random/cpu is a tensor .* the state of a random stream"),
+    (tensor_of("/data/pass_start", lambda t: t | 255), "state/data/pass_start is a tensor .* the state of a random stream"),
+]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a run by a rule whose state has everything."""
+    folder = tmp_path_factory.mktemp("run")
+    make().fit(X, "multi_stage_nce", **SETTINGS, run_dir=folder, rng=seeded())
+    return folder
+
+
+@pytest.mark.parametrize(("change", "words"), DAMAGES, ids=range(len(DAMAGES)))
+def test_a_state_that_is_not_of_this_run(change: Any, words: str, stopped: Path, tmp_path: Path) -> None:
+    """Nothing is taken from it, and the error says where it differs."""
+    shutil.copytree(stopped, tmp_path / "run")
+    signed(tmp_path / "run" / "checkpoint-00000014" / "rank0.safetensors", change)
+    prior = make()
+    before = {name: value.clone() for name, value in everything(prior).items()}
+    with pytest.raises(CheckpointError, match=f"rank0.safetensors' is damaged.*{words}.*Delete the folder") as error:
+        prior.fit(X, "multi_stage_nce", **SETTINGS, run_dir=tmp_path / "run", rng=seeded())
+    assert len(str(error.value)) < 1000
+    assert all(torch.equal(before[name], value) for name, value in everything(prior).items())
+
+
+def test_a_state_that_is_not_of_these_chains(tmp_path: Path) -> None:
+    """The last checkpoint of "two_stage" has chains that persist and a weight of its penalty."""
+    make().fit(X, "two_stage", **SETTINGS, run_dir=tmp_path, rng=seeded())
+    for change in (
+        tensor_of("/task/chains/persistent/1", lambda t: t.double()),
+        tensor_of("/task/penalty/value", lambda t: t / 0),
+    ):
+        file = tmp_path / "checkpoint-00000014" / "rank0.safetensors"
+        content = file.read_bytes()
+        signed(file, change)
+        with pytest.raises(CheckpointError, match="is damaged, or not of this run: state/task/"):
+            make().fit(X, "two_stage", **SETTINGS, run_dir=tmp_path, rng=seeded())
+        file.write_bytes(content)
+    assert make().fit(X, "two_stage", **SETTINGS, run_dir=tmp_path, rng=seeded()).resumed_at == 14
+
+
+def test_a_state_of_another_elbo(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"iterations": 2, "batch_size": 16, "validation": X[:8], "progress": False, "run_dir": tmp_path}
+    fit_elbo(make().generator, X, **settings)
+    file = tmp_path / "checkpoint-00000002" / "rank0.safetensors"
+    content = file.read_bytes()
+    name = next(iter(dict(make().generator.named_parameters())))  # type: ignore[attr-defined]
+    for change, words in (
+        (tensor_of(f"/task/best/weights/{name}", lambda t: t * torch.nan), f"state/task/best/weights/{name} is not finite"),
+        (value_of("task", "best", "elbo", becomes={"value": "x"}), "state/task/best/elbo is 'x' instead of a number"),
+        (value_of("task", "skipped", becomes={"value": -1}), "state/task/skipped is -1"),
+    ):
+        signed(file, change)
+        vae = make().generator
+        before = {key: value.clone() for key, value in vae.state_dict().items()}  # type: ignore[attr-defined]
+        with pytest.raises(CheckpointError, match=f"{words}.*Name another run_dir"):
+            fit_elbo(vae, X, **settings)
+        assert all(torch.equal(before[key], value) for key, value in vae.state_dict().items())  # type: ignore[attr-defined]
+        file.write_bytes(content)
+    assert fit_elbo(make().generator, X, **settings).resumed_at == 2
+
+
+def test_what_a_file_says_of_its_run_is_shortened(tmp_path: Path) -> None:
+    make().fit(X, **SETTINGS, run_dir=tmp_path)
+    file = tmp_path / "checkpoint-00000014" / "rank0.safetensors"
+    signed(file, lambda d, t: d["identity"].update(iterations="x" * 10_000))
+    with pytest.raises(ArgumentError, match="cannot go on like this: iterations was 'xxx") as error:
+        make().fit(X, **SETTINGS, run_dir=tmp_path)
+    assert len(str(error.value)) < 600
+
+
+def test_a_checkpoint_without_its_own_file(tmp_path: Path) -> None:
+    make().fit(X, **SETTINGS, run_dir=tmp_path)
+    folder = tmp_path / "checkpoint-00000014"
+    (folder / "rank0.safetensors").rename(folder / "rank1.safetensors")
+    with pytest.raises(CheckpointError, match="checkpoint-00000014' lacks the file of a process, rank0.safetensors"):
+        make().fit(X, **SETTINGS, run_dir=tmp_path)
+    (folder / "rank1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="checkpoint-00000014' lacks the file of a process, rank0.safetensors"):
+        make().fit(X, **SETTINGS, run_dir=tmp_path)
+
+
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    prior = make()
+    prior.fit(X, **SETTINGS, run_dir=tmp_path)
+    prior.save(tmp_path / "checkpoint-00000014" / "rank0.safetensors")
+    with pytest.raises(CheckpointError, match="one that a run with a run_dir wrote. It has the format 'energy-prior'.*Delete"):
+        make().fit(X, **SETTINGS, run_dir=tmp_path)
+
+
+def test_names_of_compiled_parts(tmp_path: Path) -> None:
+    """A state may have names with what torch.compile puts into them."""
+    folder = RunFolder(tmp_path, Engine(), {})
+    state = {"a": {"net._orig_mod.weight": torch.ones(2)}}
+    folder.save(1, state)
+    found = folder.load(torch.device("cpu"), state)
+    assert found is not None
+    assert torch.equal(found[1]["a"]["net._orig_mod.weight"], torch.ones(2))
+
+
+def test_a_loader_that_has_become_shorter(tmp_path: Path) -> None:
+    class Loader:
+        def __init__(self, n: int) -> None:
+            self.n = n
+
+        def __iter__(self) -> Iterator[Tensor]:
+            yield from X.split(16)[: self.n]
+
+    make().fit(Loader(4), iterations=3, batch_size=16, progress=False, run_dir=tmp_path, step_size=0.3)
+    with pytest.raises(ArgumentError, match="data: the run had taken 3 batches from it .* and the iterable now gives 2"):
+        make().fit(Loader(2), iterations=3, batch_size=16, progress=False, run_dir=tmp_path, step_size=0.3)
 
 
 def test_another_number_of_processes(tmp_path: Path) -> None:
