@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["DataSettings", "Recipe", "build_generator", "imported", "ladder_shapes", "read_recipe", "settings_help"]
+__all__ = ["DataSettings", "Recipe", "build_generator", "imported", "read_recipe", "settings_help"]
 
 import contextlib
 import dataclasses
 import importlib
-import inspect
 import os
 import re
 import sys
@@ -16,28 +15,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from energy_prior._util import first_line, shortened, shown
+from energy_prior._util import shortened, shown
 from energy_prior.checks.settings import (
     check_count,
     check_device,
     check_path,
     check_settings,
-    check_sizes,
     require_extra,
-    whole_number,
 )
 from energy_prior.cli.document import read_document, text_of
 from energy_prior.data.pixels import ChannelOrder
 from energy_prior.data.reader import ReadSettings
-from energy_prior.errors import ArgumentError, ShapeError
+from energy_prior.errors import ArgumentError
 from energy_prior.generators import LadderVAE
+from energy_prior.generators.build import BUILT_IN, check_arguments, made
 from energy_prior.training import ElboConfig, FitConfig
 from energy_prior.training.config import METHODS, Method, check_method
-
-_FEW = 3  # layers of a kind, to see whether such can be built
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +81,9 @@ class Recipe:
 
     Attributes:
         data: where the images come from.
-        generator: arguments of `LadderVAE` beside the images' shape; or {"factory": "module:function", …}: a function of
-            yours that gets the shape of an image and the other entries, and gives the generator.
+        generator: arguments of `LadderVAE` beside the images' shape; with "kind": "ResidualVAE" those of `ResidualVAE`; or
+            {"factory": "module:function", …}: a function of yours that gets the shape of an image and the other entries, and
+            gives the generator.
         elbo: settings of the generator's own training; null: it comes trained.
         fit: the fits of the joint prior, one after the other: each a method and its settings.
         out: folder to write to.
@@ -141,12 +137,12 @@ def read_recipe(
         raise ArgumentError(f"fit: expected a list of fits, each with a method and settings, got {shown(fits)}.")
     generator = _section(entries, "generator")
     if "factory" not in generator:
-        _check_ladder(generator)
+        check_arguments(*_kind_of(generator))
     trained = "elbo" in entries and entries["elbo"] is None
     if trained and "factory" not in generator:
         raise ArgumentError(
-            "elbo: null says that the generator comes trained, but LadderVAE does not. Leave elbo out, or name a factory of "
-            "yours that gives a trained generator (generator.factory)."
+            "elbo: null says that the generator comes trained, but those of the library do not. Leave elbo out, or name a "
+            "factory of yours that gives a trained generator (generator.factory)."
         )
     seed = check_count("seed", entries.get("seed", 0), least=0)
     return Recipe(
@@ -168,17 +164,13 @@ def build_generator(settings: Mapping[str, Any], x_shape: tuple[int, ...]) -> An
         x_shape: shape of an image, (channels, height, width).
 
     Raises:
-        ArgumentError: if `LadderVAE` refuses the settings, or the factory cannot be imported, raises, or gives no module.
+        ArgumentError: if the generator refuses the settings, or the factory cannot be imported, raises, or gives no module.
     """
+    if "factory" not in settings:
+        kind, arguments = _kind_of(settings)
+        return made(kind, x_shape, arguments)
     settings = dict(settings)
-    factory = settings.pop("factory", None)
-    if factory is None:
-        try:
-            return LadderVAE(x_shape, **settings)
-        except (ArgumentError, ShapeError) as error:
-            raise ArgumentError(f"generator.{error}") from error
-        except (TypeError, ArithmeticError, RuntimeError) as error:  # other types, or sizes beyond what memory can have
-            raise ArgumentError(f"generator: LadderVAE cannot be built from {shown(settings)}: {first_line(error)}.") from error
+    factory = settings.pop("factory")
     make = imported("generator.factory", str(factory))
     with _importable_folder():
         try:
@@ -191,6 +183,11 @@ def build_generator(settings: Mapping[str, Any], x_shape: tuple[int, ...]) -> An
     if not isinstance(generator, nn.Module):
         raise ArgumentError(f"generator.factory: expected {factory!r} to give an nn.Module, got {type(generator).__name__}.")
     return generator
+
+
+def _kind_of(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The class of a generator of the library, and its other arguments."""
+    return str(settings.get("kind", LadderVAE.__name__)), {name: value for name, value in settings.items() if name != "kind"}
 
 
 def imported(argument: str, text: str) -> Any:
@@ -226,10 +223,10 @@ def settings_help() -> str:
         for field in dataclasses.fields(kind):
             default = "" if field.default is dataclasses.MISSING else field.default
             parts.append(_paragraph(field.name, default, meanings.get(field.name, "")))
-    parts.append("\ngenerator: arguments of LadderVAE\n")
-    parts.append(
-        textwrap.indent(textwrap.dedent((LadderVAE.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]).strip(), "  ")
-    )
+    for name, generator in BUILT_IN.items():
+        parts.append(f"\ngenerator: arguments of {name}" + ("\n" if generator is LadderVAE else f", after kind: {name}\n"))
+        arguments = re.split(r"(?:Attributes|Raises):", (generator.__doc__ or "").partition("Args:")[2])[0]
+        parts.append(textwrap.indent(textwrap.dedent(arguments).strip(), "  "))
     return "\n".join(parts)
 
 
@@ -301,39 +298,6 @@ def _fit(entry: Any, name: str) -> tuple[Method | None, FitConfig]:
     except ArgumentError as error:
         raise ArgumentError(f"{name}.{error}") from None
     return method, _build(FitConfig, settings, name)
-
-
-def ladder_shapes(settings: Mapping[str, Any], x_shape: Sequence[int]) -> dict[str, torch.Size]:
-    """Shapes of the weights of a `LadderVAE` by name, without making any.
-
-    Args:
-        settings: its arguments but the shape of an image.
-        x_shape: shape of an image.
-
-    Raises:
-        ArgumentError: if there is no such argument, or `LadderVAE` refuses one.
-    """
-    known = [name for name in inspect.signature(LadderVAE).parameters if name != "x_shape"]
-    for name in settings:
-        if name not in known:
-            raise ArgumentError(
-                f"generator.{shortened(name)}: not an argument of LadderVAE. There are {', '.join(known)}, and factory."
-            )
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return {name: value.shape for name, value in build_generator(settings, tuple(x_shape)).state_dict().items()}
-
-
-def _check_ladder(settings: Mapping[str, Any]) -> None:
-    """`LadderVAE` takes these arguments, for an image of some shape. Of many layers, the first few stand for all."""
-    dims = settings.get("latent_dims", ())
-    if isinstance(dims, list):
-        try:
-            check_sizes("latent_dims", dims)
-        except ArgumentError as error:
-            raise ArgumentError(f"generator.{error}") from error
-        settings = {**settings, "latent_dims": dims[:_FEW]} if len(dims) > _FEW else settings
-    few = {"depth": _FEW} if (whole_number(settings.get("depth")) or 0) > _FEW else {}
-    ladder_shapes({**settings, **few}, (1, 8, 8))
 
 
 @contextlib.contextmanager

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from energy_prior import plots
 from energy_prior._util import shown
 from energy_prior.checkpoint import GENERATOR, check_state_fits, load_named, read_checkpoint, write_checkpoint
-from energy_prior.checks.settings import check_path, check_shape, whole_number
-from energy_prior.cli.recipe import DataSettings, Recipe, build_generator, ladder_shapes, read_recipe, settings_help
+from energy_prior.checks.settings import check_path, check_shape
+from energy_prior.cli.recipe import DataSettings, Recipe, build_generator, read_recipe, settings_help
 from energy_prior.data import load_images
 from energy_prior.data.reader import ReadSettings
 from energy_prior.errors import ArgumentError, CheckpointError, ShapeError
+from energy_prior.generators.build import build_generator as build_described
+from energy_prior.generators.build import describe_generator
 from energy_prior.prior import JointEBMPrior
 from energy_prior.training import fit_elbo, launched_accelerator
 
@@ -131,11 +133,11 @@ def load_run(folder: str | os.PathLike[str], factory: str | None = None) -> Join
     """
     path = check_path("folder", folder) / "generator.safetensors"
     weights, described = _described(path)
-    settings, x_shape = described["generator"], tuple(described["x_shape"])
+    settings = described["generator"]
     named = settings.get("factory")
     if named is None and factory is not None:
         raise ArgumentError(
-            f"factory: the generator in {os.fspath(folder)!r} is a LadderVAE, of no factory; got {shown(factory)}."
+            f"factory: the generator in {os.fspath(folder)!r} is one of the library's, of no factory; got {shown(factory)}."
         )
     if named != factory:
         raise CheckpointError(
@@ -143,10 +145,11 @@ def load_run(folder: str | os.PathLike[str], factory: str | None = None) -> Join
             f"because a file names it. If you trust it, pass factory={shown(named)} (on the command line: --factory)."
         )
     if named is None:
-        _check_ladder_fits(path, settings, x_shape, weights)
-    generator = build_generator(settings, x_shape)
-    check_state_fits(path, generator.state_dict(), weights, "the generator", "Is its factory still the same?")
-    load_named(generator, weights)
+        generator = build_described(path, {**settings, "x_shape": described["x_shape"]}, weights)
+    else:
+        generator = build_generator(settings, tuple(described["x_shape"]))
+        check_state_fits(path, generator.state_dict(), weights, "the generator", "Is its factory still the same?")
+        load_named(generator, weights)
     return JointEBMPrior.load(path.with_name("prior.safetensors"), generator)
 
 
@@ -178,19 +181,6 @@ def _described(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{GENERATOR.remedy}"
         )
     return weights, described
-
-
-def _check_ladder_fits(path: Path, settings: dict[str, Any], x_shape: tuple[int, ...], weights: dict[str, Tensor]) -> None:
-    """Raises `CheckpointError` unless a `LadderVAE` of these settings has these weights; makes none of that size before."""
-    layers = [whole_number(settings.get("depth")) or 0, *(len(v) for v in settings.values() if isinstance(v, list))]
-    reason = "it asks for more layers than it has weights" if max(layers) > max(len(weights), len(READING)) else ""
-    try:
-        fits = not reason and ladder_shapes(settings, x_shape) == {name: value.shape for name, value in weights.items()}
-    except ArgumentError as error:
-        fits, reason = False, str(error).rstrip(".")
-    if not fits:
-        reason = reason or "the generator that it describes has other weights"
-        raise CheckpointError(f"{os.fspath(path)!r} is damaged: {reason}. {GENERATOR.remedy}")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -244,5 +234,6 @@ def _check_batch_sizes(recipe: Recipe, share: int) -> None:
 def _save_generator(path: Path, generator: nn.Module, recipe: Recipe, x_shape: tuple[int, ...]) -> None:
     """The generator's weights, with what `load_run` builds it from, and how its images were read."""
     reading = {name: getattr(recipe.data, name) for name in READING}
-    described = {"generator": recipe.generator, "x_shape": list(x_shape), "reading": reading}
+    built_in = None if "factory" in recipe.generator else describe_generator(generator)
+    described = {"generator": built_in or recipe.generator, "x_shape": list(x_shape), "reading": reading}
     write_checkpoint(path, generator.state_dict(), described, GENERATOR)

@@ -46,6 +46,9 @@ class LadderVAE(nn.Module):
         x_range: lowest and highest value of x; the decoder's mean stays inside it.
         levels: grid values between them for the discretised likelihoods (256 for 8-bit images).
 
+    Attributes:
+        config: the arguments but `x_shape`, as a checkpoint keeps them: plain values, which JSON can hold.
+
     Raises:
         ArgumentError, ShapeError: if a value is impossible; the message says which.
 
@@ -75,6 +78,8 @@ class LadderVAE(nn.Module):
         self.x_shape, self.x_range = pixels.x_shape, pixels.x_range
         self.latent_shapes = _latent_shapes(self.x_shape, latent_dims, nets)
         hidden, depth = check_count("hidden", hidden), check_count("depth", depth)
+        self.config: dict[str, Any] = {"latent_dims": [shape[0] for shape in self.latent_shapes], **pixels.config}
+        self.config |= {"hidden": hidden, "depth": depth, "nets": nets}
         make = _conv_net if nets == "conv" else _mlp_net
         shapes, layers = (self.x_shape, *self.latent_shapes), len(self.latent_shapes)
         self.inference = nn.ModuleList(make(shapes[i], _double(shapes[i + 1]), hidden, depth) for i in range(layers))

@@ -285,6 +285,7 @@ class PixelLikelihood(nn.Module):
 
     Attributes:
         channels: size that the decoder's output has in place of x's first dimension.
+        config: the likelihood, its sigma, range and levels, as arguments of a generator: plain values.
 
     Raises:
         ArgumentError, ShapeError: if a value is impossible; the message says which.
@@ -311,7 +312,9 @@ class PixelLikelihood(nn.Module):
             raise ShapeError(f'x_shape: likelihood="mixture" needs (1 or 3, height, width), got {tuple(self.x_shape)}.')
         self.name = name
         self.channels = (10 if self.x_shape[0] == 3 else 3) * self.mixtures if name == "mixture" else self.x_shape[0]
-        start = 0.1 * (self.x_range[1] - self.x_range[0]) if sigma is None else check_positive("sigma", sigma)
+        given = None if sigma is None else check_positive("sigma", sigma)
+        self.config = {"likelihood": name, "sigma": given, "x_range": list(self.x_range), "levels": self.levels}
+        start = 0.1 * (self.x_range[1] - self.x_range[0]) if given is None else given
         learned = sigma is None and name in ("gaussian", "discretized_logistic")
         self.log_sigma = nn.Parameter(torch.tensor(math.log(start)), requires_grad=learned)
 

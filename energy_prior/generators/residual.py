@@ -93,6 +93,8 @@ class ResidualVAE(nn.Module):
         cells, tower_cells = check_count("cells", cells), check_count("tower_cells", tower_cells, least=0)
         self.pixels = PixelLikelihood(self.x_shape, likelihood, sigma=sigma, x_range=x_range, levels=levels, mixtures=mixtures)
         self.x_range = self.pixels.x_range
+        self._config: dict[str, Any] = {"groups": list(groups), "latent_channels": latent_channels, "channels": channels}
+        self._config |= {"cells": cells, "tower_cells": tower_cells, "downsample": downsample, "mixtures": self.pixels.mixtures}
         scales = len(groups)
         sizes = [tuple(n // 2 ** (downsample + s) for n in self.x_shape[1:]) for s in range(scales)]
         widths = [channels * min(2**s, 4) for s in range(scales)]
@@ -122,6 +124,12 @@ class ResidualVAE(nn.Module):
         self.grow = nn.ModuleList(image_tower(_Twice(channels, channels)) for _ in range(downsample))
         self.head = _head(channels, self.pixels.channels, 3)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments but `x_shape`: plain values, which JSON can hold."""
+        now = {"prior_temperature": self.prior_temperature, "checkpointing": self.checkpointing}
+        return {**self._config, **self.pixels.config, **now}
 
     def extra_repr(self) -> str:
         """The temperature of the prior."""

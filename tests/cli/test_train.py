@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from energy_prior import ArgumentError, CheckpointError, JointEBMPrior, LadderVAE
 from energy_prior.checkpoint import GENERATOR, write_checkpoint
 from energy_prior.cli.main import main
-from energy_prior.cli.recipe import ladder_shapes, read_recipe, settings_help
+from energy_prior.cli.recipe import read_recipe, settings_help
 from energy_prior.cli.train import load_run, reading_of
+from energy_prior.generators.build import describe_generator
 from energy_prior.training import ElboConfig, FitConfig
 
 RECIPE = """
@@ -80,7 +81,7 @@ def test_a_recipe_from_a_file_and_flags(recipe: Path) -> None:
         ("data.validation=0", "data.validation: expected a whole number"),
         ("data.source=", "data.source: expected a folder or the name of a set on the hub, got None"),
         ("generator.width=3", "generator.width: not an argument of LadderVAE. There are latent_dims"),
-        ("elbo=null", "elbo: null says that the generator comes trained, but LadderVAE does not"),
+        ("elbo=null", "elbo: null says that the generator comes trained, but those of the library do not"),
         ("generator.latent_dims=8", "generator.latent_dims: expected a sequence of whole numbers, got 8"),
         ("generator.latent_dims=[0]", "generator.latent_dims: expected a whole number of at least 1"),
         ("model=vae", "model: not a section of a recipe"),
@@ -95,6 +96,8 @@ def test_a_recipe_from_a_file_and_flags(recipe: Path) -> None:
         ("generator.latent_dims=[1, 1, 1, 1, 0]", "generator.latent_dims: expected a whole number of at least 1, got 0"),
         ("generator.nets=[conv]", "generator.nets: expected one of"),
         ("generator.self=3", "generator.self: not an argument of LadderVAE"),
+        ("generator.kind=VAE", "generator.kind: expected one of LadderVAE, ResidualVAE, got 'VAE'"),
+        ("generator={kind: ResidualVAE, latent_dims: [2]}", "generator.latent_dims: not an argument of ResidualVAE"),
         ("device=meta", "device meta: not available here"),
         ("device='cuda:99999999999999999999'", "device cuda:99999999999999999999: not available here"),
         ('out="\\0"', "out: expected text that can be written"),
@@ -244,27 +247,19 @@ def test_a_recipe_takes_no_memory_for_what_it_describes() -> None:
     assert time.process_time() - before < 4
 
 
-def test_the_shapes_of_a_ladder() -> None:
-    settings: dict[str, Any] = {"latent_dims": [3, 2], "hidden": 8, "nets": "conv", "likelihood": "mixture"}
-    torch.manual_seed(0)
-    drawn = torch.rand(1)
-    torch.manual_seed(0)
-    shapes = ladder_shapes(settings, (3, 6, 6))
-    assert shapes == {name: value.shape for name, value in LadderVAE((3, 6, 6), **settings).state_dict().items()}
-    torch.manual_seed(0)
-    ladder_shapes(settings, (3, 6, 6))
-    assert torch.equal(torch.rand(1), drawn), "and no random number is drawn"
-
-
 def saved(folder: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]]:
     """A folder as `energy-prior train` leaves it, and what its file of the generator holds."""
     folder.mkdir()
     vae = LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8)
-    described = {"generator": {"latent_dims": [3, 2], "hidden": 8}, "x_shape": [1, 4, 4]}
+    described = {"generator": describe_generator(vae), "x_shape": [1, 4, 4]}
     described["reading"] = {"value_range": None, "channel_order": None, "background": 1.0}
     write_checkpoint(folder / "generator.safetensors", vae.state_dict(), described, GENERATOR)
     JointEBMPrior(vae).save(folder / "prior.safetensors")
     return folder / "generator.safetensors", vae.state_dict(), described
+
+
+def ladder(**arguments: Any) -> dict[str, Any]:
+    return {"kind": "LadderVAE", **arguments}
 
 
 GENERATORS: list[tuple[dict[str, Any], str]] = [
@@ -277,12 +272,31 @@ GENERATORS: list[tuple[dict[str, Any], str]] = [
     ({"reading": {"value_range": 3, "channel_order": None, "background": 1.0}}, "what it says of its generator and images is"),
     ({"x_shape": [1, 4, 5]}, "the generator that it describes has other weights"),
     ({"x_shape": [1, 100_000, 100_000]}, "the generator that it describes has other weights"),
-    ({"generator": {"latent_dims": [3, 2], "hidden": 9}}, "the generator that it describes has other weights"),
-    ({"generator": {"latent_dims": [3, 2], "hidden": 10**6}}, "the generator that it describes has other weights"),
-    ({"generator": {"latent_dims": [3, 2], "hidden": 10**12}}, "generator: LadderVAE cannot be built from"),
-    ({"generator": {"latent_dims": [3, 2], "hidden": 8, "depth": 10**9}}, "it asks for more layers than it has weights"),
-    ({"generator": {"latent_dims": [1] * 100_000}}, "it asks for more layers than it has weights"),
-    ({"generator": {"latent_dims": [3, 2], "hidden": 8, "more": 3}}, "generator.more: not an argument of LadderVAE"),
+    (
+        {"generator": {"kind": "LadderVAE", "latent_dims": [3, 2], "hidden": 9}},
+        "the generator that it describes has other weights",
+    ),
+    (
+        {"generator": {"kind": "LadderVAE", "latent_dims": [3, 2], "hidden": 10**6}},
+        "the generator that it describes has other weights",
+    ),
+    (
+        {"generator": {"kind": "LadderVAE", "latent_dims": [3, 2], "hidden": 10**12}},
+        "generator: LadderVAE cannot be built from",
+    ),
+    (
+        {"generator": {"kind": "LadderVAE", "latent_dims": [3, 2], "hidden": 8, "depth": 10**9}},
+        "it asks for more layers than it has weights",
+    ),
+    ({"generator": ladder(latent_dims=[1] * 100_000)}, "it asks for more layers than it has weights"),
+    (
+        {"generator": {"kind": "LadderVAE", "latent_dims": [3, 2], "hidden": 8, "more": 3}},
+        "generator.more: not an argument of LadderVAE",
+    ),
+    ({"generator": {"kind": "print"}}, "it describes a generator that this version does not have, {'kind': 'print'"),
+    ({"generator": {}}, "it describes a generator that this version does not have, {'x_shape': "),
+    ({"generator": {"kind": "ResidualVAE", "groups": [10**9]}}, "it asks for more layers than it has weights"),
+    ({"generator": {"kind": "ResidualVAE", "downsample": 10**9}}, "it asks for more layers than it has weights"),
     ({"generator": {"factory": "os:mkdir"}}, "factory 'os:mkdir', and a function is not run because a file names it"),
     ({"generator": {"factory": 3}}, "factory 3, and a function is not run because a file names it"),
 ]
@@ -312,5 +326,5 @@ def test_a_flipped_bit_of_the_generator(tmp_path: Path) -> None:
 
 def test_a_factory_where_there_is_none(tmp_path: Path) -> None:
     path, *_ = saved(tmp_path / "run")
-    with pytest.raises(ArgumentError, match="factory: the generator in .* is a LadderVAE, of no factory; got 'a:b'"):
+    with pytest.raises(ArgumentError, match="factory: the generator in .* is one of the library's, of no factory; got 'a:b'"):
         load_run(path.parent, "a:b")
