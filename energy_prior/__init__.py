@@ -21,14 +21,16 @@ __all__ = [
     "FitResult",
     "GeneratorError",
     "HierarchicalGenerator",
+    "HubError",
     "Inferred",
     "JointEBMPrior",
     "LadderVAE",
     "MLPEnergy",
     "Mismatch",
     "MissingExtraError",
-    "ScoreTerms",
+    "ModelCard",
     "ResidualVAE",
+    "ScoreTerms",
     "ShapeError",
     "TrainingWarning",
     "Trajectory",
@@ -37,6 +39,7 @@ __all__ = [
     "default_energies",
     "denoising_energies",
     "fit_elbo",
+    "load_example",
     "map_batches",
 ]
 
@@ -53,13 +56,16 @@ from energy_prior.errors import (
     DivergenceError,
     EnergyPriorError,
     GeneratorError,
+    HubError,
     MissingExtraError,
     ShapeError,
     TrainingWarning,
 )
 from energy_prior.generators import DiscretizedLogisticMixture, LadderVAE, ResidualVAE
+from energy_prior.hub import ModelCard
 from energy_prior.langevin import ChainSettings, Trajectory
 from energy_prior.mismatch import Mismatch
+from energy_prior.pretrained import load_example
 from energy_prior.prior import JointEBMPrior
 from energy_prior.protocol import HierarchicalGenerator, Inferred
 from energy_prior.scores import ScoreTerms

@@ -12,6 +12,7 @@ __all__ = [
     "DivergenceError",
     "EnergyPriorError",
     "GeneratorError",
+    "HubError",
     "MissingExtraError",
     "ShapeError",
     "TrainingWarning",
@@ -47,6 +48,10 @@ class GeneratorError(EnergyPriorError, ValueError):
 
 class CheckpointError(EnergyPriorError, ValueError):
     """A checkpoint is truncated, foreign, of a future version, or belongs to another model."""
+
+
+class HubError(EnergyPriorError, OSError):
+    """The Hugging Face hub refuses, or is out of reach; the message says what it was asked."""
 
 
 class DistributedError(EnergyPriorError, RuntimeError):

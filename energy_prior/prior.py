@@ -6,7 +6,10 @@ __all__ = ["JointEBMPrior"]
 
 import contextlib
 import os
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
 from energy_prior import scores
-from energy_prior._util import shown
+from energy_prior._util import shown, some_of
 from energy_prior.calibration import Calibration, Explanation, row_digests
 from energy_prior.checkpoint import (
     check_generator_fits,
@@ -39,6 +42,7 @@ from energy_prior.checks.generator import probe_generator
 from energy_prior.checks.settings import check_count, check_path, check_positive, check_share
 from energy_prior.energies import build_energies, default_energies, describe_energies
 from energy_prior.errors import ArgumentError, CheckpointError, DataWarning, ShapeError, warn
+from energy_prior.hub import PRIOR_FILE, ModelCard, fetched, read_generator, upload, write_card, write_generator
 from energy_prior.langevin import USUAL_ACCEPTANCE, ChainOptions, ChainSettings, NoiseSource, Trajectory, tune_step_size
 from energy_prior.mismatch import LEAST_DRAWS, Mismatch, mismatch_of
 from energy_prior.model import JointModel
@@ -825,6 +829,112 @@ class JointEBMPrior(nn.Module):
         load_named(prior, tensors)
         prior._fitted_on = config["generator"]
         return prior
+
+    def save_pretrained(self, folder: str | os.PathLike[str], card: ModelCard | None = None) -> None:
+        """Writes a folder as `push_to_hub` uploads it, which `from_pretrained` reads.
+
+        It holds prior.safetensors, as `save` writes it, README.md, the card, and for a generator of the library (`LadderVAE`,
+        `ResidualVAE`) generator.safetensors, so that the model is whole. Needs the extra "hub", for the card.
+
+        Args:
+            folder: to write to; it is made. `~` is the home folder.
+            card: what the page says beside what the prior says of itself; None: nothing.
+
+        Raises:
+            CheckpointError: as `save`.
+            OSError: if it cannot be written.
+        """
+        place = check_path("folder", folder)
+        place.mkdir(parents=True, exist_ok=True)
+        self._write_files(place, place.resolve().name, card)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        card: ModelCard | None = None,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        message: str = "A joint energy-based prior",
+    ) -> str:
+        """Uploads the prior, its card and, of the library's own generators, the generator to the Hugging Face hub.
+
+        Files are those of `save_pretrained`; none is a pickle. Needs the extra "hub".
+
+        Args:
+            repository: "owner/name"; it is made if there is none.
+            card: as in `save_pretrained`; `ModelCard.of_run` makes one of a run of `energy-prior train`.
+            private: a repository that is made is private; None: as the owner's settings have it.
+            token: of the hub; None: that of `hf auth login`.
+            revision: branch to write to, made if there is none; None: the main one.
+            message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ArgumentError: if `repository` is no name of one.
+            CheckpointError: as `save`.
+            HubError: if the hub refuses, or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as made:
+            self._write_files(Path(made), repository, card)
+            return upload(Path(made), repository, private=private, token=token, revision=revision, message=message)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        generator: HierarchicalGenerator | None = None,
+        energies: Iterable[nn.Module] | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """A prior from the Hugging Face hub, or from a folder that `save_pretrained` wrote; no code of its files is run.
+
+        Args:
+            source: a folder, or "owner/name" of a repository (extra "hub").
+            generator: the generator that the prior was fitted on, with its weights; None: the one beside it, on the CPU, if
+                it is one of the library's.
+            energies: as in `load`.
+            revision: branch, tag or commit; None: the main branch.
+            token: of the hub; None: that of `hf auth login`.
+            cache_dir: where downloads are kept; None: as huggingface_hub has it.
+            local_files_only: take only what was downloaded before.
+
+        Raises:
+            ArgumentError: if `source` is neither, or no generator was passed and there is none.
+            HubError: if it cannot be downloaded.
+            FileNotFoundError, CheckpointError: as `load`.
+        """
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = fetched(source, **options)
+        return cls.load(folder / PRIOR_FILE, read_generator(folder) if generator is None else generator, energies)
+
+    def _write_files(self, folder: Path, repository: str, card: ModelCard | None) -> None:
+        """The files of a repository."""
+        card = ModelCard() if card is None else card
+        self.save(folder / PRIOR_FILE)
+        whole = write_generator(folder, self.generator)
+        own = [entry["name"] for entry in describe_energies(self.energies) if entry["kind"] == "custom"]
+        shapes = [f"z_{i} {tuple(z)}" for i, z in enumerate(self.generator.latent_shapes, start=1)]
+        kinds = Counter(type(f).__name__ for f in self.energies)
+        count = sum(p.numel() for p in self.energies.parameters())
+        known, beside = int(self.calibration.count), ", in a file beside the prior" if whole else ", not part of the files"
+        facts = {
+            "generator": type(self.generator).__name__ + beside,
+            "observations": f"{tuple(self.x_shape)}, {self.dtype}",
+            "latents": f"{some_of(shapes)}; z_1 nearest the data",
+            "energies": f"{', '.join(f'{n} {kind}' for kind, n in kinds.items())}; {count:,} parameters",
+            "space of the chains": self.space,
+            "Langevin step size": f"{float(self.step_size):.4g}",
+            "calibrated for anomaly scores": f"on {known:,} observations" if known else "no",
+        }
+        write_card(folder, card, facts, repository=repository, whole=whole, images=len(self.x_shape) == 3, energies=bool(own))
 
     # ------------------------------------------------------------------------------------------------------- what it is
 

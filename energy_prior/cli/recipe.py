@@ -99,6 +99,12 @@ class Recipe:
     seed: int = 0
     device: str | None = None
 
+    def document(self) -> dict[str, Any]:
+        """The recipe as a YAML file would have it, without settings that are at their defaults, `out` and `device`."""
+        fits = [({} if method is None else {"method": method}) | _changed(config) for method, config in self.fit]
+        elbo = None if self.elbo is None else _changed(self.elbo)
+        return {"data": _changed(self.data), "generator": dict(self.generator), "elbo": elbo, "fit": fits, "seed": self.seed}
+
 
 def read_recipe(
     path: str | os.PathLike[str] | None, overrides: Sequence[str] = (), texts: Mapping[str, str] | None = None
@@ -277,6 +283,12 @@ def _text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ArgumentError(f"{name}: expected text, got {shown(value)}. Put it in quotes.")
     return value
+
+
+def _changed(section: Any) -> dict[str, Any]:
+    """Settings of a section that are not at their defaults."""
+    values = {field.name: (getattr(section, field.name), field.default) for field in dataclasses.fields(section)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def _build(kind: type[Any], section: Mapping[str, Any], name: str) -> Any:

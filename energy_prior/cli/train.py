@@ -85,7 +85,7 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[s
     torch.manual_seed(recipe.seed)
     generator = build_generator(recipe.generator, x_shape).to(device)
     out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"images": len(train)}
+    report: dict[str, Any] = {"images": len(train), "recipe": recipe.document()}
     rng = torch.Generator().manual_seed(recipe.seed)
     if recipe.elbo is not None:
         elbo = fit_elbo(
@@ -194,7 +194,8 @@ def _run(options: argparse.Namespace) -> int:
     with launched_accelerator(cpu=recipe.device == "cpu") as accelerator:
         report = run_recipe(recipe, accelerator)
     for name, entry in report.items():
-        print(f"{name}: {entry}")
+        if name != "recipe":
+            print(f"{name}: {entry}")
     print(f"prior.safetensors, generator.safetensors, samples.png and report.json are in {recipe.out}/")
     return 0
 
