@@ -12,7 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -22,8 +22,8 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 class Page:
     """A page, by the browser's protocol for tools: JSON with a zero byte after each message, through two pipes."""
 
-    def __init__(self, read: int, write: int) -> None:
-        self._read, self._write = os.fdopen(read, "rb", buffering=0), os.fdopen(write, "wb", buffering=0)
+    def __init__(self, read: IO[bytes], write: IO[bytes]) -> None:
+        self._read, self._write = read, write
         self._number, self._rest, self._session = 0, b"", None
         self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -90,8 +90,7 @@ def opened(folder: Path) -> Iterator[Page]:
         pytest.skip(f"needs a browser: {', '.join(NAMES)}")
     theirs, to_them = os.pipe()
     from_them, back = os.pipe()
-    # the browser reads from 3 and writes to 4
-    command = f'exec 3<&{theirs} 4>&{back}; exec "$0" "$@"'
+    command = f'exec 3<&{theirs} 4>&{back}; exec "$0" "$@"'  # it reads from 3 and writes to 4
     words = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={folder}"]
     process = subprocess.Popen(  # noqa: S603
         ["/bin/bash", "-c", command, program, *words],
@@ -102,7 +101,8 @@ def opened(folder: Path) -> Iterator[Page]:
     os.close(theirs)
     os.close(back)
     try:
-        yield Page(from_them, to_them)
+        with open(from_them, "rb", buffering=0) as read, open(to_them, "wb", buffering=0) as write:
+            yield Page(read, write)
     finally:
         process.terminate()
         process.wait(30)

@@ -34,7 +34,7 @@ from energy_prior.prior import JointEBMPrior
 from energy_prior.protocol import find_infer, have_waymarks
 
 _MOST_SAMPLES = 256
-_MOST_VALUES = 5 * 2**19  # of the images but for those behind bars: 2.5 MB, a third more as text
+_MOST_VALUES = 2**21  # of the images but for those behind bars; a byte each, a third more as text
 _CHAINS, _FRAMES, _MOST_POINTS = 3, 9, 200
 _HELD, _DRAWS, _MOST_ROWS = 4, 4, 12
 _QUANTILE = 0.95

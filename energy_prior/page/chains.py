@@ -176,5 +176,5 @@ def _row_title(k: int, layers: int) -> tuple[str, str]:
         return "k = 0", "all layers held"
     if k == layers:
         return f"k = {k}", "nothing held"
-    redrawn = lowered("z", 1) if k == 1 else f"{lowered('z', 1)} to {lowered('z', k)}"
+    redrawn = lowered("z", 1) + {1: "", 2: f", {lowered('z', 2)}"}.get(k, f" to {lowered('z', k)}")
     return f"k = {k}", f"{redrawn} redrawn"

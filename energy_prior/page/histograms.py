@@ -75,7 +75,7 @@ def _histogram(
         if not count:
             continue
         what = f"score {_span(edges, bar)}: {_images(count)}"
-        left, right, top = axes.x(edges[bar]), axes.x(edges[bar + 1]), axes.y(count)
+        left, right, top = axes.x(edges[bar]), axes.x(edges[bar + 1]), min(axes.y(count), axes.bottom - 1.5)
         current, opened = (' aria-current="true"', " open") if bar == last else ("", "")
         bars.append(
             f'<a href="#{key}-{bar}" data-item="bar" data-count="{count}" aria-label="{what} of {label}"{current}>'
