@@ -190,7 +190,8 @@ def _chains(
 ) -> tuple[str, list[str], str]:
     """Chains from their start to their end."""
     every = math.ceil(settings.steps / _MOST_POINTS)
-    run = prior.trajectory(n, every=every, rng=_stream(seed), **{**chain, "steps": settings.steps})
+    options: dict[str, Any] = {**chain, "steps": settings.steps}
+    run = prior.trajectory(n, every=every, rng=_stream(seed), **options)
     shown = torch.linspace(0, len(run.steps) - 1, frames).round().long().unique()
     images = prior.decode([z[shown].flatten(0, 1) for z in run.latents], rng=_stream(seed)).unflatten(0, (len(shown), n))
     text = [
