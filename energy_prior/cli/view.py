@@ -38,6 +38,7 @@ _MOST_VALUES = 2**21  # of the images but for those behind bars; a byte each, a 
 _CHAINS, _FRAMES, _MOST_POINTS = 3, 9, 200
 _HELD, _DRAWS, _MOST_ROWS = 4, 4, 12
 _QUANTILE = 0.95
+_SAME_START = "eager"  # the backend whose chains begin at the generator's own draw of the same seed
 _BATCH = 256
 
 
@@ -109,7 +110,8 @@ def write_page(
         number: samples of each prior, 1 … 256.
         method: the score, as for `JointEBMPrior.anomaly_score`.
         seed: of the draws, ≥ 0: the samples are those of `prior.sample(number, rng=torch.Generator().manual_seed(seed))`.
-        **chain: options of the chains, as in `JointEBMPrior.sample`; `steps` ≥ 1.
+        **chain: options of the chains, as in `JointEBMPrior.sample`; `steps` ≥ 1, and `backend` is "eager" unless given: its
+            chains begin at the generator's own draws of the same seed.
 
     Returns:
         "out", "bytes", "number", "images" and "other" (images with a score; None without the set), "unreadable" (of both,
@@ -124,6 +126,7 @@ def write_page(
     """
     target, seed = check_path("out", out), check_count("seed", seed, least=0)
     number = check_count("number", number)
+    chain.setdefault("backend", _SAME_START)
     settings = ChainSettings.of(chain)
     check_count("steps", settings.steps)
     require_extra("PIL.Image", "examples")
@@ -151,11 +154,13 @@ def write_page(
         "Gaussian prior": prior.sample(number, prior="generator", rng=_stream(seed)),
         "Joint prior": prior.sample(number, rng=_stream(seed), **chain),
     }
+    begun = ": the chain of a sample of the joint prior began at the sample of the Gaussian prior at the same place"
+    begun = begun if settings.backend == _SAME_START else ""
     sections["samples"] = (
         "Samples under both priors",
         [
-            f"{number} samples of each prior from the same random numbers: the chain that gave a sample of the joint prior "
-            "began at the noise of the one at the same place under the Gaussian prior. Choose an image to see the two large."
+            f"{number} samples of each prior from the same seed{begun}. Choose an image to see it large, with the one of the other "
+            "prior at its place."
         ],
         sample_views(sides, size),
     )
@@ -200,9 +205,10 @@ def _chains(
     ]
     before: list[tuple[Tensor, Tensor] | None] = [None] * n
     if settings.waymarks and have_waymarks(prior.energies):
-        latents = prior.sample_latents(n, prior="generator", rng=_stream(seed))
-        start = prior.decode(latents, rng=_stream(seed)).cpu()
-        before = list(zip(start, prior.negative_energy(latents).detach().cpu(), strict=True))
+        if settings.backend == _SAME_START:
+            latents = prior.sample_latents(n, prior="generator", rng=_stream(seed))
+            start = prior.decode(latents, rng=_stream(seed)).cpu()
+            before = list(zip(start, prior.negative_energy(latents).detach().cpu(), strict=True))
         text.append(
             f"These energies have waymarks: from the draw of the Gaussian prior a chain crosses {settings.waymarks} of them "
             "before its step 0."

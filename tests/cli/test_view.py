@@ -120,6 +120,7 @@ def test_the_page_of_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         prior.sample(5, rng=stream(3), steps=6),
     ]
     torch.testing.assert_close(torch.stack(shown[:10]), eight_bit(torch.cat(samples)), rtol=0, atol=0)
+    assert torch.equal(prior.sample(5, rng=stream(3), steps=0), samples[0]), "both begin alike"
 
     chains = prior.trajectory(3, every=1, rng=stream(3), steps=6)
     points = found.of("rect", **{"class": "hit"})
