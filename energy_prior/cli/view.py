@@ -159,8 +159,8 @@ def write_page(
     sections["samples"] = (
         "Samples under both priors",
         [
-            f"{number} samples of each prior from the same seed{begun}. Choose an image to see it large, with the one of the other "
-            "prior at its place."
+            f"{number} samples of each prior from the same seed{begun}. Choose an image to see it large, with the one of the "
+            "other prior at its place."
         ],
         sample_views(sides, size),
     )
