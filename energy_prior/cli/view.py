@@ -35,7 +35,7 @@ from energy_prior.protocol import find_infer, have_waymarks
 
 _MOST_SAMPLES = 256
 _MOST_VALUES = 2**21  # of the images but for those behind bars; a byte each, a third more as text
-_CHAINS, _FRAMES, _MOST_POINTS = 3, 9, 200
+_CHAINS, _FRAMES, _MOST_POINTS = 3, 7, 200
 _HELD, _DRAWS, _MOST_ROWS = 4, 4, 12
 _QUANTILE = 0.95
 _SAME_START = "eager"  # the backend whose chains begin at the generator's own draw of the same seed

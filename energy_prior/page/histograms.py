@@ -107,7 +107,7 @@ def _histogram(
 def _shown(scored: ScoredSet, i: int, size: tuple[int, int]) -> str:
     """An image behind a bar, with its score and its name."""
     name = scored.names[i]
-    short = escaped(re.split(r"[/\\]", name)[-1])
+    short = escaped(re.split(r"[/\\]", name)[-1].rpartition(", ")[2])  # of a table the row
     caption = f'<figcaption>{number(float(scored.scores[i]))}<span title="{escaped(name)}">{short}</span></figcaption>'
     return f"<figure>{picture(scored.images[i], name, size)}{caption}</figure>"
 

@@ -105,8 +105,10 @@ def picture(x: Tensor, alt: str, size: tuple[int, int]) -> str:
 
 def number(value: float) -> str:
     """Short, with a minus sign that is one."""
-    text = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return "0" if float(text) == 0 else text.replace("-", "−", 1)
+    if abs(value) >= 1e6:
+        return f"{value:.2e}".replace("-", "−")
+    text = f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
+    return "0" if text in ("0", "-0") else text.replace("-", "−")
 
 
 def lowered(letter: str, index: int) -> str:
