@@ -126,8 +126,8 @@ def write_page(
     """
     target, seed = check_path("out", out), check_count("seed", seed, least=0)
     number = check_count("number", number)
-    chain.setdefault("backend", _SAME_START)
-    settings = ChainSettings.of(chain)
+    options: Any = {"backend": _SAME_START, **chain}
+    settings = ChainSettings.of(options)
     check_count("steps", settings.steps)
     require_extra("PIL.Image", "examples")
     _check(prior, target, number)
@@ -152,7 +152,7 @@ def write_page(
     size = thumbnail_size(count, prior.x_shape, _MOST_VALUES)
     sides = {
         "Gaussian prior": prior.sample(number, prior="generator", rng=_stream(seed)),
-        "Joint prior": prior.sample(number, rng=_stream(seed), **chain),
+        "Joint prior": prior.sample(number, rng=_stream(seed), **options),
     }
     begun = ": the chain of a sample of the joint prior began at the sample of the Gaussian prior at the same place"
     begun = begun if settings.backend == _SAME_START else ""
@@ -165,9 +165,9 @@ def write_page(
         sample_views(sides, size),
     )
     bar.update()
-    sections["chains"] = _chains(prior, chains, frames, seed, settings, chain, size)
+    sections["chains"] = _chains(prior, chains, frames, seed, settings, options, size)
     bar.update()
-    sections["held"] = _held(prior, sets[0] if sets else None, held, ks, seed, chain, size)
+    sections["held"] = _held(prior, sets[0] if sets else None, held, ks, seed, options, size)
     bar.update()
     bar.close()
     sections["scores"] = _scores(prior, scored, report)
