@@ -304,7 +304,7 @@ def test_a_page_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 def test_in_a_browser(tmp_path: Path) -> None:
     """By mouse and keyboard, on a wide and a narrow window, and without scripts; nothing is asked of the network."""
     out = tmp_path / "a.html"
-    write_page(small(), out, data=images(60), other=images(50), number=4, steps=20)
+    write_page(small(), out, data=images(60), other=images(50), number=4, steps=18)
     with opened(tmp_path / "profile") as page:
         for width in (1200, 360):
             page.show(out, width=width)
@@ -319,13 +319,13 @@ def test_in_a_browser(tmp_path: Path) -> None:
         assert page.run("document.querySelectorAll('.pair img').length") == 2
 
         said = "document.querySelector('.said').textContent"
-        assert page.run(said).startswith("Step 20: Σ f = ")
+        assert page.run(said).startswith("Step 18: Σ f = ")
         page.run("document.querySelector('[data-item=frame]').focus()")
         assert page.run(said).startswith("Step 0: Σ f = ")
         page.press("ArrowRight")
         page.press("Enter")
         page.run("document.activeElement.blur()")
-        assert page.run(said).startswith("Step 2: Σ f = ")
+        assert page.run(said).startswith("Step 3: Σ f = ")
         moved = "document.querySelector('.mark').getAttribute('transform')"
         before = page.run(moved)
         page.run("document.querySelector('rect[data-step=\"7\"]').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
