@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "draw",
+    "eight_bit",
     "first_line",
     "normal_like",
     "not_none",
@@ -66,6 +67,12 @@ def resized(h: Tensor, size: tuple[int, int]) -> Tensor:
     if h.shape[2] <= size[0] and h.shape[3] <= size[1]:
         return F.interpolate(h, size=size, mode="nearest")
     return F.adaptive_avg_pool2d(h, size)
+
+
+def eight_bit(x: Tensor) -> Tensor:
+    """Images in [0, 1] as 8-bit numbers, (n, height, width) of grey ones and (n, height, width, 3) of others, on the CPU."""
+    values = (x.clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+    return values[:, 0] if x.shape[1] == 1 else values.movedim(1, 3).contiguous()
 
 
 def draw(q: Normal) -> tuple[Tensor, Tensor]:

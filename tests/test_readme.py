@@ -40,7 +40,7 @@ BLOCKS = {
     ("docs/sampling.md", "python"): 1,
     ("docs/threads.md", "python"): 1,
     ("docs/training.md", "python"): 3,
-    ("docs/training.md", "shell"): 4,
+    ("docs/training.md", "shell"): 5,
 }
 """How many blocks of code there are; the tests below run them all, and `benchmarks/docs.py` counts whether they do."""
 
@@ -255,10 +255,12 @@ def test_training_from_the_command_line(digits: Path, tmp_path: Path, record_pro
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     few = "iterations=5 --set fit.0.batch_size=64 --set elbo.iterations=5 --set data.validation=100"
     short = {"path/to/mnist": str(digits), "iterations=500": few, "-n 1000": "-n 20"}
+    short["view.html"] = "view.html --limit 50 -n 4"
     printed = run_shell(blocks("docs/training.md", "shell")[1:], tmp_path, record_property, short)
     assert len(list((tmp_path / "samples").glob("*.png"))) == 20
     assert "60 images a side, 3 draws" in printed
     assert (tmp_path / "report" / "samples.png").exists()
+    assert "the page is in view.html" in printed
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The command line: `energy-prior demo`, `train`, `sample`, `score`, `evaluate`, `check` and `info`."""
+"""The command line: `energy-prior demo`, `train`, `sample`, `view`, `score`, `evaluate`, `check` and `info`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from energy_prior import __version__
-from energy_prior.cli import check, demo, evaluate, info, sample, score, train
+from energy_prior.cli import check, demo, evaluate, info, sample, score, train, view
 from energy_prior.errors import EnergyPriorError
 
 INTERRUPTED = 130
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="energy-prior", description="Joint latent-space energy-based priors.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, train, sample, score, evaluate, check, info):
+    for command in (demo, train, sample, view, score, evaluate, check, info):
         command.add_command(commands)
     return parser
 

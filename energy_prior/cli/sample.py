@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from energy_prior import plots
+from energy_prior._util import eight_bit
 from energy_prior.checkpoint import digest, fingerprint
 from energy_prior.checks.settings import check_count, check_device, check_path, require_extra
 from energy_prior.cli.options import add_run, numbers_of
@@ -98,7 +98,7 @@ def write_samples(
             continue
         rng = torch.Generator().manual_seed(seed * 1_000_003 + first)
         x = prior.sample(batch_size, prior=which, rng=rng, **chain)
-        for file, pixels in zip(files, _pixels(x), strict=False):
+        for file, pixels in zip(files, eight_bit(x), strict=False):
             temporary = file.with_suffix(".tmp")
             try:
                 image.fromarray(pixels.numpy()).save(temporary, "png")
@@ -126,12 +126,6 @@ def _claim(folder: Path, known: dict[str, Any]) -> None:
             f"out: {os.fspath(folder)!r} holds images of another prior or other settings ({_NOTE} says which). Use another "
             "folder, or empty this one."
         )
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """Images as 8-bit numbers, (n, height, width) of grey ones and (n, height, width, 3) of others, on the CPU."""
-    values = (x.clamp(0, 1) * 255).round().to("cpu", torch.uint8)
-    return values[:, 0] if x.shape[1] == 1 else values.movedim(1, 3).contiguous()
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["add_command", "score_images"]
+__all__ = ["UNREADABLE", "add_command", "score_images", "score_rows"]
 
 import argparse
 import csv
@@ -119,7 +119,7 @@ def score_images(
         x = data.images[first : first + batch_size].to(prior.device, prior.dtype)
         names = data.names[first : first + batch_size]
         rng = torch.Generator().manual_seed(seed * 1_000_003 + first)
-        done.add(_scored(prior, x, names, method, rng))
+        done.add(score_rows(prior, x, names, method, rng))
     rows = [*done.rows, *({"name": name, "error": why} for name, why in data.left_out.items())]
     for row in rows:
         score = row.get("score")
@@ -137,7 +137,9 @@ def score_images(
     }
 
 
-def _scored(prior: JointEBMPrior, x: Tensor, names: Sequence[str], method: str, rng: torch.Generator) -> list[dict[str, Any]]:
+def score_rows(
+    prior: JointEBMPrior, x: Tensor, names: Sequence[str], method: str, rng: torch.Generator
+) -> list[dict[str, Any]]:
     """Rows of a batch; where it has no finite score, of its images one by one."""
     try:
         if method == "tails":
@@ -148,7 +150,7 @@ def _scored(prior: JointEBMPrior, x: Tensor, names: Sequence[str], method: str, 
     except DivergenceError as error:
         if len(x) == 1:
             return [{"name": names[0], "error": str(error)}]
-        return [row for i, name in enumerate(names) for row in _scored(prior, x[i : i + 1], [name], method, rng)]
+        return [row for i, name in enumerate(names) for row in score_rows(prior, x[i : i + 1], [name], method, rng)]
     values = {name: column.tolist() for name, column in columns.items()}
     return [{"name": n, "error": ""} | {key: column[i] for key, column in values.items()} for i, n in enumerate(names)]
 

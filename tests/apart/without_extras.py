@@ -21,6 +21,7 @@ import energy_prior as ep
 from energy_prior import evaluate, plots
 from energy_prior.cli.main import main
 from energy_prior.cli.sample import write_samples
+from energy_prior.cli.view import write_page
 from energy_prior.data import load_images
 
 QUIET: dict[str, Any] = {"iterations": 5, "batch_size": 16, "progress": False}
@@ -98,6 +99,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
         (lambda folder: plots.image_panels(folder / "a.png", {"x": torch.rand(4, 1, 8, 8)}), "examples"),
         (lambda folder: load_images("ylecun/mnist"), "examples"),
         (lambda folder: write_samples(prior_of_images(), 2, folder / "samples"), "examples"),
+        (lambda folder: write_page(prior_of_images(), folder / "view.html"), "examples"),
         (lambda folder: prior_of_images().fit(torch.rand(32, 1, 8, 8), run_dir=folder, tensorboard=True, **QUIET), "train"),
     ],
 )
