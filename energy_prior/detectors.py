@@ -108,7 +108,7 @@ class OutlierDetector(_base.OutlierMixin, _base.BaseEstimator):
         return self
 
     def score_samples(self, X: Any) -> np.ndarray:
-        """−anomaly score, (n,), float64: the lower, the more abnormal.
+        """−anomaly score, (n,), nats, float64: the lower, the more abnormal.
 
         Args:
             X: observations, (n, features).
@@ -118,7 +118,7 @@ class OutlierDetector(_base.OutlierMixin, _base.BaseEstimator):
         return self._scores(self._shaped(_tensor(X), self.prior_))
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """`score_samples` − `offset_`, (n,): negative for outliers.
+        """`score_samples` − `offset_`, (n,), nats: negative for outliers.
 
         Args:
             X: observations, (n, features).
@@ -126,7 +126,7 @@ class OutlierDetector(_base.OutlierMixin, _base.BaseEstimator):
         return self.score_samples(X) - self.offset_
 
     def predict(self, X: Any) -> np.ndarray:
-        """−1 for outliers, +1 for inliers, (n,).
+        """−1 for outliers, +1 for inliers, (n,), whole numbers.
 
         Args:
             X: observations, (n, features).
@@ -220,7 +220,7 @@ class OODDetector:
         return self
 
     def predict(self, x: Tensor) -> Tensor:
-        """The anomaly score, (batch,); higher = more out of distribution.
+        """The anomaly score, (batch,), nats; higher = more out of distribution.
 
         Args:
             x: observations, (batch, *x_shape), on any device.
@@ -242,7 +242,11 @@ class OODDetector:
         return self.prior.device
 
     def to(self, device: str | torch.device) -> Self:
-        """Moves the prior."""
+        """Moves the prior.
+
+        Args:
+            device: where to.
+        """
         self.prior.to(device)
         return self
 
@@ -251,6 +255,10 @@ class OODDetector:
         return {"method": self.method}
 
     def set_hyperparameters(self, *, method: str) -> Self:
-        """Sets the score's name."""
+        """Sets the score's name.
+
+        Args:
+            method: as in `JointEBMPrior.anomaly_score`.
+        """
         self.method = method
         return self

@@ -131,7 +131,7 @@ class VDVAEAdapter(Adapter):
 
         Args:
             state: the state above the layer.
-            activations: the encoder's, by resolution.
+            activations: resolution -> the encoder's features, (batch, channels, height, width).
             layer: i, 1 … L.
         """
         block = self._block(layer)

@@ -30,6 +30,10 @@ class LatentEnergy(Energy):
         latent_shape: shape of z without the batch.
         saturation: s of `Energy`.
 
+    Attributes:
+        shift: mean of the draws that it was set from, z_i's units, (*latent_shape), or (channels, 1, 1) of a map.
+        scale: their standard deviation, z_i's units, (*latent_shape), or (channels, 1, 1) of a map.
+
     Shape: (batch, *latent_shape) -> (batch,), nats.
     """
 
@@ -42,7 +46,11 @@ class LatentEnergy(Energy):
         self.register_buffer("scale", torch.ones(self._statistics_shape()))
 
     def forward(self, z: Tensor) -> Tensor:
-        """f(z), (batch,), nats."""
+        """f(z), (batch,), nats.
+
+        Args:
+            z: latents of the layer, (batch, *latent_shape).
+        """
         return self._bounded(self.net((z - self.shift) / self.scale).squeeze(1))
 
     def _set_from(self, posterior: Sequence[Tensor], prior: Sequence[Tensor]) -> None:

@@ -83,21 +83,36 @@ class LadderVAE(nn.Module):
         self.pixels = pixels  # after the nets: the order of a state dict
 
     def start(self, batch_size: int) -> Tensor:
-        """The state above z_L: zeros, the mean of p(z_L) = N(0, I)."""
+        """The state above z_L: zeros, the mean of p(z_L) = N(0, I), (batch, *latent_shapes[-1])."""
         return self.pixels.log_sigma.new_zeros(batch_size, *self.latent_shapes[-1])
 
     def conditional(self, state: Tensor, layer: int) -> Normal:
-        """p_β(z_i | z_{i+1}) of layer i; the state is z_{i+1}."""
+        """p_β(z_i | z_{i+1}) of layer i.
+
+        Args:
+            state: latents z_{i+1}, (batch, *latent_shapes[layer]); above z_L that of `start`.
+            layer: i, 1 … L.
+        """
         if layer == len(self.latent_shapes):
             return plain_normal(state, torch.ones_like(state))
         return self._normal(self.prior[layer - 1](state))
 
     def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
-        """The state below z_i: z_i itself."""
+        """The state below z_i: z_i itself, (batch, *latent_shapes[layer - 1]).
+
+        Args:
+            state: latents z_{i+1}, (batch, *latent_shapes[layer]); not read.
+            z: z_i, (batch, *latent_shapes[layer - 1]).
+            layer: i, 1 … L.
+        """
         return z
 
     def likelihood(self, state: Tensor) -> Distribution:
-        """p_β0(x | z_1); the decoder runs here, so a pass that needs no image never pays for it."""
+        """p_β0(x | z_1); the decoder runs here, so a pass that needs no image never pays for it.
+
+        Args:
+            state: latents z_1, (batch, *latent_shapes[0]).
+        """
         return self.pixels(self.decoder(state))
 
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:

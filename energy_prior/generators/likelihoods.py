@@ -103,10 +103,11 @@ class DiscretizedLogisticMixture(Distribution):
     log space, so that log P stays finite however far x is from every component.
 
     Args:
-        logits: unnormalised log π_m, (batch, M, height, width).
+        logits: unnormalised log π_m, (batch, M, height, width), nats.
         loc: μ, in the data's units, (batch, M, C, height, width).
-        log_scale: log s, of the same shape.
-        coefficients: c_1, c_2, c_3, of the same shape with C = 3; None: channels do not depend on each other.
+        log_scale: log s, s in the data's units, (batch, M, C, height, width).
+        coefficients: c_1, c_2, c_3, (batch, M, 3, height, width), no unit, where C = 3; None: channels do not depend on each
+            other.
         levels: number of grid values, at least 2 (256 for 8-bit images).
         low: the lowest grid value.
         high: the highest grid value.
@@ -168,7 +169,7 @@ class DiscretizedLogisticMixture(Distribution):
         log s is kept above −7, c is the tanh of its channels, and x is in [−1, 1].
 
         Args:
-            parameters: (batch, 10·M, height, width), or (batch, 3·M, height, width) for one colour.
+            parameters: features of the last layer, (batch, 10·M, height, width), or (batch, 3·M, height, width) for one colour.
             colours: 3 or 1.
             levels: number of grid values, at least 2.
             bottom: value below which x counts as the lowest level; None: half a bin above −1.
@@ -196,12 +197,19 @@ class DiscretizedLogisticMixture(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """Σ_m π_m μ_m, the locations of each component in turn clamped to the range: not the mean of the clipped tails."""
+        """Σ_m π_m μ_m, (batch, C, height, width), in the data's units.
+
+        The locations of each component are in turn clamped to the range: it is not the mean of the clipped tails.
+        """
         components = self._channel_by_channel(lambda loc, scale: loc.clamp(self.low, self.high))
         return (self.logits.softmax(1).unsqueeze(2) * components).sum(1)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log P(x), (batch,), nats, for x of shape (batch, C, height, width)."""
+        """log P(x), (batch,), nats.
+
+        Args:
+            value: observations x, (batch, C, height, width).
+        """
         x = value.unsqueeze(1)
         loc = self.loc
         if self.coefficients is not None:
@@ -213,7 +221,11 @@ class DiscretizedLogisticMixture(Distribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """A draw, on the grid, (*sample_shape, batch, C, height, width)."""
+        """Draws of observations, on the grid, (*sample_shape, batch, C, height, width).
+
+        Args:
+            sample_shape: of draws; (): one.
+        """
         if sample_shape:
             return torch.stack([self.sample(sample_shape[1:]) for _ in range(sample_shape[0])])
         gumbel = -torch.empty_like(self.logits).exponential_().log()
@@ -320,7 +332,11 @@ class PixelLikelihood(nn.Module):
         return f"{self.name}, x_range={self.x_range}, levels={self.levels}, mixtures={self.mixtures}"
 
     def forward(self, parameters: Tensor) -> Distribution:
-        """The distribution, batch_shape (batch,), event_shape `x_shape`, in the dtype of the weights (autocast or not)."""
+        """The distribution, batch_shape (batch,), event_shape `x_shape`, in the dtype of the weights (autocast or not).
+
+        Args:
+            parameters: features of the decoder's last layer, (batch, channels, *x_shape[1:]).
+        """
         parameters = parameters.to(self.log_sigma.dtype)
         low, high = self.x_range
         if self.name == "mixture":

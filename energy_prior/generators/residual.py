@@ -128,16 +128,26 @@ class ResidualVAE(nn.Module):
         return f"prior_temperature={self.prior_temperature}"
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles its towers in place, as `nn.Module.compile` does (for training; chains have a `backend` of their own)."""
+        """Compiles its towers in place, as `nn.Module.compile` does (for training; chains have a `backend` of their own).
+
+        Args:
+            *args: handed on to `nn.Module.compile`.
+            **kwargs: handed on to it too.
+        """
         for part in (self.stem, *self.shrink, *self.side, *self.cells, *self.grow):
             part.compile(*args, **kwargs)
 
     def start(self, batch_size: int) -> Tensor:
-        """The learned features above z_L."""
+        """The learned features above z_L, (batch, channels, height, width)."""
         return self.top.expand(batch_size, -1, -1, -1).contiguous(memory_format=torch.channels_last)
 
     def conditional(self, state: Tensor, layer: int) -> Normal:
-        """p_β(z_i | z_{>i}) of layer i from the features above it; N(0, t²) for z_L."""
+        """p_β(z_i | z_{>i}) of layer i; N(0, t²) for z_L.
+
+        Args:
+            state: features above the layer, (batch, channels, height, width).
+            layer: i, 1 … L.
+        """
         if layer == len(self.latent_shapes):
             zero = self.top.new_zeros(len(state), *self.latent_shapes[-1])
             return plain_normal(zero, torch.full_like(zero, self.prior_temperature))
@@ -145,12 +155,25 @@ class ResidualVAE(nn.Module):
         return plain_normal(loc, self.prior_temperature * _scale(raw))
 
     def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
-        """Adds z_i to the features, and goes through the cells on to the next layer."""
+        """Adds z_i to the features, and goes through the cells on to the next layer.
+
+        Args:
+            state: features above the layer, (batch, channels, height, width).
+            z: z_i, (batch, *latent_shapes[layer - 1]).
+            layer: i, 1 … L.
+
+        Returns:
+            Features below the layer, (batch, channels, height, width), with the size of the layer below.
+        """
         index = self._index(layer)
         return self._through(self.cells[index], state + self.enter[index](z))
 
     def likelihood(self, state: Tensor) -> Distribution:
-        """p_β0(x | z); the image tower runs here, so a pass that needs no image never pays for it."""
+        """p_β0(x | z); the image tower runs here, so a pass that needs no image never pays for it.
+
+        Args:
+            state: features below z_1, (batch, channels, height, width).
+        """
         features = state
         for part in self.grow:
             features = self._through(part, features)

@@ -29,15 +29,27 @@ class NoiseSource(Protocol):
     """Random numbers of a chain by step. Step 0 draws its ancestral start, steps 1, 2, … its moves."""
 
     def normal(self, step: int) -> tuple[Tensor, ...]:
-        """Standard normal noise, one tensor (batch, *shape) per free layer, in ascending order of layer."""
+        """Noise of N(0, 1), one tensor (batch, *shape) per free layer, in ascending order of layer.
+
+        Args:
+            step: number of the step, ≥ 0.
+        """
         ...
 
     def uniform(self, step: int) -> Tensor:
-        """Uniform numbers in [0, 1) for the accept test of this step, (batch,)."""
+        """Uniform numbers in [0, 1) for the accept test of a step, (batch,).
+
+        Args:
+            step: number of the step, ≥ 1.
+        """
         ...
 
     def rows(self, rows: slice) -> NoiseSource:
-        """The random numbers of some chains of the batch, where it is run in parts; its steps are asked for from 1 on."""
+        """The random numbers of some chains of the batch, where it is run in parts; its steps are asked for from 1 on.
+
+        Args:
+            rows: which chains.
+        """
         ...
 
 
@@ -46,7 +58,7 @@ class RandomNoise:
 
     Args:
         shapes: shape (batch, *shape) of each free layer, ascending.
-        reference: a tensor with the dtype and device that the noise is to have.
+        reference: a tensor of any shape, (…), and any unit, whose dtype and device the noise gets.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], reference: Tensor) -> None:
@@ -191,8 +203,9 @@ class InjectedNoise:
     """Random numbers given beforehand: with them a chain does not depend on the rest of its batch, nor on chunking.
 
     Args:
-        normals: one tensor (steps + 1, batch, *shape) per free layer, ascending; row 0 is the ancestral start.
-        uniforms: (steps + 1, batch) in [0, 1), needed only with Metropolis adjustment; row 0 is not read.
+        normals: noise of N(0, 1), one tensor (steps + 1, batch, *shape) per free layer, ascending; row 0 is the ancestral
+            start.
+        uniforms: in [0, 1), (steps + 1, batch), needed only with Metropolis adjustment; row 0 is not read.
 
     Raises:
         ShapeError: if the tensors disagree on the number of steps or on the batch.
@@ -218,7 +231,18 @@ class InjectedNoise:
         return InjectedNoise([n[:, rows] for n in self._normals], None if self._uniforms is None else self._uniforms[:, rows])
 
     def check(self, shapes: Sequence[tuple[int, ...]], reference: Tensor, steps: int, adjust: bool) -> None:
-        """Raises `ShapeError` or `ArgumentError` if it does not fit a chain of free layers with these shapes."""
+        """Looks whether it fits a chain.
+
+        Args:
+            shapes: shape (batch, *shape) of each free layer, ascending.
+            reference: a tensor of any shape, (…), and any unit, whose dtype and device the noise has to have.
+            steps: number of steps, ≥ 0.
+            adjust: whether there are accept tests, which need `uniforms`.
+
+        Raises:
+            ShapeError: if it is for free layers of other shapes.
+            ArgumentError: if it has too few steps, lacks `uniforms`, or is of another dtype or device.
+        """
         got = [tuple(n.shape[1:]) for n in self._normals]
         if got != list(shapes):
             raise ShapeError(

@@ -99,7 +99,7 @@ def fit_energies(
 
     Args:
         model: generator and energies; its step size is where the chains' starts.
-        data: observations.
+        data: observations, (n, *x_shape), or batches of them.
         method: the learning rule; None: one that fits the energies and how far the posterior is.
         config: settings; None: the defaults.
         settings: single settings, over those in `config`.

@@ -20,7 +20,7 @@ _LARGEST_WEIGHT = 0.1
 
 
 def energy_penalty(positive: Tensor, negative: Tensor) -> Tensor:
-    """E₊[(Σ f_i)²] + E₋[(Σ f_i)²], a scalar: keeps energies, which have no absolute zero, near 0.
+    """E₊[(Σ f_i)²] + E₋[(Σ f_i)²], (), nats squared: keeps energies, which have no absolute zero, near 0.
 
     Args:
         positive: Σ_i f_i at posterior draws, (batch,), nats.

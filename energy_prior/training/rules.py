@@ -53,7 +53,7 @@ class FitHooks:
         learned: at the end, also after an error: the energies are others than before the run, so that whatever was computed
             for the old ones is void. Not called where nothing was learned yet.
         save: writes the object to a file: the last good average of a run that has diverged.
-        sample: (n, step size) -> n observations under the energies as they are, (n, *x_shape), for pictures.
+        sample: number n and step size -> observations under the energies as they are, (n, *x_shape), for pictures.
     """
 
     started: Callable[[], object]

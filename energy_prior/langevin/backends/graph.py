@@ -24,7 +24,8 @@ from energy_prior.langevin import step as reference
 from energy_prior.langevin.backends import Backend
 from energy_prior.langevin.density import JointDensity, matrix_products
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
-from energy_prior.langevin.step import Draws, End, Info, State, StepConfig, coefficients, end_at, per_chain
+from energy_prior.langevin.proposal import coefficients
+from energy_prior.langevin.step import Draws, End, Info, State, StepConfig, end_at, per_chain
 from energy_prior.recording import DEVICES, Recording, record
 from energy_prior.topdown import TopDown
 
