@@ -99,12 +99,12 @@ class Calibration(nn.Module):
 
     def __init__(self, layers: int, like: Tensor) -> None:
         super().__init__()
-        place = {"dtype": like.dtype, "device": like.device}
-        self.register_buffer("table", torch.zeros(len(TERMS), _LEVELS, **place))
-        self.register_buffer("excess", torch.ones(len(TERMS), **place))
-        self.register_buffer("scores", torch.zeros(_LEVELS, **place))
-        self.register_buffer("centre", torch.zeros(1 + layers, **place))
-        self.register_buffer("whitening", torch.zeros(1 + layers, 1 + layers, **place))
+        dtype, device = like.dtype, like.device
+        self.register_buffer("table", torch.zeros(len(TERMS), _LEVELS, dtype=dtype, device=device))
+        self.register_buffer("excess", torch.ones(len(TERMS), dtype=dtype, device=device))
+        self.register_buffer("scores", torch.zeros(_LEVELS, dtype=dtype, device=device))
+        self.register_buffer("centre", torch.zeros(1 + layers, dtype=dtype, device=device))
+        self.register_buffer("whitening", torch.zeros(1 + layers, 1 + layers, dtype=dtype, device=device))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=like.device))
 
     @property

@@ -23,7 +23,8 @@ ARRAYS = ("X", "data", "known", "unknown", "validation", "x")
 """Parameters annotated as `Any` that are tensors, or what becomes one."""
 
 DIMENSIONS = {
-    *("batch", "n", "m", "u", "k", "l", "d", "M", "C", "L", "channels", "height", "width", "…"),  # of data and models
+    *("batch", "n", "m", "u", "k", "l", "d", "M", "C", "L", "…"),
+    *("channels", "height", "width", "features"),
     *("*x_shape", "*latent_shape", "*latent_shapes", "*shape", "*sample_shape"),
     *("T", "chains", "frames", "steps", "layers", "levels"),  # of chains and tables
 }
@@ -99,14 +100,15 @@ def parse(docstring: str) -> Parsed:
     return Parsed("\n".join(text), found)
 
 
-def has_shape(said: str) -> bool:
-    """Whether there is a shape in parentheses: a tuple as Python writes it, of dimensions that are known."""
+def shapes(said: str) -> list[str]:
+    """What stands in parentheses as Python writes a tuple, of dimensions that are known."""
+    found: list[str] = []
     for inside in re.findall(r"(?<!\w)\(([^()]*)\)", said):
         parts = [part.strip() for part in inside.split(",")]
         alone = len(parts) == 1 and not parts[0].startswith("*") and parts[0] not in ("", "…")  # (n) is no tuple
         if not alone and all(part == "" or _is_dimension(part) for part in parts):
-            return True
-    return False
+            found.append(f"({inside})")
+    return found
 
 
 def _is_dimension(part: str) -> bool:
@@ -116,6 +118,8 @@ def _is_dimension(part: str) -> bool:
 
 def has_unit(said: str) -> bool:
     """Whether a unit is named, or what has the same one everywhere."""
+    for shape in shapes(said):
+        said = said.replace(shape, "")
     words = UNITS if re.search(FIGURES, said) else {**UNITS, **WORDS}
     return any(re.search(pattern, said) for pattern in words.values())
 
@@ -128,7 +132,7 @@ def is_tensor(annotation: Any, name: str = "") -> bool:
 
 def lacks(said: str) -> list[str]:
     """What the text on a tensor has not."""
-    return [what for what, found in (("shape", has_shape(said)), ("unit", has_unit(said))) if not found]
+    return [what for what, found in (("shape", shapes(said)), ("unit", has_unit(said))) if not found]
 
 
 def faults_of_call(call: Callable[..., Any], docstring: str | None, interface: str | None = None) -> list[str]:

@@ -149,12 +149,12 @@ def test_faults_of_a_class() -> None:
     ["(batch,)", "()", "(*latent_shape)", "(steps + 1, batch, *shape)", "(batch, 10·M, height, width)", "(d, 1, 1)", "(…)"],
 )
 def test_shapes(said: str) -> None:
-    assert docstrings.has_shape(f"A tensor, {said}, nats.")
+    assert docstrings.shapes(f"A tensor, {said}, nats.")
 
 
 @pytest.mark.parametrize("said", ["(batch)", "(z_1, …, z_L)", "(Cui, Wu and Han, 2023)", "f(n, m)", "batch, *shape", "(0)"])
 def test_what_is_no_shape(said: str) -> None:
-    assert not docstrings.has_shape(f"A tensor, {said}, nats.")
+    assert not docstrings.shapes(f"A tensor, {said}, nats.")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_units(said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "said", ["of latent_shapes[i - 1]", "scores of observations", "f_i of latents", "∇ by z_i", "in (0, 1)"]
+    "said", ["of latent_shapes[i - 1]", "scores of observations", "f_i of latents", "(n, features)", "∇ by z_i", "in (0, 1)"]
 )
 def test_what_is_no_unit(said: str) -> None:
     assert not docstrings.has_unit(f"A tensor, (batch,), {said}.")

@@ -58,7 +58,7 @@ class NVAEAdapter(Adapter):
 
     def __init__(self, model: nn.Module, *, prior_temperature: float = 1.0) -> None:
         super().__init__(model, _PARTS, "an AutoEncoder of NVlabs/NVAE")
-        self.prior_temperature = check_positive("prior_temperature", prior_temperature)
+        self.prior_temperature: float = check_positive("prior_temperature", prior_temperature)
         for part in self.model.modules():
             if hasattr(part, "normalize_weight"):
                 part.forward = partial(_convolve, part)
@@ -73,10 +73,10 @@ class NVAEAdapter(Adapter):
                 self._cells[-1].append(cell)
                 if cell.cell_type == "up_dec":
                     height, width = 2 * height, 2 * width
-        self.latent_shapes = tuple(shapes) or (torch.Size((channels, height, width)),)
+        self.latent_shapes: tuple[torch.Size, ...] = tuple(shapes) or (torch.Size((channels, height, width)),)
         self._border = 2 if self.model.crop_output else 0
         side = self.model.input_size - 2 * self._border
-        self.x_shape = torch.Size((self.model.stem.in_channels, side, side))
+        self.x_shape: torch.Size = torch.Size((self.model.stem.in_channels, side, side))
 
     def extra_repr(self) -> str:
         """The temperature of the prior and the bits of the observations."""

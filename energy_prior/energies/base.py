@@ -29,6 +29,7 @@ class Energy(nn.Module):
         saturation: s in nats, > 0; None: f = g.
 
     Attributes:
+        latent_shape: shape of z without the batch.
         config: the settings that a checkpoint keeps: plain values, which JSON can hold.
         bounded: whether all of f is below s, so that its size beside s tells of trouble.
         draws: how many draws `set_from` wants, posterior and prior together.
@@ -43,8 +44,9 @@ class Energy(nn.Module):
     is_set: Tensor
     config: dict[str, Any]
     net: nn.Module
-    bounded = True
-    draws = 2048
+    latent_shape: torch.Size
+    bounded: bool = True
+    draws: int = 2048
 
     def __init__(self, latent_shape: Sequence[int], saturation: float | None = None) -> None:
         super().__init__()

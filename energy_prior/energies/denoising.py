@@ -6,7 +6,7 @@ __all__ = ["LAST_LEVEL", "DenoisingEnergy", "angle", "waymark"]
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -82,8 +82,8 @@ class DenoisingEnergy(Energy):
 
     reads_noise = True
     has_waymarks = True
-    bounded = False
-    draws = 16_384
+    bounded: bool = False
+    draws: int = 16_384
 
     def __init__(
         self,
@@ -96,10 +96,10 @@ class DenoisingEnergy(Energy):
         per_unit = check_positive("saturation", saturation)
         super().__init__(shape, per_unit * math.prod(shape))
         channels, shapes = check_count("channels", channels), [check_shape("above", s) for s in above]
-        self.config = {"above": [list(s) for s in shapes], "channels": channels, "saturation": per_unit}
-        self.quadratic = Quadratic(shape)
+        self.config: dict[str, Any] = {"above": [list(s) for s in shapes], "channels": channels, "saturation": per_unit}
+        self.quadratic: Quadratic = Quadratic(shape)
         net = _MapNet if len(shape) == 3 and min(shape[1:]) > 1 else _VectorNet
-        self.net = net(shape, shapes, channels)
+        self.net: nn.Module = net(shape, shapes, channels)
         self._reads = 1 + len(shapes)
 
     def forward(self, noise: Sequence[Tensor], /, level: Tensor | None = None) -> Tensor:

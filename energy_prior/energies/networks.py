@@ -93,14 +93,14 @@ class MLPEnergy(LatentEnergy):
         super().__init__(latent_shape, saturation)
         hidden, spectral_norm = check_sizes("hidden", hidden), check_flag("spectral_norm", spectral_norm)
         make = _activation(activation)
-        self.config |= {"hidden": list(hidden), "activation": str(activation), "spectral_norm": spectral_norm}
+        self.config.update(hidden=list(hidden), activation=str(activation), spectral_norm=spectral_norm)
         layers: list[nn.Module] = [nn.Flatten()]
         width = math.prod(self.latent_shape)
         for size in hidden:
             linear = _scaled(nn.Linear(width, size))
             layers += [with_spectral_norm(linear) if spectral_norm else linear, make()]
             width = size
-        self.net = nn.Sequential(*layers, _zero_head(width))
+        self.net: nn.Module = nn.Sequential(*layers, _zero_head(width))
 
 
 class ConvEnergy(LatentEnergy):
@@ -130,7 +130,7 @@ class ConvEnergy(LatentEnergy):
         super().__init__(shape, saturation)
         channels, spectral_norm = check_sizes("channels", channels), check_flag("spectral_norm", spectral_norm)
         make = _activation(activation)
-        self.config |= {"channels": list(channels), "activation": str(activation), "spectral_norm": spectral_norm}
+        self.config.update(channels=list(channels), activation=str(activation), spectral_norm=spectral_norm)
         layers: list[nn.Module] = []
         width, h, w = self.latent_shape
         for n, size in enumerate(channels):
@@ -138,7 +138,7 @@ class ConvEnergy(LatentEnergy):
             conv = _scaled(nn.Conv2d(width, size, 3, stride, padding=1))
             layers += [with_spectral_norm(conv) if spectral_norm else conv, make()]
             width, h, w = size, -(-h // stride[0]), -(-w // stride[1])
-        self.net = nn.Sequential(*layers, nn.Flatten(), _zero_head(width * h * w))
+        self.net: nn.Module = nn.Sequential(*layers, nn.Flatten(), _zero_head(width * h * w))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _statistics_shape(self) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from torch.distributions import Distribution, Normal
 from energy_prior._util import draw, plain_normal, shown
 from energy_prior.checks.settings import check_count, check_sizes
 from energy_prior.errors import ArgumentError, ShapeError
-from energy_prior.generators.likelihoods import Likelihood, PixelLikelihood, check_x
+from energy_prior.generators.pixels import Likelihood, PixelLikelihood, check_x
 from energy_prior.process import reproducible
 from energy_prior.protocol import Inferred
 
@@ -72,14 +72,19 @@ class LadderVAE(nn.Module):
     ) -> None:
         super().__init__()
         pixels = PixelLikelihood(x_shape, likelihood, sigma=sigma, x_range=x_range, levels=levels)
-        self.x_shape, self.x_range = pixels.x_shape, pixels.x_range
-        self.latent_shapes = _latent_shapes(self.x_shape, latent_dims, nets)
+        self.x_shape: torch.Size = pixels.x_shape
+        self.x_range: tuple[float, float] = pixels.x_range
+        self.latent_shapes: tuple[torch.Size, ...] = _latent_shapes(self.x_shape, latent_dims, nets)
         hidden, depth = check_count("hidden", hidden), check_count("depth", depth)
         make = _conv_net if nets == "conv" else _mlp_net
         shapes, layers = (self.x_shape, *self.latent_shapes), len(self.latent_shapes)
-        self.inference = nn.ModuleList(make(shapes[i], _double(shapes[i + 1]), hidden, depth) for i in range(layers))
-        self.prior = nn.ModuleList(make(shapes[i + 1], _double(shapes[i]), hidden, depth) for i in range(1, layers))
-        self.decoder = make(shapes[1], torch.Size((pixels.channels, *self.x_shape[1:])), hidden, depth)
+        self.inference: nn.ModuleList = nn.ModuleList(
+            make(shapes[i], _double(shapes[i + 1]), hidden, depth) for i in range(layers)
+        )
+        self.prior: nn.ModuleList = nn.ModuleList(
+            make(shapes[i + 1], _double(shapes[i]), hidden, depth) for i in range(1, layers)
+        )
+        self.decoder: nn.Module = make(shapes[1], torch.Size((pixels.channels, *self.x_shape[1:])), hidden, depth)
         self.pixels = pixels  # after the nets: the order of a state dict
 
     def start(self, batch_size: int) -> Tensor:

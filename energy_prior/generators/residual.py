@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from energy_prior._util import draw, plain_normal
 from energy_prior.checks.settings import check_count, check_flag, check_positive, check_shape, check_sizes
 from energy_prior.errors import ArgumentError, ShapeError
-from energy_prior.generators.likelihoods import Likelihood, PixelLikelihood, check_x
+from energy_prior.generators.pixels import Likelihood, PixelLikelihood, check_x
 from energy_prior.protocol import Inferred
 from energy_prior.topdown import infer_top_down
 
@@ -85,19 +85,21 @@ class ResidualVAE(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.prior_temperature = check_positive("prior_temperature", prior_temperature)
-        self.checkpointing = check_flag("checkpointing", checkpointing)
-        self.x_shape = check_shape("x_shape", x_shape)
+        self.prior_temperature: float = check_positive("prior_temperature", prior_temperature)
+        self.checkpointing: bool = check_flag("checkpointing", checkpointing)
+        self.x_shape: torch.Size = check_shape("x_shape", x_shape)
         groups, downsample = _check_scales(self.x_shape, groups, downsample)
         latent_channels, channels = check_count("latent_channels", latent_channels), check_count("channels", channels)
         cells, tower_cells = check_count("cells", cells), check_count("tower_cells", tower_cells, least=0)
-        self.pixels = PixelLikelihood(self.x_shape, likelihood, sigma=sigma, x_range=x_range, levels=levels, mixtures=mixtures)
-        self.x_range = self.pixels.x_range
+        self.pixels: PixelLikelihood = PixelLikelihood(
+            self.x_shape, likelihood, sigma=sigma, x_range=x_range, levels=levels, mixtures=mixtures
+        )
+        self.x_range: tuple[float, float] = self.pixels.x_range
         scales = len(groups)
         sizes = [tuple(n // 2 ** (downsample + s) for n in self.x_shape[1:]) for s in range(scales)]
         widths = [channels * min(2**s, 4) for s in range(scales)]
         self._scales = tuple(s for s in range(scales) for _ in range(groups[s]))  # the scale of z_1, …, z_L
-        self.latent_shapes = tuple(torch.Size((latent_channels, *sizes[s])) for s in self._scales)
+        self.latent_shapes: tuple[torch.Size, ...] = tuple(torch.Size((latent_channels, *sizes[s])) for s in self._scales)
         depth = cells * sum(groups) + tower_cells * (downsample + 1)  # cells that one image goes through
 
         def tower(width: int, count: int = cells) -> nn.Sequential:
@@ -106,21 +108,21 @@ class ResidualVAE(nn.Module):
         def image_tower(first: nn.Module) -> nn.Sequential:
             return nn.Sequential(first, tower(channels, tower_cells))
 
-        self.stem = image_tower(nn.Conv2d(self.x_shape[0], channels, 3, padding=1))
-        self.shrink = nn.ModuleList(image_tower(_Half(channels, channels)) for _ in range(downsample))
+        self.stem: nn.Module = image_tower(nn.Conv2d(self.x_shape[0], channels, 3, padding=1))
+        self.shrink: nn.ModuleList = nn.ModuleList(image_tower(_Half(channels, channels)) for _ in range(downsample))
         order = self._scales[::-1]  # the module lists below run from z_L to z_1, as the decoder does
-        self.side = nn.ModuleList(tower(widths[s]) for s in order)
-        self.down = nn.ModuleList(_Half(widths[s], widths[s + 1]) for s in range(scales - 1))
-        self.top = nn.Parameter(torch.zeros(1, widths[-1], *sizes[-1]))
-        self.prior = nn.ModuleList(_head(widths[s], 2 * latent_channels, 1) for s in order[1:])
-        self.posterior = nn.ModuleList(_head(2 * widths[s], 2 * latent_channels, 3) for s in order)
-        self.enter = nn.ModuleList(nn.Conv2d(latent_channels, widths[s], 1) for s in order)
-        self.cells = nn.ModuleList(
+        self.side: nn.ModuleList = nn.ModuleList(tower(widths[s]) for s in order)
+        self.down: nn.ModuleList = nn.ModuleList(_Half(widths[s], widths[s + 1]) for s in range(scales - 1))
+        self.top: nn.Parameter = nn.Parameter(torch.zeros(1, widths[-1], *sizes[-1]))
+        self.prior: nn.ModuleList = nn.ModuleList(_head(widths[s], 2 * latent_channels, 1) for s in order[1:])
+        self.posterior: nn.ModuleList = nn.ModuleList(_head(2 * widths[s], 2 * latent_channels, 3) for s in order)
+        self.enter: nn.ModuleList = nn.ModuleList(nn.Conv2d(latent_channels, widths[s], 1) for s in order)
+        self.cells: nn.ModuleList = nn.ModuleList(
             tower(widths[s]) if s == below else nn.Sequential(tower(widths[s]), _Twice(widths[s], widths[below]))
             for s, below in zip(order, (*order[1:], 0), strict=True)
         )
-        self.grow = nn.ModuleList(image_tower(_Twice(channels, channels)) for _ in range(downsample))
-        self.head = _head(channels, self.pixels.channels, 3)
+        self.grow: nn.ModuleList = nn.ModuleList(image_tower(_Twice(channels, channels)) for _ in range(downsample))
+        self.head: nn.Module = _head(channels, self.pixels.channels, 3)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def extra_repr(self) -> str:

@@ -145,7 +145,7 @@ class JointDensity:
         self.topdown = topdown
         self.energies = energies
         self.space: Space = space
-        self.x = None if x is None else plain(x)
+        self.x: Tensor | None = None if x is None else plain(x)
         self._reads_noise = any(map(reads_noise, energies))
 
     @functools.cached_property

@@ -63,7 +63,7 @@ class Batches:
         world: int = 1,
         seed: int = 0,
     ) -> None:
-        self.x_shape = torch.Size(x_shape)
+        self.x_shape: torch.Size = torch.Size(x_shape)
         self.whole: Tensor | None = None
         self._data, self._generator, self._reference = data, generator, reference
         self._size, self._rank, self._world = config.batch_size or config.usual_batch, rank, world

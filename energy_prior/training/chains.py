@@ -61,9 +61,11 @@ class TrainingChains:
     """
 
     def __init__(self, model: JointModel, config: FitConfig, reference: Tensor) -> None:
-        self.model, self.config, self._device = model, config, reference.device
-        self.step_size = config.step_size or model.step_size
-        self.posterior_step_size = model.step_size
+        self.model = model
+        self.config = config
+        self._device = reference.device
+        self.step_size: float = config.step_size or model.step_size
+        self.posterior_step_size: float = model.step_size
         self.backend: str | None = None
         self.persistent: tuple[Tensor, ...] | None = None
         self.last: ChainResult | None = None

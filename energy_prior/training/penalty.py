@@ -61,7 +61,7 @@ class PenaltyWeight:
     def __init__(self, least: float, size: float, reference: Tensor) -> None:
         self._least, self._limit = least, _GAP_LIMIT * size
         self._gap = reference.new_zeros(())
-        self.value = torch.full_like(self._gap, least)
+        self.value: Tensor = torch.full_like(self._gap, least)
 
     def update(self, gap: Tensor) -> None:
         """Takes the gap of one more update into account, a scalar, nats."""

@@ -39,7 +39,8 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], engine: Engine, identity: dict[str, Any]) -> None:
-        self.path, self._engine = check_path("run_dir", path), engine
+        self.path: Path = check_path("run_dir", path)
+        self._engine = engine
         self._identity = json.loads(json.dumps(identity | {"processes": engine.world}))
         if self.path.exists() and not self.path.is_dir():
             raise ArgumentError(f"run_dir: expected a folder, but {str(self.path)!r} is a file.")

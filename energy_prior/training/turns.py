@@ -45,7 +45,7 @@ class Turns:
         with exclusive():  # a stream is made with the help of torch's global one
             self._stream = RandomStream(None if rng is None else seed_from(rng), device)
             with self._stream.active():
-                self.seed = engine.objects(int(torch.randint(2**62, (), device="cpu")))[0]
+                self.seed: int = engine.objects(int(torch.randint(2**62, (), device="cpu")))[0]
                 seeds = torch.randint(2**62, (engine.world,), device="cpu").tolist() if engine.world > 1 else []
             if engine.world > 1:
                 self._stream = RandomStream(engine.objects(seeds)[0][engine.rank], device)

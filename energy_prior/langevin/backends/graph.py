@@ -43,8 +43,8 @@ class Graph(Backend):
     is replaced or one of their plain attributes changes.
     """
 
-    name = "graph"
-    fallback = "compiled"
+    name: str = "graph"
+    fallback: str | None = "compiled"
 
     def init(
         self, density: JointDensity, config: StepConfig, position: Sequence[Tensor], step_size: float | Tensor
