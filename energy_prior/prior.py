@@ -6,7 +6,7 @@ __all__ = ["JointEBMPrior"]
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -876,7 +876,7 @@ class JointEBMPrior(nn.Module):
     # --------------------------------------------------------------------------------------------------------- once per call
 
     @contextlib.contextmanager
-    def _computing(self, rng: torch.Generator | None) -> Iterator[JointModel]:
+    def _computing(self, rng: torch.Generator | None) -> Generator[JointModel]:
         """Where a public call computes: alone, without gradients, in evaluation mode and full precision, with `rng`."""
         here = self.device
         with (

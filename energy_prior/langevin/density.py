@@ -7,7 +7,7 @@ __all__ = ["Evaluation", "JointDensity", "Precision", "Target", "matrix_products
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -106,7 +106,7 @@ class Evaluation(NamedTuple):
 
 
 @contextlib.contextmanager
-def matrix_products(precision: Precision) -> Iterator[None]:
+def matrix_products(precision: Precision) -> Generator[None]:
     """Inside, CUDA computes matrix products and convolutions in TF32 if `precision` is "tf32"; restored on exit."""
     if precision != "tf32":
         yield

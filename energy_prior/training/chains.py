@@ -6,7 +6,7 @@ __all__ = ["LONGEST_DRIFT", "TrainingChains", "tuned_step_size"]
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -208,7 +208,7 @@ def tuned_step_size(model: JointModel, start: float, config: FitConfig, device: 
 
 
 @contextlib.contextmanager
-def _fixed(model: JointModel, device: torch.device) -> Iterator[None]:
+def _fixed(model: JointModel, device: torch.device) -> Generator[None]:
     """Inside, nothing of the model learns, and it computes in full precision: draws leave mixed precision."""
     with full_precision(device), torch.no_grad(), frozen(model.generator, *model.energies):
         yield
