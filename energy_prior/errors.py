@@ -113,7 +113,7 @@ def called_from() -> Origin:
     known = origin.get()
     if known is not None:
         return known
-    frame: Any = sys._getframe(1)
+    frame: Any = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     outermost = frame
     while frame is not None:
         if frame.f_code.co_filename.startswith(_PACKAGE):

@@ -216,7 +216,7 @@ def _device_call(device: torch.device, name: str, *arguments: Any) -> Any:
 def unvalidated() -> Generator[None]:
     """No checks inside torch.distributions, which would sync with the host at every construction; restored on exit."""
     with exclusive():
-        validate = Distribution._validate_args
+        validate = Distribution._validate_args  # pyright: ignore[reportPrivateUsage]
         try:
             Distribution.set_default_validate_args(False)
             yield
@@ -257,7 +257,8 @@ def frozen(*modules: Any) -> Generator[None]:
     """`evaluating`, and no parameter takes part in autograd; all restored on exit, also after an error."""
     with exclusive():
         parts = _parts(modules)
-        parameters = [p for part in parts for p in part._parameters.values() if p is not None]
+        own = [part._parameters for part in parts]  # pyright: ignore[reportPrivateUsage]
+        parameters = [p for held in own for p in held.values() if p is not None]
         with _evaluating(parts), unvalidated(), _restored(parameters, "requires_grad"):
             for p in parameters:
                 if p.requires_grad:

@@ -176,7 +176,7 @@ def faults_of_class(kind: type) -> list[str]:
         faults += [f"{n}: there is no such parameter" for n in parsed[0].entries("Args") if n not in parameters]
     faults += _faults_of_errors(parsed[0])
     for name, member in _members(bases):
-        call = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        call: Any = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
         faults += [f"{name}: {fault}" for fault in faults_of_call(call, call.__doc__, _interface(kind, name, annotations))]
     return faults
 

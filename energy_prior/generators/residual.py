@@ -219,7 +219,7 @@ class ResidualVAE(nn.Module):
 
     def _through(self, part: nn.Module, features: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
-            return checkpoint(part, features, use_reentrant=False)  # type: ignore[no-any-return]
+            return checkpoint(part, features, use_reentrant=False)
         return part(features)
 
 

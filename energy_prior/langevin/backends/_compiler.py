@@ -28,7 +28,7 @@ _R = TypeVar("_R")
 Kind = Literal["loop", "call", "regions"]
 """What is compiled: loops of steps (`_loops`), functions as they are, or parts of the density (`_regions`)."""
 
-_internals: Any = torch._C
+_internals: Any = torch._C  # pyright: ignore[reportPrivateUsage]
 _KEPT = 64
 _caches: OrderedDict[Hashable, CompileCache] = OrderedDict()
 _failed: set[Hashable] = set()

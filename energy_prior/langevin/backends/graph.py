@@ -192,7 +192,7 @@ def _contents(density: JointDensity) -> Hashable:
         assert isinstance(module, nn.Module)  # noqa: S101 (`refusal` has seen to it)
         for part in module.modules():
             found.append(type(part))
-            for name, value in {**part._parameters, **part._buffers, **vars(part)}.items():
+            for name, value in {**part._parameters, **part._buffers, **vars(part)}.items():  # pyright: ignore[reportPrivateUsage]
                 if isinstance(value, Tensor):
                     found.append((name, value.data_ptr()))
                 elif _plain(value):
