@@ -136,11 +136,11 @@ def lacks(said: str) -> list[str]:
 
 
 def faults_of_call(call: Callable[..., Any], docstring: str | None, interface: str | None = None) -> list[str]:
-    """What the docstring of a function or method lacks; with an interface, it may leave all of that to the interface's."""
-    if not docstring and not interface:
+    """What the docstring of a function or method lacks; parameters and shapes may be those of an interface's docstring."""
+    if not docstring:
         return ["no docstring"]
     try:
-        own, said = parse(docstring or ""), parse(interface or "")
+        own, said = parse(docstring), parse(interface or "")
     except ValueError as error:
         return [str(error)]
     signature = inspect.signature(call)

@@ -130,17 +130,20 @@ class Source:
     """Implements an interface, which says the rest."""
 
     def normal(self, step: int) -> tuple[Tensor, ...]:
+        """Some."""
         return ()
 
     def uniform(self, step: int) -> Tensor: ...
 
-    def rows(self, rows: slice, other: int) -> Source: ...
+    def rows(self, rows: slice, other: int) -> Source:
+        """Fewer."""
+        return self
 
 
 def test_faults_of_a_class() -> None:
     assert faults(Pair) == ["second: no entry", "noise: what it returns: no shape", "of: no docstring"]
     assert faults(Buffers) == ["held: no entry", "more: no entry"]
-    assert faults(Source) == ["rows: other: no entry"]
+    assert faults(Source) == ["uniform: no docstring", "rows: other: no entry"]
     assert faults(type("Bare", (), {})) == ["no docstring"]
 
 

@@ -23,7 +23,7 @@ def effective_sample_size(series: Tensor) -> Tensor:
         series: d quantities of any unit along the chains, (T, chains, d), T ≥ 4.
 
     Returns:
-        That of each quantity, (d,), in steps, no unit.
+        The effective number of steps of each quantity, (d,), no unit.
 
     Raises:
         ShapeError: if the shape is another.

@@ -65,12 +65,15 @@ class RandomNoise:
         self._shapes, self._reference = shapes, reference
 
     def normal(self, step: int) -> tuple[Tensor, ...]:
+        """New noise of N(0, 1) at every call, one tensor (batch, *shape) per free layer, whatever the step."""
         return tuple(normal_like(shape, self._reference) for shape in self._shapes)
 
     def uniform(self, step: int) -> Tensor:
+        """New numbers in [0, 1) at every call, (batch,), whatever the step."""
         return torch.rand(self._shapes[0][0], dtype=self._reference.dtype, device=self._reference.device)
 
     def rows(self, rows: slice) -> RandomNoise:
+        """The same stream, for some chains of the batch."""
         return RandomNoise(_rows_of(self._shapes, rows), self._reference)
 
 
@@ -181,14 +184,17 @@ class CounterNoise:
         return Counters(self._key, self._key.new_full((), self._first_row))
 
     def normal(self, step: int) -> tuple[Tensor, ...]:
+        """Noise of N(0, 1), one tensor (batch, *shape) per free layer: of the step's number and the key, but for the start."""
         if step == 0:
             return tuple(normal_like(shape, self._reference) for shape in self._shapes)
         return counted_normal(self.counters(), self._key.new_full((), step), self._shapes)
 
     def uniform(self, step: int) -> Tensor:
+        """Numbers in [0, 1), (batch,), of the step's number and the key."""
         return counted_uniform(self.counters(), self._key.new_full((), step), self._shapes[0][0])
 
     def rows(self, rows: slice) -> CounterNoise:
+        """Those that these chains have in the whole batch."""
         own = copy.copy(self)
         own._shapes, own._first_row = _rows_of(self._shapes, rows), self._first_row + rows.indices(self._shapes[0][0])[0]
         return own
@@ -220,14 +226,21 @@ class InjectedNoise:
         self._normals, self._uniforms = tuple(normals), uniforms
 
     def normal(self, step: int) -> tuple[Tensor, ...]:
+        """Row `step` of `normals`, noise of N(0, 1), one tensor (batch, *shape) per free layer."""
         return tuple(n[step] for n in self._normals)
 
     def uniform(self, step: int) -> Tensor:
+        """Row `step` of `uniforms`, in [0, 1), (batch,).
+
+        Raises:
+            ArgumentError: if there are none.
+        """
         if self._uniforms is None:
             raise ArgumentError("noise: Metropolis adjustment needs `uniforms` as well; give InjectedNoise both.")
         return self._uniforms[step]
 
     def rows(self, rows: slice) -> InjectedNoise:
+        """The numbers of these chains."""
         return InjectedNoise([n[:, rows] for n in self._normals], None if self._uniforms is None else self._uniforms[:, rows])
 
     def check(self, shapes: Sequence[tuple[int, ...]], reference: Tensor, steps: int, adjust: bool) -> None:
