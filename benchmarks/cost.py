@@ -53,7 +53,7 @@ from energy_prior._util import not_none
 from energy_prior.adapters import NVAEAdapter, VDVAEAdapter
 from energy_prior.evaluate import effective_sample_size
 from energy_prior.langevin import ChainSettings, Target, sample_target
-from energy_prior.langevin.step import Scheme
+from energy_prior.langevin.proposal import Scheme
 from energy_prior.process import frozen
 
 GOALS: dict[tuple[str, str], float | None] = {

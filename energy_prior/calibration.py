@@ -49,9 +49,10 @@ class Explanation:
     Attributes:
         score: (batch,), nats; higher = more anomalous.
         reconstruction: surprise at how badly x is reconstructed, (batch,), nats, ≥ 0.
-        rate: at how far the posterior is from the generator's prior.
-        negative_energy: at how improbable the latents are by the energies.
-        norms: at how much there is in x that is not reconstructed, and in the latents; large where it is unusually little, too.
+        rate: surprise at how far the posterior is from the generator's prior, (batch,), nats, ≥ 0.
+        negative_energy: surprise at how improbable the latents are by the energies, (batch,), nats, ≥ 0.
+        norms: surprise at how much there is in x that is not reconstructed, and in the latents, (batch,), nats, ≥ 0; large
+            where it is unusually little, too.
     """
 
     score: Tensor
@@ -61,7 +62,7 @@ class Explanation:
     norms: Tensor
 
     def surprises(self) -> dict[str, Tensor]:
-        """Term -> its surprise, (batch,)."""
+        """Term -> its surprise, (batch,), nats."""
         return {name: getattr(self, name) for name in TERMS}
 
 
@@ -78,7 +79,15 @@ class Calibration(nn.Module):
 
     Args:
         layers: L.
-        like: a tensor of the dtype and on the device of the buffers.
+        like: a tensor of any shape, (…), and any unit, whose dtype and device the buffers get.
+
+    Attributes:
+        table: quantiles of each term at evenly spaced levels, (4, levels): nats, of the norms squared distances of no unit.
+        excess: mean excess m of each term over its 95% quantile, (4,), in the same units: nats, or no unit.
+        scores: quantiles of the score itself at these levels, (levels,), nats.
+        centre: mean of the logarithms of the norms, (L + 1,), no unit.
+        whitening: inverse root of their covariance, (L + 1, L + 1), no unit.
+        count: number of observations that it knows, (), whole number.
     """
 
     table: Tensor
@@ -90,12 +99,12 @@ class Calibration(nn.Module):
 
     def __init__(self, layers: int, like: Tensor) -> None:
         super().__init__()
-        place = {"dtype": like.dtype, "device": like.device}
-        self.register_buffer("table", torch.zeros(len(TERMS), _LEVELS, **place))
-        self.register_buffer("excess", torch.ones(len(TERMS), **place))
-        self.register_buffer("scores", torch.zeros(_LEVELS, **place))
-        self.register_buffer("centre", torch.zeros(1 + layers, **place))
-        self.register_buffer("whitening", torch.zeros(1 + layers, 1 + layers, **place))
+        dtype, device = like.dtype, like.device
+        self.register_buffer("table", torch.zeros(len(TERMS), _LEVELS, dtype=dtype, device=device))
+        self.register_buffer("excess", torch.ones(len(TERMS), dtype=dtype, device=device))
+        self.register_buffer("scores", torch.zeros(_LEVELS, dtype=dtype, device=device))
+        self.register_buffer("centre", torch.zeros(1 + layers, dtype=dtype, device=device))
+        self.register_buffer("whitening", torch.zeros(1 + layers, 1 + layers, dtype=dtype, device=device))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=like.device))
 
     @property
@@ -110,10 +119,13 @@ class Calibration(nn.Module):
         self.excess.fill_(1.0)
 
     def set_from(self, terms: PassTerms) -> None:
-        """Learns the distributions of known observations, (n, …), n ≥ 2.
+        """Learns the distributions of known observations.
 
         The distances of the norms are each from the mean and covariance of the others, by fifths of the observations: from its
         own it would be too near, and new observations would seem far.
+
+        Args:
+            terms: those of n ≥ 2 known observations.
         """
         norms = terms.norms.double()
         n = len(norms)
@@ -137,13 +149,21 @@ class Calibration(nn.Module):
         self.count.fill_(n)
 
     def explain(self, terms: PassTerms) -> Explanation:
-        """A(x) and what it is made of."""
+        """A(x) and what it is made of.
+
+        Args:
+            terms: those of the observations.
+        """
         distances = _distance(terms.norms.double(), self.centre.double(), self.whitening.double())
         surprises = _surprises(torch.stack([*_one_sided(terms), distances], dim=1), self.table, self.excess)
         return Explanation(*(t.to(self.table.dtype) for t in (_score(surprises), *surprises.unbind(1))))
 
     def threshold(self, quantile: float) -> float:
-        """A that this share of the known observations does not exceed."""
+        """A that a share of the known observations does not exceed, nats.
+
+        Args:
+            quantile: that share, in (0, 1).
+        """
         scores = self.scores.double()
         return float(_interpolated(scores.new_tensor(quantile), _levels(scores), scores))
 

@@ -7,7 +7,7 @@ __all__ = ["OODDetector", "OutlierDetector"]
 import copy
 import sys
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,11 +22,15 @@ from energy_prior.process import reproducible
 from energy_prior.scores import ANOMALY_SCORES
 from energy_prior.training import fit_elbo
 
-_base = require_extra("sklearn.base", "eval")
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator, OutlierMixin
+else:
+    _base = require_extra("sklearn.base", "eval")
+    BaseEstimator, OutlierMixin = _base.BaseEstimator, _base.OutlierMixin
 _validation = require_extra("sklearn.utils.validation", "eval")
 
 
-class OutlierDetector(_base.OutlierMixin, _base.BaseEstimator):
+class OutlierDetector(OutlierMixin, BaseEstimator):
     """A joint prior as an outlier detector of scikit-learn: numpy in and out, −1 for outliers, +1 for inliers.
 
     With a prior of your own, `fit` calibrates a copy of it on X, known observations that it was not trained on. Without one,
@@ -93,32 +97,32 @@ class OutlierDetector(_base.OutlierMixin, _base.BaseEstimator):
             ValueError: if X is no such matrix, or has too few rows.
             ArgumentError: if a setting is out of range.
         """
-        X = _validation.validate_data(self, X, dtype=np.float64, ensure_min_samples=8)
+        rows = _tensor(_validation.validate_data(self, X, dtype=np.float64, ensure_min_samples=8))
         contamination = check_share("contamination", self.contamination)
         if contamination > 0.5:
             raise ArgumentError(f"contamination: expected at most 0.5, got {contamination}.")
-        self.seed_ = int(require_extra("sklearn.utils", "eval").check_random_state(self.random_state).randint(2**31 - 1))
+        self.seed_: int = int(require_extra("sklearn.utils", "eval").check_random_state(self.random_state).randint(2**31 - 1))
         if self.prior is None:
-            prior, known = self._trained(_tensor(X), self.seed_)
+            prior, known = self._trained(rows, self.seed_)
         else:
-            prior, known = copy.deepcopy(self.prior), self._shaped(_tensor(X), self.prior)
+            prior, known = copy.deepcopy(self.prior), self._shaped(rows, self.prior)
         prior.calibrate(known, rng=torch.Generator().manual_seed(self.seed_))
-        self.prior_ = prior
-        self.offset_ = float(np.percentile(self.score_samples(X), 100 * contamination))
+        self.prior_: JointEBMPrior = prior
+        self.offset_: float = float(np.percentile(self.score_samples(X), 100 * contamination))
         return self
 
     def score_samples(self, X: Any) -> np.ndarray:
-        """−anomaly score, (n,), float64: the lower, the more abnormal.
+        """−anomaly score, (n,), nats, float64: the lower, the more abnormal.
 
         Args:
             X: observations, (n, features).
         """
         _validation.check_is_fitted(self)
-        X = _validation.validate_data(self, X, dtype=np.float64, reset=False)
-        return self._scores(self._shaped(_tensor(X), self.prior_))
+        rows = _tensor(_validation.validate_data(self, X, dtype=np.float64, reset=False))
+        return self._scores(self._shaped(rows, self.prior_))
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """`score_samples` − `offset_`, (n,): negative for outliers.
+        """`score_samples` − `offset_`, (n,), nats: negative for outliers.
 
         Args:
             X: observations, (n, features).
@@ -126,7 +130,7 @@ class OutlierDetector(_base.OutlierMixin, _base.BaseEstimator):
         return self.score_samples(X) - self.offset_
 
     def predict(self, X: Any) -> np.ndarray:
-        """−1 for outliers, +1 for inliers, (n,).
+        """−1 for outliers, +1 for inliers, (n,), whole numbers.
 
         Args:
             X: observations, (n, features).
@@ -155,13 +159,14 @@ class OutlierDetector(_base.OutlierMixin, _base.BaseEstimator):
         count = max(2, round(check_share("held_out", self.held_out) * len(x)))
         if len(x) - count < 2:
             raise ArgumentError(f"held_out: expected to leave 2 of the {len(x)} rows to train on, got {self.held_out}.")
-        self.mean_, self.scale_ = x.mean(0), x.std(0)
-        self.scale_ = torch.where(self.scale_ > 0, self.scale_, torch.ones_like(self.scale_))
+        spread = x.std(0)
+        self.mean_: Tensor = x.mean(0)
+        self.scale_: Tensor = torch.where(spread > 0, spread, torch.ones_like(spread))
         x = (x - self.mean_) / self.scale_
         low, high = float(x.min()), float(x.max())
-        spread = max(high - low, 1.0)
+        margin = max(high - low, 1.0)
         with reproducible(rng, x.device):
-            vae = LadderVAE(x.shape[1:], self.latent_dims, hidden=self.hidden, x_range=(low - spread, high + spread))
+            vae = LadderVAE(x.shape[1:], self.latent_dims, hidden=self.hidden, x_range=(low - margin, high + margin))
             prior = JointEBMPrior(vae)
         known, held = x[count:].float(), x[:count]
         shared: dict[str, Any] = {"progress": False, "rng": rng}
@@ -191,7 +196,9 @@ class OODDetector:
     hyperparameter_space: ClassVar[dict[str, list[Any]]] = {"method": ["tails", *ANOMALY_SCORES]}
 
     def __init__(self, prior: JointEBMPrior, method: str | None = None, *, max_samples: int = 10_000) -> None:
-        self.prior, self.method, self.max_samples = prior, method, check_count("max_samples", max_samples, least=2)
+        self.prior = prior
+        self.method = method
+        self.max_samples: int = check_count("max_samples", max_samples, least=2)
         if (api := sys.modules.get("pytorch_ood.api")) is not None:
             api.Detector.register(type(self))
 
@@ -220,7 +227,7 @@ class OODDetector:
         return self
 
     def predict(self, x: Tensor) -> Tensor:
-        """The anomaly score, (batch,); higher = more out of distribution.
+        """The anomaly score, (batch,), nats; higher = more out of distribution.
 
         Args:
             x: observations, (batch, *x_shape), on any device.
@@ -242,7 +249,11 @@ class OODDetector:
         return self.prior.device
 
     def to(self, device: str | torch.device) -> Self:
-        """Moves the prior."""
+        """Moves the prior.
+
+        Args:
+            device: where to.
+        """
         self.prior.to(device)
         return self
 
@@ -251,6 +262,10 @@ class OODDetector:
         return {"method": self.method}
 
     def set_hyperparameters(self, *, method: str) -> Self:
-        """Sets the score's name."""
+        """Sets the score's name.
+
+        Args:
+            method: as in `JointEBMPrior.anomaly_score`.
+        """
         self.method = method
         return self

@@ -81,6 +81,11 @@ class MissingExtraError(EnergyPriorError, ImportError):
 class DivergenceError(EnergyPriorError, ArithmeticError):
     """A density, gradient, loss or state stopped being finite.
 
+    Args:
+        message: what stopped, and what to do.
+        layer: number of the layer at fault (1 is nearest the data); None where it cannot be told apart.
+        step: Langevin step or training iteration at which it was first seen (0 is the start); None where it is of none.
+
     Attributes:
         layer: number of the layer at fault (1 is nearest the data); `None` where it cannot be told apart.
         step: Langevin step or training iteration at which it was first seen (0 is the start).
@@ -113,7 +118,7 @@ def called_from() -> Origin:
     known = origin.get()
     if known is not None:
         return known
-    frame: Any = sys._getframe(1)
+    frame: Any = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     outermost = frame
     while frame is not None:
         if frame.f_code.co_filename.startswith(_PACKAGE):

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,8 @@ class ModelCard:
             if (place / "samples.png").is_file():
                 pictures["evaluation.png"] = place / "samples.png"
         recipe = report.get("recipe", {})
-        return cls(**{"data": _source(recipe), "figures": figures, "settings": recipe, "pictures": pictures, **more})
+        known: dict[str, Any] = {"data": _source(recipe), "figures": figures, "settings": recipe, "pictures": pictures}
+        return cls(**known | more)
 
 
 def write_generator(folder: Path, generator: object) -> bool:
@@ -137,7 +138,7 @@ def read_generator(folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _talking(what: str) -> Iterator[None]:
+def _talking(what: str) -> Generator[None]:
     """What the hub, its client or the network raise inside becomes a `HubError`."""
     try:
         yield

@@ -67,8 +67,8 @@ class JointModel:
         """f_i, (batch, L), nats.
 
         Args:
-            latents: (z_1, …, z_L).
-            noise: (ε_1, …, ε_L) of them, if it is known.
+            latents: (z_1, …, z_L), z_i of shape (batch, *latent_shapes[i - 1]).
+            noise: (ε_1, …, ε_L) of them, (batch, *latent_shape) each; None: it is computed where an energy reads it.
         """
         if noise is None and any(map(reads_noise, self.energies)):
             noise = self.noise(latents)
@@ -76,23 +76,46 @@ class JointModel:
         return torch.stack([layer_energy(f, i, latents, noise).to(latents[0].dtype) for i, f in layers], dim=1)
 
     def energies_at(self, noise: Sequence[Tensor], level: Tensor) -> Tensor:
-        """f_i(ε_i, …, ε_L; t) at waymark t = `level`, (batch,), of energies that have waymarks: (batch, L), nats."""
+        """f_i(ε_i, …, ε_L; t) of energies that have waymarks, (batch, L), nats.
+
+        Args:
+            noise: (ε_1, …, ε_L), (batch, *latent_shape) each.
+            level: waymark t in [0, 1], (batch,).
+        """
         return torch.stack([f(tuple(noise[i:]), level) for i, f in enumerate(self.energies)], dim=1)
 
     def noise(self, latents: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """(ε_1, …, ε_L) of (z_1, …, z_L), by one top-down pass."""
+        """(ε_1, …, ε_L), (batch, *latent_shape) each, by one top-down pass.
+
+        Args:
+            latents: (z_1, …, z_L), z_i of shape (batch, *latent_shapes[i - 1]).
+        """
         return TopDown(self.generator, len(latents[0])).position(tuple(latents), "noise")
 
     def log_prior(self, latents: Sequence[Tensor]) -> Tensor:
-        """log p_β(z_i | z_{>i}), (batch, L), nats."""
+        """log p_β(z_i | z_{>i}), (batch, L), nats.
+
+        Args:
+            latents: (z_1, …, z_L), z_i of shape (batch, *latent_shapes[i - 1]).
+        """
         return TopDown(self.generator, len(latents[0])).descend(tuple(latents), "latent").log_priors()
 
     def target(self, n: int, held: Mapping[int, Tensor] | None = None, x: Tensor | None = None) -> Target:
-        """p(z_free | z_held) of n draws, or the posterior of n observations x."""
+        """p(z_free | z_held) of n draws, or the posterior of n observations x.
+
+        Args:
+            n: number of chains.
+            held: layer number (1 … L) -> its fixed z_i, (n, *latent_shapes[i - 1]); None: all layers are free.
+            x: observations, (n, *x_shape); None: the target is the prior.
+        """
         return Target(self.generator, list(self.energies), self.space, n, held or {}, x)
 
     def target_below(self, topdown: TopDown) -> Target:
-        """p(z_free | z_held) for the held layers of a pass down, which is not run again."""
+        """p(z_free | z_held) for the held layers of a pass down, which is not run again.
+
+        Args:
+            topdown: the pass.
+        """
         return dataclasses.replace(self.target(topdown.batch_size, topdown.held), topdown=topdown)
 
     def run(
@@ -103,7 +126,17 @@ class JointModel:
         start: Sequence[Tensor] | None = None,
         noise: NoiseSource | None = None,
     ) -> tuple[Tensor, ...]:
-        """Chains on a target; all latents at their end."""
+        """Runs chains on a target.
+
+        Args:
+            target: what to draw from.
+            settings: the chains' settings.
+            start: (z_1, …, z_L) that the chains start from, (batch, *latent_shape) each; None: ancestral draws.
+            noise: the chains' random numbers; None: torch's global stream.
+
+        Returns:
+            (z_1, …, z_L), z_i of shape (batch, *latent_shapes[i - 1]) at their end, the held layers included.
+        """
         draw = sample_target(target, settings, default_step_size=self.step_size, start=start, noise=noise)
         warn_if_stuck(draw.result)
         return draw.latents
@@ -117,7 +150,18 @@ class JointModel:
         start: Sequence[Tensor] | None = None,
         noise: NoiseSource | None = None,
     ) -> tuple[Tensor, ...]:
-        """n draws (z_1, …, z_L) of p(z_free | z_held) by Langevin, from `start`, else ancestral."""
+        """Draws of p(z_free | z_held) by Langevin.
+
+        Args:
+            n: number of draws.
+            settings: the chains' settings.
+            held: layer number (1 … L) -> its fixed z_i, (n, *latent_shapes[i - 1]); None: all layers are free.
+            start: (z_1, …, z_L) that the chains start from, (batch, *latent_shape) each; None: ancestral draws.
+            noise: the chains' random numbers; None: torch's global stream.
+
+        Returns:
+            (z_1, …, z_L), z_i of shape (n, *latent_shapes[i - 1]).
+        """
         return self.run(self.target(n, held), settings, start=start, noise=noise)
 
     def sample_posterior(
@@ -128,7 +172,18 @@ class JointModel:
         start: Sequence[Tensor] | None = None,
         noise: NoiseSource | None = None,
     ) -> tuple[Tensor, ...]:
-        """Langevin on p(z | x), from `start`, else from q_ω where there is one, else ancestral."""
+        """Draws of p(z | x) by Langevin.
+
+        Args:
+            x: observations, (batch, *x_shape).
+            settings: the chains' settings.
+            start: (z_1, …, z_L) that the chains start from, (batch, *latent_shape) each; None: a draw of q_ω, or ancestral
+                where there is no `infer`.
+            noise: the chains' random numbers; None: torch's global stream.
+
+        Returns:
+            (z_1, …, z_L), z_i of shape (batch, *latent_shapes[i - 1]).
+        """
         if start is None and find_infer(self.generator) is not None:
             start = checked_infer(self.generator, x).latents
         return self.run(self.target(len(x), x=x), settings, start=start, noise=noise)
@@ -143,13 +198,27 @@ class JointModel:
         start: Sequence[Tensor] | None = None,
         noise: NoiseSource | None = None,
     ) -> Trajectory:
-        """n chains on p(z_free | z_held) with a frame at the start and after every `every` steps."""
+        """Chains on p(z_free | z_held) with a frame at the start and after every so many steps.
+
+        Args:
+            n: number of chains.
+            every: steps between frames, ≥ 1.
+            settings: the chains' settings.
+            held: layer number (1 … L) -> its fixed z_i, (n, *latent_shapes[i - 1]); None: all layers are free.
+            start: (z_1, …, z_L) that the chains start from, (batch, *latent_shape) each; None: ancestral draws.
+            noise: the chains' random numbers; None: torch's global stream.
+        """
         target = self.target(n, held)
         draw = sample_target(target, settings, default_step_size=self.step_size, start=start, noise=noise, every=every)
         return not_none(not_none(draw.result).trajectory)
 
     def posterior_draw(self, x: Tensor, settings: ChainSettings) -> PosteriorDraw:
-        """z ~ q_ω(z | x) where the generator has `infer`, else a Langevin draw of the posterior."""
+        """z ~ q_ω(z | x) where the generator has `infer`, else a Langevin draw of the posterior.
+
+        Args:
+            x: observations, (batch, *x_shape).
+            settings: the chains' settings, for generators without `infer`.
+        """
         if find_infer(self.generator) is not None:
             inferred = checked_infer(self.generator, x)
             descent = None if inferred.conditionals is None else inferred_descent(self.generator, inferred)
@@ -157,14 +226,21 @@ class JointModel:
         return PosteriorDraw(self.sample_posterior(x, settings), None)
 
     def ancestral(self, n: int) -> tuple[Tensor, ...]:
-        """n draws (z_1, …, z_L) of the generator's own prior."""
+        """Draws of the generator's own prior.
+
+        Args:
+            n: number of draws.
+
+        Returns:
+            (z_1, …, z_L), z_i of shape (n, *latent_shapes[i - 1]).
+        """
         return ancestral(self.generator, n).latents
 
     def decode(self, latents: Sequence[Tensor], decode: Decode | None = None, max_memory: float = 2.0**30) -> Tensor:
         """Observations of (z_1, …, z_L), (batch, *x_shape), by one top-down pass.
 
         Args:
-            latents: z_i of shape (batch, *latent_shapes[i - 1]).
+            latents: (z_1, …, z_L), z_i of shape (batch, *latent_shapes[i - 1]).
             decode: the "mean" of p_β0(x | z) or a "sample" of it; None: the mean where there is one.
             max_memory: bytes that the decoder may need, > 0; batches of more than 16 that need more are decoded in parts.
 
@@ -174,11 +250,23 @@ class JointModel:
         return self._decode(latents, "latent", decode, max_memory)
 
     def decode_ancestral(self, n: int, decode: Decode | None = None, max_memory: float = 2.0**30) -> Tensor:
-        """n observations of the generator's own prior, with one pass for latents and observations."""
+        """Observations of the generator's own prior, (n, *x_shape), with one pass for latents and observations.
+
+        Args:
+            n: number of observations.
+            decode: as in `decode`.
+            max_memory: as in `decode`.
+        """
         return self._decode(ancestral_noise(TopDown(self.generator, n)), "noise", decode, max_memory)
 
     def memory_of(self, run: Callable[[int], object], *what: Hashable, like: Tensor) -> float:
-        """Bytes per row that `run(rows)`, a pass of this model without gradients, needs; `what` tells it from others."""
+        """Bytes per row that a pass of this model without gradients needs.
+
+        Args:
+            run: number of rows -> the pass on a batch of so many.
+            *what: tells the pass from others; one that is known is not run again.
+            like: latents of any shape, (batch, …), which tell the dtype and the device.
+        """
         key = what, id(self.generator), tuple(map(id, self.energies)), like.dtype, like.device
         return forward_memory(run, self.energies[0], key, like.device)
 

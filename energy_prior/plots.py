@@ -49,7 +49,7 @@ def chain_strip(path: str | os.PathLike[str], frames: Tensor, steps: Tensor, ene
     Args:
         path: file to write; its suffix sets the format (.png, .pdf, .svg, …).
         frames: decoded images in [0, 1], (chains, frames, channels, height, width).
-        steps: step number of each frame, (frames,).
+        steps: step number of each frame, (frames,), whole numbers.
         energy: Σ_i f_i(z_i) of each frame and chain, (frames, chains), nats.
     """
     file = check_path("path", path)
@@ -84,7 +84,7 @@ def latent_transitions(
         path: file to write; its suffix sets the format (.png, .pdf, .svg, …).
         posterior: posterior draws (z_1, …, z_L), each (n, d), d ≥ 2.
         chains: (z_1, …, z_L) of the chains, each (frames, m, d).
-        steps: step number of each frame, (frames,).
+        steps: step number of each frame, (frames,), whole numbers.
     """
     file = check_path("path", path)
     columns = len(steps)
@@ -116,7 +116,7 @@ def score_histograms(
 
     Args:
         path: file to write; its suffix sets the format (.png, .pdf, .svg, …).
-        scores: name -> scores of known and of unknown observations, (n,) and (m,), higher = more unknown.
+        scores: name -> scores of known and of unknown observations, (n,) and (m,), of any unit, higher = more unknown.
         known: label of the known observations.
         unknown: label of the unknown observations.
     """
@@ -149,7 +149,7 @@ def detection_curves(
 
     Args:
         path: file to write; its suffix sets the format (.png, .pdf, .svg, …).
-        scores: name -> scores of known and of unknown observations, (n,) and (m,), higher = more unknown.
+        scores: name -> scores of known and of unknown observations, (n,) and (m,), of any unit, higher = more unknown.
         known: label of the known observations.
         unknown: label of the unknown observations, the positive class.
     """

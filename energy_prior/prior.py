@@ -8,7 +8,7 @@ import contextlib
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -85,6 +85,11 @@ class JointEBMPrior(nn.Module):
             to the latent shapes, f = 0 until trained.
         space: coordinates of the chains, "noise" (ε with z = T_β(ε): unit scale at every layer) or "latent".
 
+    Attributes:
+        step_size: s of chains whose options give none, a buffer, (), in units of ε_i in noise space, of z_i in latent space.
+        x_shape: shape of an observation.
+        calibration: what `calibrate` has learned.
+
     Raises:
         GeneratorError: if the generator breaks the protocol in a way that a single pass shows, or has half-precision weights.
         ArgumentError, ShapeError: if the energies do not fit the generator, or `space` is unknown.
@@ -151,13 +156,13 @@ class JointEBMPrior(nn.Module):
         Args:
             n: number of observations.
             decode: "mean" of p_β0(x | z) or a "sample" of it; None: the mean where the likelihood has one.
-            given: layers held fixed, as in `sample_latents`.
+            given: layers held fixed, number -> z_i, (n, *latent_shape), as in `sample_latents`.
             prior: "joint", or "generator" for the generator's own, to compare with.
             rng: random number generator.
             **chain: chain options.
 
         Returns:
-            (n, *x_shape).
+            Observations, (n, *x_shape).
 
         Raises:
             ArgumentError, ShapeError: if an argument does not fit; the message says how.
@@ -188,9 +193,9 @@ class JointEBMPrior(nn.Module):
 
         Args:
             n: number of draws.
-            given: layer *number* as in the paper (1 = nearest the data, … L) -> its fixed value, (n, *latent_shape).
+            given: layer *number* as in the paper (1 = nearest the data, … L) -> its fixed z_i, (n, *latent_shape).
             prior: "joint", or "generator" for the generator's own prior (f = 0): ancestral draws, no chain.
-            start: latents (z_1, …, z_L) that the chains start from; None: ancestral draws.
+            start: latents (z_1, …, z_L) that the chains start from, (n, *latent_shape) each; None: ancestral draws.
             noise: the chain's random numbers (`energy_prior.langevin.InjectedNoise`); None: drawn from `rng`.
             rng: random number generator.
             **chain: chain options.
@@ -228,7 +233,8 @@ class JointEBMPrior(nn.Module):
             x: observations, (batch, *x_shape).
             method: "langevin": chains on the exact posterior, by default Metropolis-adjusted with step sizes that each
                 chain adapts over its first half; "infer": one draw of the generator's inference model q_ω(z | x).
-            start: latents that the chains start from; None: a draw of q_ω, or ancestral where there is no `infer`.
+            start: latents (z_1, …, z_L) that the chains start from, (batch, *latent_shape) each; None: a draw of q_ω, or
+                ancestral where there is no `infer`.
             noise: the chain's random numbers (then `start` is needed too); None: drawn from `rng`.
             rng: random number generator.
             **chain: chain options.
@@ -267,7 +273,7 @@ class JointEBMPrior(nn.Module):
             max_memory: bytes that the decoder may need, > 0; larger batches are decoded in parts.
 
         Returns:
-            (batch, *x_shape).
+            Observations, (batch, *x_shape).
 
         Raises:
             ArgumentError, ShapeError: if an argument does not fit; the message says how.
@@ -296,7 +302,7 @@ class JointEBMPrior(nn.Module):
             posterior: options of the posterior's chain, for generators without `infer`.
 
         Returns:
-            (batch, *x_shape).
+            Observations, (batch, *x_shape).
         """
         _check_decode(decode)
         x, settings = self._observations(x), ChainSettings.of(posterior or {})
@@ -319,8 +325,8 @@ class JointEBMPrior(nn.Module):
         Args:
             n: number of chains.
             every: steps between frames, 1 … steps.
-            given: layers held fixed, as in `sample_latents`.
-            start: latents that the chains start from; None: ancestral draws.
+            given: layers held fixed, number -> z_i, (n, *latent_shape), as in `sample_latents`.
+            start: latents (z_1, …, z_L) that the chains start from, (n, *latent_shape) each; None: ancestral draws.
             noise: the chain's random numbers; None: drawn from `rng`.
             rng: random number generator.
             **chain: chain options; `steps`, the length of the chains, is 2500 unless given.
@@ -482,7 +488,7 @@ class JointEBMPrior(nn.Module):
         rng: torch.Generator | None = None,
         posterior: ChainOptions | None = None,
     ) -> Tensor:
-        """How unlike the training data each observation is, (batch,); higher = more anomalous.
+        """How unlike the training data each observation is, (batch,), nats; higher = more anomalous.
 
             "tails"            √(Σ_t (log P_t(x))²), nats: how far out in the tails of known observations (`calibrate`) x is by
                                four terms t of one pass (`docs/method.md`). It is ours, depends on no random
@@ -980,7 +986,7 @@ class JointEBMPrior(nn.Module):
     # --------------------------------------------------------------------------------------------------------- once per call
 
     @contextlib.contextmanager
-    def _computing(self, rng: torch.Generator | None) -> Iterator[JointModel]:
+    def _computing(self, rng: torch.Generator | None) -> Generator[JointModel]:
         """Where a public call computes: alone, without gradients, in evaluation mode and full precision, with `rng`."""
         here = self.device
         with (

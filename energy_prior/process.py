@@ -24,7 +24,7 @@ __all__ = [
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -49,7 +49,7 @@ _claiming = threading.Lock()
 
 
 @contextlib.contextmanager
-def exclusive() -> Iterator[None]:
+def exclusive() -> Generator[None]:
     """Inside, no other public call runs. Calls are let in roughly in the order in which they came.
 
     Re-entrant, also for threads that work for this call in a copy of its context: they never wait for it.
@@ -88,7 +88,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextlib.contextmanager
-def claimed(rng: torch.Generator | None) -> Iterator[None]:
+def claimed(rng: torch.Generator | None) -> Generator[None]:
     """Inside, no other thread's call may use `rng`.
 
     Raises:
@@ -139,7 +139,7 @@ class RandomStream:
                 set_random_state(outer, device)
 
     @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> Generator[None]:
         """Inside, torch draws from this stream, which goes on where it stood; the global streams are put back on exit."""
         if self._state is None:
             yield
@@ -154,7 +154,7 @@ class RandomStream:
 
 
 @contextlib.contextmanager
-def reproducible(rng: torch.Generator | None, device: torch.device) -> Iterator[None]:
+def reproducible(rng: torch.Generator | None, device: torch.device) -> Generator[None]:
     """Everything inside draws from a stream seeded by `rng`; torch's global streams are left as they were.
 
     With `rng` None the code inside draws from the global streams. Public methods open this once, so that all the code
@@ -213,10 +213,10 @@ def _device_call(device: torch.device, name: str, *arguments: Any) -> Any:
 
 
 @contextlib.contextmanager
-def unvalidated() -> Iterator[None]:
+def unvalidated() -> Generator[None]:
     """No checks inside torch.distributions, which would sync with the host at every construction; restored on exit."""
     with exclusive():
-        validate = Distribution._validate_args
+        validate = Distribution._validate_args  # pyright: ignore[reportPrivateUsage]
         try:
             Distribution.set_default_validate_args(False)
             yield
@@ -230,14 +230,14 @@ def full_precision(device: torch.device) -> torch.autocast:
 
 
 @contextlib.contextmanager
-def evaluating(*modules: Any) -> Iterator[None]:
+def evaluating(*modules: Any) -> Generator[None]:
     """Evaluation mode and no per-call distribution checks; both restored on exit, also after an error."""
     with exclusive(), _evaluating(_parts(modules)), unvalidated():
         yield
 
 
 @contextlib.contextmanager
-def training_mode(module: nn.Module) -> Iterator[None]:
+def training_mode(module: nn.Module) -> Generator[None]:
     """Training mode; every part's own flag is restored on exit, also after an error."""
     with exclusive():
         parts = list(module.modules())
@@ -253,11 +253,12 @@ def training_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def frozen(*modules: Any) -> Iterator[None]:
+def frozen(*modules: Any) -> Generator[None]:
     """`evaluating`, and no parameter takes part in autograd; all restored on exit, also after an error."""
     with exclusive():
         parts = _parts(modules)
-        parameters = [p for part in parts for p in part._parameters.values() if p is not None]
+        own = [part._parameters for part in parts]  # pyright: ignore[reportPrivateUsage]
+        parameters = [p for held in own for p in held.values() if p is not None]
         with _evaluating(parts), unvalidated(), _restored(parameters, "requires_grad"):
             for p in parameters:
                 if p.requires_grad:
@@ -271,7 +272,7 @@ def _parts(modules: Sequence[Any]) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def _evaluating(parts: Sequence[nn.Module]) -> Iterator[None]:
+def _evaluating(parts: Sequence[nn.Module]) -> Generator[None]:
     with _restored(parts, "training"):
         for part in parts:
             if part.training:  # writing to a module is slow, and a deep model has hundreds
@@ -280,7 +281,7 @@ def _evaluating(parts: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _restored(things: Sequence[Any], flag: str) -> Iterator[None]:
+def _restored(things: Sequence[Any], flag: str) -> Generator[None]:
     """Puts a flag back to what it was, also after an error."""
     before = [getattr(thing, flag) for thing in things]
     try:

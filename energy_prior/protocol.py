@@ -89,22 +89,41 @@ class HierarchicalGenerator(Protocol):
         ...
 
     def start(self, batch_size: int) -> Any:
-        """The state above z_L, for `batch_size` observations."""
+        """The state above z_L.
+
+        Args:
+            batch_size: number of observations.
+        """
         ...
 
     def conditional(self, state: Any, layer: int) -> Distribution:
-        """p_β(z_i | z_{>i}) of layer i = `layer`, 1 … L, at the state above it.
+        """p_β(z_i | z_{>i}) of one layer.
 
-        A `torch.distributions.Normal` with loc and scale of shape (batch, *latent_shapes[layer - 1]), scale > 0.
+        Args:
+            state: the state above the layer.
+            layer: i, 1 … L.
+
+        Returns:
+            A `torch.distributions.Normal` with loc and scale of shape (batch, *latent_shapes[layer - 1]), scale > 0.
         """
         ...
 
     def descend(self, state: Any, z: Tensor, layer: int) -> Any:
-        """Take z_i of layer i = `layer` in and go one layer down; returns a new state."""
+        """Takes z_i in and goes one layer down; returns a new state.
+
+        Args:
+            state: the state above the layer, which stays as it is.
+            z: z_i, (batch, *latent_shapes[layer - 1]).
+            layer: i, 1 … L.
+        """
         ...
 
     def likelihood(self, state: Any) -> Distribution:
-        """p_β0(x | z) at the state below z_1: batch_shape (batch,), log_prob in nats per observation."""
+        """p_β0(x | z): batch_shape (batch,), log_prob in nats per observation.
+
+        Args:
+            state: the state below z_1.
+        """
         ...
 
 

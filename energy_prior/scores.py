@@ -43,10 +43,10 @@ class ScoreTerms:
     """The terms of the un-normalised log joint, nats: at one draw of the latents, or their means over several.
 
     Attributes:
-        log_likelihood: log p_β0(x | z), (batch,), the reconstruction term.
-        log_prior: log p_β(z_i | z_{>i}), (batch, L); column i − 1 is that of z_i.
-        negative_energy: f_i(z_i), (batch, L).
-        log_q: log q_ω of each layer as the model factorises it, (batch, L), or None where the draw did not come from an
+        log_likelihood: log p_β0(x | z), (batch,), nats, the reconstruction term.
+        log_prior: log p_β(z_i | z_{>i}), (batch, L), nats; column i − 1 is that of z_i.
+        negative_energy: f_i(z_i), (batch, L), nats.
+        log_q: log q_ω of each layer as the model factorises it, (batch, L), nats, or None where the draw did not come from an
             inference model.
     """
 
@@ -56,7 +56,7 @@ class ScoreTerms:
     log_q: Tensor | None = None
 
     def log_joint(self) -> Tensor:
-        """log p_β0(x | z) + log p_β(z) + Σ_i f_i(z_i), (batch,)."""
+        """log p_β0(x | z) + log p_β(z) + Σ_i f_i(z_i), (batch,), nats."""
         return self.log_likelihood + self.log_prior.sum(1) + self.negative_energy.sum(1)
 
 

@@ -153,9 +153,9 @@ class TopDown:
     def __init__(self, generator: HierarchicalGenerator, batch_size: int, held: Mapping[int, Tensor] | None = None) -> None:
         self.generator = generator
         self.batch_size = batch_size
-        self.held = {layer: plain(z) for layer, z in (held or {}).items()}
-        self.layers = len(generator.latent_shapes)
-        self.free = tuple(i for i in range(1, self.layers + 1) if i not in self.held)
+        self.held: dict[int, Tensor] = {layer: plain(z) for layer, z in (held or {}).items()}
+        self.layers: int = len(generator.latent_shapes)
+        self.free: tuple[int, ...] = tuple(i for i in range(1, self.layers + 1) if i not in self.held)
         self._above: dict[int, Distribution] = {}
         self._state = generator.start(batch_size)
         for layer in range(self.layers, 0, -1):
@@ -163,7 +163,7 @@ class TopDown:
             if layer in self.free:
                 break
             self._state = generator.descend(self._state, self.held[layer], layer)
-        self.reference = parameters(self._above[self.layers])[0]
+        self.reference: Tensor = parameters(self._above[self.layers])[0]
 
     def holding(self, z: Tensor) -> TopDown:
         """The same pass with the highest free layer held at z too: one layer further down, the rest is not run again."""

@@ -19,6 +19,8 @@ from pictures import write_parquet
 from PIL import Image
 from stand_ins import NVAE
 
+from energy_prior import JointEBMPrior
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PUBLIC = {"energy_prior", *(f"energy_prior.{m}" for m in ("adapters", "data", "evaluate", "generators", "plots", "training"))}
 
@@ -92,6 +94,16 @@ def test_quick(script: str, size: int, channels: int, files: set[str], tmp_path:
     assert files <= {p.name for p in (tmp_path / "out").iterdir()}
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert all(value == value for value in results.values()), "no NaN"
+
+
+@pytest.mark.slow
+def test_digits(tmp_path: Path) -> None:
+    """What it writes is a prior that others can load, and a card with the figures."""
+    run("digits.py", ["--out", str(tmp_path), "--quick"])
+    assert JointEBMPrior.from_pretrained(tmp_path).calibration.is_set
+    card = (tmp_path / "README.md").read_text()
+    assert "![samples](samples.png)" in card
+    assert "| training images | 1,200 |" in card
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ BLOCKS = {
     ("docs/index.md", "python"): 1,
     ("docs/index.md", "shell"): 1,
     ("docs/sampling.md", "python"): 1,
+    ("docs/sharing.md", "python"): 2,
     ("docs/threads.md", "python"): 1,
     ("docs/training.md", "python"): 3,
     ("docs/training.md", "shell"): 5,
@@ -130,6 +131,14 @@ def test_questions(capsys: pytest.CaptureFixture[str], record_property: Record) 
 
 def test_threads_guide(record_property: Record) -> None:
     assert len(run_python(blocks("docs/threads.md", "python"), {}, record_property)["together"]) == 6
+
+
+def test_sharing_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run_python(blocks("docs/sharing.md", "python"), {}, record_property)
+    assert names["images"].shape == (16, 1, 8, 8)
+    assert names["again"].step_size == names["prior"].step_size
+    assert {p.name for p in Path("my-digits").iterdir()} == {"README.md", "generator.safetensors", "prior.safetensors"}
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])

@@ -55,8 +55,10 @@ class DeepVAEAdapter(Adapter):
         for stage in self.model.stages:
             if not hasattr(stage, "stochastic"):
                 raise GeneratorError(f"model: a {type(stage).__name__} has two latents per stage; expected a VAE or LVAE.")
-        self.latent_shapes = tuple(torch.Size(int(n) for n in stage.stochastic.out_shape) for stage in self.model.stages)
-        self.x_shape = torch.Size(self.model.input_shape)
+        self.latent_shapes: tuple[torch.Size, ...] = tuple(
+            torch.Size(int(n) for n in stage.stochastic.out_shape) for stage in self.model.stages
+        )
+        self.x_shape: torch.Size = torch.Size(self.model.input_shape)
 
     def start(self, batch_size: int) -> _State:
         """The state above z_L: nothing yet but the number of observations."""

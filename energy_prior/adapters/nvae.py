@@ -58,7 +58,7 @@ class NVAEAdapter(Adapter):
 
     def __init__(self, model: nn.Module, *, prior_temperature: float = 1.0) -> None:
         super().__init__(model, _PARTS, "an AutoEncoder of NVlabs/NVAE")
-        self.prior_temperature = check_positive("prior_temperature", prior_temperature)
+        self.prior_temperature: float = check_positive("prior_temperature", prior_temperature)
         for part in self.model.modules():
             if hasattr(part, "normalize_weight"):
                 part.forward = partial(_convolve, part)
@@ -73,28 +73,42 @@ class NVAEAdapter(Adapter):
                 self._cells[-1].append(cell)
                 if cell.cell_type == "up_dec":
                     height, width = 2 * height, 2 * width
-        self.latent_shapes = tuple(shapes) or (torch.Size((channels, height, width)),)
+        self.latent_shapes: tuple[torch.Size, ...] = tuple(shapes) or (torch.Size((channels, height, width)),)
         self._border = 2 if self.model.crop_output else 0
         side = self.model.input_size - 2 * self._border
-        self.x_shape = torch.Size((self.model.stem.in_channels, side, side))
+        self.x_shape: torch.Size = torch.Size((self.model.stem.in_channels, side, side))
 
     def extra_repr(self) -> str:
         """The temperature of the prior and the bits of the observations."""
         return f"prior_temperature={self.prior_temperature}, num_bits={getattr(self.model, 'num_bits', 8)}"
 
     def start(self, batch_size: int) -> Tensor:
-        """The learned features above z_L."""
+        """The learned features above z_L, (batch, channels, height, width)."""
         return self.model.prior_ftr0.expand(batch_size, -1, -1, -1)
 
     def conditional(self, state: Tensor, layer: int) -> Normal:
-        """p(z_i | z_{>i}) of layer i, a group in NVAE's words, from the features above it; N(0, (1.01 t)²) for z_L."""
+        """p(z_i | z_{>i}) of layer i, a group in NVAE's words; N(0, (1.01 t)²) for z_L.
+
+        Args:
+            state: features above the layer, (batch, channels, height, width).
+            layer: i, 1 … L.
+        """
         if layer == len(self.latent_shapes):
             zero = state.new_zeros(len(state), *self.latent_shapes[-1])
             return self._normal(zero, zero, self.prior_temperature)
         return self._normal(*self._prior_parameters(state, layer), self.prior_temperature)
 
     def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
-        """Through the layer's combiner, and the cells on to the next layer."""
+        """Through the layer's combiner, and the cells on to the next layer.
+
+        Args:
+            state: features above the layer, (batch, channels, height, width).
+            z: z_i, (batch, *latent_shapes[layer - 1]).
+            layer: i, 1 … L.
+
+        Returns:
+            Features below the layer, (batch, channels, height, width); z_i itself of a model that is `vanilla_vae`.
+        """
         if self.model.vanilla_vae:
             return z
         combiner, *cells = self._cells[self._index(layer)]
@@ -104,7 +118,11 @@ class NVAEAdapter(Adapter):
         return features
 
     def likelihood(self, state: Tensor) -> Distribution:
-        """p(x | z) by the image tower, which runs only here."""
+        """p(x | z) by the image tower, which runs only here.
+
+        Args:
+            state: features below z_1, (batch, channels, height, width).
+        """
         features = self.model.stem_decoder(state) if self.model.vanilla_vae else state
         for cell in self.model.post_process:
             features = cell(features)
@@ -147,8 +165,8 @@ class NVAEAdapter(Adapter):
         """q(z_i | z_{>i}, x) of layer i before any flow: its parameters alone or, if residual, added to the prior's.
 
         Args:
-            state: the decoder's features above the layer.
-            features: the encoder's for the layer.
+            state: the decoder's features above the layer, (batch, channels, height, width).
+            features: the encoder's features for the layer, (batch, channels, height, width).
             layer: i, 1 … L.
         """
         loc, log_scale = self.model.enc_sampler[self._index(layer)](features).chunk(2, dim=1)

@@ -74,13 +74,13 @@ class VDVAEAdapter(Adapter):
         dataset = self.model.H.dataset
         if pixels is None and dataset not in _PIXELS:
             raise ArgumentError(f"pixels: expected (mean, standard deviation), as model.H.dataset, {dataset!r}, is not known.")
-        self.pixels = _check_pixels(pixels) if pixels is not None else _PIXELS[dataset]
+        self.pixels: tuple[float, float] = _check_pixels(pixels) if pixels is not None else _PIXELS[dataset]
         self._low_bit = dataset == "ffhq_256"
         blocks = self.model.decoder.dec_blocks[::-1]  # the model's list runs from z_L to z_1
-        self.latent_shapes = tuple(torch.Size((block.zdim, block.base, block.base)) for block in blocks)
-        self.prior_temperature = _check_temperature(prior_temperature, len(blocks))
+        self.latent_shapes: tuple[torch.Size, ...] = tuple(torch.Size((block.zdim, block.base, block.base)) for block in blocks)
+        self.prior_temperature: tuple[float, ...] = _check_temperature(prior_temperature, len(blocks))
         size = self.model.H.image_size
-        self.x_shape = torch.Size((self.model.H.image_channels, size, size))
+        self.x_shape: torch.Size = torch.Size((self.model.H.image_channels, size, size))
 
     def extra_repr(self) -> str:
         """The settings."""
@@ -131,7 +131,7 @@ class VDVAEAdapter(Adapter):
 
         Args:
             state: the state above the layer.
-            activations: the encoder's, by resolution.
+            activations: resolution -> the encoder's features, (batch, channels, height, width).
             layer: i, 1 … L.
         """
         block = self._block(layer)

@@ -6,7 +6,7 @@ __all__ = ["Probe", "check_signatures", "probe_generator"]
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,7 +174,7 @@ def _order_that_works(generator: Any) -> str:
 
 
 @contextlib.contextmanager
-def _no_autocast(generator: Any) -> Iterator[None]:
+def _no_autocast(generator: Any) -> Generator[None]:
     devices = {torch.device("cpu"), *(p.device for _, p in _named_parameters(generator))}
     with contextlib.ExitStack() as stack:
         for device in devices:

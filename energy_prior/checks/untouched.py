@@ -8,7 +8,7 @@ import contextlib
 import functools
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,7 +92,7 @@ class Snapshot:
 
 
 @contextlib.contextmanager
-def untouched(*things: Any) -> Iterator[Snapshot]:
+def untouched(*things: Any) -> Generator[Snapshot]:
     """Restores what `things` hold on exit, also after an error, with Python's and NumPy's random streams."""
     snapshot = Snapshot(tuple(thing for thing in things if thing is not None))
     numpy: Any = sys.modules.get("numpy")

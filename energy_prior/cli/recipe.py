@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -313,7 +313,7 @@ def _fit(entry: Any, name: str) -> tuple[Method | None, FitConfig]:
 
 
 @contextlib.contextmanager
-def _importable_folder() -> Iterator[None]:
+def _importable_folder() -> Generator[None]:
     """Inside, modules of the current folder can be imported."""
     sys.path.insert(0, str(Path.cwd()))
     try:

@@ -120,7 +120,7 @@ def score_images(
         names = data.names[first : first + batch_size]
         rng = torch.Generator().manual_seed(seed * 1_000_003 + first)
         done.add(score_rows(prior, x, names, method, rng))
-    rows = [*done.rows, *({"name": name, "error": why} for name, why in data.left_out.items())]
+    rows: list[dict[str, Any]] = [*done.rows, *({"name": name, "error": why} for name, why in data.left_out.items())]
     for row in rows:
         score = row.get("score")
         row["flagged"] = None if threshold is None or score is None else score > threshold

@@ -44,7 +44,7 @@ class FolderSource:
 
     def __init__(self, folder: Path, *, labelled: bool) -> None:
         found = _Listing(folder)
-        self.left_out = found.reasons()
+        self.left_out: str = found.reasons()
         if not found.files:
             raise ArgumentError(f"source: expected images in {str(folder)!r}, got none. {self.left_out}".rstrip())
         classes = sorted({path[0] for path in found.folders}, key=_sorting)
@@ -56,7 +56,7 @@ class FolderSource:
             )
         order = torch.randperm(len(found.files), generator=torch.Generator().manual_seed(0), device="cpu").tolist()
         self._folder, self._files = folder, [found.files[i] for i in order]
-        self.has_labels = labelled and not loose
+        self.has_labels: bool = labelled and not loose
         self.classes: Sequence[str] | None = classes if self.has_labels else None
         self._numbers = {name: i for i, name in enumerate(classes)}
 

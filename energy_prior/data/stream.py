@@ -72,10 +72,13 @@ class ImageStream:
     ) -> None:
         if whole_number(channels) not in (1, 3):
             raise ArgumentError(f"channels: expected 1 or 3, got {channels!r}.")
-        self.source, self.batch_size = source, check_count("batch_size", batch_size)
+        self.source = source
+        self.batch_size: int = check_count("batch_size", batch_size)
         self._settings = ReadSettings(check_count("size", size), channels, value_range, channel_order, background, on_error)
-        self.size, self.channels = self._settings.size, self._settings.channels
-        self.buffer, self._skip = check_count("buffer", buffer), check_count("skip", skip, least=0)
+        self.size: int | None = self._settings.size
+        self.channels: int | None = self._settings.channels
+        self.buffer: int = check_count("buffer", buffer)
+        self._skip = check_count("skip", skip, least=0)
         self._world, self._rank = check_count("world", world), check_count("rank", rank, least=0)
         if self._rank >= self._world:
             raise ArgumentError(f"rank: expected a whole number below world = {world}, got {rank!r}.")

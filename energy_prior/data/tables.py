@@ -33,7 +33,7 @@ class ParquetSource:
         ArgumentError: if no file can be read, a column is missing, or two files name their classes differently.
     """
 
-    left_out = ""
+    left_out: str = ""
 
     def __init__(self, files: Sequence[Path], column: str | None, label_column: str | bool, source: str) -> None:
         self._files = files
@@ -47,7 +47,7 @@ class ParquetSource:
         named = {name: _class_names(schema) for name, schema in whole.items()}
         self._image = choose_image_column(usable, kinds, column, source)
         self._label = choose_label_column(list(next(iter(named.values()))), kinds, label_column, source)
-        self.has_labels = self._label is not None
+        self.has_labels: bool = self._label is not None
         columns = [name for name in (self._image, self._label) if name is not None]
         for name, schema in whole.items():
             missing = next((c for c in columns if c not in schema.names), None)
@@ -145,7 +145,7 @@ class HubSource:
         ArgumentError: if the set cannot be loaded, or a column is missing.
     """
 
-    left_out = ""
+    left_out: str = ""
 
     def __init__(self, name: str, split: str, streaming: bool, column: str | None, label_column: str | bool) -> None:
         datasets = require_extra("datasets", "examples")
@@ -169,7 +169,7 @@ class HubSource:
         self._label = choose_label_column(
             [key for key, kind in kinds.items() if kind == "ClassLabel"], kinds, label_column, name
         )
-        self.has_labels = self._label is not None
+        self.has_labels: bool = self._label is not None
         self.classes: Sequence[str] | None = getattr(features.get(self._label or ""), "names", None)
         if kinds[self._image] == "Image":
             rows = rows.cast_column(self._image, datasets.Image(decode=False))

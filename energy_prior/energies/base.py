@@ -29,10 +29,12 @@ class Energy(nn.Module):
         saturation: s in nats, > 0; None: f = g.
 
     Attributes:
+        latent_shape: shape of z without the batch.
         config: the settings that a checkpoint keeps: plain values, which JSON can hold.
         bounded: whether all of f is below s, so that its size beside s tells of trouble.
         draws: how many draws `set_from` wants, posterior and prior together.
-        is_set: whether `set_from` was called, a buffer.
+        is_set: whether `set_from` was called, a buffer, (), bool.
+        saturation: s of the whole layer, a buffer, (), nats.
 
     Raises:
         ArgumentError, ShapeError: if a setting is impossible; the message says which.
@@ -42,8 +44,9 @@ class Energy(nn.Module):
     is_set: Tensor
     config: dict[str, Any]
     net: nn.Module
-    bounded = True
-    draws = 2048
+    latent_shape: torch.Size
+    bounded: bool = True
+    draws: int = 2048
 
     def __init__(self, latent_shape: Sequence[int], saturation: float | None = None) -> None:
         super().__init__()
@@ -58,7 +61,12 @@ class Energy(nn.Module):
         return f"saturation={float(self.saturation):g}"
 
     def set_from(self, posterior: Sequence[Tensor], prior: Sequence[Tensor]) -> None:
-        """Sets, once, what is not learned, from batches of z_i, or of ε_i if it reads noise, (n, *latent_shape) each."""
+        """Sets, once, what is not learned.
+
+        Args:
+            posterior: batches of posterior draws of z_i, or of ε_i if it reads noise, (n, *latent_shape) each.
+            prior: as many of prior draws, (n, *latent_shape) each, of z_i or ε_i too.
+        """
         if not bool(self.is_set):
             self._set_from(posterior, prior)
             self.is_set.fill_(True)

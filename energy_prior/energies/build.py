@@ -48,7 +48,11 @@ def denoising_energies(latent_shapes: Sequence[Sequence[int]], channels: int = 3
 
 
 def describe_energies(energies: Iterable[nn.Module]) -> list[dict[str, Any]]:
-    """What a checkpoint says of each energy, enough to build the built-in ones again; others are only named."""
+    """What a checkpoint says of each energy, enough to build the built-in ones again; others are only named.
+
+    Args:
+        energies: f_1, …, f_L.
+    """
     described: list[dict[str, Any]] = []
     for energy in energies:
         energy = getattr(energy, "_orig_mod", energy)  # what torch.compile wraps

@@ -6,7 +6,7 @@ __all__ = ["LAST_LEVEL", "DenoisingEnergy", "angle", "waymark"]
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,11 @@ Level = TypeVar("Level", float, Tensor)
 
 
 def angle(level: Level) -> Level:
-    """θ of the waymark at t = `level`."""
+    """θ of the waymark at t, in [0, π/2].
+
+    Args:
+        level: t in [0, 1]; a tensor may have any shape.
+    """
     return _FIRST_ANGLE + (math.pi / 2 - _FIRST_ANGLE) * level
 
 
@@ -39,6 +43,12 @@ def waymark(level: Tensor) -> tuple[Tensor, Tensor]:
     """α = cos θ and σ = sin θ of ε_t = α ε_q + σ n, n ~ N(0, I); θ from arcsin 0.15 at t = 0 evenly to π/2 at t = 1.
 
     At t = 0 the little noise that there is leaves a density that a network can follow; its 2 % of the variance hardly show.
+
+    Args:
+        level: t in [0, 1], (batch,), or a tensor of any other shape.
+
+    Returns:
+        α and σ, each in [0, 1] and of the shape of `level`, (batch,).
     """
     theta = angle(level)
     return theta.cos(), theta.sin()
@@ -62,7 +72,7 @@ class DenoisingEnergy(Energy):
         latent_shape: shape of z_i without the batch.
         above: latent shapes of the layers above, z_{i+1}, …, z_L.
         channels: width of the network: its channels at the full size of a map, twice as many below, or its units/4 for vectors.
-        saturation: s in nats per unit of the layer, > 0.
+        saturation: s per unit of the layer, nats, > 0; the attribute is that of the whole layer.
 
     Raises:
         ArgumentError, ShapeError: if a setting is impossible, or it is called with other things than the noise of its layers.
@@ -72,8 +82,8 @@ class DenoisingEnergy(Energy):
 
     reads_noise = True
     has_waymarks = True
-    bounded = False
-    draws = 16_384
+    bounded: bool = False
+    draws: int = 16_384
 
     def __init__(
         self,
@@ -86,14 +96,19 @@ class DenoisingEnergy(Energy):
         per_unit = check_positive("saturation", saturation)
         super().__init__(shape, per_unit * math.prod(shape))
         channels, shapes = check_count("channels", channels), [check_shape("above", s) for s in above]
-        self.config = {"above": [list(s) for s in shapes], "channels": channels, "saturation": per_unit}
-        self.quadratic = Quadratic(shape)
+        self.config: dict[str, Any] = {"above": [list(s) for s in shapes], "channels": channels, "saturation": per_unit}
+        self.quadratic: Quadratic = Quadratic(shape)
         net = _MapNet if len(shape) == 3 and min(shape[1:]) > 1 else _VectorNet
-        self.net = net(shape, shapes, channels)
+        self.net: nn.Module = net(shape, shapes, channels)
         self._reads = 1 + len(shapes)
 
     def forward(self, noise: Sequence[Tensor], /, level: Tensor | None = None) -> Tensor:
-        """f_i, (batch,), nats, at waymark t = `level`."""
+        """f_i, (batch,), nats.
+
+        Args:
+            noise: (ε_i, …, ε_L), of its layer and of those above, (batch, *shape) each.
+            level: waymark t in [0, 1], (batch,), or () for all rows; None: 0.
+        """
         if isinstance(noise, Tensor) or len(noise) != self._reads:
             got = "one tensor" if isinstance(noise, Tensor) else f"{len(noise)}"
             raise ArgumentError(

@@ -30,6 +30,10 @@ class LatentEnergy(Energy):
         latent_shape: shape of z without the batch.
         saturation: s of `Energy`.
 
+    Attributes:
+        shift: mean of the draws that it was set from, z_i's units, (*latent_shape), or (channels, 1, 1) of a map.
+        scale: their standard deviation, z_i's units, (*latent_shape), or (channels, 1, 1) of a map.
+
     Shape: (batch, *latent_shape) -> (batch,), nats.
     """
 
@@ -42,7 +46,11 @@ class LatentEnergy(Energy):
         self.register_buffer("scale", torch.ones(self._statistics_shape()))
 
     def forward(self, z: Tensor) -> Tensor:
-        """f(z), (batch,), nats."""
+        """f(z), (batch,), nats.
+
+        Args:
+            z: latents of the layer, (batch, *latent_shape).
+        """
         return self._bounded(self.net((z - self.shift) / self.scale).squeeze(1))
 
     def _set_from(self, posterior: Sequence[Tensor], prior: Sequence[Tensor]) -> None:
@@ -85,14 +93,14 @@ class MLPEnergy(LatentEnergy):
         super().__init__(latent_shape, saturation)
         hidden, spectral_norm = check_sizes("hidden", hidden), check_flag("spectral_norm", spectral_norm)
         make = _activation(activation)
-        self.config |= {"hidden": list(hidden), "activation": str(activation), "spectral_norm": spectral_norm}
+        self.config.update(hidden=list(hidden), activation=str(activation), spectral_norm=spectral_norm)
         layers: list[nn.Module] = [nn.Flatten()]
         width = math.prod(self.latent_shape)
         for size in hidden:
             linear = _scaled(nn.Linear(width, size))
             layers += [with_spectral_norm(linear) if spectral_norm else linear, make()]
             width = size
-        self.net = nn.Sequential(*layers, _zero_head(width))
+        self.net: nn.Module = nn.Sequential(*layers, _zero_head(width))
 
 
 class ConvEnergy(LatentEnergy):
@@ -122,7 +130,7 @@ class ConvEnergy(LatentEnergy):
         super().__init__(shape, saturation)
         channels, spectral_norm = check_sizes("channels", channels), check_flag("spectral_norm", spectral_norm)
         make = _activation(activation)
-        self.config |= {"channels": list(channels), "activation": str(activation), "spectral_norm": spectral_norm}
+        self.config.update(channels=list(channels), activation=str(activation), spectral_norm=spectral_norm)
         layers: list[nn.Module] = []
         width, h, w = self.latent_shape
         for n, size in enumerate(channels):
@@ -130,7 +138,7 @@ class ConvEnergy(LatentEnergy):
             conv = _scaled(nn.Conv2d(width, size, 3, stride, padding=1))
             layers += [with_spectral_norm(conv) if spectral_norm else conv, make()]
             width, h, w = size, -(-h // stride[0]), -(-w // stride[1])
-        self.net = nn.Sequential(*layers, nn.Flatten(), _zero_head(width * h * w))
+        self.net: nn.Module = nn.Sequential(*layers, nn.Flatten(), _zero_head(width * h * w))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _statistics_shape(self) -> tuple[int, ...]:

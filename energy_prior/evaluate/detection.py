@@ -43,8 +43,8 @@ def detection(known: Any, unknown: Any) -> Detection:
     """Figures of a score, higher = more unknown, by scikit-learn.
 
     Args:
-        known: scores of known observations, (n,), n ≥ 1: a tensor, an array or a list of numbers.
-        unknown: scores of unknown observations, (m,), m ≥ 1.
+        known: scores of known observations, (n,), n ≥ 1, of any unit: a tensor, an array or a list of numbers.
+        unknown: scores of unknown observations, (m,), m ≥ 1, of the same unit.
 
     Raises:
         ShapeError: if a side is no row of numbers, or has none.
@@ -84,8 +84,8 @@ class DetectionTask:
     Attributes:
         name: the case in tables.
         train: known observations to train, calibrate and choose settings on, (n, …).
-        known: known observations that a score is tested on, (m, …); none of them is in `train`.
-        unknown: unknown ones, (u, …).
+        known: known observations to test on, (m, …); none of them is in `train`.
+        unknown: unknown observations to test on, (u, …).
     """
 
     name: str
@@ -111,7 +111,7 @@ class DetectionTask:
         what they test on as known they have trained on.
 
         Args:
-            images: of all splits together, (n, …).
+            images: observations of all splits together, (n, …).
             labels: their classes, (n,), whole numbers.
             unknown: the class or classes held out.
             seed: of the draw.
@@ -142,8 +142,9 @@ class DetectionTask:
         """Classes are held out of the training split; the whole test split is tested on: of MNIST a tenth is unknown.
 
         Args:
-            train: images, (n, …), and classes, (n,), of the training split, as `energy_prior.data.load_images` gives them.
-            test: those of the test split.
+            train: observations, (n, …), and classes, (n,), whole numbers, of the training split, as
+                `energy_prior.data.load_images` gives them.
+            test: observations, (m, …), and classes, (m,), whole numbers, of the test split.
             unknown: the class or classes held out.
             name: the case in tables; None: "test_split, class 4".
 
@@ -165,8 +166,8 @@ class DetectionTask:
         Args:
             name: the case in tables, "cifar10/svhn".
             train: known observations to train on, (n, …).
-            known: other known ones, (m, …).
-            unknown: of another set, (u, …).
+            known: other known observations, (m, …).
+            unknown: observations of another set, (u, …).
             limit: at most so many of each, ≥ 1; None: all.
             seed: of the draw.
 
@@ -186,10 +187,10 @@ class DetectionTask:
         return cls(name, train, *some)
 
     def scores(self, score: Callable[[Tensor], Any], *, batch_size: int = 1000) -> tuple[Tensor, Tensor]:
-        """Scores of the known and of the unknown observations, (m,) and (u,), float64 on the CPU.
+        """Scores of the known and of the unknown observations, (m,) and (u,), of the score's unit, float64 on the CPU.
 
         Args:
-            score: x -> scores, (batch,), higher = more unknown.
+            score: x, (batch, …), -> scores, (batch,), of any unit, higher = more unknown.
             batch_size: observations that it gets at a time, ≥ 1.
 
         Raises:
@@ -205,8 +206,9 @@ class DetectionTask:
         """Every figure of every score as a row of a table.
 
         Args:
-            scores: name -> score, as for `scores`: `{"": prior.anomaly_score, "knn": …}`. The metrics of the name "" are
-                "auroc", "auprc", …, those of another name "auroc_knn", ….
+            scores: name -> score, as for `scores`: x, (batch, …), -> (batch,), of any unit. With
+                `{"": prior.anomaly_score, "knn": …}` the metrics of the name "" are "auroc", "auprc", …, those of "knn"
+                "auroc_knn", ….
             batch_size: observations that a score gets at a time, ≥ 1.
 
         Returns:

@@ -20,10 +20,10 @@ def effective_sample_size(series: Tensor) -> Tensor:
     correlated). The sum ends where two neighbouring terms add up to less than 0 (Geyer, Statistical Science 1992).
 
     Args:
-        series: d quantities along the chains, (T, chains, d), T ≥ 4.
+        series: d quantities of any unit along the chains, (T, chains, d), T ≥ 4.
 
     Returns:
-        (d,), of each quantity.
+        The effective number of steps of each quantity, (d,), no unit.
 
     Raises:
         ShapeError: if the shape is another.
@@ -48,10 +48,10 @@ def two_sample_accuracy(
     After Lopez-Paz and Oquab (ICLR 2017), with scikit-learn's perceptron of two hidden layers.
 
     Args:
-        train_a: draws of A to train on, (n, d); their mean and standard deviation standardise all inputs.
-        train_b: draws of B to train on, (n, d).
-        test_a: draws of A to test on, (m, d).
-        test_b: draws of B to test on, (m', d).
+        train_a: draws of A to train on, (n, d), of any unit; their mean and standard deviation standardise all inputs.
+        train_b: draws of B to train on, (m, d), of the same unit.
+        test_a: draws of A to test on, (k, d), of the same unit.
+        test_b: draws of B to test on, (l, d), of the same unit.
         hidden: width of the two hidden layers.
         epochs: passes over the training draws.
         seed: random state of the classifier.

@@ -133,11 +133,11 @@ def efficientnet_features(images: Tensor, *, batch_size: int = 100) -> Tensor:
     of images scaled to 64 × 64 (bilinear, antialiased). The weights are a package of the extra "eval": nothing is downloaded.
 
     Args:
-        images: (n, 1 or 3, height, width), in [0, 1]; gray ones count as three equal channels.
+        images: in [0, 1], (n, channels, height, width), 1 or 3 channels; gray ones count as three equal channels.
         batch_size: images at a time, ≥ 1.
 
     Returns:
-        (n, 1280) float32, on the device of the images.
+        Features, (n, 1280), float32, on the device of the images.
 
     Raises:
         ShapeError: if they are no images.

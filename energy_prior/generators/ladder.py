@@ -16,7 +16,7 @@ from torch.distributions import Distribution, Normal
 from energy_prior._util import draw, plain_normal, shown
 from energy_prior.checks.settings import check_count, check_sizes
 from energy_prior.errors import ArgumentError, ShapeError
-from energy_prior.generators.likelihoods import Likelihood, PixelLikelihood, check_x
+from energy_prior.generators.pixels import Likelihood, PixelLikelihood, check_x
 from energy_prior.process import reproducible
 from energy_prior.protocol import Inferred
 
@@ -75,34 +75,54 @@ class LadderVAE(nn.Module):
     ) -> None:
         super().__init__()
         pixels = PixelLikelihood(x_shape, likelihood, sigma=sigma, x_range=x_range, levels=levels)
-        self.x_shape, self.x_range = pixels.x_shape, pixels.x_range
-        self.latent_shapes = _latent_shapes(self.x_shape, latent_dims, nets)
+        self.x_shape: torch.Size = pixels.x_shape
+        self.x_range: tuple[float, float] = pixels.x_range
+        self.latent_shapes: tuple[torch.Size, ...] = _latent_shapes(self.x_shape, latent_dims, nets)
         hidden, depth = check_count("hidden", hidden), check_count("depth", depth)
         self.config: dict[str, Any] = {"latent_dims": [shape[0] for shape in self.latent_shapes], **pixels.config}
         self.config |= {"hidden": hidden, "depth": depth, "nets": nets}
         make = _conv_net if nets == "conv" else _mlp_net
         shapes, layers = (self.x_shape, *self.latent_shapes), len(self.latent_shapes)
-        self.inference = nn.ModuleList(make(shapes[i], _double(shapes[i + 1]), hidden, depth) for i in range(layers))
-        self.prior = nn.ModuleList(make(shapes[i + 1], _double(shapes[i]), hidden, depth) for i in range(1, layers))
-        self.decoder = make(shapes[1], torch.Size((pixels.channels, *self.x_shape[1:])), hidden, depth)
+        self.inference: nn.ModuleList = nn.ModuleList(
+            make(shapes[i], _double(shapes[i + 1]), hidden, depth) for i in range(layers)
+        )
+        self.prior: nn.ModuleList = nn.ModuleList(
+            make(shapes[i + 1], _double(shapes[i]), hidden, depth) for i in range(1, layers)
+        )
+        self.decoder: nn.Module = make(shapes[1], torch.Size((pixels.channels, *self.x_shape[1:])), hidden, depth)
         self.pixels = pixels  # after the nets: the order of a state dict
 
     def start(self, batch_size: int) -> Tensor:
-        """The state above z_L: zeros, the mean of p(z_L) = N(0, I)."""
+        """The state above z_L: zeros, the mean of p(z_L) = N(0, I), (batch, *latent_shapes[-1])."""
         return self.pixels.log_sigma.new_zeros(batch_size, *self.latent_shapes[-1])
 
     def conditional(self, state: Tensor, layer: int) -> Normal:
-        """p_β(z_i | z_{i+1}) of layer i; the state is z_{i+1}."""
+        """p_β(z_i | z_{i+1}) of layer i.
+
+        Args:
+            state: latents z_{i+1}, (batch, *latent_shapes[layer]); above z_L that of `start`.
+            layer: i, 1 … L.
+        """
         if layer == len(self.latent_shapes):
             return plain_normal(state, torch.ones_like(state))
         return self._normal(self.prior[layer - 1](state))
 
     def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
-        """The state below z_i: z_i itself."""
+        """The state below z_i: z_i itself, (batch, *latent_shapes[layer - 1]).
+
+        Args:
+            state: latents z_{i+1}, (batch, *latent_shapes[layer]); not read.
+            z: z_i, (batch, *latent_shapes[layer - 1]).
+            layer: i, 1 … L.
+        """
         return z
 
     def likelihood(self, state: Tensor) -> Distribution:
-        """p_β0(x | z_1); the decoder runs here, so a pass that needs no image never pays for it."""
+        """p_β0(x | z_1); the decoder runs here, so a pass that needs no image never pays for it.
+
+        Args:
+            state: latents z_1, (batch, *latent_shapes[0]).
+        """
         return self.pixels(self.decoder(state))
 
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:

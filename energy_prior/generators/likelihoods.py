@@ -6,26 +6,21 @@ __all__ = [
     "DiscretizedLogistic",
     "DiscretizedLogisticMixture",
     "InModelUnits",
-    "Likelihood",
-    "PixelLikelihood",
-    "check_x",
+    "check_range",
 ]
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributions import Bernoulli, Distribution, Independent, Normal, constraints
+from torch import Tensor
+from torch.distributions import Distribution, constraints
 
 from energy_prior._util import shown
-from energy_prior.checks.settings import check_count, check_positive, check_shape, real_number
+from energy_prior.checks.settings import check_count, real_number
 from energy_prior.errors import ArgumentError, ShapeError
-
-Likelihood = Literal["gaussian", "bernoulli", "discretized_logistic", "mixture"]
-"""Names of the likelihoods that `PixelLikelihood` makes."""
 
 
 class DiscretizedLogistic(Distribution):
@@ -54,9 +49,14 @@ class DiscretizedLogistic(Distribution):
         floor: float = 0.0,
         validate_args: bool | None = None,
     ) -> None:
-        self.loc, self.scale = torch.broadcast_tensors(loc, scale)
-        self.levels, self.low, self.high, self.floor = levels, low, high, floor
-        self.step = (high - low) / (levels - 1)
+        pair: Sequence[Tensor] = torch.broadcast_tensors(loc, scale)
+        self.loc: Tensor = pair[0]
+        self.scale: Tensor = pair[1]
+        self.levels = levels
+        self.low = low
+        self.high = high
+        self.floor = floor
+        self.step: float = (high - low) / (levels - 1)
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     @property
@@ -103,10 +103,11 @@ class DiscretizedLogisticMixture(Distribution):
     log space, so that log P stays finite however far x is from every component.
 
     Args:
-        logits: unnormalised log π_m, (batch, M, height, width).
+        logits: unnormalised log π_m, (batch, M, height, width), nats.
         loc: μ, in the data's units, (batch, M, C, height, width).
-        log_scale: log s, of the same shape.
-        coefficients: c_1, c_2, c_3, of the same shape with C = 3; None: channels do not depend on each other.
+        log_scale: log s, s in the data's units, (batch, M, C, height, width).
+        coefficients: c_1, c_2, c_3, (batch, M, 3, height, width), no unit, where C = 3; None: channels do not depend on each
+            other.
         levels: number of grid values, at least 2 (256 for 8-bit images).
         low: the lowest grid value.
         high: the highest grid value.
@@ -145,12 +146,17 @@ class DiscretizedLogisticMixture(Distribution):
             )
         if coefficients is not None and loc.shape[2] != 3:
             raise ShapeError(f"coefficients: expected 3 channels, which they couple, got {loc.shape[2]}.")
-        self.logits, self.loc, self.log_scale, self.coefficients = logits, loc, log_scale, coefficients
-        self.levels = check_count("levels", levels, least=2)
-        self.low, self.high = _check_range("low, high", (low, high))
-        self.step = (self.high - self.low) / (self.levels - 1)
-        inside = self.low + self.step / 2, self.high - self.step / 2
-        self.bottom, self.top = (_check_edge(n, v, e) for n, v, e in zip(("bottom", "top"), (bottom, top), inside, strict=True))
+        self.logits = logits
+        self.loc = loc
+        self.log_scale = log_scale
+        self.coefficients = coefficients
+        self.levels: int = check_count("levels", levels, least=2)
+        ends = check_range("low, high", (low, high))
+        self.low: float = ends[0]
+        self.high: float = ends[1]
+        self.step: float = (self.high - self.low) / (self.levels - 1)
+        self.bottom: float = _check_edge("bottom", bottom, self.low + self.step / 2)
+        self.top: float = _check_edge("top", top, self.high - self.step / 2)
         super().__init__(loc.shape[:1], torch.Size((loc.shape[2], *loc.shape[3:])), validate_args=False)
 
     @classmethod
@@ -168,7 +174,7 @@ class DiscretizedLogisticMixture(Distribution):
         log s is kept above −7, c is the tanh of its channels, and x is in [−1, 1].
 
         Args:
-            parameters: (batch, 10·M, height, width), or (batch, 3·M, height, width) for one colour.
+            parameters: features of the last layer, (batch, 10·M, height, width), or (batch, 3·M, height, width) for one colour.
             colours: 3 or 1.
             levels: number of grid values, at least 2.
             bottom: value below which x counts as the lowest level; None: half a bin above −1.
@@ -196,12 +202,19 @@ class DiscretizedLogisticMixture(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """Σ_m π_m μ_m, the locations of each component in turn clamped to the range: not the mean of the clipped tails."""
+        """Σ_m π_m μ_m, (batch, C, height, width), in the data's units.
+
+        The locations of each component are in turn clamped to the range: it is not the mean of the clipped tails.
+        """
         components = self._channel_by_channel(lambda loc, scale: loc.clamp(self.low, self.high))
         return (self.logits.softmax(1).unsqueeze(2) * components).sum(1)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log P(x), (batch,), nats, for x of shape (batch, C, height, width)."""
+        """log P(x), (batch,), nats.
+
+        Args:
+            value: observations x, (batch, C, height, width).
+        """
         x = value.unsqueeze(1)
         loc = self.loc
         if self.coefficients is not None:
@@ -213,7 +226,11 @@ class DiscretizedLogisticMixture(Distribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """A draw, on the grid, (*sample_shape, batch, C, height, width)."""
+        """Draws of observations, on the grid, (*sample_shape, batch, C, height, width).
+
+        Args:
+            sample_shape: of draws; (): one.
+        """
         if sample_shape:
             return torch.stack([self.sample(sample_shape[1:]) for _ in range(sample_shape[0])])
         gumbel = -torch.empty_like(self.logits).exponential_().log()
@@ -246,7 +263,9 @@ class InModelUnits(Distribution):
     def __init__(
         self, base: Distribution, to_model: Callable[[Tensor], Tensor], from_model: Callable[[Tensor], Tensor]
     ) -> None:
-        self.base, self.to_model, self.from_model = base, to_model, from_model
+        self.base = base
+        self.to_model = to_model
+        self.from_model = from_model
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     @property
@@ -269,86 +288,7 @@ class InModelUnits(Distribution):
         return self.from_model(self.base.sample(torch.Size(sample_shape)))
 
 
-class PixelLikelihood(nn.Module):
-    """p_β0(x | z) from a decoder's output, (batch, `channels`, …).
-
-    "gaussian" and "discretized_logistic" have a mean inside `x_range` and one scale for all pixels, "bernoulli" has logits,
-    "mixture" is a `DiscretizedLogisticMixture` of images with 1 or 3 channels.
-
-    Args:
-        x_shape: shape of an observation, without the batch.
-        name: one of these four.
-        sigma: scale in the data's units, > 0, for "gaussian" and "discretized_logistic"; None: one number, learned.
-        x_range: lowest and highest value of x.
-        levels: grid values between them for the discretised ones (256 for 8-bit images).
-        mixtures: components of "mixture".
-
-    Attributes:
-        channels: size that the decoder's output has in place of x's first dimension.
-        config: the likelihood, its sigma, range and levels, as arguments of a generator: plain values.
-
-    Raises:
-        ArgumentError, ShapeError: if a value is impossible; the message says which.
-    """
-
-    def __init__(
-        self,
-        x_shape: Sequence[int],
-        name: Likelihood,
-        *,
-        sigma: float | None = None,
-        x_range: Sequence[float] = (0.0, 1.0),
-        levels: int = 256,
-        mixtures: int = 5,
-    ) -> None:
-        super().__init__()
-        self.x_shape, self.x_range = check_shape("x_shape", x_shape), _check_range("x_range", x_range)
-        self.levels, self.mixtures = check_count("levels", levels, least=2), check_count("mixtures", mixtures)
-        if name not in get_args(Likelihood):
-            raise ArgumentError(f"likelihood: expected one of {get_args(Likelihood)}, got {shown(name)}.")
-        if name == "bernoulli" and self.x_range != (0.0, 1.0):
-            raise ArgumentError(f'x_range: likelihood="bernoulli" needs (0, 1), got {self.x_range}.')
-        if name == "mixture" and (len(self.x_shape) != 3 or self.x_shape[0] not in (1, 3)):
-            raise ShapeError(f'x_shape: likelihood="mixture" needs (1 or 3, height, width), got {tuple(self.x_shape)}.')
-        self.name = name
-        self.channels = (10 if self.x_shape[0] == 3 else 3) * self.mixtures if name == "mixture" else self.x_shape[0]
-        given = None if sigma is None else check_positive("sigma", sigma)
-        self.config = {"likelihood": name, "sigma": given, "x_range": list(self.x_range), "levels": self.levels}
-        start = 0.1 * (self.x_range[1] - self.x_range[0]) if given is None else given
-        learned = sigma is None and name in ("gaussian", "discretized_logistic")
-        self.log_sigma = nn.Parameter(torch.tensor(math.log(start)), requires_grad=learned)
-
-    def extra_repr(self) -> str:
-        """The settings."""
-        return f"{self.name}, x_range={self.x_range}, levels={self.levels}, mixtures={self.mixtures}"
-
-    def forward(self, parameters: Tensor) -> Distribution:
-        """The distribution, batch_shape (batch,), event_shape `x_shape`, in the dtype of the weights (autocast or not)."""
-        parameters = parameters.to(self.log_sigma.dtype)
-        low, high = self.x_range
-        if self.name == "mixture":
-            base = DiscretizedLogisticMixture.from_channels(parameters, colours=self.x_shape[0], levels=self.levels)
-            half = (high - low) / 2
-            return InModelUnits(base, lambda x: (x - low) / half - 1, lambda y: low + half * (y + 1))
-        dimensions = len(self.x_shape)
-        if self.name == "bernoulli":
-            return Independent(Bernoulli(logits=parameters, validate_args=False), dimensions, validate_args=False)
-        mean = low + (high - low) * torch.sigmoid(parameters)
-        sigma = self.log_sigma.exp().expand_as(mean)
-        if self.name == "gaussian":
-            pixel: Distribution = Normal(mean, sigma, validate_args=False)
-        else:
-            pixel = DiscretizedLogistic(mean, sigma, self.levels, low, high, validate_args=False)
-        return Independent(pixel, dimensions, validate_args=False)
-
-
-def check_x(x: Tensor, x_shape: torch.Size) -> None:
-    """Observations of an inference model are (batch, *x_shape)."""
-    if x.shape[1:] != x_shape:
-        raise ShapeError(f"x: expected shape (batch, {', '.join(map(str, x_shape))}), got {tuple(x.shape)}.")
-
-
-def _check_range(name: str, values: Any) -> tuple[float, float]:
+def check_range(name: str, values: Any) -> tuple[float, float]:
     """Two finite numbers, the first below the second, of any kind, as Python's own."""
     if not isinstance(values, str | bytes):
         try:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from energy_prior._util import draw, plain_normal
 from energy_prior.checks.settings import check_count, check_flag, check_positive, check_shape, check_sizes
 from energy_prior.errors import ArgumentError, ShapeError
-from energy_prior.generators.likelihoods import Likelihood, PixelLikelihood, check_x
+from energy_prior.generators.pixels import Likelihood, PixelLikelihood, check_x
 from energy_prior.protocol import Inferred
 from energy_prior.topdown import infer_top_down
 
@@ -85,21 +85,23 @@ class ResidualVAE(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.prior_temperature = check_positive("prior_temperature", prior_temperature)
-        self.checkpointing = check_flag("checkpointing", checkpointing)
-        self.x_shape = check_shape("x_shape", x_shape)
+        self.prior_temperature: float = check_positive("prior_temperature", prior_temperature)
+        self.checkpointing: bool = check_flag("checkpointing", checkpointing)
+        self.x_shape: torch.Size = check_shape("x_shape", x_shape)
         groups, downsample = _check_scales(self.x_shape, groups, downsample)
         latent_channels, channels = check_count("latent_channels", latent_channels), check_count("channels", channels)
         cells, tower_cells = check_count("cells", cells), check_count("tower_cells", tower_cells, least=0)
-        self.pixels = PixelLikelihood(self.x_shape, likelihood, sigma=sigma, x_range=x_range, levels=levels, mixtures=mixtures)
-        self.x_range = self.pixels.x_range
+        self.pixels: PixelLikelihood = PixelLikelihood(
+            self.x_shape, likelihood, sigma=sigma, x_range=x_range, levels=levels, mixtures=mixtures
+        )
+        self.x_range: tuple[float, float] = self.pixels.x_range
         self._config: dict[str, Any] = {"groups": list(groups), "latent_channels": latent_channels, "channels": channels}
         self._config |= {"cells": cells, "tower_cells": tower_cells, "downsample": downsample, "mixtures": self.pixels.mixtures}
         scales = len(groups)
         sizes = [tuple(n // 2 ** (downsample + s) for n in self.x_shape[1:]) for s in range(scales)]
         widths = [channels * min(2**s, 4) for s in range(scales)]
         self._scales = tuple(s for s in range(scales) for _ in range(groups[s]))  # the scale of z_1, …, z_L
-        self.latent_shapes = tuple(torch.Size((latent_channels, *sizes[s])) for s in self._scales)
+        self.latent_shapes: tuple[torch.Size, ...] = tuple(torch.Size((latent_channels, *sizes[s])) for s in self._scales)
         depth = cells * sum(groups) + tower_cells * (downsample + 1)  # cells that one image goes through
 
         def tower(width: int, count: int = cells) -> nn.Sequential:
@@ -108,21 +110,21 @@ class ResidualVAE(nn.Module):
         def image_tower(first: nn.Module) -> nn.Sequential:
             return nn.Sequential(first, tower(channels, tower_cells))
 
-        self.stem = image_tower(nn.Conv2d(self.x_shape[0], channels, 3, padding=1))
-        self.shrink = nn.ModuleList(image_tower(_Half(channels, channels)) for _ in range(downsample))
+        self.stem: nn.Module = image_tower(nn.Conv2d(self.x_shape[0], channels, 3, padding=1))
+        self.shrink: nn.ModuleList = nn.ModuleList(image_tower(_Half(channels, channels)) for _ in range(downsample))
         order = self._scales[::-1]  # the module lists below run from z_L to z_1, as the decoder does
-        self.side = nn.ModuleList(tower(widths[s]) for s in order)
-        self.down = nn.ModuleList(_Half(widths[s], widths[s + 1]) for s in range(scales - 1))
-        self.top = nn.Parameter(torch.zeros(1, widths[-1], *sizes[-1]))
-        self.prior = nn.ModuleList(_head(widths[s], 2 * latent_channels, 1) for s in order[1:])
-        self.posterior = nn.ModuleList(_head(2 * widths[s], 2 * latent_channels, 3) for s in order)
-        self.enter = nn.ModuleList(nn.Conv2d(latent_channels, widths[s], 1) for s in order)
-        self.cells = nn.ModuleList(
+        self.side: nn.ModuleList = nn.ModuleList(tower(widths[s]) for s in order)
+        self.down: nn.ModuleList = nn.ModuleList(_Half(widths[s], widths[s + 1]) for s in range(scales - 1))
+        self.top: nn.Parameter = nn.Parameter(torch.zeros(1, widths[-1], *sizes[-1]))
+        self.prior: nn.ModuleList = nn.ModuleList(_head(widths[s], 2 * latent_channels, 1) for s in order[1:])
+        self.posterior: nn.ModuleList = nn.ModuleList(_head(2 * widths[s], 2 * latent_channels, 3) for s in order)
+        self.enter: nn.ModuleList = nn.ModuleList(nn.Conv2d(latent_channels, widths[s], 1) for s in order)
+        self.cells: nn.ModuleList = nn.ModuleList(
             tower(widths[s]) if s == below else nn.Sequential(tower(widths[s]), _Twice(widths[s], widths[below]))
             for s, below in zip(order, (*order[1:], 0), strict=True)
         )
-        self.grow = nn.ModuleList(image_tower(_Twice(channels, channels)) for _ in range(downsample))
-        self.head = _head(channels, self.pixels.channels, 3)
+        self.grow: nn.ModuleList = nn.ModuleList(image_tower(_Twice(channels, channels)) for _ in range(downsample))
+        self.head: nn.Module = _head(channels, self.pixels.channels, 3)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
@@ -136,16 +138,26 @@ class ResidualVAE(nn.Module):
         return f"prior_temperature={self.prior_temperature}"
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles its towers in place, as `nn.Module.compile` does (for training; chains have a `backend` of their own)."""
+        """Compiles its towers in place, as `nn.Module.compile` does (for training; chains have a `backend` of their own).
+
+        Args:
+            *args: handed on to `nn.Module.compile`.
+            **kwargs: handed on to it too.
+        """
         for part in (self.stem, *self.shrink, *self.side, *self.cells, *self.grow):
             part.compile(*args, **kwargs)
 
     def start(self, batch_size: int) -> Tensor:
-        """The learned features above z_L."""
+        """The learned features above z_L, (batch, channels, height, width)."""
         return self.top.expand(batch_size, -1, -1, -1).contiguous(memory_format=torch.channels_last)
 
     def conditional(self, state: Tensor, layer: int) -> Normal:
-        """p_β(z_i | z_{>i}) of layer i from the features above it; N(0, t²) for z_L."""
+        """p_β(z_i | z_{>i}) of layer i; N(0, t²) for z_L.
+
+        Args:
+            state: features above the layer, (batch, channels, height, width).
+            layer: i, 1 … L.
+        """
         if layer == len(self.latent_shapes):
             zero = self.top.new_zeros(len(state), *self.latent_shapes[-1])
             return plain_normal(zero, torch.full_like(zero, self.prior_temperature))
@@ -153,12 +165,25 @@ class ResidualVAE(nn.Module):
         return plain_normal(loc, self.prior_temperature * _scale(raw))
 
     def descend(self, state: Tensor, z: Tensor, layer: int) -> Tensor:
-        """Adds z_i to the features, and goes through the cells on to the next layer."""
+        """Adds z_i to the features, and goes through the cells on to the next layer.
+
+        Args:
+            state: features above the layer, (batch, channels, height, width).
+            z: z_i, (batch, *latent_shapes[layer - 1]).
+            layer: i, 1 … L.
+
+        Returns:
+            Features below the layer, (batch, channels, height, width), with the size of the layer below.
+        """
         index = self._index(layer)
         return self._through(self.cells[index], state + self.enter[index](z))
 
     def likelihood(self, state: Tensor) -> Distribution:
-        """p_β0(x | z); the image tower runs here, so a pass that needs no image never pays for it."""
+        """p_β0(x | z); the image tower runs here, so a pass that needs no image never pays for it.
+
+        Args:
+            state: features below z_1, (batch, channels, height, width).
+        """
         features = state
         for part in self.grow:
             features = self._through(part, features)
@@ -202,7 +227,7 @@ class ResidualVAE(nn.Module):
 
     def _through(self, part: nn.Module, features: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
-            return checkpoint(part, features, use_reentrant=False)  # type: ignore[no-any-return]
+            return checkpoint(part, features, use_reentrant=False)
         return part(features)
 
 

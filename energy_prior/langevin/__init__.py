@@ -31,6 +31,7 @@ __all__ = [
 from energy_prior.langevin.chain import ChainResult
 from energy_prior.langevin.density import Evaluation, JointDensity, Precision, Target
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
+from energy_prior.langevin.proposal import Scheme, coefficients, cut_drift, propose
 from energy_prior.langevin.sample import (
     LARGEST_STEP,
     USUAL_ACCEPTANCE,
@@ -41,5 +42,5 @@ from energy_prior.langevin.sample import (
     warn_if_stuck,
 )
 from energy_prior.langevin.settings import ChainOptions, ChainSettings
-from energy_prior.langevin.step import Scheme, coefficients, cut_drift, log_acceptance, propose
+from energy_prior.langevin.step import log_acceptance
 from energy_prior.langevin.trajectory import Trajectory

@@ -28,12 +28,13 @@ class ChainResult:
     """The end of a chain, one row per chain of the batch.
 
     Attributes:
-        position: the free layers at the end, ascending, in the density's coordinates.
-        latents: (z_1, …, z_L) at the end, the held layers included.
-        step_size: the step size at the end, (batch,).
-        acceptance: mean over the steps of the acceptance probability, (batch,); None if nothing asked for it.
-        drift_norm: ‖∇ log p̃‖ over all free layers at the end, (batch,); None as for `acceptance`.
-        cut_share: share of the steps whose drift was cut, (batch,); None without `max_drift`.
+        position: the free layers at the end, ascending, (batch, *shape) each: ε_i in noise space, z_i in latent space.
+        latents: (z_1, …, z_L) at the end, the held layers included, (batch, *latent_shape) each.
+        step_size: the step size s at the end, (batch,), in units of the position: of ε_i, or of z_i.
+        acceptance: mean over the steps of the acceptance probability, (batch,), in [0, 1]; None if nothing asked for it.
+        drift_norm: ‖∇ log p̃‖ over all free layers at the end, (batch,), nats per unit of the position; None as for
+            `acceptance`.
+        cut_share: share of the steps whose drift was cut, (batch,), in [0, 1]; None without `max_drift`.
         negative_energy: Σ_i f_i of the free layers at the start and after every step, (steps + 1, batch), nats; None if not
             traced.
         trajectory: the frames that were asked for; None if none were.

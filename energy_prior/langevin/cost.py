@@ -126,7 +126,8 @@ class _Memory(TorchDispatchMode):
         self._alive = {key: kept for key, kept in self._alive.items() if not kept[0].expired()}
         tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.layout == torch.strided]
         storages = [tensor.untyped_storage() for tensor in tensors]
-        self._alive |= {storage._cdata: (StorageWeakRef(storage), storage.nbytes()) for storage in storages}
+        for storage in storages:
+            self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()  # pyright: ignore[reportPrivateUsage]
         self.results.append(max((storage.nbytes() for storage in storages), default=0))
         self.alive.append(sum(size for _, size in self._alive.values()))
         return out

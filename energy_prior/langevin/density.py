@@ -7,7 +7,7 @@ __all__ = ["Evaluation", "JointDensity", "Precision", "Target", "matrix_products
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -67,7 +67,11 @@ class Target:
         return next((t.device for t in tensors), torch.device("cpu"))
 
     def rows(self, rows: slice) -> Target:
-        """The target of some chains of the batch."""
+        """The target of some chains of the batch.
+
+        Args:
+            rows: which chains.
+        """
         if rows == slice(0, self.batch_size):
             return self
         return dataclasses.replace(
@@ -88,10 +92,11 @@ class Evaluation(NamedTuple):
     """A density at one position of every chain.
 
     Attributes:
-        position: the free layers, ascending, in the coordinates of the density.
-        negative_energy: f_i of the free layers at this position, (batch, free layers), nats.
+        position: the free layers, ascending, (batch, *shape) each: ε_i in noise space, z_i in latent space.
+        negative_energy: f_i of the free layers at this position, (batch, layers), nats.
         log_density: log p̃ at this position, up to its constant, (batch,), nats; None where only the gradient was asked for.
-        gradient: ∇ log p̃ in latent space; in noise space ∇ (log p̃ + ½‖ε‖²), the part beside the Gaussian.
+        gradient: ∇ log p̃ in latent space; in noise space ∇ (log p̃ + ½‖ε‖²), the part beside the Gaussian. (batch, *shape) of
+            each free layer, nats per unit of the position.
     """
 
     position: tuple[Tensor, ...]
@@ -101,7 +106,7 @@ class Evaluation(NamedTuple):
 
 
 @contextlib.contextmanager
-def matrix_products(precision: Precision) -> Iterator[None]:
+def matrix_products(precision: Precision) -> Generator[None]:
     """Inside, CUDA computes matrix products and convolutions in TF32 if `precision` is "tf32"; restored on exit."""
     if precision != "tf32":
         yield
@@ -140,7 +145,7 @@ class JointDensity:
         self.topdown = topdown
         self.energies = energies
         self.space: Space = space
-        self.x = None if x is None else plain(x)
+        self.x: Tensor | None = None if x is None else plain(x)
         self._reads_noise = any(map(reads_noise, energies))
 
     @functools.cached_property
@@ -154,7 +159,7 @@ class JointDensity:
         """Density and gradient at one position. The density is summed over the batch, so that chains stay independent.
 
         Args:
-            position: the free layers, ascending, in the density's coordinates.
+            position: the free layers, ascending, (batch, *shape) each: ε_i in noise space, z_i in latent space.
             with_density: also give the log density; the gradient alone is a little cheaper.
             precision: "bf16" runs the networks under autocast; "tf32" is a setting of torch's (`matrix_products`).
         """
@@ -185,7 +190,15 @@ class JointDensity:
         return Evaluation(leaves, energy, log_density, gradient)
 
     def gradient_at(self, position: Sequence[Tensor], level: Tensor) -> tuple[Tensor, ...]:
-        """∇_ε Σ f_i(·; t) over the free layers at waymark t = `level`, (batch,), with the layers above held where they are."""
+        """∇_ε Σ f_i(·; t) over the free layers at waymark t, with the layers above held where they are.
+
+        Args:
+            position: noise ε_i of the free layers, ascending, (batch, *shape) each.
+            level: t in [0, 1], (batch,).
+
+        Returns:
+            One tensor (batch, *shape) per free layer, nats per unit of ε_i.
+        """
         with torch.enable_grad():
             leaves = tuple(p.detach().requires_grad_() for p in position)
             noise = {**self.topdown.noise_above, **dict(zip(self.topdown.free, leaves, strict=True))}
@@ -199,14 +212,19 @@ class JointDensity:
 
         Args:
             layers: their numbers.
-            position: the free layers, ascending, in the density's coordinates.
+            position: the free layers, ascending, (batch, *shape) each: ε_i in noise space, z_i in latent space.
             descent: the pass down at this position.
         """
         noise = self._noise(position, descent) if self._reads_noise else None
         return torch.stack([layer_energy(self.energies[i - 1], i, descent.latents, noise) for i in layers], dim=1)
 
     def drift_norm(self, position: Sequence[Tensor], gradient: Sequence[Tensor]) -> Tensor:
-        """‖∇ log p̃‖ over all free layers, (batch,), from `gradient` as an `Evaluation` has it."""
+        """‖∇ log p̃‖ over all free layers, (batch,), nats per unit of the position.
+
+        Args:
+            position: the free layers, ascending, (batch, *shape) each: ε_i in noise space, z_i in latent space.
+            gradient: as an `Evaluation` has it, (batch, *shape) each, nats per unit of the position.
+        """
         total: Any = 0.0
         for p, g in zip(position, gradient, strict=True):
             total = total + sum_event((g - p if self.space == "noise" else g) ** 2)

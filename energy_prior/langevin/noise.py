@@ -29,15 +29,27 @@ class NoiseSource(Protocol):
     """Random numbers of a chain by step. Step 0 draws its ancestral start, steps 1, 2, … its moves."""
 
     def normal(self, step: int) -> tuple[Tensor, ...]:
-        """Standard normal noise, one tensor (batch, *shape) per free layer, in ascending order of layer."""
+        """Noise of N(0, 1), one tensor (batch, *shape) per free layer, in ascending order of layer.
+
+        Args:
+            step: number of the step, ≥ 0.
+        """
         ...
 
     def uniform(self, step: int) -> Tensor:
-        """Uniform numbers in [0, 1) for the accept test of this step, (batch,)."""
+        """Uniform numbers in [0, 1) for the accept test of a step, (batch,).
+
+        Args:
+            step: number of the step, ≥ 1.
+        """
         ...
 
     def rows(self, rows: slice) -> NoiseSource:
-        """The random numbers of some chains of the batch, where it is run in parts; its steps are asked for from 1 on."""
+        """The random numbers of some chains of the batch, where it is run in parts; its steps are asked for from 1 on.
+
+        Args:
+            rows: which chains.
+        """
         ...
 
 
@@ -46,19 +58,22 @@ class RandomNoise:
 
     Args:
         shapes: shape (batch, *shape) of each free layer, ascending.
-        reference: a tensor with the dtype and device that the noise is to have.
+        reference: a tensor of any shape, (…), and any unit, whose dtype and device the noise gets.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], reference: Tensor) -> None:
         self._shapes, self._reference = shapes, reference
 
     def normal(self, step: int) -> tuple[Tensor, ...]:
+        """New noise of N(0, 1) at every call, one tensor (batch, *shape) per free layer, whatever the step."""
         return tuple(normal_like(shape, self._reference) for shape in self._shapes)
 
     def uniform(self, step: int) -> Tensor:
+        """New numbers in [0, 1) at every call, (batch,), whatever the step."""
         return torch.rand(self._shapes[0][0], dtype=self._reference.dtype, device=self._reference.device)
 
     def rows(self, rows: slice) -> RandomNoise:
+        """The same stream, for some chains of the batch."""
         return RandomNoise(_rows_of(self._shapes, rows), self._reference)
 
 
@@ -169,14 +184,17 @@ class CounterNoise:
         return Counters(self._key, self._key.new_full((), self._first_row))
 
     def normal(self, step: int) -> tuple[Tensor, ...]:
+        """Noise of N(0, 1), one tensor (batch, *shape) per free layer: of the step's number and the key, but for the start."""
         if step == 0:
             return tuple(normal_like(shape, self._reference) for shape in self._shapes)
         return counted_normal(self.counters(), self._key.new_full((), step), self._shapes)
 
     def uniform(self, step: int) -> Tensor:
+        """Numbers in [0, 1), (batch,), of the step's number and the key."""
         return counted_uniform(self.counters(), self._key.new_full((), step), self._shapes[0][0])
 
     def rows(self, rows: slice) -> CounterNoise:
+        """Those that these chains have in the whole batch."""
         own = copy.copy(self)
         own._shapes, own._first_row = _rows_of(self._shapes, rows), self._first_row + rows.indices(self._shapes[0][0])[0]
         return own
@@ -191,8 +209,9 @@ class InjectedNoise:
     """Random numbers given beforehand: with them a chain does not depend on the rest of its batch, nor on chunking.
 
     Args:
-        normals: one tensor (steps + 1, batch, *shape) per free layer, ascending; row 0 is the ancestral start.
-        uniforms: (steps + 1, batch) in [0, 1), needed only with Metropolis adjustment; row 0 is not read.
+        normals: noise of N(0, 1), one tensor (steps + 1, batch, *shape) per free layer, ascending; row 0 is the ancestral
+            start.
+        uniforms: in [0, 1), (steps + 1, batch), needed only with Metropolis adjustment; row 0 is not read.
 
     Raises:
         ShapeError: if the tensors disagree on the number of steps or on the batch.
@@ -207,18 +226,36 @@ class InjectedNoise:
         self._normals, self._uniforms = tuple(normals), uniforms
 
     def normal(self, step: int) -> tuple[Tensor, ...]:
+        """Row `step` of `normals`, noise of N(0, 1), one tensor (batch, *shape) per free layer."""
         return tuple(n[step] for n in self._normals)
 
     def uniform(self, step: int) -> Tensor:
+        """Row `step` of `uniforms`, in [0, 1), (batch,).
+
+        Raises:
+            ArgumentError: if there are none.
+        """
         if self._uniforms is None:
             raise ArgumentError("noise: Metropolis adjustment needs `uniforms` as well; give InjectedNoise both.")
         return self._uniforms[step]
 
     def rows(self, rows: slice) -> InjectedNoise:
+        """The numbers of these chains."""
         return InjectedNoise([n[:, rows] for n in self._normals], None if self._uniforms is None else self._uniforms[:, rows])
 
     def check(self, shapes: Sequence[tuple[int, ...]], reference: Tensor, steps: int, adjust: bool) -> None:
-        """Raises `ShapeError` or `ArgumentError` if it does not fit a chain of free layers with these shapes."""
+        """Looks whether it fits a chain.
+
+        Args:
+            shapes: shape (batch, *shape) of each free layer, ascending.
+            reference: a tensor of any shape, (…), and any unit, whose dtype and device the noise has to have.
+            steps: number of steps, ≥ 0.
+            adjust: whether there are accept tests, which need `uniforms`.
+
+        Raises:
+            ShapeError: if it is for free layers of other shapes.
+            ArgumentError: if it has too few steps, lacks `uniforms`, or is of another dtype or device.
+        """
         got = [tuple(n.shape[1:]) for n in self._normals]
         if got != list(shapes):
             raise ShapeError(

@@ -44,7 +44,12 @@ _LOOK, _LEAST_LOOKS, _MOST_LOOKS, _AGREE, _CLOSE = 10, 6, 15, 3, 0.1  # tuning: 
 
 
 class ChainDraw(NamedTuple):
-    """All latents (z_1, …, z_L) at the end of a chain, and what the chain says of itself (None: no chain was needed)."""
+    """Where a chain has arrived.
+
+    Attributes:
+        latents: (z_1, …, z_L) at the end, (batch, *latent_shape) each.
+        result: what the chain says of itself; None: no chain was needed.
+    """
 
     latents: tuple[Tensor, ...]
     result: ChainResult | None
@@ -70,7 +75,8 @@ def sample_target(
         target: what to draw from.
         settings: the chains' settings.
         default_step_size: what to use where `settings.step_size` is None.
-        start: (z_1, …, z_L) to start from (entries of held layers are not read); None: ancestral, ε ~ N(0, I).
+        start: (z_1, …, z_L) to start from, (batch, *latent_shape) each (entries of held layers are not read); None: ancestral,
+            ε ~ N(0, I).
         noise: the chains' random numbers; None: torch's global stream.
         measure: report the acceptance of unadjusted chains too.
         trace: report f after every step too, and all that `measure` does; its memory grows with the steps.
@@ -191,7 +197,11 @@ def choose_backend(name: str, target: Target, evaluations: int) -> str:
 
 
 def warn_if_stuck(result: ChainResult | None) -> None:
-    """Warns of chains that accepted hardly any step."""
+    """Warns of chains that accepted hardly any step.
+
+    Args:
+        result: the end of the chains; None: there were none.
+    """
     accepted = None if result is None or result.acceptance is None else float(result.acceptance.mean())
     if accepted is not None and accepted < _HARDLY_MOVES:
         warn(

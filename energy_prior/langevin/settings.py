@@ -13,12 +13,25 @@ from energy_prior.checks.settings import check_count, check_flag, check_positive
 from energy_prior.errors import ArgumentError
 from energy_prior.langevin import backends
 from energy_prior.langevin.density import Precision
-from energy_prior.langevin.step import Scheme
+from energy_prior.langevin.proposal import Scheme
 from energy_prior.topdown import Space
 
 
 class ChainOptions(TypedDict, total=False):
-    """The keywords that every method running a chain accepts; see `ChainSettings` for their meaning."""
+    """The keywords that every method running a chain accepts; `ChainSettings` says more of each.
+
+    Attributes:
+        steps: number of steps, ≥ 0.
+        step_size: s > 0; None: the prior's own, or one that adapts.
+        adjust: Metropolis–Hastings accept/reject; None: where the chain is stiff.
+        temperature: T > 0 of the chain.
+        scheme: "crank_nicolson" or "euler"; None: that of the space.
+        max_drift: longest drift as a multiple of the noise's length, > 0; None: no limit.
+        waymarks: ≥ 0, crossed before the first step.
+        backend: "auto", or the name of one.
+        precision: "full", "tf32" or "bf16".
+        max_memory: bytes that an evaluation may keep, > 0.
+    """
 
     steps: int
     step_size: float | None
@@ -104,12 +117,26 @@ class ChainSettings:
 
     @classmethod
     def of(cls, options: ChainOptions) -> ChainSettings:
-        """The settings that these keywords of a method give; an unknown one is an `ArgumentError` with the nearest name."""
+        """The settings that keywords of a method give.
+
+        Args:
+            options: the keywords.
+
+        Raises:
+            ArgumentError: if one is unknown, with the nearest name, or has an impossible value.
+        """
         check_settings(cls, options, "an option of a chain (random numbers come from `rng`)")
         return cls(**options)
 
     def scheme_in(self, space: Space) -> Scheme:
-        """The scheme to use in this space."""
+        """The scheme to use.
+
+        Args:
+            space: coordinates of the chain.
+
+        Raises:
+            ArgumentError: if the scheme that is set is for the other space.
+        """
         if self.scheme is None:
             return "crank_nicolson" if space == "noise" else "euler"
         if self.scheme == "crank_nicolson" and space == "latent":

@@ -10,25 +10,20 @@ __all__ = [
     "Draws",
     "End",
     "Info",
-    "Scheme",
     "State",
-    "StepCoefficients",
     "StepConfig",
-    "coefficients",
-    "cut_drift",
     "end_at",
     "finalize",
     "init",
     "log_acceptance",
     "one_step",
     "per_chain",
-    "propose",
     "step",
 ]
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,10 +31,7 @@ from torch import Tensor
 from energy_prior._util import not_none, per_row, sum_event
 from energy_prior.langevin.density import Evaluation, JointDensity, Precision
 from energy_prior.langevin.noise import NoiseSource
-from energy_prior.topdown import Space
-
-Scheme = Literal["crank_nicolson", "euler"]
-"""How the Gaussian part of a noise-space density is discretised: half implicitly, or explicitly (Euler–Maruyama)."""
+from energy_prior.langevin.proposal import Scheme, StepCoefficients, coefficients, cut_drift, propose
 
 
 class StepConfig(NamedTuple):
@@ -66,14 +58,6 @@ class StepConfig(NamedTuple):
     measured: bool = False
     traced: bool = False
     precision: Precision = "full"
-
-
-class StepCoefficients(NamedTuple):
-    """c₀, c₁ and τ of y' = c₀ y + c₁ g + τ n; each broadcasts against (batch,)."""
-
-    c0: Tensor
-    c1: Tensor
-    tau: Tensor
 
 
 class State(NamedTuple):
@@ -314,68 +298,6 @@ def _finite_check(at: Evaluation, *, density_of_zero_is_bad: bool) -> Tensor:
     return torch.cat(parts if log_density is None else [*parts, log_density.sum()[None]])
 
 
-# ----------------------------------------------------------------------------------------------------------------- the maths
-
-
-def coefficients(step_size: Tensor, scheme: Scheme, space: Space, temperature: float = 1.0) -> StepCoefficients:
-    """Coefficients of one step of size s on p̃^{1/T}, with g as in `Evaluation.gradient`.
-
-    From ε' = ε + ½ s² ∇log p̃(ε)/T + s n, with a = s²/(4T):
-
-        euler, latent space:   c₀ = 1,                c₁ = 2a,          τ = s
-        euler, noise space:    c₀ = 1 − 2a,           c₁ = 2a,          τ = s
-        Crank–Nicolson:        c₀ = (1 − a)/(1 + a),  c₁ = 2a/(1 + a),  τ = s/(1 + a)
-
-    Crank–Nicolson puts (ε + ε')/2 for ε in the Gaussian drift −½s²ε/T (Cotter, Roberts, Stuart and White, Statistical
-    Science 2013, the pCNL proposal with δ = s²/2): N(0, T·I) is exactly invariant for f = 0 at every s, where Euler's
-    stationary variance is T/(1 − s²/(4T)).
-
-    Args:
-        step_size: s > 0, a scalar or one per chain, (batch,).
-        scheme: "crank_nicolson" (noise space only) or "euler".
-        space: coordinates of the chain.
-        temperature: T > 0 of the chain; the target is p̃^{1/T}.
-    """
-    a = step_size**2 / (4 * temperature)
-    if scheme == "crank_nicolson":
-        return StepCoefficients((1 - a) / (1 + a), 2 * a / (1 + a), step_size / (1 + a))
-    return StepCoefficients(1 - 2 * a if space == "noise" else torch.ones_like(a), 2 * a, step_size)
-
-
-def cut_drift(gradient: Sequence[Tensor], c: StepCoefficients, max_drift: float) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Each layer's g cut so that ‖c₁ g_i‖ ≤ max_drift · τ √d_i, `max_drift` times the length of the noise.
-
-    A truncated drift (MALTA of Roberts and Tweedie, Bernoulli 1996): a chain cannot be thrown off by a steep spot, and as
-    the cut depends on the position alone, Metropolis–Hastings with it at both ends stays exact.
-
-    Args:
-        gradient: g of each free layer, (batch, *shape).
-        c: coefficients of the step.
-        max_drift: > 0; at 1 a cut drift is as long as the noise that comes with it.
-
-    Returns:
-        g of each layer as the step uses it, and whether each chain's was cut in any layer, (batch,).
-    """
-    gradients, cut = [], torch.zeros_like(gradient[0].flatten(1)[:, 0], dtype=torch.bool)
-    for g in gradient:
-        limit = max_drift * c.tau * math.sqrt(g[0].numel()) / c.c1
-        length = sum_event(g**2).sqrt()
-        over = length > limit  # False where the length is not finite: that is for the chain's watch to report
-        gradients.append(g * per_row(torch.where(over, limit / length, 1.0), g))
-        cut = cut | over
-    return tuple(gradients), cut
-
-
-def propose(
-    position: Sequence[Tensor], drift: Sequence[Tensor], c: StepCoefficients, noise: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """The Langevin step y' = c₀ y + c₁ g + τ n of every free layer: y `position`, g `drift`, n `noise`, standard normal."""
-    return tuple(
-        per_row(c.c0, y) * y + per_row(c.c1, y) * g + per_row(c.tau, y) * n
-        for y, g, n in zip(position, drift, noise, strict=True)
-    )
-
-
 def log_acceptance(
     old: State | Evaluation,
     new: State | Evaluation,
@@ -384,10 +306,18 @@ def log_acceptance(
     noise: Sequence[Tensor],
     temperature: float = 1.0,
 ) -> Tensor:
-    """log of the Metropolis–Hastings ratio of the step old -> new made with `noise`, (batch,).
+    """log of the Metropolis–Hastings ratio of the step old -> new made with `noise`, (batch,), nats.
 
     log α = [log p̃(y') − log p̃(y)]/T + ½‖n‖² − ½‖n'‖², where n' = (y − c₀ y' − c₁ g(y'))/τ would lead back, with
     `new_drift` as g(y'). A proposal of density zero has log α = −∞.
+
+    Args:
+        old: where the step began, y, measured.
+        new: what it proposed, y', measured.
+        new_drift: g(y'), as the next step would use it, (batch, *shape) each, nats per unit of the position.
+        c: coefficients of the step.
+        noise: n, noise of N(0, 1), (batch, *shape) each.
+        temperature: T > 0 of the chain.
     """
     ratio = (not_none(new.log_density) - not_none(old.log_density)) / temperature
     for y, y_new, g_new, n in zip(old.position, new.position, new_drift, noise, strict=True):

@@ -44,12 +44,12 @@ class Trajectory:
     """A long Langevin run of the joint prior, thinned.
 
     Attributes:
-        steps: number of the step of each frame, (frames,); the first is 0, the start.
+        steps: number of the step of each frame, (frames,), whole numbers; the first is 0, the start.
         latents: (z_1, …, z_L), each (frames, batch, *latent_shape).
         negative_energy: f_i(z_i), (frames, batch, L), nats.
         acceptance: mean of min(1, α) over the steps since the frame before, (frames, batch), in [0, 1]: what MALA accepts,
             or would have accepted of an unadjusted chain. 1 at the start, where no step has been made.
-        drift_norm: ‖∇ log p̃‖ over all free layers in the chain's space, (frames, batch).
+        drift_norm: ‖∇ log p̃‖ over all free layers in the chain's space, (frames, batch), nats per unit of z or ε there.
     """
 
     steps: Tensor
@@ -60,7 +60,11 @@ class Trajectory:
 
     @classmethod
     def of(cls, frames: Sequence[Frame]) -> Trajectory:
-        """The trajectory of these frames."""
+        """The trajectory of some moments of one chain.
+
+        Args:
+            frames: the moments, in their order.
+        """
         steps, latents, energy, acceptance, drift = zip(*frames, strict=True)
         return cls(
             steps=torch.tensor(steps),
@@ -72,7 +76,11 @@ class Trajectory:
 
     @classmethod
     def joined(cls, parts: Sequence[Trajectory]) -> Trajectory:
-        """That of the whole batch, from those of its parts."""
+        """That of the whole batch, from those of its parts.
+
+        Args:
+            parts: trajectories with frames at the same steps.
+        """
         if len(parts) == 1:
             return parts[0]
         return cls(

@@ -6,7 +6,7 @@ __all__ = ["Batches", "observations_of"]
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class Batches:
         world: int = 1,
         seed: int = 0,
     ) -> None:
-        self.x_shape = torch.Size(x_shape)
+        self.x_shape: torch.Size = torch.Size(x_shape)
         self.whole: Tensor | None = None
         self._data, self._generator, self._reference = data, generator, reference
         self._size, self._rank, self._world = config.batch_size or config.usual_batch, rank, world
@@ -151,7 +151,7 @@ class Batches:
         self._pass = self._one_pass()
 
     @contextlib.contextmanager
-    def _own_stream(self) -> Iterator[None]:
+    def _own_stream(self) -> Generator[None]:
         """Torch's global CPU stream is that of the data while a batch is made, and is put back."""
         outer = torch.get_rng_state()
         torch.set_rng_state(self._stream)

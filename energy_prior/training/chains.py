@@ -6,7 +6,7 @@ __all__ = ["LONGEST_DRIFT", "TrainingChains", "tuned_step_size"]
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -61,9 +61,11 @@ class TrainingChains:
     """
 
     def __init__(self, model: JointModel, config: FitConfig, reference: Tensor) -> None:
-        self.model, self.config, self._device = model, config, reference.device
-        self.step_size = config.step_size or model.step_size
-        self.posterior_step_size = model.step_size
+        self.model = model
+        self.config = config
+        self._device = reference.device
+        self.step_size: float = config.step_size or model.step_size
+        self.posterior_step_size: float = model.step_size
         self.backend: str | None = None
         self.persistent: tuple[Tensor, ...] | None = None
         self.last: ChainResult | None = None
@@ -206,7 +208,7 @@ def tuned_step_size(model: JointModel, start: float, config: FitConfig, device: 
 
 
 @contextlib.contextmanager
-def _fixed(model: JointModel, device: torch.device) -> Iterator[None]:
+def _fixed(model: JointModel, device: torch.device) -> Generator[None]:
     """Inside, nothing of the model learns, and it computes in full precision: draws leave mixed precision."""
     with full_precision(device), torch.no_grad(), frozen(model.generator, *model.energies):
         yield

@@ -43,7 +43,8 @@ class RunConfig:
 
     Attributes:
         iterations: updates, ≥ 1.
-        batch_size: observations per update, process and accumulation step, ≥ 1; None: 256, or all of them if there are fewer.
+        batch_size: observations per update, process and accumulation step, ≥ 1; None: `usual_batch`, or all of them if there
+            are fewer.
         learning_rate: of AdamW, > 0, after a linear warm-up of 100 iterations, or a tenth of them if fewer, and with cosine
             decay to a tenth of it; None: the task's own.
         weight_decay: of AdamW, ≥ 0.
@@ -53,6 +54,7 @@ class RunConfig:
         checkpoint_every: iterations between checkpoints in `run_dir`, ≥ 1.
         tensorboard: write the history to `run_dir`/tensorboard as well (extra "train").
         progress: show how far the run is: a bar where standard error is a terminal, else a line every 10 seconds at most.
+        usual_batch: what `batch_size` is where none is given, of the class: 256, of `ElboConfig` 128.
     """
 
     iterations: int = 2000
@@ -166,7 +168,14 @@ class FitConfig(RunConfig):
         self._keep_unless_none(_decay, "ema_decay")
 
     def for_method(self, method: Method) -> FitConfig:
-        """With the method's own restart probability, and the learning rate of so long a run, where none was given."""
+        """With the method's own restart probability, and the learning rate of so long a run, where none was given.
+
+        Args:
+            method: the learning rule.
+
+        Raises:
+            ArgumentError: if there are more stages than iterations.
+        """
         if method == "multi_stage_nce" and self.stages > self.iterations:
             raise ArgumentError(f"stages: expected at most iterations = {self.iterations}, got {self.stages}.")
         restarted = 0.05 if method == "multi_stage_nce" else 0.3

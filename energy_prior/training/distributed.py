@@ -6,7 +6,7 @@ __all__ = ["Engine", "launched_accelerator", "map_batches"]
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +62,7 @@ class Engine:
             )
 
     @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
+    def autocast(self) -> Generator[None]:
         """The accelerator's mixed precision, once `check_mixed_precision` has found that the generator takes it."""
         if self._accelerator is None or not self._mixed:
             yield
@@ -126,7 +126,7 @@ class Engine:
 
 
 @contextlib.contextmanager
-def launched_accelerator(*, cpu: bool = False) -> Iterator[Any]:
+def launched_accelerator(*, cpu: bool = False) -> Generator[Any]:
     """An `accelerate.Accelerator` if `accelerate launch` or torchrun started this process, else None.
 
     The processes leave together at the end: gloo aborts a process that goes while its threads still listen.

@@ -141,7 +141,7 @@ def fit_elbo(
 
     Args:
         generator: an `nn.Module` that follows `HierarchicalGenerator` and has `infer`; trained in place.
-        data: as in `JointEBMPrior.fit`.
+        data: observations, (n, *x_shape), or an iterable of batches, as in `JointEBMPrior.fit`.
         validation: observations kept out of training, (n, *x_shape), a tensor on any device or an array; looked at from the
             end of the warm-up on, always at KL weight 1. None: the last weights are kept.
         config: settings; None: the defaults.

@@ -31,9 +31,10 @@ from energy_prior.training.batches import Batches
 from energy_prior.training.chains import LONGEST_DRIFT, tuned_step_size
 from energy_prior.training.config import JOINT_METHODS, LANGEVIN_METHODS, FitConfig, Method, check_method
 from energy_prior.training.distributed import Engine
+from energy_prior.training.hooks import FitHooks
 from energy_prior.training.loop import Callback, check_callback, check_state_is_tensors, description, run_loop
 from energy_prior.training.progress import say
-from energy_prior.training.rules import FitHooks, FitTask
+from energy_prior.training.rules import FitTask
 from energy_prior.training.turns import Turns, being_trained, plain_gradients
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def fit_energies(
 
     Args:
         model: generator and energies; its step size is where the chains' starts.
-        data: observations.
+        data: observations, (n, *x_shape), or batches of them.
         method: the learning rule; None: one that fits the energies and how far the posterior is.
         config: settings; None: the defaults.
         settings: single settings, over those in `config`.

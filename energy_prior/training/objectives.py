@@ -14,7 +14,7 @@ from energy_prior._util import per_row, sum_event
 
 
 def noise_contrastive(positive: Tensor, negative: Tensor) -> Tensor:
-    """Logistic loss of one classifier of the whole z: E₊[log(1 + e^{−f})] + E₋[log(1 + e^f)], a scalar, 2 log 2 at f = 0.
+    """Logistic loss of one classifier of the whole z: E₊[log(1 + e^{−f})] + E₋[log(1 + e^f)], (), nats, 2 log 2 at f = 0.
 
     With equal counts its minimum is f = log q(z)/p(z), the log ratio of the aggregate posterior to the distribution of
     the negatives (Gutmann and Hyvärinen, AISTATS 2010; Aneja et al., NeurIPS 2021). One classifier with logit Σ_i f_i,
@@ -30,7 +30,7 @@ def noise_contrastive(positive: Tensor, negative: Tensor) -> Tensor:
 def denoising(
     gradient: Sequence[Tensor], clean: Sequence[Tensor], added: Sequence[Tensor], alpha: Tensor, sigma: Tensor
 ) -> Tensor:
-    """E‖(σ/α) ∇_ε Σ f(ε_t; t) − (σ ε_q − α n)‖² per unit, a scalar, at ε_t = α ε_q + σ n; 1 where f = 0 and ε_q ~ N(0, I).
+    """E‖(σ/α) ∇_ε Σ f(ε_t; t) − (σ ε_q − α n)‖² per unit, (), no unit, at ε_t = α ε_q + σ n; 1 where f = 0 and ε_q ~ N(0, I).
 
     Denoising score matching (Vincent, Neural Computation 2011) of the tilt: its minimum is ∇f(·; t) = ∇ log q_t(ε) + ε with
     q_t the density of ε_t, as ∇ log q_t = −E[n | ε_t]/σ. In the weighting of Salimans and Ho (ICLR 2022, v) every waymark
@@ -38,11 +38,11 @@ def denoising(
     posterior and prior are told apart completely.
 
     Args:
-        gradient: ∇ Σ f at ε_t of every layer, (batch, *shape).
-        clean: ε_q of every layer, the posterior's noise.
-        added: n of every layer.
-        alpha: α, (batch,).
-        sigma: σ, (batch,).
+        gradient: ∇ Σ f at ε_t of every layer, (batch, *shape), nats per unit of ε.
+        clean: ε_q of every layer, the posterior's noise, (batch, *shape).
+        added: n of every layer, noise of N(0, 1), (batch, *shape).
+        alpha: α in [0, 1], (batch,).
+        sigma: σ in [0, 1], (batch,).
     """
     total, units = 0.0, 0
     for g, e, n in zip(gradient, clean, added, strict=True):
@@ -53,7 +53,7 @@ def denoising(
 
 
 def maximum_likelihood(positive: Tensor, negative: Tensor) -> Tensor:
-    """E₋[Σ f_i] − E₊[Σ f_i], a scalar, whose gradient is that of the negative log likelihood of the joint prior.
+    """E₋[Σ f_i] − E₊[Σ f_i], (), nats, whose gradient is that of the negative log likelihood of the joint prior.
 
     ∂/∂α_i log-likelihood = E_{z ~ posterior}[∂f_i] − E_{z ~ p(z)}[∂f_i] (Cui, Wu and Han, CVPR 2023, eq. 8).
 
@@ -67,7 +67,7 @@ def maximum_likelihood(positive: Tensor, negative: Tensor) -> Tensor:
 def generator_likelihood(
     log_likelihood: Tensor, log_prior_positive: Tensor, log_prior_negative: Tensor, log_q: Tensor | None = None
 ) -> Tensor:
-    """−E₊[log p_β0(x|z) + log p_β(z) − log q_ω(z|x)] + E₋[log p_β(z)], a scalar: what the joint rules add.
+    """−E₊[log p_β0(x|z) + log p_β(z) − log q_ω(z|x)] + E₋[log p_β(z)], (), nats: what the joint rules add.
 
     With `maximum_likelihood` it has the gradient of the negative log likelihood in every parameter:
     ∂/∂β_{>0} = E₊[∂log p_β(z)] − E₋[∂log p_β(z)] and ∂/∂β_0 = E₊[∂log p_β0(x|z)] (Cui, Wu and Han, CVPR 2023, eqs. 8–10).

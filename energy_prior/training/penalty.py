@@ -20,7 +20,7 @@ _LARGEST_WEIGHT = 0.1
 
 
 def energy_penalty(positive: Tensor, negative: Tensor) -> Tensor:
-    """E₊[(Σ f_i)²] + E₋[(Σ f_i)²], a scalar: keeps energies, which have no absolute zero, near 0.
+    """E₊[(Σ f_i)²] + E₋[(Σ f_i)²], (), nats squared: keeps energies, which have no absolute zero, near 0.
 
     Args:
         positive: Σ_i f_i at posterior draws, (batch,), nats.
@@ -61,7 +61,7 @@ class PenaltyWeight:
     def __init__(self, least: float, size: float, reference: Tensor) -> None:
         self._least, self._limit = least, _GAP_LIMIT * size
         self._gap = reference.new_zeros(())
-        self.value = torch.full_like(self._gap, least)
+        self.value: Tensor = torch.full_like(self._gap, least)
 
     def update(self, gap: Tensor) -> None:
         """Takes the gap of one more update into account, a scalar, nats."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["FitHooks", "FitTask"]
+__all__ = ["FitTask"]
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from energy_prior.training.batches import Batches
 from energy_prior.training.chains import TrainingChains
 from energy_prior.training.config import JOINT_METHODS, LANGEVIN_METHODS, FitConfig, Method
 from energy_prior.training.distributed import Engine
+from energy_prior.training.hooks import FitHooks
 from energy_prior.training.loop import Group
 from energy_prior.training.objectives import denoising, generator_likelihood, maximum_likelihood, noise_contrastive
 from energy_prior.training.penalty import WALL_WEIGHT, PenaltyWeight, energy_penalty, energy_wall
@@ -42,24 +42,6 @@ _PICTURES = 64
 _LOOKED_AT = 16
 _SMALL_LAYER = 128  # units; limits on |f| and on the gap are for layers up to this, and grow with larger ones
 _NUMBERS = 2**28  # that draws for it hold at most, unless fewer than the least draws fit
-
-
-@dataclasses.dataclass(frozen=True)
-class FitHooks:
-    """What a run asks of the object whose energies it trains. All are called while no other public call runs.
-
-    Attributes:
-        started: a joint rule begins, or goes on: from now on the generator's weights belong to what is learned.
-        learned: at the end, also after an error: the energies are others than before the run, so that whatever was computed
-            for the old ones is void. Not called where nothing was learned yet.
-        save: writes the object to a file: the last good average of a run that has diverged.
-        sample: (n, step size) -> n observations under the energies as they are, (n, *x_shape), for pictures.
-    """
-
-    started: Callable[[], object]
-    learned: Callable[[], object]
-    save: Callable[[Path], object]
-    sample: Callable[[int, float], Tensor]
 
 
 class FitTask:
@@ -85,32 +67,37 @@ class FitTask:
         hooks: FitHooks,
         reference: Tensor,
     ) -> None:
-        self.model, self.batches, self.config, self.engine, self.hooks = model, batches, config, engine, hooks
+        self.model = model
+        self.batches = batches
+        self.config = config
+        self.engine = engine
+        self.hooks = hooks
         self.method: Method = method
         self.name = f"fit ({method})"
-        self.joint = method in JOINT_METHODS
-        self.energies = nn.ModuleList(model.energies)
-        self.chains = TrainingChains(model, config, reference)
+        self.joint: bool = method in JOINT_METHODS
+        self.energies: nn.ModuleList = nn.ModuleList(model.energies)
+        self.chains: TrainingChains = TrainingChains(model, config, reference)
         energies = [p for p in self.energies.parameters() if p.requires_grad]
         rate = not_none(config.learning_rate)
         self.lost: dict[str, float] | None = None
         self.groups: Sequence[Group] = [Group("energies", energies, rate, config.weight_decay, _LARGEST_GRADIENT)]
-        self.buffers = list(self.energies.buffers())
+        self.buffers: list[Tensor] = list(self.energies.buffers())
         if self.joint and isinstance(model.generator, nn.Module):
             inner = [p for p in model.generator.parameters() if p.requires_grad]
             rate = config.generator_learning_rate
             self.groups = [*self.groups, Group("generator", inner, rate, 0.0, _LARGEST_GENERATOR_GRADIENT)]
             self.buffers += list(model.generator.buffers())
-        self.weights = [p for group in self.groups for p in group.parameters]
-        self.average = [w.detach().clone() for w in self.weights]
-        self.good = self.latest = self._snapshot()
-        self.stage = 0
+        self.weights: list[nn.Parameter] = [p for group in self.groups for p in group.parameters]
+        self.average: list[Tensor] = [w.detach().clone() for w in self.weights]
+        self.good: list[Tensor] = self._snapshot()
+        self.latest: list[Tensor] = self.good
+        self.stage: int = 0
         self.previous: nn.ModuleList | None = None
         self.warned: dict[str, str] = {}
-        self.learned = False
+        self.learned: bool = False
         units = max(shape.numel() for shape in model.generator.latent_shapes)
         self._size = max(1.0, units / _SMALL_LAYER)
-        self.penalty = PenaltyWeight(config.energy_penalty, self._size, self.weights[0])
+        self.penalty: PenaltyWeight = PenaltyWeight(config.energy_penalty, self._size, self.weights[0])
         self._gaps: list[Tensor] = []
         self._cut = 0.0
         recordable = self.method == "denoising" and all(map(_recordable, self.energies))

@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], engine: Engine, identity: dict[str, Any]) -> None:
-        self.path, self._engine = check_path("run_dir", path), engine
+        self.path: Path = check_path("run_dir", path)
+        self._engine = engine
         self._identity = json.loads(json.dumps(identity | {"processes": engine.world}))
         if self.path.exists() and not self.path.is_dir():
             raise ArgumentError(f"run_dir: expected a folder, but {str(self.path)!r} is a file.")
@@ -47,7 +48,7 @@ class RunFolder:
         self._check_shared()
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> Generator[None]:
         """Keeps other runs out of the folder; the operating system gives it back if the run is killed.
 
         Raises:
@@ -181,7 +182,7 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[int | None]:
+def _opened(folder: Path) -> Generator[int | None]:
     """The folder as an open file, or None where there is no such thing (Windows)."""
     try:
         file = os.open(folder, os.O_RDONLY)

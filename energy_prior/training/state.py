@@ -93,9 +93,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-number = Such(_is_number, "a number")
-positive = Such(lambda v: _is_number(v) and 0 < v < math.inf, "a finite number above 0")
-tensor = Such(lambda v: isinstance(v, Tensor), "a tensor")
+number: Such = Such(_is_number, "a number")
+positive: Such = Such(lambda v: _is_number(v) and 0 < v < math.inf, "a finite number above 0")
+tensor: Such = Such(lambda v: isinstance(v, Tensor), "a tensor")
 
 
 def whole(below: float = math.inf) -> Such:
@@ -111,7 +111,7 @@ def _is_stream(value: Any) -> bool:
     return True
 
 
-random_stream = Such(_is_stream, "the state of a random stream on the CPU")
+random_stream: Such = Such(_is_stream, "the state of a random stream on the CPU")
 
 
 def named_like(module: nn.Module) -> dict[str, Any]:

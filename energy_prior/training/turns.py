@@ -6,7 +6,7 @@ __all__ = ["Turns", "being_trained", "plain_gradients", "same_stream_after"]
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 import torch
 from torch import nn
@@ -45,20 +45,20 @@ class Turns:
         with exclusive():  # a stream is made with the help of torch's global one
             self._stream = RandomStream(None if rng is None else seed_from(rng), device)
             with self._stream.active():
-                self.seed = engine.objects(int(torch.randint(2**62, (), device="cpu")))[0]
+                self.seed: int = engine.objects(int(torch.randint(2**62, (), device="cpu")))[0]
                 seeds = torch.randint(2**62, (engine.world,), device="cpu").tolist() if engine.world > 1 else []
             if engine.world > 1:
                 self._stream = RandomStream(engine.objects(seeds)[0][engine.rank], device)
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self) -> Generator[None]:
         """Inside, no other public call runs, torch.distributions checks nothing, and torch draws from the run's stream."""
         with exclusive(), unvalidated(), self._stream.active():
             yield
 
 
 @contextlib.contextmanager
-def being_trained(what: str, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def being_trained(what: str, parameters: Iterable[nn.Parameter]) -> Generator[None]:
     """Inside, no other run may train any of these parameters.
 
     Args:
@@ -84,7 +84,7 @@ def being_trained(what: str, parameters: Iterable[nn.Parameter]) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def plain_gradients(device: torch.device) -> Iterator[None]:
+def plain_gradients(device: torch.device) -> Generator[None]:
     """Inside, gradients are on and autocast is off, whatever the caller has set; for this thread only.
 
     Args:
@@ -98,7 +98,7 @@ def plain_gradients(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def same_stream_after(device: torch.device) -> Iterator[None]:
+def same_stream_after(device: torch.device) -> Generator[None]:
     """What is drawn inside does not show in what is drawn after."""
     before = random_state(device)
     try:

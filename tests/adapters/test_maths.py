@@ -15,7 +15,8 @@ from torch.distributions import Bernoulli, Distribution, Normal
 
 from energy_prior import ResidualVAE
 from energy_prior.adapters import DeepVAEAdapter, NVAEAdapter, VDVAEAdapter
-from energy_prior.generators.likelihoods import DiscretizedLogisticMixture, PixelLikelihood
+from energy_prior.generators.likelihoods import DiscretizedLogisticMixture
+from energy_prior.generators.pixels import PixelLikelihood
 from energy_prior.topdown import TopDown, inferred_descent
 
 N = 4

@@ -12,13 +12,8 @@ import torch
 from torch import Tensor
 
 from energy_prior import ArgumentError, ShapeError
-from energy_prior.generators.likelihoods import (
-    DiscretizedLogistic,
-    DiscretizedLogisticMixture,
-    InModelUnits,
-    Likelihood,
-    PixelLikelihood,
-)
+from energy_prior.generators.likelihoods import DiscretizedLogistic, DiscretizedLogisticMixture, InModelUnits
+from energy_prior.generators.pixels import Likelihood, PixelLikelihood
 
 LEVELS = 5
 

@@ -12,7 +12,7 @@ import types
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -28,7 +28,7 @@ _R = TypeVar("_R")
 Kind = Literal["loop", "call", "regions"]
 """What is compiled: loops of steps (`_loops`), functions as they are, or parts of the density (`_regions`)."""
 
-_internals: Any = torch._C
+_internals: Any = torch._C  # pyright: ignore[reportPrivateUsage]
 _KEPT = 64
 _caches: OrderedDict[Hashable, CompileCache] = OrderedDict()
 _failed: set[Hashable] = set()
@@ -157,7 +157,7 @@ def _place(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
+def _alone() -> Generator[None]:
     """One thread compiles, others wait for it; with what is compiled forward goes what is compiled backward.
 
     The compiler looks at `.grad` of what it is given, of which torch warns.

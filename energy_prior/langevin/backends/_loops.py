@@ -20,7 +20,8 @@ from energy_prior._util import not_none
 from energy_prior.langevin import step as reference
 from energy_prior.langevin.density import JointDensity
 from energy_prior.langevin.noise import CounterNoise, Counters, NoiseSource, counted_normal, counted_uniform
-from energy_prior.langevin.step import Draw, Draws, End, Info, State, StepConfig, coefficients
+from energy_prior.langevin.proposal import coefficients
+from energy_prior.langevin.step import Draw, Draws, End, Info, State, StepConfig
 
 LONGEST = 64
 """Most steps of one call."""

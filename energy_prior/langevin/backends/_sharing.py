@@ -37,7 +37,7 @@ class Sharing:
             made = compile_fx(graph, list(inputs), config_patches=self._options)
             if key is not None:
                 self._compiled[key] = made
-        return made  # type: ignore[no-any-return]
+        return made
 
 
 class _Number(str):
@@ -78,7 +78,7 @@ def _layout(value: Any, storages: dict[int, int]) -> Hashable:
     """What the compiler looks at in an input; inputs that share memory have the same last entry."""
     if not isinstance(value, Tensor):
         return type(value), repr(value)
-    storage = value.untyped_storage()._cdata
+    storage = value.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
     shared = storages.setdefault(storage, len(storages))
     whole = value.shape, value.stride(), value.storage_offset(), value.dtype, value.device, value.requires_grad
     return *whole, value.is_leaf, value.is_conj(), value.is_neg(), shared

@@ -38,8 +38,8 @@ _TOGETHER = 4  # steps in one call that is no loop
 class Compiled(Backend):
     """One compiled form per kind of chain: the same modules, layers held, number of rows and static configuration."""
 
-    name = "compiled"
-    fallback = "eager"
+    name: str = "compiled"
+    fallback: str | None = "eager"
 
     def init(
         self, density: JointDensity, config: StepConfig, position: Sequence[Tensor], step_size: float | Tensor

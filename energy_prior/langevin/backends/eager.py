@@ -17,7 +17,7 @@ from energy_prior.langevin.step import Draws, End, Info, State, StepConfig, per_
 class Eager(Backend):
     """`energy_prior.langevin.step` as it is, one step in a call."""
 
-    name = "eager"
+    name: str = "eager"
 
     def init(
         self, density: JointDensity, config: StepConfig, position: Sequence[Tensor], step_size: float | Tensor

@@ -24,7 +24,8 @@ from energy_prior.langevin import step as reference
 from energy_prior.langevin.backends import Backend
 from energy_prior.langevin.density import JointDensity, matrix_products
 from energy_prior.langevin.noise import InjectedNoise, NoiseSource, RandomNoise
-from energy_prior.langevin.step import Draws, End, Info, State, StepConfig, coefficients, end_at, per_chain
+from energy_prior.langevin.proposal import coefficients
+from energy_prior.langevin.step import Draws, End, Info, State, StepConfig, end_at, per_chain
 from energy_prior.recording import DEVICES, Recording, record
 from energy_prior.topdown import TopDown
 
@@ -42,8 +43,8 @@ class Graph(Backend):
     is replaced or one of their plain attributes changes.
     """
 
-    name = "graph"
-    fallback = "compiled"
+    name: str = "graph"
+    fallback: str | None = "compiled"
 
     def init(
         self, density: JointDensity, config: StepConfig, position: Sequence[Tensor], step_size: float | Tensor
@@ -191,7 +192,7 @@ def _contents(density: JointDensity) -> Hashable:
         assert isinstance(module, nn.Module)  # noqa: S101 (`refusal` has seen to it)
         for part in module.modules():
             found.append(type(part))
-            for name, value in {**part._parameters, **part._buffers, **vars(part)}.items():
+            for name, value in {**part._parameters, **part._buffers, **vars(part)}.items():  # pyright: ignore[reportPrivateUsage]
                 if isinstance(value, Tensor):
                     found.append((name, value.data_ptr()))
                 elif _plain(value):
