@@ -184,6 +184,7 @@ def _bomb(chance: random.Random, data: bytes, bait: Path) -> bytes:
         lambda: {"x" * 1_000_000: _tensor()},
     )
     tuples = b")" + b"\x85" * very_many
+    doubled = b")q\x00" + b"".join(bytes([104, i, 104, i, 0x86, 113, i + 1]) for i in range(60))  # (t, t) of the t before
     pickles: tuple[bytes, ...] = (
         *(b"\x80\x02" + tuples + b".", b"\x80\x02}" + tuples + b"K\x01s."),
         b"\x80\x02}X\x01\x00\x00\x00ac__builtin__\nset\n](" + tuples + b"e\x85Rs.",
@@ -192,6 +193,7 @@ def _bomb(chance: random.Random, data: bytes, bait: Path) -> bytes:
         *(b"\x80\x02X\xff\xff\xff\xffabc.", b"\x80\x02T\xff\xff\xff\x7fabc.", b"\x80\x02\x8b\xff\xff\xff\x7f.", b"\x80\x02."),
         *(b"\x80\x02r\xff\xff\xff\xff.", b"\x80\x02}r\xff\xff\xff\xffj\xff\xff\xff\xff.", b"\x80\x02j\x00\x00\x00\x00."),
         *(b"\x80\x02}q\x00" + b"h\x00" * many + b".", b"\x80\x02}q\x00h\x00\x85R.", b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s."),
+        *(b"\x80\x02" + doubled + b")R.", b"\x80\x02}" + doubled + b"K\x01s.", b"\x80\x02" + doubled + b"Q."),
         *(b"\x80\x02]q\x00h\x00a.", b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.", b"\x80\xff}.", b"}.", b"\x80\x02}}."),
     )
     pickled = _pickled(chance.choice(values)(), data) if chance.random() < 0.5 else chance.choice(pickles)

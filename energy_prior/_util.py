@@ -18,6 +18,7 @@ __all__ = [
     "sum_event",
 ]
 
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -81,15 +82,21 @@ def draw(q: Normal) -> tuple[Tensor, Tensor]:
     return z, sum_event(q.log_prob(z))
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 4
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 20
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 500
+
+
 def shortened(text: str, letters: int = 100) -> str:
     """Text for a message: what comes from a file may be of any length."""
     return text if len(text) <= letters else f"{text[:letters]}…"
 
 
 def shown(value: object, letters: int = 100) -> str:
-    """A value for a message, as `repr` writes it, shortened."""
+    """A value for a message, as `repr` writes it, shortened, whatever it holds: itself twice, say, at each of many levels."""
     try:
-        return shortened(repr(value), letters)
+        return shortened(_SHORT.repr(value), letters)
     except (ValueError, RecursionError):  # whole numbers of thousands of digits; very deep lists
         return f"a {type(value).__name__}"
 

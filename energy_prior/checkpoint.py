@@ -61,7 +61,7 @@ class Kind(NamedTuple):
 
 PRIOR = Kind("energy-prior", "JointEBMPrior.save", "Save the prior again, or use another copy.")
 RUN = Kind("energy-prior run", "a run with a run_dir", "Name another run_dir to begin anew.")
-GENERATOR = Kind("energy-prior generator", "`energy-prior train`", "Train it again, or use another copy.")
+GENERATOR = Kind("energy-prior generator", "`energy-prior train` or `save_pretrained`", "Write it again, or use another copy.")
 
 FORMAT_VERSION = 2
 _DIGITS = 9  # of a version number that can be one
@@ -160,8 +160,13 @@ def write_checkpoint(
     write_whole(path, save(values, metadata=header))
 
 
-def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+def write_whole(path: str | os.PathLike[str], data: bytes, what: str = "checkpoint") -> None:
     """Writes a file whole or not at all: to a temporary file beside `path`, then renamed over it.
+
+    Args:
+        path: of the file.
+        data: what it will hold.
+        what: what it is, for errors.
 
     Raises:
         FileNotFoundError, IsADirectoryError: if `path` cannot be a file.
@@ -169,7 +174,7 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     """
     target = check_path("path", path)
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"path: there is no folder {os.fspath(target.parent)!r} to write the checkpoint to.")
+        raise FileNotFoundError(f"path: there is no folder {os.fspath(target.parent)!r} to write the {what} to.")
     if target.is_dir():
         raise IsADirectoryError(f"path: {os.fspath(target)!r} is a folder; name a file in it.")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -182,7 +187,7 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{error.strerror}: the checkpoint {os.fspath(target)!r} ({len(data) / 2**20:.1f} MiB) could not be written. What "
+            f"{error.strerror}: the {what} {os.fspath(target)!r} ({len(data) / 2**20:.1f} MiB) could not be written. What "
             "was there before is untouched; make room and go on",
         ) from error
     finally:

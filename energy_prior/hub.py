@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["PRIOR_FILE", "ModelCard", "fetched", "read_generator", "upload", "write_card", "write_generator"]
+__all__ = [
+    "GENERATOR_FILE",
+    "PRIOR_FILE",
+    "ModelCard",
+    "check_repository",
+    "fetched",
+    "read_model",
+    "upload",
+    "write_card",
+    "write_model",
+]
 
 import contextlib
 import json
@@ -17,13 +27,12 @@ from typing import Any
 from torch import nn
 
 from energy_prior._util import first_line, shown
-from energy_prior.checkpoint import GENERATOR, read_checkpoint, write_checkpoint
-from energy_prior.checks.settings import check_path, require_extra
+from energy_prior.checks.settings import check_path, real_number, require_extra, whole_number
 from energy_prior.errors import ArgumentError, CheckpointError, HubError
-from energy_prior.generators.build import build_generator, describe_generator
+from energy_prior.generators.build import build_generator, describe_generator, read_generator, write_generator
 
 PRIOR_FILE, GENERATOR_FILE, CARD_FILE = "prior.safetensors", "generator.safetensors", "README.md"
-_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _PICTURE = re.compile(r"[\w-]+\.(png|jpg|jpeg|svg|webp)")
 _NAMES = {
     "images": "training images",
@@ -31,7 +40,7 @@ _NAMES = {
     "accuracy": "accuracy of telling posterior draws from those of the generator's prior",
     "joint_accuracy": "the same, from those of the joint prior",
 }
-_FIGURES_LIKE = (int, float, str)
+_REMEDY = "Download or copy it again."
 
 
 @dataclass(frozen=True)
@@ -65,16 +74,24 @@ class ModelCard:
     tags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("figures", "settings", "pictures"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ArgumentError(f"{name}: expected a dict, got {shown(getattr(self, name))}.")
+        for name in ("data", "license", "text"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ArgumentError(f"{name}: expected text or None, got {shown(getattr(self, name))}.")
+        if isinstance(self.tags, str) or not all(isinstance(tag, str) for tag in self.tags):
+            raise ArgumentError(f"tags: expected a tuple of texts, got {shown(self.tags)}.")
         for name, file in self.pictures.items():
             if not _PICTURE.fullmatch(name):
                 raise ArgumentError(f"pictures: expected names such as 'samples.png', got {shown(name)}.")
             if not check_path("pictures", file).is_file():
                 raise ArgumentError(f"pictures: there is no file {os.fspath(file)!r} for {name}.")
         for name, value in self.figures.items():
-            if not isinstance(value, _FIGURES_LIKE):
-                raise ArgumentError(f"figures: expected numbers or text, got {shown(value)} for {name!r}.")
+            if not isinstance(value, str) and real_number(value) is None:
+                raise ArgumentError(f"figures: expected finite numbers or text, got {shown(value)} for {name!r}.")
         try:
-            json.dumps(dict(self.settings))
+            json.dumps(dict(self.settings), allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ArgumentError(f"settings: expected plain values, which JSON can hold ({first_line(error)}).") from error
 
@@ -107,34 +124,48 @@ class ModelCard:
             if (place / "samples.png").is_file():
                 pictures["evaluation.png"] = place / "samples.png"
         recipe = report.get("recipe", {})
-        known: dict[str, Any] = {"data": _source(recipe), "figures": figures, "settings": recipe, "pictures": pictures}
+        source = _source(recipe)
+        settings = recipe if source is None else {**recipe, "data": {**recipe["data"], "source": source}}
+        known: dict[str, Any] = {"data": source, "figures": figures, "settings": settings, "pictures": pictures}
         return cls(**known | more)
 
 
-def write_generator(folder: Path, generator: object) -> bool:
-    """Writes a generator of the library, whole; False for any other, of which nothing is written."""
-    described = describe_generator(generator)
+def write_model(folder: Path, generator: object) -> bool:
+    """Writes a generator of the library, whole. Of any other nothing is written, and none stays in the folder.
+
+    Args:
+        folder: to write to; what a file there says of reading images is kept.
+        generator: of the prior.
+
+    Returns:
+        Whether the generator is in a file now.
+    """
+    described, file = describe_generator(generator), folder / GENERATOR_FILE
     if described is None or not isinstance(generator, nn.Module):
+        file.unlink(missing_ok=True)
         return False
-    write_checkpoint(folder / GENERATOR_FILE, generator.state_dict(), described, GENERATOR)
+    reading = None
+    with contextlib.suppress(FileNotFoundError, CheckpointError):
+        reading = read_generator(file).reading
+    write_generator(file, generator, described, described["x_shape"], reading)
     return True
 
 
-def read_generator(folder: Path) -> Any:
-    """The generator that `write_generator` wrote, on the CPU.
+def read_model(folder: Path) -> Any:
+    """The generator that `write_model` wrote, on the CPU.
 
     Raises:
         ArgumentError: if there is none, as the prior is of a generator of the user's own.
         CheckpointError: if the file is damaged.
     """
     file = folder / GENERATOR_FILE
-    if not file.is_file():
+    found = read_generator(file, _REMEDY) if file.is_file() else None
+    if found is None or "factory" in found.described:
         raise ArgumentError(
             f"generator: {str(folder)!r} holds a prior without its generator, which is not one of the library's. Pass the "
             "generator that the prior was fitted on; the card may say where it is from."
         )
-    weights, described = read_checkpoint(file, GENERATOR, "Use another copy.")
-    return build_generator(file, described, weights)
+    return build_generator(found, _REMEDY)
 
 
 @contextlib.contextmanager
@@ -142,8 +173,6 @@ def _talking(what: str) -> Generator[None]:
     """What the hub, its client or the network raise inside becomes a `HubError`."""
     try:
         yield
-    except (ArgumentError, CheckpointError):
-        raise
     except Exception as error:
         raise HubError(
             f"{what}: {type(error).__name__}: {first_line(error).rstrip('.')}. Check the name, the network and your "
@@ -151,11 +180,19 @@ def _talking(what: str) -> Generator[None]:
         ) from error
 
 
-def fetched(source: str | os.PathLike[str], **options: Any) -> Path:
+def check_repository(name: str, value: object) -> str:
+    """The name of a repository, "owner/name"."""
+    if not isinstance(value, str) or not _REPOSITORY.fullmatch(value):
+        raise ArgumentError(f'{name}: expected the name of a repository, "owner/name", got {shown(value)}.')
+    return value
+
+
+def fetched(source: str | os.PathLike[str], generator: bool, **options: Any) -> Path:
     """The folder with the files of a prior: `source` itself if it is one, else those of the repository, downloaded or cached.
 
     Args:
         source: a folder, or the name of a repository of models.
+        generator: the generator is wanted too.
         **options: of `huggingface_hub.snapshot_download`, such as `revision` and `token`.
 
     Raises:
@@ -165,42 +202,51 @@ def fetched(source: str | os.PathLike[str], **options: Any) -> Path:
     """
     place = check_path("source", source)
     if not place.is_dir():
-        if not _REPOSITORY.fullmatch(os.fspath(source)) or place.exists():
+        if place.exists() or not _REPOSITORY.fullmatch(os.fspath(source)):
             raise ArgumentError(
                 f'source: expected a folder or the name of a repository, "owner/name", got {os.fspath(source)!r}. A file of '
                 "JointEBMPrior.save is read by JointEBMPrior.load."
             )
         hub = require_extra("huggingface_hub", "hub")
+        options |= {"allow_patterns": [PRIOR_FILE, *([GENERATOR_FILE] if generator else [])], "library_name": "energy-prior"}
         with _talking(f"source: {os.fspath(source)!r} is no folder here, and cannot be downloaded from the hub"):
-            wanted = [PRIOR_FILE, GENERATOR_FILE]
-            place = Path(
-                hub.snapshot_download(os.fspath(source), allow_patterns=wanted, library_name="energy-prior", **options)
-            )
+            place = Path(hub.snapshot_download(os.fspath(source), **options))
     if not (place / PRIOR_FILE).is_file():
         raise FileNotFoundError(f"{os.fspath(source)!r} holds no {PRIOR_FILE}, as JointEBMPrior.push_to_hub writes it.")
     return place
 
 
 def upload(
-    folder: Path, repository: str, *, private: bool | None, token: str | bool | None, revision: str | None, message: str
+    folder: Path, repo_id: str, *, private: bool | None, token: str | bool | None, keep_card: bool, **options: Any
 ) -> str:
     """Uploads what is in a folder as one commit, and makes the repository if there is none.
 
+    Args:
+        folder: what to upload. A generator that is there, and is not in the folder, is taken away.
+        repo_id: "owner/name".
+        private: whether a repository that is made is private; None: as its owner's settings have it.
+        token: of the hub.
+        keep_card: leave a card that is there.
+        **options: of `huggingface_hub.HfApi.upload_folder`: `revision`, `commit_message`, `create_pr`.
+
     Returns:
-        The address of the commit.
+        The address of the commit, or of the pull request.
 
     Raises:
-        ArgumentError: if `repository` is no name of one.
         HubError: if the hub refuses, or cannot be reached.
     """
-    if not _REPOSITORY.fullmatch(repository):
-        raise ArgumentError(f'repository: expected a name such as "owner/name", got {shown(repository)}.')
     api = require_extra("huggingface_hub", "hub").HfApi(token=token, library_name="energy-prior")
-    with _talking(f"repository: {repository!r} cannot be written"):
-        name = api.create_repo(repository, private=private, exist_ok=True).repo_id
-        if revision is not None:
-            api.create_branch(name, branch=revision, exist_ok=True)
-        return str(api.upload_folder(repo_id=name, folder_path=folder, revision=revision, commit_message=message).commit_url)
+    with _talking(f"repo_id: {repo_id!r} cannot be written"):
+        revision = options.get("revision")
+        if not options.get("create_pr"):
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+        keep = keep_card and api.file_exists(repo_id, CARD_FILE, revision=revision)
+        gone = [] if (folder / GENERATOR_FILE).is_file() else [GENERATOR_FILE]
+        options |= {"ignore_patterns": [CARD_FILE] if keep else None, "delete_patterns": gone or None}
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+        return str(commit.pr_url or commit.commit_url)
 
 
 # ----------------------------------------------------------------------------------------------------------------- the card
@@ -220,27 +266,23 @@ def write_card(
         images: it makes images.
         energies: energies of the user's own have to be passed.
     """
-    hub = require_extra("huggingface_hub", "hub")
-    tags = ["energy-prior", "energy-based-model", "hierarchical-vae", *card.tags]
-    metadata = hub.ModelCardData(
-        library_name="energy-prior",
-        license=card.license,
-        pipeline_tag="unconditional-image-generation" if images else None,
-        tags=list(dict.fromkeys(tags)),
-    )
-    arguments = [repr(repository), *([] if whole else ["generator"]), *(["energies=energies"] if energies else [])]
+    metadata: dict[str, Any] = {"library_name": "energy-prior", "license": card.license}
+    metadata["pipeline_tag"] = "unconditional-image-generation" if images else None
+    metadata["tags"] = list(dict.fromkeys(["energy-prior", "energy-based-model", "hierarchical-vae", *card.tags]))
+    lines = [f"{name}: {_json(value)}" for name, value in metadata.items() if value is not None]  # JSON is YAML
+    arguments = [_json(repository), *([] if whole else ["generator"]), *(["energies=energies"] if energies else [])]
     needs = [] if whole else ["generator = …  # the one that the prior was fitted on, with its weights"]
     needs += ["energies = […]  # modules of its author's own"] if energies else []
     code = ["from energy_prior import JointEBMPrior", "", *needs]
     code += [f"prior = JointEBMPrior.from_pretrained({', '.join(arguments)})", "x = prior.sample(16)"]
     parts = [
-        f"---\n{metadata.to_yaml()}\n---",
+        "\n".join(["---", *lines, "---"]),
         f"# {repository.rpartition('/')[2]}",
         "A joint latent-space energy-based prior, p(z) = exp(Σ_i f_i(z_i)) p_β(z) / Z, around a hierarchical generator "
         "(`energy-prior`).",
         *(f"![{Path(name).stem}]({name})" for name in card.pictures),
         "## Use",
-        "```sh\npip install energy-prior\n```",
+        '```sh\npip install "energy-prior[hub]"\n```',
         "```python\n" + "\n".join(code) + "\n```",
         "The files are safetensors: reading them runs no code.",
         "## The model",
@@ -267,8 +309,13 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _figure(value: float | str) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _figure(value: Any) -> str:
+    whole = whole_number(value)
+    return value if isinstance(value, str) else f"{real_number(value):.4g}" if whole is None else f"{whole:,}"
 
 
 def _report(folder: Path) -> dict[str, Any]:
@@ -292,7 +339,10 @@ def _numbers(name: str, entry: Any) -> dict[str, float | str]:
     return {name: entry} if isinstance(entry, float | int) and not isinstance(entry, bool) else {}
 
 
-def _source(recipe: Mapping[str, Any]) -> str | None:
+def _source(recipe: Any) -> str | None:
+    """What the images came from: the name of a set, or the last part of a path, as the rest is nobody's business."""
     data = recipe.get("data") if isinstance(recipe, Mapping) else None
     source = data.get("source") if isinstance(data, Mapping) else None
-    return None if source is None else f"`{Path(str(source)).name or source}`"
+    if not isinstance(source, str):
+        return None
+    return source if _REPOSITORY.fullmatch(source) and not Path(source).exists() else Path(source).name

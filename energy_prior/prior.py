@@ -42,7 +42,7 @@ from energy_prior.checks.generator import probe_generator
 from energy_prior.checks.settings import check_count, check_path, check_positive, check_share
 from energy_prior.energies import build_energies, default_energies, describe_energies
 from energy_prior.errors import ArgumentError, CheckpointError, DataWarning, ShapeError, warn
-from energy_prior.hub import PRIOR_FILE, ModelCard, fetched, read_generator, upload, write_card, write_generator
+from energy_prior.hub import PRIOR_FILE, ModelCard, check_repository, fetched, read_model, upload, write_card, write_model
 from energy_prior.langevin import USUAL_ACCEPTANCE, ChainOptions, ChainSettings, NoiseSource, Trajectory, tune_step_size
 from energy_prior.mismatch import LEAST_DRAWS, Mismatch, mismatch_of
 from energy_prior.model import JointModel
@@ -840,53 +840,58 @@ class JointEBMPrior(nn.Module):
         """Writes a folder as `push_to_hub` uploads it, which `from_pretrained` reads.
 
         It holds prior.safetensors, as `save` writes it, README.md, the card, and for a generator of the library (`LadderVAE`,
-        `ResidualVAE`) generator.safetensors, so that the model is whole. Needs the extra "hub", for the card.
+        `ResidualVAE`) generator.safetensors, so that the model is whole. Files of these names that are there are replaced.
 
         Args:
             folder: to write to; it is made. `~` is the home folder.
-            card: what the page says beside what the prior says of itself; None: nothing.
+            card: what the page says beside what the prior says of itself; None: nothing, and a README.md that is there stays.
 
         Raises:
+            ArgumentError: if `card` is none.
             CheckpointError: as `save`.
-            OSError: if it cannot be written.
+            OSError: if a file cannot be written.
         """
         place = check_path("folder", folder)
-        place.mkdir(parents=True, exist_ok=True)
-        self._write_files(place, place.resolve().name, card)
+        keep = card is None and (place / "README.md").exists()
+        self._write_files(place, place.resolve().name, card, keep)
 
     def push_to_hub(
         self,
-        repository: str,
+        repo_id: str,
         card: ModelCard | None = None,
         *,
         private: bool | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
-        message: str = "A joint energy-based prior",
+        commit_message: str = "A joint energy-based prior",
+        create_pr: bool = False,
     ) -> str:
         """Uploads the prior, its card and, of the library's own generators, the generator to the Hugging Face hub.
 
         Files are those of `save_pretrained`; none is a pickle. Needs the extra "hub".
 
         Args:
-            repository: "owner/name"; it is made if there is none.
+            repo_id: "owner/name"; the repository is made if there is none.
             card: as in `save_pretrained`; `ModelCard.of_run` makes one of a run of `energy-prior train`.
-            private: a repository that is made is private; None: as the owner's settings have it.
+            private: a repository that is made is private; None: as its owner's settings have it.
             token: of the hub; None: that of `hf auth login`.
             revision: branch to write to, made if there is none; None: the main one.
-            message: of the commit.
+            commit_message: of the commit.
+            create_pr: propose the files as a pull request, to a repository that may be another's.
 
         Returns:
-            The address of the commit.
+            The address of the commit, or of the pull request.
 
         Raises:
-            ArgumentError: if `repository` is no name of one.
+            ArgumentError: if `repo_id` is no name of a repository, or `card` is no card.
             CheckpointError: as `save`.
             HubError: if the hub refuses, or cannot be reached.
         """
+        check_repository("repo_id", repo_id)
+        options: dict[str, Any] = {"revision": revision, "commit_message": commit_message, "create_pr": create_pr}
         with tempfile.TemporaryDirectory() as made:
-            self._write_files(Path(made), repository, card)
-            return upload(Path(made), repository, private=private, token=token, revision=revision, message=message)
+            self._write_files(Path(made), repo_id, card, keep_card=False)
+            return upload(Path(made), repo_id, private=private, token=token, keep_card=card is None, **options)
 
     @classmethod
     def from_pretrained(
@@ -898,6 +903,7 @@ class JointEBMPrior(nn.Module):
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
         local_files_only: bool = False,
     ) -> Self:
         """A prior from the Hugging Face hub, or from a folder that `save_pretrained` wrote; no code of its files is run.
@@ -910,6 +916,7 @@ class JointEBMPrior(nn.Module):
             revision: branch, tag or commit; None: the main branch.
             token: of the hub; None: that of `hf auth login`.
             cache_dir: where downloads are kept; None: as huggingface_hub has it.
+            force_download: download again what is kept, which may be damaged.
             local_files_only: take only what was downloaded before.
 
         Raises:
@@ -917,15 +924,20 @@ class JointEBMPrior(nn.Module):
             HubError: if it cannot be downloaded.
             FileNotFoundError, CheckpointError: as `load`.
         """
-        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = fetched(source, **options)
-        return cls.load(folder / PRIOR_FILE, read_generator(folder) if generator is None else generator, energies)
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        options |= {"force_download": force_download, "local_files_only": local_files_only}
+        folder = fetched(source, generator is None, **options)
+        return cls.load(folder / PRIOR_FILE, read_model(folder) if generator is None else generator, energies)
 
-    def _write_files(self, folder: Path, repository: str, card: ModelCard | None) -> None:
+    def _write_files(self, folder: Path, repository: str, card: ModelCard | None, keep_card: bool) -> None:
         """The files of a repository."""
-        card = ModelCard() if card is None else card
+        if not isinstance(card, ModelCard | None):
+            raise ArgumentError(f"card: expected a ModelCard, got {shown(card)}.")
+        folder.mkdir(parents=True, exist_ok=True)
         self.save(folder / PRIOR_FILE)
-        whole = write_generator(folder, self.generator)
+        whole = write_model(folder, self.generator)
+        if keep_card:
+            return
         own = [entry["name"] for entry in describe_energies(self.energies) if entry["kind"] == "custom"]
         shapes = [f"z_{i} {tuple(z)}" for i, z in enumerate(self.generator.latent_shapes, start=1)]
         kinds = Counter(type(f).__name__ for f in self.energies)
@@ -940,7 +952,8 @@ class JointEBMPrior(nn.Module):
             "Langevin step size": f"{float(self.step_size):.4g}",
             "calibrated for anomaly scores": f"on {known:,} observations" if known else "no",
         }
-        write_card(folder, card, facts, repository=repository, whole=whole, images=len(self.x_shape) == 3, energies=bool(own))
+        card, images = ModelCard() if card is None else card, len(self.x_shape) == 3
+        write_card(folder, card, facts, repository=repository, whole=whole, images=images, energies=bool(own))
 
     # ------------------------------------------------------------------------------------------------------- what it is
 

@@ -27,6 +27,7 @@ class HubStandIn:
         private: repositories that were made private.
         token: what writers have to show.
         asked: method and path of every request.
+        large: digest -> content of files that are uploaded apart from their commit.
     """
 
     def __init__(self, token: str) -> None:
@@ -34,6 +35,7 @@ class HubStandIn:
         self.branches: dict[str, dict[str, dict[str, bytes]]] = {}
         self.private: set[str] = set()
         self.asked: list[str] = []
+        self.large: dict[str, bytes] = {}
 
     def commit_of(self, name: str, branch: str) -> str:
         """The name of a branch's commit: a digest of its content."""
@@ -55,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._get()
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self._content()
         path = unquote(urlsplit(self.path).path)
         self.hub.asked.append(f"POST {path}")
         if path == "/api/validate-yaml":
@@ -70,6 +72,8 @@ class _Handler(BaseHTTPRequestHandler):
             if asked.get("private") or asked.get("visibility") == "private":
                 self.hub.private.add(name)
             return self._send(status, {"url": f"{self.hub.url}/{name}", "id": name, "name": name})
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return self._send(200, self._large(json.loads(body)))
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(branch|preupload|commit)/([^/]+)", path)
         if found is None or found[1] not in self.hub.branches:
             return self._send(404, {"error": "Repository not found"})
@@ -81,12 +85,44 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(status, {})
         if what == "preupload":
             paths = [file["path"] for file in json.loads(body)["files"]]
-            return self._send(200, {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})
+            modes = {p: "lfs" if p.endswith(".safetensors") else "regular" for p in paths}
+            return self._send(200, {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]})
         for line in map(json.loads, body.splitlines()):
+            value = line["value"]
             if line["key"] == "file":
-                branches[branch][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                branches[branch][value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                branches[branch][value["path"]] = self.hub.large[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del branches[branch][value["path"]]
         commit = self.hub.commit_of(name, branch)
         self._send(200, {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{name}/commit/{commit}"})
+
+    def do_PUT(self) -> None:
+        """A large file, of which the commit then says only the digest."""
+        content = self._content()
+        self.hub.asked.append(f"PUT {self.path}")
+        self.hub.large[hashlib.sha256(content).hexdigest()] = content
+        self._send(200, {})
+
+    def _content(self) -> bytes:
+        """Of a request, whole or in chunks."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while length := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(length))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _large(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Where large files are uploaded to."""
+        objects = [
+            {**o, "authenticated": True, "actions": {"upload": {"href": f"{self.hub.url}/large/{o['oid']}"}}}
+            for o in asked["objects"]
+        ]
+        return {"transfer": "basic", "objects": objects}
 
     def _get(self) -> None:
         path = unquote(urlsplit(self.path).path)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from energy_prior import plots
 from energy_prior.checks.settings import check_count, check_device, check_path
-from energy_prior.cli.options import add_run, numbers_of
+from energy_prior.cli.options import add_run, check_makes_images, numbers_of, stream
 from energy_prior.cli.train import load_run, reading_of
 from energy_prior.data import load_images
 from energy_prior.errors import ArgumentError
@@ -97,12 +97,11 @@ def evaluate_samples(
     """
     draws, batch_size = check_count("draws", draws), check_count("batch_size", batch_size)
     seed = check_count("seed", seed, least=0)
-    if len(prior.x_shape) != 3 or prior.x_shape[0] not in (1, 3):
-        raise ArgumentError(f"prior: expected one of images, (1 or 3, height, width), got {tuple(prior.x_shape)}.")
+    check_makes_images(prior)
     if tuple(images.shape[1:]) != tuple(prior.x_shape) or len(images) < 8:
         wanted = ", ".join(map(str, prior.x_shape))
         raise ArgumentError(f"images: expected at least 8, (n, {wanted}), got shape {tuple(images.shape)}.")
-    rng = torch.Generator().manual_seed(seed)
+    rng = stream(seed)
     images = images[torch.randperm(len(images), generator=rng)]
     n = len(images) // 2
     reference, others = (_features(part, features, batch_size) for part in (images[:n], images[n : 2 * n]))
@@ -192,8 +191,7 @@ def _run(options: argparse.Namespace) -> int:
     check_device("--device", options.device)
     numbers = numbers_of(options, dict.fromkeys(("number", "draws", "steps", "batch_size", "seed"), int))
     prior = load_run(options.run, options.factory).to(options.device)
-    if len(prior.x_shape) != 3:
-        raise ArgumentError(f"prior: expected one of images, (1 or 3, height, width), got {tuple(prior.x_shape)}.")
+    check_makes_images(prior)
     channels, height, width = prior.x_shape
     limit = numbers.pop("number", None)
     images = load_images(
@@ -213,7 +211,7 @@ def _run(options: argparse.Namespace) -> int:
     if out is not None:
         (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         seed, shown = numbers["seed"], images[:_SHOWN]
-        rngs = [torch.Generator().manual_seed(seed) for _ in range(3)]
+        rngs = [stream(seed) for _ in range(3)]
         panels = {
             "real": shown,
             "reconstructions": prior.reconstruct(shown.to(prior.device, prior.dtype), rng=rngs[0]),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["add_run", "numbers_of"]
+__all__ = ["add_run", "check_makes_images", "numbers_of", "stream"]
 
 import argparse
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from energy_prior.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from energy_prior.prior import JointEBMPrior
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -43,3 +48,14 @@ def numbers_of(options: argparse.Namespace, kinds: Mapping[str, Callable[[str], 
             what = "a whole number" if kind is int else "a number"
             raise ArgumentError(f"--{name.replace('_', '-')}: expected {what}, got {text!r}.") from None
     return found
+
+
+def check_makes_images(prior: JointEBMPrior) -> None:
+    """Raises `ArgumentError` if a prior is not one of images."""
+    if len(prior.x_shape) != 3 or prior.x_shape[0] not in (1, 3):
+        raise ArgumentError(f"prior: expected one of images, (1 or 3, height, width), got {tuple(prior.x_shape)}.")
+
+
+def stream(seed: int, batch: int | None = None) -> torch.Generator:
+    """The random stream of a seed, or of the batch that begins at image `batch` under this seed: whichever run draws it."""
+    return torch.Generator().manual_seed((seed if batch is None else seed * 1_000_003 + batch) % 2**63)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from energy_prior._util import shortened, shown
+from energy_prior._util import first_line, shortened, shown
 from energy_prior.checks.settings import (
     check_count,
     check_device,
@@ -212,9 +212,10 @@ def imported(argument: str, text: str) -> Any:
     with _importable_folder():
         try:
             return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # whatever the user's module raises while it is imported
             raise ArgumentError(
-                f"{argument}: cannot import {text!r}: {error}. Modules of the current folder and installed ones can be named."
+                f"{argument}: cannot import {shown(text)}: {type(error).__name__}: {first_line(error)}. "
+                "Modules of the current folder and installed ones can be named."
             ) from error
 
 

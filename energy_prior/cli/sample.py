@@ -10,14 +10,13 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from tqdm import tqdm
 
 from energy_prior import plots
 from energy_prior._util import eight_bit
 from energy_prior.checkpoint import digest, fingerprint
 from energy_prior.checks.settings import check_count, check_device, check_path, require_extra
-from energy_prior.cli.options import add_run, numbers_of
+from energy_prior.cli.options import add_run, check_makes_images, numbers_of, stream
 from energy_prior.cli.train import load_run
 from energy_prior.errors import ArgumentError
 from energy_prior.prior import JointEBMPrior
@@ -83,8 +82,7 @@ def write_samples(
     n, batch_size = check_count("n", n), check_count("batch_size", batch_size)
     seed, folder = check_count("seed", seed, least=0), check_path("out", out)
     image: Any = require_extra("PIL.Image", "examples")
-    if len(prior.x_shape) != 3 or prior.x_shape[0] not in (1, 3):
-        raise ArgumentError(f"prior: expected one of images, (1 or 3, height, width), got {tuple(prior.x_shape)}.")
+    check_makes_images(prior)
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"out: expected a folder to write to, but {os.fspath(out)!r} is a file.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +94,7 @@ def write_samples(
         files = [folder / f"{i:06d}.png" for i in range(first, min(first + batch_size, n))]
         if all(file.exists() for file in files):
             continue
-        rng = torch.Generator().manual_seed(seed * 1_000_003 + first)
+        rng = stream(seed, first)
         x = prior.sample(batch_size, prior=which, rng=rng, **chain)
         for file, pixels in zip(files, eight_bit(x), strict=False):
             temporary = file.with_suffix(".tmp")
@@ -136,7 +134,7 @@ def _run(options: argparse.Namespace) -> int:
     n = numbers.pop("number")
     report = write_samples(prior, n, options.out, which=options.prior, **numbers)
     if options.grid is not None:
-        rngs = [torch.Generator().manual_seed(numbers["seed"]) for _ in range(2)]
+        rngs = [stream(numbers["seed"]) for _ in range(2)]
         panels = {
             "samples, Gaussian prior": prior.sample(_GRID, prior="generator", rng=rngs[0]),
             "samples, joint prior": prior.sample(_GRID, rng=rngs[1]),

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from energy_prior.calibration import TERMS
 from energy_prior.checkpoint import digest, fingerprint
 from energy_prior.checks.settings import check_count, check_device, check_path, check_share, require_extra
-from energy_prior.cli.options import add_run, numbers_of
+from energy_prior.cli.options import add_run, check_makes_images, numbers_of, stream
 from energy_prior.cli.train import load_run, reading_of
 from energy_prior.data import load_images
 from energy_prior.errors import ArgumentError, DivergenceError
@@ -103,8 +103,7 @@ def score_images(
         raise ArgumentError(f"out: expected a file ending in .csv or .parquet, got {os.fspath(target)!r}.")
     if target.suffix == ".parquet":
         require_extra("pyarrow.parquet", "examples")
-    if len(prior.x_shape) != 3 or prior.x_shape[0] not in (1, 3):
-        raise ArgumentError(f"prior: expected one of images, (1 or 3, height, width), got {tuple(prior.x_shape)}.")
+    check_makes_images(prior)
     method = method or ("tails" if prior.calibration.is_set else "log_joint")
     threshold = prior.threshold(check_share("quantile", quantile)) if method == "tails" else None
     channels, height, width = prior.x_shape
@@ -118,7 +117,7 @@ def score_images(
             continue
         x = data.images[first : first + batch_size].to(prior.device, prior.dtype)
         names = data.names[first : first + batch_size]
-        rng = torch.Generator().manual_seed(seed * 1_000_003 + first)
+        rng = stream(seed, first)
         done.add(score_rows(prior, x, names, method, rng))
     rows: list[dict[str, Any]] = [*done.rows, *({"name": name, "error": why} for name, why in data.left_out.items())]
     for row in rows:

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from energy_prior import plots
 from energy_prior._util import shown
-from energy_prior.checkpoint import GENERATOR, check_state_fits, load_named, read_checkpoint, write_checkpoint
-from energy_prior.checks.settings import check_path, check_shape
+from energy_prior.checkpoint import GENERATOR, check_state_fits, load_named
+from energy_prior.checks.settings import check_path
 from energy_prior.cli.recipe import DataSettings, Recipe, build_generator, read_recipe, settings_help
 from energy_prior.data import load_images
 from energy_prior.data.reader import ReadSettings
-from energy_prior.errors import ArgumentError, CheckpointError, ShapeError
-from energy_prior.generators.build import build_generator as build_described
-from energy_prior.generators.build import describe_generator
+from energy_prior.errors import ArgumentError, CheckpointError
+from energy_prior.generators.build import build_generator as built_again
+from energy_prior.generators.build import describe_generator, read_generator, write_generator
+from energy_prior.hub import GENERATOR_FILE, PRIOR_FILE
 from energy_prior.prior import JointEBMPrior
 from energy_prior.training import fit_elbo, launched_accelerator
 
@@ -108,8 +109,8 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[s
         }
     if accelerator is None or accelerator.is_main_process:
         prior.calibrate(validation, rng=torch.Generator().manual_seed(recipe.seed))
-        prior.save(out / "prior.safetensors")
-        _save_generator(out / "generator.safetensors", generator, recipe, x_shape)
+        prior.save(out / PRIOR_FILE)
+        _save_generator(out / GENERATOR_FILE, generator, recipe, x_shape)
         (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         after = prior.sample(_SHOWN, rng=torch.Generator().manual_seed(recipe.seed))
         if x_shape[0] in (1, 3):
@@ -131,56 +132,45 @@ def load_run(folder: str | os.PathLike[str], factory: str | None = None) -> Join
             another factory.
         ArgumentError: if the generator's factory cannot be imported, or there is none.
     """
-    path = check_path("folder", folder) / "generator.safetensors"
-    weights, described = _described(path)
-    settings = described["generator"]
-    named = settings.get("factory")
+    file = read_generator(check_path("folder", folder) / GENERATOR_FILE)
+    named = file.described.get("factory")
     if named is None and factory is not None:
         raise ArgumentError(
             f"factory: the generator in {os.fspath(folder)!r} is one of the library's, of no factory; got {shown(factory)}."
         )
     if named != factory:
         raise CheckpointError(
-            f"{os.fspath(path)!r} says that its generator comes from the factory {shown(named)}, and a function is not run "
-            f"because a file names it. If you trust it, pass factory={shown(named)} (on the command line: --factory)."
+            f"{os.fspath(file.path)!r} says that its generator comes from the factory {shown(named)}, and a function is not "
+            f"run because a file names it. If you trust it, pass factory={shown(named)} (on the command line: --factory)."
         )
     if named is None:
-        generator = build_described(path, {**settings, "x_shape": described["x_shape"]}, weights)
+        generator = built_again(file)
     else:
-        generator = build_generator(settings, tuple(described["x_shape"]))
-        check_state_fits(path, generator.state_dict(), weights, "the generator", "Is its factory still the same?")
-        load_named(generator, weights)
-    return JointEBMPrior.load(path.with_name("prior.safetensors"), generator)
+        generator = build_generator(file.described, file.x_shape)
+        check_state_fits(file.path, generator.state_dict(), file.weights, "the generator", "Is its factory still the same?")
+        load_named(generator, file.weights)
+    return JointEBMPrior.load(file.path.with_name(PRIOR_FILE), generator)
 
 
 def reading_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """How the images of a run were read: arguments of `load_images`.
+    """How the images of a run were read: arguments of `load_images`; none where that is not known.
 
     Raises:
         FileNotFoundError, CheckpointError: as `load_run`.
     """
-    return _described(check_path("folder", folder) / "generator.safetensors")[1]["reading"]
-
-
-def _described(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights of a run's generator, and what is said of it: its "generator", "x_shape" and "reading"."""
-    weights, described = read_checkpoint(path, GENERATOR)
-    generator, x_shape, reading = (described.get(name) for name in ("generator", "x_shape", "reading"))
-    whole = isinstance(generator, dict) and isinstance(x_shape, list)
+    file = read_generator(check_path("folder", folder) / GENERATOR_FILE)
+    reading = {} if file.reading is None else file.reading
     try:
-        check_shape("x_shape", x_shape)
-        if not isinstance(reading, dict) or set(reading) != set(READING):
-            whole = False
-        else:
-            ReadSettings(**reading)
-    except (ArgumentError, ShapeError):
+        whole = isinstance(reading, dict) and set(reading) <= set(READING)
+        ReadSettings(**reading if whole else {})
+    except (ArgumentError, TypeError):
         whole = False
     if not whole:
         raise CheckpointError(
-            f"{os.fspath(path)!r} is damaged: what it says of its generator and images is incomplete or impossible. "
+            f"{os.fspath(file.path)!r} is damaged: what it says of reading images is impossible, {shown(reading)}. "
             f"{GENERATOR.remedy}"
         )
-    return weights, described
+    return reading
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -235,6 +225,5 @@ def _check_batch_sizes(recipe: Recipe, share: int) -> None:
 def _save_generator(path: Path, generator: nn.Module, recipe: Recipe, x_shape: tuple[int, ...]) -> None:
     """The generator's weights, with what `load_run` builds it from, and how its images were read."""
     reading = {name: getattr(recipe.data, name) for name in READING}
-    built_in = None if "factory" in recipe.generator else describe_generator(generator)
-    described = {"generator": built_in or recipe.generator, "x_shape": list(x_shape), "reading": reading}
-    write_checkpoint(path, generator.state_dict(), described, GENERATOR)
+    described = recipe.generator if "factory" in recipe.generator else describe_generator(generator) or recipe.generator
+    write_generator(path, generator, described, x_shape, reading)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from energy_prior.checkpoint import write_whole
 from energy_prior.checks.arguments import check_observations
 from energy_prior.checks.settings import check_count, check_device, check_path, require_extra
-from energy_prior.cli.options import add_run, numbers_of
+from energy_prior.cli.options import add_run, check_makes_images, numbers_of, stream
 from energy_prior.cli.score import UNREADABLE, score_rows
 from energy_prior.cli.train import load_run, reading_of
 from energy_prior.data import Images, load_images
@@ -133,6 +134,10 @@ def write_page(
     _check(prior, target, number)
     if other is not None and data is None:
         raise ArgumentError("other: expected known images, `data`, to compare with. Pass them too.")
+    if method is not None and data is None:
+        raise ArgumentError("method: expected known images, `data`, to score. Pass them too.")
+    if len(labels) != 2:
+        raise ArgumentError(f"labels: expected the names of both sets, got {labels!r}.")
     sets = [_named(prior, name, x) for name, x in (("data", data), ("other", other)) if x is not None]
     bar = tqdm(total=4 if sets else 3, desc="view", unit="part", disable=None)
     layers = len(prior.energies)
@@ -151,8 +156,8 @@ def write_page(
     count = 2 * number + chains * (frames + 1) + held * (2 + _DRAWS * len(ks))
     size = thumbnail_size(count, prior.x_shape, _MOST_VALUES)
     sides = {
-        "Gaussian prior": prior.sample(number, prior="generator", rng=_stream(seed)),
-        "Joint prior": prior.sample(number, rng=_stream(seed), **options),
+        "Gaussian prior": prior.sample(number, prior="generator", rng=stream(seed)),
+        "Joint prior": prior.sample(number, rng=stream(seed), **options),
     }
     begun = ": the chain of a sample of the joint prior began at the sample of the Gaussian prior at the same place"
     begun = begun if settings.backend == _SAME_START else ""
@@ -172,12 +177,7 @@ def write_page(
     bar.close()
     sections["scores"] = _scores(prior, scored, report)
     text = page(title, _facts(prior, settings, seed, scored, size), sections, size)
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(target, text.encode(), "page")
     return {"out": os.fspath(target), "bytes": len(text.encode()), **report}
 
 
@@ -196,9 +196,9 @@ def _chains(
     """Chains from their start to their end."""
     every = math.ceil(settings.steps / _MOST_POINTS)
     options: dict[str, Any] = {**chain, "steps": settings.steps}
-    run = prior.trajectory(n, every=every, rng=_stream(seed), **options)
+    run = prior.trajectory(n, every=every, rng=stream(seed), **options)
     shown = torch.linspace(0, len(run.steps) - 1, frames).round().long().unique()
-    images = prior.decode([z[shown].flatten(0, 1) for z in run.latents], rng=_stream(seed)).unflatten(0, (len(shown), n))
+    images = prior.decode([z[shown].flatten(0, 1) for z in run.latents], rng=stream(seed)).unflatten(0, (len(shown), n))
     text = [
         f"{n} chains of {settings.steps} Langevin steps, and Σ f = f₁(z₁) + … along each, in nats: the higher, the more "
         "probable under the joint prior. Below a frame are its step and its Σ f; choose one, or a step of the curve, for more."
@@ -206,8 +206,8 @@ def _chains(
     before: list[tuple[Tensor, Tensor] | None] = [None] * n
     if settings.waymarks and have_waymarks(prior.energies):
         if settings.backend == _SAME_START:
-            latents = prior.sample_latents(n, prior="generator", rng=_stream(seed))
-            start = prior.decode(latents, rng=_stream(seed)).cpu()
+            latents = prior.sample_latents(n, prior="generator", rng=stream(seed))
+            start = prior.decode(latents, rng=stream(seed)).cpu()
             before = list(zip(start, prior.negative_energy(latents).detach().cpu(), strict=True))
         text.append(
             f"These energies have waymarks: from the draw of the Gaussian prior a chain crosses {settings.waymarks} of them "
@@ -231,17 +231,17 @@ def _held(
     """The layers above k held, those below redrawn, for every k."""
     layers = len(prior.energies)
     if known is None:
-        latents = prior.sample_latents(n, rng=_stream(seed), **chain)
+        latents = prior.sample_latents(n, rng=stream(seed), **chain)
         titles, what = [f"Sample {i}" for i in range(1, n + 1)], "samples of the joint prior (--data SOURCE takes real images)"
     else:
         x = known.images[:n].to(prior.device, prior.dtype)
         way: Any = {"method": "langevin" if find_infer(prior.generator) is None else "infer"}
-        latents = prior.sample_posterior(x, rng=_stream(seed), **way)
+        latents = prior.sample_posterior(x, rng=stream(seed), **way)
         titles, what = list(known.names[:n]), "a posterior draw of each image"
-    rows = [prior.decode(latents, rng=_stream(seed))[:, None]]
+    rows = [prior.decode(latents, rng=stream(seed))[:, None]]
     for k in ks:
         given = {layer: latents[layer - 1].repeat_interleave(_DRAWS, 0) for layer in range(k + 1, layers + 1)}
-        drawn = prior.sample(n * _DRAWS, given=given or None, rng=_stream(seed), **chain)
+        drawn = prior.sample(n * _DRAWS, given=given or None, rng=stream(seed), **chain)
         rows.append(drawn.unflatten(0, (n, _DRAWS)))
     views = [
         HeldView(
@@ -279,8 +279,8 @@ def _scores(prior: JointEBMPrior, scored: Sequence[ScoredSet], report: dict[str,
         report["threshold"] = prior.threshold(_QUANTILE)
         above = (f"{int((s.scores > report['threshold']).sum())} of {len(s.scores)} of {s.label}" for s in scored)
         text.append(
-            f"The dashed line is the threshold that {_QUANTILE:.0%} of the images stay below that the prior was calibrated on, "
-            f"{in_short(report['threshold'])} nats. Above it are {', '.join(above)}."
+            f"The dashed line is at {in_short(report['threshold'])} nats: {_QUANTILE:.0%} of the images that the prior was "
+            f"calibrated on stay below it. Above it are {', '.join(above)}."
         )
     if len(scored) > 1:
         report["auroc"] = detection(scored[0].scores, scored[1].scores).auroc
@@ -294,7 +294,7 @@ def _scored(prior: JointEBMPrior, label: str, given: Images, method: str, seed: 
     rows: list[dict[str, Any]] = []
     for first in range(0, len(x), _BATCH):
         part = x[first : first + _BATCH].to(prior.device, prior.dtype)
-        rows += score_rows(prior, part, names[first : first + _BATCH], method, _stream(seed * 1_000_003 + first))
+        rows += score_rows(prior, part, names[first : first + _BATCH], method, stream(seed, first))
     there = [i for i, row in enumerate(rows) if not row["error"]]
     if not there:
         raise DivergenceError(f"None of the {len(rows)} images of {label} has a finite score. {rows[0]['error']}")
@@ -307,8 +307,7 @@ def _scored(prior: JointEBMPrior, label: str, given: Images, method: str, seed: 
 
 def _check(prior: JointEBMPrior, target: Path, number: int) -> None:
     """Whether there can be a page."""
-    if len(prior.x_shape) != 3 or prior.x_shape[0] not in (1, 3):
-        raise ArgumentError(f"prior: expected one of images, (1 or 3, height, width), got {tuple(prior.x_shape)}.")
+    check_makes_images(prior)
     if number > _MOST_SAMPLES:
         raise ArgumentError(
             f"number: expected at most {_MOST_SAMPLES} samples on a page, got {number}. `energy-prior sample` writes any "
@@ -335,10 +334,6 @@ def _named(prior: JointEBMPrior, name: str, given: Tensor | Images) -> Images:
 def _some_ks(layers: int) -> list[int]:
     """1 … L, or some of them, from the first to the last."""
     return sorted({round(k) for k in torch.linspace(1, layers, min(layers, _MOST_ROWS)).tolist()})
-
-
-def _stream(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def _facts(
@@ -368,6 +363,8 @@ def _run(options: argparse.Namespace) -> int:
     limit = check_count("limit", numbers.pop("limit"))
     if options.other is not None and options.data is None:
         raise ArgumentError("--other: expected known images to compare with. Pass --data SOURCE too.")
+    if options.other_split is not None and options.other is None:
+        raise ArgumentError("--other-split: expected other images to take it of. Pass --other SOURCE too.")
     prior = load_run(options.run, options.factory).to(options.device)
     _check(prior, check_path("out", options.out), check_count("number", numbers["number"]))
     reading = {} if options.as_found else reading_of(options.run)

@@ -1,20 +1,31 @@
-"""The built-in generators by their names and arguments: how recipes and checkpoints describe one, and how it is built."""
+"""The built-in generators by their names and arguments, for recipes; and files that a generator is built from again."""
 
 from __future__ import annotations
 
-__all__ = ["BUILT_IN", "build_generator", "check_arguments", "describe_generator", "made", "weights_of"]
+__all__ = [
+    "BUILT_IN",
+    "GeneratorFile",
+    "build_generator",
+    "check_arguments",
+    "describe_generator",
+    "made",
+    "read_generator",
+    "weights_of",
+    "write_generator",
+]
 
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from energy_prior._util import first_line, shortened, shown
-from energy_prior.checkpoint import GENERATOR, check_state_fits, load_named
-from energy_prior.checks.settings import check_sizes, whole_number
+from energy_prior.checkpoint import GENERATOR, check_state_fits, load_named, read_checkpoint, write_checkpoint
+from energy_prior.checks.settings import check_shape, check_sizes, whole_number
 from energy_prior.errors import ArgumentError, CheckpointError, ShapeError
 from energy_prior.generators.ladder import LadderVAE
 from energy_prior.generators.residual import ResidualVAE
@@ -39,41 +50,105 @@ def describe_generator(generator: object) -> dict[str, Any] | None:
     return {"kind": type(generator).__name__, "x_shape": list(generator.x_shape), **generator.config}
 
 
-def build_generator(
-    path: str | os.PathLike[str], described: Mapping[str, Any], weights: Mapping[str, Tensor]
-) -> LadderVAE | ResidualVAE:
-    """The generator that `describe_generator` described, with these weights, on the CPU.
+class GeneratorFile(NamedTuple):
+    """What a file of a generator holds.
+
+    Attributes:
+        path: of the file.
+        weights: its state, by canonical names.
+        described: as `describe_generator` has it; or {"factory": "module:function", …} for a generator of the user's own.
+        x_shape: of an image.
+        reading: how the images were read that it was trained on; None: not known.
+    """
+
+    path: Path
+    weights: dict[str, Tensor]
+    described: dict[str, Any]
+    x_shape: tuple[int, ...]
+    reading: Any
+
+
+def write_generator(
+    path: Path,
+    generator: nn.Module,
+    described: Mapping[str, Any],
+    x_shape: Sequence[int],
+    reading: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a generator's weights, with what it is built from.
+
+    Args:
+        path: of the file.
+        generator: the generator.
+        described: see `GeneratorFile`.
+        x_shape: of an image.
+        reading: see `GeneratorFile`.
+
+    Raises:
+        CheckpointError, OSError: as `write_checkpoint`.
+    """
+    config = {"generator": dict(described), "x_shape": list(x_shape), "reading": None if reading is None else dict(reading)}
+    write_checkpoint(path, generator.state_dict(), config, GENERATOR)
+
+
+def read_generator(path: Path, remedy: str = GENERATOR.remedy) -> GeneratorFile:
+    """What `write_generator` wrote; nothing is built yet.
+
+    Args:
+        path: of the file.
+        remedy: what to do where it cannot be read, for errors.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `read_checkpoint`; or if something is missing, or is not what it is called.
+    """
+    weights, config = read_checkpoint(path, GENERATOR, remedy)
+    described, x_shape = config.get("generator"), config.get("x_shape")
+    try:
+        shape = check_shape("x_shape", x_shape)
+    except ShapeError:
+        shape = None
+    if not isinstance(described, dict) or not isinstance(x_shape, list) or shape is None:
+        raise _damaged(path, "what it says of its generator and images is incomplete or impossible", remedy)
+    return GeneratorFile(path, weights, described, tuple(shape), config.get("reading"))
+
+
+def build_generator(file: GeneratorFile, remedy: str = GENERATOR.remedy) -> LadderVAE | ResidualVAE:
+    """A generator of the library as it was written, on the CPU, in the dtype of its weights; no random number is drawn.
 
     What a description asks for is compared with the weights that there are before anything of its size is made.
 
     Args:
-        path: of the checkpoint, for errors.
-        described: as `describe_generator` returned it.
-        weights: its state, by canonical names.
+        file: of `read_generator`.
+        remedy: what to do where it cannot be built, for errors.
 
     Raises:
         CheckpointError: if there is no such generator, or it has other weights.
     """
-    settings = dict(described)
+    settings, path, weights = dict(file.described), file.path, file.weights
     kind, x_shape = settings.pop("kind", None), settings.pop("x_shape", None)
-    if not isinstance(kind, str) or kind not in BUILT_IN or not isinstance(x_shape, list):
-        raise _damaged(path, f"it describes a generator that this version does not have, {shown(dict(described))}")
+    if not isinstance(kind, str) or kind not in BUILT_IN:
+        what = shown(file.described)
+        raise _damaged(path, f"it describes a generator that this version does not have, {what}", remedy)
+    if x_shape != list(file.x_shape):
+        raise _damaged(path, f"its generator makes images of shape {shown(x_shape)}, not {shown(file.x_shape)}", remedy)
     if _modules(kind, settings) > len(weights) + _FEW:
-        raise _damaged(path, "it asks for more layers than it has weights")
+        raise _damaged(path, "it asks for more layers than it has weights", remedy)
     try:
-        expected = weights_of(kind, x_shape, settings)
+        expected = weights_of(kind, file.x_shape, settings)
     except ArgumentError as error:
-        raise _damaged(path, str(error).rstrip(".")) from error
+        raise _damaged(path, str(error).rstrip("."), remedy) from error
     if expected != {name: value.shape for name, value in weights.items()}:
-        raise _damaged(path, "the generator that it describes has other weights")
-    generator = made(kind, x_shape, settings)
-    check_state_fits(path, generator.state_dict(), weights, "the generator that it describes", GENERATOR.remedy)
+        raise _damaged(path, "the generator that it describes has other weights", remedy)
+    dtypes = [value.dtype for value in weights.values() if value.is_floating_point()]
+    with torch.random.fork_rng(devices=[]):
+        generator = made(kind, file.x_shape, settings).to(dtypes[0])
+    check_state_fits(path, generator.state_dict(), weights, "the generator that it describes", remedy)
     load_named(generator, weights)
     return generator
 
 
-def _damaged(path: str | os.PathLike[str], reason: str) -> CheckpointError:
-    return CheckpointError(f"{os.fspath(path)!r} is damaged: {reason}. {GENERATOR.remedy}")
+def _damaged(path: Path, reason: str, remedy: str) -> CheckpointError:
+    return CheckpointError(f"{os.fspath(path)!r} is damaged: {reason}. {remedy}")
 
 
 def made(kind: str, x_shape: Sequence[int], settings: Mapping[str, Any]) -> LadderVAE | ResidualVAE:

@@ -319,6 +319,16 @@ class Counted(io.BytesIO):
         return super().read(size)
 
 
+@pytest.mark.parametrize("end", [b")R.", b"Q.", b"}\x80", b"K\1s."])
+def test_what_a_message_shows_is_short_before_it_is_written(end: bytes, tmp_path: Path) -> None:
+    """Of a tuple that holds the one before twice, and so on, the text would have 2^60 parts."""
+    tuples = b")q\0" + b"".join(bytes([104, i, 104, i, 0x86, 113, i + 1]) for i in range(60))
+    (tmp_path / "file.pt").write_bytes(of_today(b"\x80\x02}" + tuples + end))
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(tmp_path / "file.pt")
+    assert len(str(error.value)) < 1000
+
+
 def test_no_more_is_asked_for_than_there_is() -> None:
     file = Counted(b"\x80\x02X\xff\xff\xff\x7fabc.")
     with pytest.raises(ValueError, match="it ends too early"):

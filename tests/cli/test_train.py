@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -117,7 +118,10 @@ def test_train_writes_everything_and_goes_on(recipe: Path, capsys: pytest.Captur
     }  # fmt: skip
     first = load_file(out / "prior.safetensors")
     report = json.loads((out / "report.json").read_text())
-    assert set(report) == {"images", "elbo", "fit-0-nce", "fit-1-two_stage"}
+    assert set(report) == {"images", "recipe", "elbo", "fit-0-nce", "fit-1-two_stage"}
+    same = recipe.with_name("same.yaml")
+    same.write_text(json.dumps(report["recipe"] | {"out": str(out), "device": "cpu"}))
+    assert read_recipe(same) == dataclasses.replace(read_recipe(recipe), out=str(out), device="cpu")
     assert main(["train", str(recipe)]) == 0, "all of it is there: it ends at once, with the same files"
     again = load_file(out / "prior.safetensors")
     assert all(torch.equal(again[name], value) for name, value in first.items())
@@ -180,7 +184,9 @@ def test_a_folder_that_holds_no_run(recipe: Path) -> None:
     with pytest.raises(FileNotFoundError, match="No checkpoint at"):
         load_run(recipe.parent)
     save_file({"a": torch.zeros(1)}, recipe.parent / "generator.safetensors")
-    with pytest.raises(CheckpointError, match="not a checkpoint of energy-prior .* one that `energy-prior train` wrote"):
+    with pytest.raises(
+        CheckpointError, match="not a checkpoint of energy-prior .* `energy-prior train` or `save_pretrained` wrote"
+    ):
         load_run(recipe.parent)
 
 
@@ -214,8 +220,6 @@ def test_too_few_images(recipe: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_every_setting_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
-    import dataclasses
-
     assert main(["train", "--settings"]) == 0
     text = capsys.readouterr().out
     assert text.strip() == settings_help()
@@ -259,7 +263,7 @@ def saved(folder: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def ladder(**arguments: Any) -> dict[str, Any]:
-    return {"kind": "LadderVAE", **arguments}
+    return {"kind": "LadderVAE", "x_shape": [1, 4, 4], **arguments}
 
 
 GENERATORS: list[tuple[dict[str, Any], str]] = [
@@ -268,35 +272,36 @@ GENERATORS: list[tuple[dict[str, Any], str]] = [
     ({"x_shape": None}, "what it says of its generator and images is incomplete or impossible"),
     ({"x_shape": ["a"]}, "what it says of its generator and images is incomplete or impossible"),
     ({"x_shape": [10**30]}, "what it says of its generator and images is incomplete or impossible"),
-    ({"reading": {}}, "what it says of its generator and images is incomplete or impossible"),
-    ({"reading": {"value_range": 3, "channel_order": None, "background": 1.0}}, "what it says of its generator and images is"),
-    ({"x_shape": [1, 4, 5]}, "the generator that it describes has other weights"),
-    ({"x_shape": [1, 100_000, 100_000]}, "the generator that it describes has other weights"),
+    ({"x_shape": [1, 4, 5]}, "its generator makes images of shape"),
     (
-        {"generator": {"kind": "LadderVAE", "latent_dims": [3, 2], "hidden": 9}},
+        {"x_shape": [1, 10**5, 10**5], "generator": ladder(x_shape=[1, 10**5, 10**5], latent_dims=[3, 2], hidden=8)},
         "the generator that it describes has other weights",
     ),
     (
-        {"generator": {"kind": "LadderVAE", "latent_dims": [3, 2], "hidden": 10**6}},
+        {"generator": ladder(latent_dims=[3, 2], hidden=9)},
         "the generator that it describes has other weights",
     ),
     (
-        {"generator": {"kind": "LadderVAE", "latent_dims": [3, 2], "hidden": 10**12}},
+        {"generator": ladder(latent_dims=[3, 2], hidden=10**6)},
+        "the generator that it describes has other weights",
+    ),
+    (
+        {"generator": ladder(latent_dims=[3, 2], hidden=10**12)},
         "generator: LadderVAE cannot be built from",
     ),
     (
-        {"generator": {"kind": "LadderVAE", "latent_dims": [3, 2], "hidden": 8, "depth": 10**9}},
+        {"generator": ladder(latent_dims=[3, 2], hidden=8, depth=10**9)},
         "it asks for more layers than it has weights",
     ),
     ({"generator": ladder(latent_dims=[1] * 100_000)}, "it asks for more layers than it has weights"),
     (
-        {"generator": {"kind": "LadderVAE", "latent_dims": [3, 2], "hidden": 8, "more": 3}},
+        {"generator": ladder(latent_dims=[3, 2], hidden=8, more=3)},
         "generator.more: not an argument of LadderVAE",
     ),
     ({"generator": {"kind": "print"}}, "it describes a generator that this version does not have, {'kind': 'print'"),
-    ({"generator": {}}, "it describes a generator that this version does not have, {'x_shape': "),
-    ({"generator": {"kind": "ResidualVAE", "groups": [10**9]}}, "it asks for more layers than it has weights"),
-    ({"generator": {"kind": "ResidualVAE", "downsample": 10**9}}, "it asks for more layers than it has weights"),
+    ({"generator": {}}, "it describes a generator that this version does not have, {}"),
+    ({"generator": ladder(kind="ResidualVAE", groups=[10**9])}, "it asks for more layers than it has weights"),
+    ({"generator": ladder(kind="ResidualVAE", downsample=10**9)}, "it asks for more layers than it has weights"),
     ({"generator": {"factory": "os:mkdir"}}, "factory 'os:mkdir', and a function is not run because a file names it"),
     ({"generator": {"factory": 3}}, "factory 3, and a function is not run because a file names it"),
 ]
@@ -314,13 +319,24 @@ def test_a_generator_that_is_not_what_it_says(change: dict[str, Any], words: str
     assert time.process_time() - before < 4
 
 
+def test_what_is_said_of_reading(tmp_path: Path) -> None:
+    path, weights, described = saved(tmp_path / "run")
+    assert reading_of(path.parent) == described["reading"]
+    write_checkpoint(path, weights, described | {"reading": None}, GENERATOR)
+    assert reading_of(path.parent) == {}, "as JointEBMPrior.save_pretrained writes it"
+    for reading in (3, [], {"value_range": 3}, {"os": 1}):
+        write_checkpoint(path, weights, described | {"reading": reading}, GENERATOR)
+        with pytest.raises(CheckpointError, match="is damaged: what it says of reading images is impossible"):
+            reading_of(path.parent)
+
+
 def test_a_flipped_bit_of_the_generator(tmp_path: Path) -> None:
     path, *_ = saved(tmp_path / "run")
     content = bytearray(path.read_bytes())
     content[-2] ^= 4
     path.write_bytes(content)
     for read in (load_run, reading_of):
-        with pytest.raises(CheckpointError, match="generator.safetensors' is damaged: .*by its digest. Train it again"):
+        with pytest.raises(CheckpointError, match="generator.safetensors' is damaged: .*by its digest. Write it again"):
             read(path.parent)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,15 @@ import pytest
 import torch
 
 from energy_prior import ArgumentError, CheckpointError, LadderVAE, ResidualVAE
-from energy_prior.generators.build import build_generator, check_arguments, describe_generator, made, weights_of
+from energy_prior.generators.build import (
+    build_generator,
+    check_arguments,
+    describe_generator,
+    made,
+    read_generator,
+    weights_of,
+    write_generator,
+)
 
 LADDER: dict[str, Any] = {"latent_dims": [3, 2], "hidden": 8, "nets": "conv", "likelihood": "mixture"}
 SIZES_OF_NUMPY: Any = (np.array([5]), np.array([3, 2]))
@@ -29,12 +36,11 @@ RESIDUAL: dict[str, Any] = {"groups": [2, 1], "channels": 8, "latent_channels": 
         lambda: ResidualVAE((1, 8, 8), groups=(1,), channels=4, prior_temperature=0.7, checkpointing=True, levels=9),
     ],
 )
-def test_built_again_from_its_description(make: Any) -> None:
-    """Through JSON: the same weights and the same samples."""
+def test_written_and_built_again(make: Any, tmp_path: Path) -> None:
+    """The same weights and settings."""
     torch.manual_seed(3)
     generator = make()
-    described = json.loads(json.dumps(describe_generator(generator)))
-    again = build_generator("f", described, generator.state_dict())
+    again = there_and_back(tmp_path / "f", generator)
     assert type(again) is type(generator)
     assert describe_generator(again) == describe_generator(generator)
     assert (again.x_shape, again.latent_shapes) == (generator.x_shape, generator.latent_shapes)
@@ -44,11 +50,32 @@ def test_built_again_from_its_description(make: Any) -> None:
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in generator.parameters()]
 
 
-def test_a_temperature_that_is_set_later() -> None:
+def there_and_back(path: Path, generator: LadderVAE | ResidualVAE) -> LadderVAE | ResidualVAE:
+    write_generator(path, generator, describe_generator(generator) or {}, generator.x_shape)
+    return build_generator(read_generator(path))
+
+
+@pytest.mark.parametrize(("dtype", "default"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_another_dtype(dtype: torch.dtype, default: torch.dtype, tmp_path: Path) -> None:
+    """That of the weights is kept, whatever torch's default is; and no random number is drawn."""
+    generator = ResidualVAE((3, 8, 8), **RESIDUAL).to(dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        torch.manual_seed(0)
+        again = there_and_back(tmp_path / "f", generator)
+        drawn = torch.rand(1)
+    finally:
+        torch.set_default_dtype(before)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(1, dtype=default), drawn)
+    assert {value.dtype for value in again.state_dict().values()} == {dtype}
+
+
+def test_a_temperature_that_is_set_later(tmp_path: Path) -> None:
     generator = ResidualVAE((3, 8, 8), **RESIDUAL)
     generator.prior_temperature = 0.8
-    described = describe_generator(generator) or {}
-    again = build_generator("f", described, generator.state_dict())
+    again = there_and_back(tmp_path / "f", generator)
     assert isinstance(again, ResidualVAE)
     assert again.prior_temperature == 0.8
 
@@ -103,15 +130,19 @@ def test_arguments_are_checked_without_making_what_they_ask_for(kind: str, setti
 
 def test_a_description_of_another_one(tmp_path: Path) -> None:
     generator = ResidualVAE((3, 8, 8), **RESIDUAL)
-    described, weights = describe_generator(generator) or {}, generator.state_dict()
-    for change, words in (
-        ({"channels": 9}, "the generator that it describes has other weights"),
-        ({"x_shape": [1, 8, 8]}, "the generator that it describes has other weights"),
-        ({"x_shape": None}, "it describes a generator that this version does not have"),
-        ({"cells": 10**9}, "it asks for more layers than it has weights"),
-        ({"sigma": -1}, "generator.sigma: expected a finite number above 0, got -1"),
+    described, path = describe_generator(generator) or {}, tmp_path / "here"
+    for change, shape, words in (
+        ({"channels": 9}, (3, 8, 8), "the generator that it describes has other weights"),
+        ({"x_shape": [1, 8, 8]}, (1, 8, 8), "the generator that it describes has other weights"),
+        ({"x_shape": [1, 8, 8]}, (3, 8, 8), r"its generator makes images of shape \[1, 8, 8\], not \(3, 8, 8\)"),
+        ({"cells": 10**9}, (3, 8, 8), "it asks for more layers than it has weights"),
+        ({"sigma": -1}, (3, 8, 8), "generator.sigma: expected a finite number above 0, got -1"),
     ):
-        with pytest.raises(CheckpointError, match=f"'here' is damaged: {words}.* Train it again, or use another copy"):
-            build_generator("here", described | change, weights)
+        write_generator(path, generator, described | change, shape)
+        with pytest.raises(CheckpointError, match=f"here' is damaged: {words}.* Ask for another"):
+            build_generator(read_generator(path), "Ask for another.")
+    with torch.no_grad():
+        generator.top.fill_(float("nan"))
+    write_generator(path, generator, described, (3, 8, 8))
     with pytest.raises(CheckpointError, match="top is not finite"):
-        build_generator("here", described, weights | {"top": torch.full_like(weights["top"], float("nan"))})
+        build_generator(read_generator(path))
