@@ -64,7 +64,15 @@ def prior_of_images() -> ep.JointEBMPrior:
 
 def test_no_extra_is_here_and_the_package_is_not_the_source_tree() -> None:
     """Else the tests below show nothing."""
-    for package in ("scikit-learn", "matplotlib", "datasets", "accelerate", "pyyaml", "efficientnet-lite-pytorch"):
+    for package in (
+        "scikit-learn",
+        "matplotlib",
+        "datasets",
+        "accelerate",
+        "pyyaml",
+        "efficientnet-lite-pytorch",
+        "huggingface-hub",
+    ):
         with pytest.raises(importlib.metadata.PackageNotFoundError):
             importlib.metadata.version(package)
     assert "site-packages" in ep.__file__
@@ -89,6 +97,16 @@ def test_the_whole_way(tmp_path: Path) -> None:
     assert torch.equal(*draws)
 
 
+def test_a_prior_to_share(tmp_path: Path) -> None:
+    """A folder needs no extra, and the example is in the wheel."""
+    prior = ep.load_example("digits")
+    assert prior.sample(2).shape == (2, 1, 8, 8)
+    prior.save_pretrained(tmp_path / "digits", ep.ModelCard(data="Digits", license="mit"))
+    again = ep.JointEBMPrior.from_pretrained(tmp_path / "digits")
+    draws = [p.sample(2, rng=torch.Generator().manual_seed(0)) for p in (prior, again)]
+    assert torch.equal(*draws)
+
+
 @pytest.mark.parametrize(
     ("call", "extra"),
     [
@@ -98,6 +116,8 @@ def test_the_whole_way(tmp_path: Path) -> None:
         (lambda folder: importlib.import_module("energy_prior.detectors"), "eval"),
         (lambda folder: plots.image_panels(folder / "a.png", {"x": torch.rand(4, 1, 8, 8)}), "examples"),
         (lambda folder: load_images("ylecun/mnist"), "examples"),
+        (lambda folder: prior_of_images().push_to_hub("owner/name"), "hub"),
+        (lambda folder: ep.JointEBMPrior.from_pretrained("owner/name"), "hub"),
         (lambda folder: write_samples(prior_of_images(), 2, folder / "samples"), "examples"),
         (lambda folder: write_page(prior_of_images(), folder / "view.html"), "examples"),
         (lambda folder: prior_of_images().fit(torch.rand(32, 1, 8, 8), run_dir=folder, tensorboard=True, **QUIET), "train"),
