@@ -103,7 +103,7 @@ def test_twice_the_steps_have_a_quarter_of_the_error() -> None:
     density = target_of(refitted(0.7)[0], 300).density()
     torch.manual_seed(2)
     start = [torch.randn(300, u).double() for u in UNITS]
-    exact, few, more = (cross(density, start, levels) for levels in (1000, 20, 40))
+    exact, few, more = (cross(density, start, levels) for levels in (240, 20, 40))
     for end, coarse, fine in zip(exact, few, more, strict=True):
         error = (coarse - end).norm()
         assert error < 0.02 * end.norm()
