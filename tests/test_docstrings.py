@@ -65,8 +65,8 @@ def log_prob(x: Tensor, latents: Sequence[Tensor], steps: int = 1) -> Tensor:
 @pytest.mark.parametrize(
     ("old", "new", "fault"),
     [
-        ("        steps: number of them, over\n            two lines.\n", "", "steps: no entry"),
-        ("        steps: number", "        step: number", "step: there is no such parameter"),
+        ("    steps: number of them, over\n        two lines.\n", "", "steps: no entry"),
+        ("    steps: number", "    step: number", "step: there is no such parameter"),
         ("(batch, *x_shape)", "one row each", "x: no shape"),
         ("(batch, *x_shape)", "(batch)", "x: no shape"),
         ("(batch, *x_shape)", "(rows, *x_shape)", "x: no shape"),
@@ -76,14 +76,14 @@ def log_prob(x: Tensor, latents: Sequence[Tensor], steps: int = 1) -> Tensor:
         (", nats", "", "what it returns: no unit"),
         (", (batch,), nats", ", nats", "what it returns: no shape"),
         ("ShapeError", "ShapesError", "ShapesError: there is no such error"),
-        ("        steps: number of them", "        number of them", "'number of them, over' belongs to no entry"),
-        ("        steps: number of them, over\n            two lines.", "        steps:", "steps says nothing"),
-        ("        steps: ", "        x: ", "x is there twice"),
-        ("    Raises:", "    Args:", "Args is there twice"),
+        ("    steps: number of them", "    number of them", "'number of them, over' belongs to no entry"),
+        ("    steps: number of them, over\n        two lines.", "    steps:", "steps says nothing"),
+        ("    steps: ", "    x: ", "x is there twice"),
+        ("Raises:", "Args:", "Args is there twice"),
     ],
 )
 def test_faults_of_a_function(old: str, new: str, fault: str) -> None:
-    text = log_prob.__doc__ or ""
+    text = inspect.cleandoc(log_prob.__doc__ or "")
     assert docstrings.faults_of_call(log_prob, text) == []
     assert text.count(old) == 1
     found = docstrings.faults_of_call(log_prob, text.replace(old, new))
