@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "CARD_FILE",
     "GENERATOR_FILE",
     "PRIOR_FILE",
     "ModelCard",
@@ -29,7 +30,7 @@ from torch import nn
 from energy_prior._util import first_line, shown
 from energy_prior.checks.settings import check_path, real_number, require_extra, whole_number
 from energy_prior.errors import ArgumentError, CheckpointError, HubError
-from energy_prior.generators.build import build_generator, describe_generator, read_generator, write_generator
+from energy_prior.generators.build import describe_generator, generator_of, read_generator, write_generator
 
 PRIOR_FILE, GENERATOR_FILE, CARD_FILE = "prior.safetensors", "generator.safetensors", "README.md"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -120,7 +121,7 @@ class ModelCard:
         pictures = {"samples.png": run / "samples.png"} if (run / "samples.png").is_file() else {}
         if evaluation is not None:
             place = check_path("evaluation", evaluation)
-            figures |= _numbers("", _report(place))
+            figures |= _numbers("evaluation", _report(place))
             if (place / "samples.png").is_file():
                 pictures["evaluation.png"] = place / "samples.png"
         recipe = report.get("recipe", {})
@@ -140,14 +141,15 @@ def write_model(folder: Path, generator: object) -> bool:
     Returns:
         Whether the generator is in a file now.
     """
-    described, file = describe_generator(generator), folder / GENERATOR_FILE
+    made: Any = generator
+    described, file = describe_generator(made), folder / GENERATOR_FILE
     if described is None or not isinstance(generator, nn.Module):
         file.unlink(missing_ok=True)
         return False
     reading = None
     with contextlib.suppress(FileNotFoundError, CheckpointError):
         reading = read_generator(file).reading
-    write_generator(file, generator, described, described["x_shape"], reading)
+    write_generator(file, generator, described, made.x_shape, reading)
     return True
 
 
@@ -165,7 +167,7 @@ def read_model(folder: Path) -> Any:
             f"generator: {str(folder)!r} holds a prior without its generator, which is not one of the library's. Pass the "
             "generator that the prior was fitted on; the card may say where it is from."
         )
-    return build_generator(found, _REMEDY)
+    return generator_of(found, _REMEDY)
 
 
 @contextlib.contextmanager
@@ -180,11 +182,10 @@ def _talking(what: str) -> Generator[None]:
         ) from error
 
 
-def check_repository(name: str, value: object) -> str:
-    """The name of a repository, "owner/name"."""
-    if not isinstance(value, str) or not _REPOSITORY.fullmatch(value):
-        raise ArgumentError(f'{name}: expected the name of a repository, "owner/name", got {shown(value)}.')
-    return value
+def check_repository(repo_id: object) -> None:
+    """Raises `ArgumentError` unless it is the name of a repository, "owner/name"."""
+    if not isinstance(repo_id, str) or not _REPOSITORY.fullmatch(repo_id):
+        raise ArgumentError(f'repo_id: expected the name of a repository, "owner/name", got {shown(repo_id)}.')
 
 
 def fetched(source: str | os.PathLike[str], generator: bool, **options: Any) -> Path:

@@ -42,7 +42,17 @@ from energy_prior.checks.generator import probe_generator
 from energy_prior.checks.settings import check_count, check_path, check_positive, check_share
 from energy_prior.energies import build_energies, default_energies, describe_energies
 from energy_prior.errors import ArgumentError, CheckpointError, DataWarning, ShapeError, warn
-from energy_prior.hub import PRIOR_FILE, ModelCard, check_repository, fetched, read_model, upload, write_card, write_model
+from energy_prior.hub import (
+    CARD_FILE,
+    PRIOR_FILE,
+    ModelCard,
+    check_repository,
+    fetched,
+    read_model,
+    upload,
+    write_card,
+    write_model,
+)
 from energy_prior.langevin import USUAL_ACCEPTANCE, ChainOptions, ChainSettings, NoiseSource, Trajectory, tune_step_size
 from energy_prior.mismatch import LEAST_DRAWS, Mismatch, mismatch_of
 from energy_prior.model import JointModel
@@ -852,7 +862,7 @@ class JointEBMPrior(nn.Module):
             OSError: if a file cannot be written.
         """
         place = check_path("folder", folder)
-        keep = card is None and (place / "README.md").exists()
+        keep = card is None and (place / CARD_FILE).exists()
         self._write_files(place, place.resolve().name, card, keep)
 
     def push_to_hub(
@@ -887,7 +897,7 @@ class JointEBMPrior(nn.Module):
             CheckpointError: as `save`.
             HubError: if the hub refuses, or cannot be reached.
         """
-        check_repository("repo_id", repo_id)
+        check_repository(repo_id)
         options: dict[str, Any] = {"revision": revision, "commit_message": commit_message, "create_pr": create_pr}
         with tempfile.TemporaryDirectory() as made:
             self._write_files(Path(made), repo_id, card, keep_card=False)

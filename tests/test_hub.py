@@ -26,7 +26,7 @@ from energy_prior import (
     pretrained,
 )
 from energy_prior.cli.demo import load_demo_data
-from energy_prior.cli.train import load_run, reading_of
+from energy_prior.cli.train import load_run, read_run
 from energy_prior.generators.build import describe_generator, write_generator
 from energy_prior.pretrained import EXAMPLES
 
@@ -223,7 +223,7 @@ def test_a_run_of_the_command_line(tmp_path: Path) -> None:
     for _ in range(2):
         assert torch.equal(drawn(JointEBMPrior.from_pretrained(tmp_path)), drawn(prior))
         assert torch.equal(drawn(load_run(tmp_path)), drawn(prior))
-        assert reading_of(tmp_path) == reading
+        assert read_run(tmp_path)[1] == reading
         prior.save_pretrained(tmp_path)
 
 
@@ -319,6 +319,7 @@ def test_the_card_of_a_run(tmp_path: Path) -> None:
     assert card.settings == {**recipe, "data": {"source": "mnist", "size": 8}}, "a path of this machine is nobody's business"
     assert (card.data, card.license) == ("mnist", "mit")
     assert list(card.figures.values()) == [100, -12.5, 0.75, 0.5, 50, 3.5]
+    assert list(card.figures)[-2:] == ["evaluation, images", "evaluation, joint, frechet, mean"]
     assert set(card.pictures) == {"samples.png", "evaluation.png"}
     assert ModelCard.of_run(run, data="MNIST").data == "MNIST"
     for content in ("[]", "{"):
@@ -348,6 +349,15 @@ def test_the_digits_know_their_digits() -> None:
     threshold = prior.threshold(0.95)
     assert (prior.anomaly_score(digits) > threshold).float().mean() < 0.15
     assert (prior.anomaly_score(digits.rot90(1, (2, 3))) > threshold).float().mean() > 0.9
+
+
+def test_loading_draws_no_random_number() -> None:
+    """Of torch's global stream: the weights that are made are replaced."""
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    load_example("digits")
+    assert torch.equal(torch.rand(1), expected)
 
 
 def test_no_such_example() -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from energy_prior import plots
 from energy_prior.checks.settings import check_count, check_device, check_path
 from energy_prior.cli.options import add_run, check_makes_images, numbers_of, stream
-from energy_prior.cli.train import load_run, reading_of
+from energy_prior.cli.train import read_run
 from energy_prior.data import load_images
 from energy_prior.errors import ArgumentError
 from energy_prior.evaluate import efficientnet_features, frechet_distance, gap_closed, kernel_distance, precision_recall
@@ -190,7 +190,8 @@ def _run(options: argparse.Namespace) -> int:
     """The command."""
     check_device("--device", options.device)
     numbers = numbers_of(options, dict.fromkeys(("number", "draws", "steps", "batch_size", "seed"), int))
-    prior = load_run(options.run, options.factory).to(options.device)
+    prior, reading = read_run(options.run, options.factory)
+    prior = prior.to(options.device)
     check_makes_images(prior)
     channels, height, width = prior.x_shape
     limit = numbers.pop("number", None)
@@ -201,7 +202,7 @@ def _run(options: argparse.Namespace) -> int:
         channels=channels,
         limit=limit,
         label_column=False,
-        **reading_of(options.run),
+        **reading,
     ).images
     out: Path | None = None
     if options.out is not None:

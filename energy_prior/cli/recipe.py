@@ -238,8 +238,8 @@ def settings_help() -> str:
 
 
 def _paragraph(name: str, default: Any, meaning: str) -> str:
-    shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-    return textwrap.fill(f"{name}: {shown}".rstrip() + f"  # {meaning}", 118, initial_indent="  ", subsequent_indent="      ")
+    value = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+    return textwrap.fill(f"{name}: {value}".rstrip() + f"  # {meaning}", 118, initial_indent="  ", subsequent_indent="      ")
 
 
 def _meanings(kind: type[Any]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from energy_prior.calibration import TERMS
 from energy_prior.checkpoint import digest, fingerprint
 from energy_prior.checks.settings import check_count, check_device, check_path, check_share, require_extra
 from energy_prior.cli.options import add_run, check_makes_images, numbers_of, stream
-from energy_prior.cli.train import load_run, reading_of
+from energy_prior.cli.train import read_run
 from energy_prior.data import load_images
 from energy_prior.errors import ArgumentError, DivergenceError
 from energy_prior.prior import JointEBMPrior
@@ -204,8 +204,9 @@ def _run(options: argparse.Namespace) -> int:
     """The command."""
     check_device("--device", options.device)
     numbers = numbers_of(options, {"quantile": float, "batch_size": int, "seed": int})
-    prior = load_run(options.run, options.factory).to(options.device)
-    numbers |= {} if options.as_found else reading_of(options.run)
+    prior, reading = read_run(options.run, options.factory)
+    prior = prior.to(options.device)
+    numbers |= {} if options.as_found else reading
     report = score_images(prior, options.data, options.out, split=options.split, method=options.method, **numbers)
     if options.json:
         print(json.dumps(report))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["READING", "add_command", "load_run", "reading_of", "run_recipe"]
+__all__ = ["READING", "add_command", "load_run", "read_run", "run_recipe"]
 
 import argparse
 import dataclasses
@@ -22,8 +22,7 @@ from energy_prior.cli.recipe import DataSettings, Recipe, build_generator, read_
 from energy_prior.data import load_images
 from energy_prior.data.reader import ReadSettings
 from energy_prior.errors import ArgumentError, CheckpointError
-from energy_prior.generators.build import build_generator as built_again
-from energy_prior.generators.build import describe_generator, read_generator, write_generator
+from energy_prior.generators.build import GeneratorFile, describe_generator, generator_of, read_generator, write_generator
 from energy_prior.hub import GENERATOR_FILE, PRIOR_FILE
 from energy_prior.prior import JointEBMPrior
 from energy_prior.training import fit_elbo, launched_accelerator
@@ -132,6 +131,19 @@ def load_run(folder: str | os.PathLike[str], factory: str | None = None) -> Join
             another factory.
         ArgumentError: if the generator's factory cannot be imported, or there is none.
     """
+    return read_run(folder, factory)[0]
+
+
+def read_run(folder: str | os.PathLike[str], factory: str | None = None) -> tuple[JointEBMPrior, dict[str, Any]]:
+    """What `load_run` gives, and how the run's images were read: arguments of `load_images`; none where that is not known.
+
+    Args:
+        folder: as for `load_run`.
+        factory: as for `load_run`.
+
+    Raises:
+        FileNotFoundError, CheckpointError, ArgumentError: as `load_run`.
+    """
     file = read_generator(check_path("folder", folder) / GENERATOR_FILE)
     named = file.described.get("factory")
     if named is None and factory is not None:
@@ -143,22 +155,18 @@ def load_run(folder: str | os.PathLike[str], factory: str | None = None) -> Join
             f"{os.fspath(file.path)!r} says that its generator comes from the factory {shown(named)}, and a function is not "
             f"run because a file names it. If you trust it, pass factory={shown(named)} (on the command line: --factory)."
         )
+    reading = _reading(file)
     if named is None:
-        generator = built_again(file)
+        generator = generator_of(file)
     else:
         generator = build_generator(file.described, file.x_shape)
         check_state_fits(file.path, generator.state_dict(), file.weights, "the generator", "Is its factory still the same?")
         load_named(generator, file.weights)
-    return JointEBMPrior.load(file.path.with_name(PRIOR_FILE), generator)
+    return JointEBMPrior.load(file.path.with_name(PRIOR_FILE), generator), reading
 
 
-def reading_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """How the images of a run were read: arguments of `load_images`; none where that is not known.
-
-    Raises:
-        FileNotFoundError, CheckpointError: as `load_run`.
-    """
-    file = read_generator(check_path("folder", folder) / GENERATOR_FILE)
+def _reading(file: GeneratorFile) -> dict[str, Any]:
+    """What a file says of reading images, checked."""
     reading = {} if file.reading is None else file.reading
     try:
         whole = isinstance(reading, dict) and set(reading) <= set(READING)

@@ -21,7 +21,7 @@ from energy_prior.checks.arguments import check_observations
 from energy_prior.checks.settings import check_count, check_device, check_path, require_extra
 from energy_prior.cli.options import add_run, check_makes_images, numbers_of, stream
 from energy_prior.cli.score import UNREADABLE, score_rows
-from energy_prior.cli.train import load_run, reading_of
+from energy_prior.cli.train import read_run
 from energy_prior.data import Images, load_images
 from energy_prior.errors import ArgumentError, DivergenceError
 from energy_prior.evaluate import detection
@@ -365,9 +365,10 @@ def _run(options: argparse.Namespace) -> int:
         raise ArgumentError("--other: expected known images to compare with. Pass --data SOURCE too.")
     if options.other_split is not None and options.other is None:
         raise ArgumentError("--other-split: expected other images to take it of. Pass --other SOURCE too.")
-    prior = load_run(options.run, options.factory).to(options.device)
+    prior, reading = read_run(options.run, options.factory)
+    prior = prior.to(options.device)
     _check(prior, check_path("out", options.out), check_count("number", numbers["number"]))
-    reading = {} if options.as_found else reading_of(options.run)
+    reading = {} if options.as_found else reading
     splits = (options.split, options.other_split or options.split)
     channels, height, width = prior.x_shape
     size = height if height == width else None

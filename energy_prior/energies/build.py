@@ -67,7 +67,7 @@ def describe_energies(energies: Iterable[nn.Module]) -> list[dict[str, Any]]:
 def build_energies(
     described: Sequence[Any], latent_shapes: Sequence[Sequence[int]], weights: Mapping[str, Sequence[int]]
 ) -> nn.ModuleList:
-    """The built-in energies that `describe_energies` described, of random weights.
+    """The built-in energies that `describe_energies` described, of any weights; torch's global stream stays as it is.
 
     What a description asks for is compared with the weights that there are before anything of its size is made.
 
@@ -106,11 +106,12 @@ def _built(entry: Any, layer: int, shape: Sequence[int], weights: Mapping[str, S
     failure: Exception | None = None
     try:
         if fits:
-            with torch.device("meta"):  # which has shapes, and no memory
-                state = BUILT_IN[entry["kind"]](**settings).state_dict()
-            sizes = {f"energies.{layer - 1}.{name}": value.shape for name, value in state.items()}
-            if sizes == {name: torch.Size(size) for name, size in weights.items()}:
-                return BUILT_IN[entry["kind"]](**settings)
+            with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced
+                with torch.device("meta"):  # which has shapes, and no memory
+                    state = BUILT_IN[entry["kind"]](**settings).state_dict()
+                sizes = {f"energies.{layer - 1}.{name}": value.shape for name, value in state.items()}
+                if sizes == {name: torch.Size(size) for name, size in weights.items()}:
+                    return BUILT_IN[entry["kind"]](**settings)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         failure = error
     raise CheckpointError(

@@ -5,9 +5,9 @@ from __future__ import annotations
 __all__ = [
     "BUILT_IN",
     "GeneratorFile",
-    "build_generator",
     "check_arguments",
     "describe_generator",
+    "generator_of",
     "made",
     "read_generator",
     "weights_of",
@@ -37,7 +37,7 @@ _FEW = 3  # layers of a kind, to see whether such can be built
 
 
 def describe_generator(generator: object) -> dict[str, Any] | None:
-    """What a checkpoint says of a generator, enough to build it again: {"kind": its class, "x_shape": […], argument: value, …}.
+    """What a checkpoint says of a generator, beside the shape of its images: {"kind": its class, argument: value, …}.
 
     Args:
         generator: any.
@@ -47,7 +47,7 @@ def describe_generator(generator: object) -> dict[str, Any] | None:
     """
     if not isinstance(generator, LadderVAE | ResidualVAE) or type(generator) not in BUILT_IN.values():
         return None
-    return {"kind": type(generator).__name__, "x_shape": list(generator.x_shape), **generator.config}
+    return {"kind": type(generator).__name__, **generator.config}
 
 
 class GeneratorFile(NamedTuple):
@@ -112,7 +112,7 @@ def read_generator(path: Path, remedy: str = GENERATOR.remedy) -> GeneratorFile:
     return GeneratorFile(path, weights, described, tuple(shape), config.get("reading"))
 
 
-def build_generator(file: GeneratorFile, remedy: str = GENERATOR.remedy) -> LadderVAE | ResidualVAE:
+def generator_of(file: GeneratorFile, remedy: str = GENERATOR.remedy) -> LadderVAE | ResidualVAE:
     """A generator of the library as it was written, on the CPU, in the dtype of its weights; no random number is drawn.
 
     What a description asks for is compared with the weights that there are before anything of its size is made.
@@ -125,12 +125,10 @@ def build_generator(file: GeneratorFile, remedy: str = GENERATOR.remedy) -> Ladd
         CheckpointError: if there is no such generator, or it has other weights.
     """
     settings, path, weights = dict(file.described), file.path, file.weights
-    kind, x_shape = settings.pop("kind", None), settings.pop("x_shape", None)
+    kind = settings.pop("kind", None)
     if not isinstance(kind, str) or kind not in BUILT_IN:
         what = shown(file.described)
         raise _damaged(path, f"it describes a generator that this version does not have, {what}", remedy)
-    if x_shape != list(file.x_shape):
-        raise _damaged(path, f"its generator makes images of shape {shown(x_shape)}, not {shown(file.x_shape)}", remedy)
     if _modules(kind, settings) > len(weights) + _FEW:
         raise _damaged(path, "it asks for more layers than it has weights", remedy)
     try:

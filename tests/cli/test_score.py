@@ -15,7 +15,7 @@ from pictures import picture
 from energy_prior import DivergenceError, JointEBMPrior, LadderVAE
 from energy_prior.cli.main import main
 from energy_prior.cli.score import score_images
-from energy_prior.cli.train import load_run, reading_of
+from energy_prior.cli.train import load_run, read_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:source. 1 of 11 images:energy_prior.DataWarning")
 
@@ -172,7 +172,7 @@ def test_images_without_a_finite_score_have_a_row(images: Path, tmp_path: Path, 
 
 
 def test_images_are_read_as_the_run_read_them(run: Path) -> None:
-    assert reading_of(run) == {"value_range": None, "channel_order": None, "background": 1.0}
+    assert read_run(run)[1] == {"value_range": None, "channel_order": None, "background": 1.0}
 
 
 def test_a_prior_that_is_not_calibrated_has_no_threshold(images: Path, tmp_path: Path) -> None:

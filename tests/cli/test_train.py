@@ -19,7 +19,7 @@ from energy_prior import ArgumentError, CheckpointError, JointEBMPrior, LadderVA
 from energy_prior.checkpoint import GENERATOR, write_checkpoint
 from energy_prior.cli.main import main
 from energy_prior.cli.recipe import read_recipe, settings_help
-from energy_prior.cli.train import load_run, reading_of
+from energy_prior.cli.train import load_run, read_run
 from energy_prior.generators.build import describe_generator
 from energy_prior.training import ElboConfig, FitConfig
 
@@ -263,7 +263,7 @@ def saved(folder: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def ladder(**arguments: Any) -> dict[str, Any]:
-    return {"kind": "LadderVAE", "x_shape": [1, 4, 4], **arguments}
+    return {"kind": "LadderVAE", **arguments}
 
 
 GENERATORS: list[tuple[dict[str, Any], str]] = [
@@ -272,11 +272,8 @@ GENERATORS: list[tuple[dict[str, Any], str]] = [
     ({"x_shape": None}, "what it says of its generator and images is incomplete or impossible"),
     ({"x_shape": ["a"]}, "what it says of its generator and images is incomplete or impossible"),
     ({"x_shape": [10**30]}, "what it says of its generator and images is incomplete or impossible"),
-    ({"x_shape": [1, 4, 5]}, "its generator makes images of shape"),
-    (
-        {"x_shape": [1, 10**5, 10**5], "generator": ladder(x_shape=[1, 10**5, 10**5], latent_dims=[3, 2], hidden=8)},
-        "the generator that it describes has other weights",
-    ),
+    ({"x_shape": [1, 4, 5]}, "the generator that it describes has other weights"),
+    ({"x_shape": [1, 100_000, 100_000]}, "the generator that it describes has other weights"),
     (
         {"generator": ladder(latent_dims=[3, 2], hidden=9)},
         "the generator that it describes has other weights",
@@ -321,13 +318,13 @@ def test_a_generator_that_is_not_what_it_says(change: dict[str, Any], words: str
 
 def test_what_is_said_of_reading(tmp_path: Path) -> None:
     path, weights, described = saved(tmp_path / "run")
-    assert reading_of(path.parent) == described["reading"]
+    assert read_run(path.parent)[1] == described["reading"]
     write_checkpoint(path, weights, described | {"reading": None}, GENERATOR)
-    assert reading_of(path.parent) == {}, "as JointEBMPrior.save_pretrained writes it"
+    assert read_run(path.parent)[1] == {}, "as JointEBMPrior.save_pretrained writes it"
     for reading in (3, [], {"value_range": 3}, {"os": 1}):
         write_checkpoint(path, weights, described | {"reading": reading}, GENERATOR)
         with pytest.raises(CheckpointError, match="is damaged: what it says of reading images is impossible"):
-            reading_of(path.parent)
+            read_run(path.parent)
 
 
 def test_a_flipped_bit_of_the_generator(tmp_path: Path) -> None:
@@ -335,7 +332,7 @@ def test_a_flipped_bit_of_the_generator(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-2] ^= 4
     path.write_bytes(content)
-    for read in (load_run, reading_of):
+    for read in (load_run, read_run):
         with pytest.raises(CheckpointError, match="generator.safetensors' is damaged: .*by its digest. Write it again"):
             read(path.parent)
 
