@@ -12,6 +12,7 @@ from PIL import Image
 
 from energy_prior import ArgumentError, JointEBMPrior, LadderVAE
 from energy_prior.cli.main import INTERRUPTED, main
+from energy_prior.cli.options import stream
 from energy_prior.cli.sample import write_samples
 from energy_prior.cli.train import load_run
 
@@ -90,6 +91,13 @@ def test_a_folder_of_other_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArgumentError, match="is a file"):
         write_samples(prior, 2, tmp_path / "file")
+
+
+@pytest.mark.parametrize("seed", [2**63, 10**20])
+def test_any_seed(seed: int, tmp_path: Path) -> None:
+    """Beyond what torch takes, too; and the first batch is not that of the second."""
+    assert write_samples(small(), 3, tmp_path, seed=seed, batch_size=2, steps=1)["images"] == 3
+    assert stream(seed, 0).initial_seed() != stream(seed, 2).initial_seed()
 
 
 def test_no_half_written_image_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,7 @@ def test_train_writes_everything_and_goes_on(recipe: Path, capsys: pytest.Captur
     first = load_file(out / "prior.safetensors")
     report = json.loads((out / "report.json").read_text())
     assert set(report) == {"images", "recipe", "elbo", "fit-0-nce", "fit-1-two_stage"}
+    assert "weight_decay" not in report["recipe"]["fit"][0], "what is at its default is left out"
     same = recipe.with_name("same.yaml")
     same.write_text(json.dumps(report["recipe"] | {"out": str(out), "device": "cpu"}))
     assert read_recipe(same) == dataclasses.replace(read_recipe(recipe), out=str(out), device="cpu")
@@ -142,6 +143,7 @@ def test_a_factory_in_the_current_folder(
 ) -> None:
     """As when the command is run in a project's own folder; and what is said of factories that cannot be used."""
     (recipe.parent / "my_own_models.py").write_text(FACTORY)
+    (recipe.parent / "no_python.py").write_text("a b")
     monkeypatch.chdir(recipe.parent)
     path = list(sys.path)
     once = "fit=[{method: nce, iterations: 2, batch_size: 8, step_size: 0.3, progress: false}]"
@@ -157,6 +159,8 @@ def test_a_factory_in_the_current_folder(
     for factory, message in (
         ("nowhere:f", "cannot import"),
         ("f", 'expected "module:function"'),
+        (":f", "cannot import ':f': ValueError"),
+        ("no_python:f", "cannot import 'no_python:f': SyntaxError"),
         ("builtins:print", "nn.Module"),
         ("my_own_models:make", "raised TypeError for images of shape (1, 6, 6) and {}"),
     ):
