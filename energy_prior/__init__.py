@@ -25,10 +25,12 @@ __all__ = [
     "Inferred",
     "JointEBMPrior",
     "LadderVAE",
+    "Logistic",
     "MLPEnergy",
     "Mismatch",
     "MissingExtraError",
     "ModelCard",
+    "NoiseMap",
     "ResidualVAE",
     "ScoreTerms",
     "ShapeError",
@@ -45,6 +47,7 @@ __all__ = [
 
 from energy_prior.calibration import Explanation
 from energy_prior.checks.generator import check_generator
+from energy_prior.conditionals import Logistic, NoiseMap
 from energy_prior.energies import ConvEnergy, DenoisingEnergy, Energy, MLPEnergy, default_energies, denoising_energies
 from energy_prior.errors import (
     ArgumentError,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 from energy_prior._util import not_none
 from energy_prior.checks.arguments import checked_infer
@@ -89,8 +90,21 @@ class JointModel:
 
         Args:
             latents: (z_1, …, z_L), z_i of shape (batch, *latent_shapes[i - 1]).
+
+        Raises:
+            DivergenceError: if a z_i is outside the support of p_β(z_i | z_{>i}).
         """
-        return TopDown(self.generator, len(latents[0])).position(tuple(latents), "noise")
+        descent = TopDown(self.generator, len(latents[0])).descend(tuple(latents), "latent")
+        noise = descent.noise()
+        for layer, (conditional, e) in enumerate(zip(descent.conditionals, noise, strict=True), start=1):
+            if not isinstance(conditional, Normal) and not bool(torch.isfinite(e).all()):
+                raise DivergenceError(
+                    f"latents: {int((~torch.isfinite(e)).sum())} values of z_{layer} are outside the support of p(z_{layer} | "
+                    f"z_(>{layer})), a {type(conditional).__name__}: no noise gives them. q and p must have one support; "
+                    "energy_prior.check_generator says more.",
+                    layer=layer,
+                )
+        return noise
 
     def log_prior(self, latents: Sequence[Tensor]) -> Tensor:
         """log p_β(z_i | z_{>i}), (batch, L), nats.

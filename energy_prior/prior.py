@@ -102,7 +102,8 @@ class JointEBMPrior(nn.Module):
 
     Raises:
         GeneratorError: if the generator breaks the protocol in a way that a single pass shows, or has half-precision weights.
-        ArgumentError, ShapeError: if the energies do not fit the generator, or `space` is unknown.
+        ArgumentError, ShapeError: if the energies do not fit the generator, or `space` is unknown, or "latent" where a z_i does
+            not reach all real numbers.
 
     Examples:
         >>> from energy_prior import JointEBMPrior, LadderVAE
@@ -133,6 +134,12 @@ class JointEBMPrior(nn.Module):
         generator = unwrapped(generator)
         with torch.no_grad(), frozen(generator):
             probe = probe_generator(generator)
+        if space == "latent" and probe.bounded:
+            layer, kind = max(probe.bounded.items())
+            raise ArgumentError(
+                f'space: expected "noise" for this generator, got "latent": z_{layer}, a {kind}, does not reach all real '
+                "numbers, and chains in latent space would leave its support. In noise space, the default, they cannot."
+            )
         reference = probe.latents[0]
         if energies is None:
             modules = default_energies(generator.latent_shapes).to(reference.device, reference.dtype)

@@ -104,7 +104,11 @@ class HierarchicalGenerator(Protocol):
             layer: i, 1 … L.
 
         Returns:
-            A `torch.distributions.Normal` with loc and scale of shape (batch, *latent_shapes[layer - 1]), scale > 0.
+            A distribution of shape (batch, *latent_shapes[layer - 1]), its batch and event dimensions together, that has a
+            smooth map z = T(ε) from ε ~ N(0, I) of that shape, and its inverse: a `torch.distributions.Normal` as a rule;
+            `MultivariateNormal`, `Laplace`, `Uniform`, `energy_prior.Logistic`; an `Independent` or a `TransformedDistribution`
+            of one of these; or one with the methods of `energy_prior.NoiseMap`. Of what is not Normal, ε = 0 stands for
+            the mean where a score skips a layer: for Laplace, logistic and uniform it is their mean too.
         """
         ...
 

@@ -1,7 +1,8 @@
 """Runs code on given standard-normal numbers: every draw is handed out, and followed through z = μ + σ ε.
 
 Seeds cannot make two programs draw the same numbers for a layer, as they draw in different orders. So draws are taken by their
-shapes. This is done below autograd, where TorchScript's and distributions' draws pass too.
+shapes. This is done below autograd, where TorchScript's and distributions' draws pass too. Uniform draws are Φ(ε) of such
+numbers, from which distributions make their quantiles: for them, as for the library, z is T(ε).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Plan(NamedTuple):
 
 
 class Replay(TorchDispatchMode):
-    """Inside, normal draws come from `noise` by `plan`, the others from fixed numbers, the same for the same shapes.
+    """Inside, draws come from `noise` by `plan`, the others from fixed numbers, the same for the same shapes.
 
     Args:
         noise: layer -> ε, (batch, *latent_shape).
@@ -79,7 +80,8 @@ class Replay(TorchDispatchMode):
     def _draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         loc, scale = given.get("mean", 0.0), given.get("std", 1.0)
-        if func.overloadpacket is _ATEN.normal_:
+        uniform = func.overloadpacket in _UNIFORM_DRAWS
+        if func.overloadpacket in _IN_PLACE:
             target = given["self"]
         elif given.get("out") is not None:
             target = given["out"]
@@ -99,6 +101,10 @@ class Replay(TorchDispatchMode):
             noise = _laid_out([self._noise[i] for i in layers], self._plan.layout).to(target).reshape(target.shape)
         else:
             noise = self._other(target)
+        if uniform:
+            low, high = given.get("from", 0.0), given.get("to", 1.0)
+            target.copy_(low + (high - low) * torch.special.ndtr(noise))
+            return target  # what becomes of it is not affine in ε, so it is not followed
         target.copy_(loc + scale * noise)
         for layer in layers:
             self._begin(layer, target, loc, scale, alone=len(layers) == 1)
@@ -161,14 +167,16 @@ class Replay(TorchDispatchMode):
 
 
 class AtMean(Replay):
-    """Inside, every normal draw is its mean."""
+    """Inside, every normal and uniform draw is its mean."""
 
     def _other(self, target: Tensor) -> Tensor:
         return torch.zeros_like(target)
 
 
 _PLACE = ("dtype", "layout", "device")
-_DRAWS = {_ATEN.randn, _ATEN.randn_like, _ATEN.normal, _ATEN.normal_, _ATEN.normal_functional}
+_UNIFORM_DRAWS = {_ATEN.rand, _ATEN.rand_like, _ATEN.uniform, _ATEN.uniform_}
+_DRAWS = {_ATEN.randn, _ATEN.randn_like, _ATEN.normal, _ATEN.normal_, _ATEN.normal_functional} | _UNIFORM_DRAWS
+_IN_PLACE = {_ATEN.normal_, _ATEN.uniform_}
 _PRODUCTS, _QUOTIENTS = {_ATEN.mul, _ATEN.mul_}, {_ATEN.div, _ATEN.div_}
 _DIFFERENCES, _THREE = {_ATEN.sub, _ATEN.sub_}, {_ATEN.addcmul, _ATEN.addcmul_}
 _SUMS_AND_PRODUCTS = {_ATEN.add, _ATEN.add_} | _PRODUCTS | _QUOTIENTS | _DIFFERENCES | _THREE

@@ -298,7 +298,11 @@ def _finite(terms: ScoreTerms) -> ScoreTerms:
         bad = (~torch.isfinite(values)).any(0)
         if bool(bad.any()):
             layer = int(bad.nonzero()[0]) + 1
-            raise DivergenceError(f"A score is not finite: {what} of layer {layer} is not, at a draw of z.", layer=layer)
+            raise DivergenceError(
+                f"A score is not finite: {what} of layer {layer} is not, at a draw of z (−∞ of log p_β: that z is outside the "
+                "prior's support).",
+                layer=layer,
+            )
     if not bool(torch.isfinite(terms.log_likelihood).all()):
         raise DivergenceError("A score is not finite: the log likelihood of an observation is not, at a draw of z.")
     return terms

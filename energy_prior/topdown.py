@@ -1,7 +1,4 @@
-"""The top-down pass that follows from a generator's calls: z_i = T(ε_i; p_β(z_i | z_{>i})), with any layers held.
-
-This file alone knows how noise becomes z and z becomes noise under a conditional: z_i = μ_i(z_{>i}) + σ_i(z_{>i}) ε_i.
-"""
+"""The top-down pass that follows from a generator's calls: z_i = T(ε_i; p_β(z_i | z_{>i})), with any layers held."""
 
 from __future__ import annotations
 
@@ -12,28 +9,23 @@ __all__ = [
     "TopDown",
     "ancestral",
     "ancestral_noise",
-    "check_conditional",
     "decode_state",
     "infer_top_down",
     "inferred_descent",
-    "parameters",
-    "to_latent",
-    "to_noise",
-    "with_parameters",
 ]
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Normal
-from torch.utils._pytree import tree_map
+from torch.distributions import Distribution
 
-from energy_prior._util import normal_like, plain, plain_normal, sum_event
-from energy_prior.errors import ArgumentError, GeneratorError
+from energy_prior._util import normal_like, plain, sum_event
+from energy_prior.conditionals import rebuilt, tensors_of, to_latent, to_noise
+from energy_prior.errors import ArgumentError
 from energy_prior.process import reproducible
 from energy_prior.protocol import HierarchicalGenerator, Inferred
 
@@ -42,66 +34,6 @@ Space = Literal["noise", "latent"]
 
 Decode = Literal["mean", "sample"]
 """What stands for x: the mean of p_β0(x | z), or a draw of it."""
-
-
-# --------------------------------------------------------------------------------------- noise to z and back, one conditional
-
-
-def to_latent(conditional: Distribution, noise: Tensor) -> Tensor:
-    """z = μ + σ ε, of the conditional's shape (batch, *latent_shape)."""
-    c = _normal(conditional)
-    return c.loc + c.scale * noise
-
-
-def to_noise(conditional: Distribution, z: Tensor) -> Tensor:
-    """ε = (z − μ)/σ, the inverse of `to_latent`."""
-    c = _normal(conditional)
-    return (z - c.loc) / c.scale
-
-
-def parameters(conditional: Distribution) -> tuple[Tensor, ...]:
-    """The tensors that a conditional is made of, each of its shape (batch, *latent_shape)."""
-    c = _normal(conditional)
-    return c.loc, c.scale
-
-
-def with_parameters(values: Sequence[Tensor]) -> Distribution:
-    """The conditional that is made of these, the inverse of `parameters`."""
-    loc, scale = values
-    return plain_normal(loc, scale)
-
-
-def check_conditional(conditional: Any, layer: int, shape: torch.Size, batch: int) -> None:
-    """A Normal with loc and scale of shape (batch, *shape), finite, scale above 0; else a `GeneratorError` says what it is."""
-    if not _supported(conditional):
-        raise GeneratorError(
-            f"generator.conditional: expected a torch.distributions.Normal for layer {layer}, got {type(conditional).__name__}."
-        )
-    if conditional.loc.shape != (batch, *shape):
-        raise GeneratorError(
-            f"generator.conditional: layer {layer} (1 is nearest the data) has shape {tuple(conditional.loc.shape)}, but "
-            f"latent_shapes[{layer - 1}] and a batch of {batch} say {(batch, *shape)}. latent_shapes runs from z_1 to z_L; "
-            "start() must give the state of z_L, the top."
-        )
-    if not (torch.isfinite(conditional.loc).all() and torch.isfinite(conditional.scale).all()):
-        raise GeneratorError(f"generator.conditional: loc or scale of layer {layer} is not finite for a draw of the prior.")
-    if not (conditional.scale > 0).all():
-        raise GeneratorError(
-            f"generator.conditional: scale of layer {layer} must be above 0, got {float(conditional.scale.min()):.3g}."
-        )
-
-
-def _supported(conditional: Any) -> TypeGuard[Normal]:
-    return isinstance(conditional, Normal)
-
-
-def _normal(conditional: Any) -> Normal:
-    return conditional  # what `check_conditional` has let in
-
-
-def _mapped(conditional: Distribution, function: Callable[[Tensor], Tensor]) -> Distribution:
-    """The same kind of conditional with `function` of each of its tensors."""
-    return with_parameters([function(value) for value in parameters(conditional)])
 
 
 # ----------------------------------------------------------------------------------------------------------------- the pass
@@ -163,7 +95,7 @@ class TopDown:
             if layer in self.free:
                 break
             self._state = generator.descend(self._state, self.held[layer], layer)
-        self.reference: Tensor = parameters(self._above[self.layers])[0]
+        self.reference: Tensor = tensors_of(self._above[self.layers])[0]
 
     def holding(self, z: Tensor) -> TopDown:
         """The same pass with the highest free layer held at z too: one layer further down, the rest is not run again."""
@@ -177,15 +109,9 @@ class TopDown:
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> TopDown:
         """The same pass with `function` of its tensors (of a state: where it is tensors, or tuples, lists, dicts)."""
-
-        def each(value: Any) -> Any:
-            if type(value) is Normal:
-                return _mapped(value, function)
-            return function(value) if isinstance(value, Tensor) else value
-
         copied = copy.copy(self)
         for name in ("held", "_state", "_above"):
-            setattr(copied, name, tree_map(each, getattr(self, name)))
+            setattr(copied, name, rebuilt(getattr(self, name), function))
         return copied
 
     def run_by(self, generator: HierarchicalGenerator, state_of: Callable[[Any], Any]) -> TopDown:
@@ -283,7 +209,7 @@ def infer_top_down(
     conditionals: list[Distribution] = []
     layers = len(generator.latent_shapes)
     state = generator.start(batch_size)
-    with reproducible(rng, parameters(generator.conditional(state, layers))[0].device):
+    with reproducible(rng, tensors_of(generator.conditional(state, layers))[0].device):
         for layer in range(layers, 0, -1):
             conditionals.insert(0, generator.conditional(state, layer))
             z, log_density = posterior(state, conditionals[0], layer)

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributions import Normal
 
 from energy_prior.checks.settings import whole_number
+from energy_prior.conditionals import is_conditional
 from energy_prior.errors import ArgumentError, DataWarning, DivergenceError, GeneratorError, ShapeError, warn
 from energy_prior.protocol import HierarchicalGenerator, Inferred, layer_energy, reads_noise
 
@@ -273,11 +273,11 @@ def checked_infer(generator: HierarchicalGenerator, x: Tensor) -> Inferred:
             )
     if inferred.conditionals is not None:
         shapes = [(*p.batch_shape, *p.event_shape) for p in inferred.conditionals]
-        if shapes != expected or inferred.state is None or not all(isinstance(p, Normal) for p in inferred.conditionals):
+        if shapes != expected or inferred.state is None or not all(map(is_conditional, inferred.conditionals)):
             kinds = ", ".join(sorted({type(p).__name__ for p in inferred.conditionals}))
             raise GeneratorError(
                 "generator.infer: expected Inferred.conditionals, p(z_i | z_(>i)) from z_1 to z_L as `conditional` gives them, "
-                f"Normal of shapes {expected}, and the state below z_1, got {kinds} of shapes {shapes} and state of type "
+                f"of shapes {expected}, and the state below z_1, got {kinds} of shapes {shapes} and state of type "
                 f"{type(inferred.state).__name__}. Leave both out if infer does not go down through the generator."
             )
     if not all(bool(torch.isfinite(t).all()) for t in (*inferred.latents, inferred.log_q)):

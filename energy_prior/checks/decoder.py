@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "check_density",
     "check_deterministic",
     "check_likelihood",
     "check_nothing_kept",
@@ -19,14 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Normal
 
+from energy_prior._util import normal_like, sum_event
 from energy_prior.checks import arguments as validate
-from energy_prior.checks.tolerance import near, same_conditional, same_tensors
+from energy_prior.checks.tolerance import near, same_conditional, same_log_density, same_tensors
+from energy_prior.conditionals import tensors_of, to_latent
 from energy_prior.protocol import HierarchicalGenerator, find_infer
-from energy_prior.topdown import Descent, TopDown, ancestral, parameters, to_latent
+from energy_prior.topdown import Descent, TopDown, ancestral, ancestral_noise
 
 _MOST_BRANCHES = 16
+_MOST_UNITS = 1024  # of a layer whose whole Jacobian is taken
 _DETERMINISTIC = (
     "It must be deterministic: is there dropout, or batch norm, in train mode? Call generator.eval(); draw no random numbers "
     "inside it."
@@ -89,7 +93,7 @@ def check_nothing_kept(generator: HierarchicalGenerator, x: Tensor) -> str | Non
     """A pass must not notice that another one goes down between its calls, nor that `infer` is called there."""
     one, other = (ancestral(generator, len(x)).latents for _ in range(2))
     alone = _pass(generator, one)
-    expected = [[t.clone() for t in parameters(c)] for c in alone.conditionals]  # which may be buffers of the model
+    expected = [[t.clone() for t in tensors_of(c)] for c in alone.conditionals]  # which may be buffers of the model
     likelihood = log_likelihood(generator, alone.state, x)
     infer = find_infer(generator)
     fault = (
@@ -103,7 +107,7 @@ def check_nothing_kept(generator: HierarchicalGenerator, x: Tensor) -> str | Non
             for layer in range(len(one), 0, -1):
                 here = generator.conditional(state, layer)
                 generator.conditional(there, layer)
-                if not same_tensors(parameters(here), expected[layer - 1]):
+                if not same_tensors(tensors_of(here), expected[layer - 1]):
                     return fault.format(layer)
                 state = generator.descend(state, one[layer - 1], layer)
                 there = generator.descend(there, other[layer - 1], layer)
@@ -142,10 +146,10 @@ def check_states(generator: HierarchicalGenerator, x: Tensor) -> str | None:
 
 
 def _branches_agree(generator: HierarchicalGenerator, state: Any, layer: int, latents: Sequence[Tensor], x: Tensor) -> bool:
-    kept = [t.clone() for t in parameters(generator.conditional(state, layer))]
+    kept = [t.clone() for t in tensors_of(generator.conditional(state, layer))]
     first = _outcome(generator, state, layer, latents, x)
     below = generator.descend(state, latents[layer - 1], layer)
-    if not all(near(a, b, 0.0) for a, b in zip(kept, parameters(generator.conditional(state, layer)), strict=True)):
+    if not all(near(a, b, 0.0) for a, b in zip(kept, tensors_of(generator.conditional(state, layer)), strict=True)):
         return False
     _outcome(generator, state, layer, [z + 1.0 for z in latents], x)
     again = _outcome(generator, state, layer, latents, x)
@@ -158,7 +162,7 @@ def _outcome(generator: HierarchicalGenerator, state: Any, layer: int, latents: 
     """What a state above `layer` leads to on the way down with these latents."""
     found: list[Tensor] = []
     for i in range(layer, 0, -1):
-        found += [t.clone() for t in parameters(generator.conditional(state, i))]
+        found += [t.clone() for t in tensors_of(generator.conditional(state, i))]
         state = generator.descend(state, latents[i - 1], i)
     return [*found, log_likelihood(generator, state, x)]
 
@@ -170,7 +174,7 @@ def check_rows(generator: HierarchicalGenerator, x: Tensor) -> str | None:
     there = _pass(generator, [torch.cat([z[:1], 2 * z[1:] + 1]) for z in latents])
     what = None
     for layer, (p, q) in enumerate(zip(here.conditionals, there.conditionals, strict=True), start=1):
-        if not all(near(a[:1], b[:1], 0.01) for a, b in zip(parameters(p), parameters(q), strict=True)):
+        if not all(near(a[:1], b[:1], 0.01) for a, b in zip(_rows(p), _rows(q), strict=True)):
             what = f"conditional: layer {layer} of an observation"
     if what is None:
         likelihood = log_likelihood(generator, here.state, x)
@@ -194,7 +198,7 @@ def check_reaches(generator: HierarchicalGenerator, x: Tensor) -> str | None:
 
     def outcome(values: Sequence[Tensor]) -> tuple[list[Tensor], Descent]:
         descent = topdown.descend(values, "noise", to_observation=True)
-        lower = [torch.cat([t.flatten(1) for t in parameters(c)], 1) for c in descent.conditionals]
+        lower = [torch.cat([t.flatten(1) for t in _rows(c)], 1) for c in descent.conditionals]
         return [log_likelihood(generator, descent.state, x), *lower], descent
 
     leaves = [n.clone().requires_grad_() for n in noise]
@@ -256,13 +260,49 @@ def check_round_trip(generator: HierarchicalGenerator, x: Tensor) -> str | None:
     return None
 
 
+def check_density(generator: HierarchicalGenerator, x: Tensor) -> str | None:
+    """log p(z_i | z_{>i}) is log N(ε; 0, I) − log |det ∂z_i/∂ε| at z_i = T(ε); of Normals it is by their form."""
+    topdown = TopDown(generator, len(x))
+    with torch.no_grad():
+        descent = topdown.descend(ancestral_noise(topdown), "noise")
+    for layer in range(len(descent.latents), 0, -1):
+        conditional, size = descent.conditionals[layer - 1], descent.latents[layer - 1][0].numel()
+        if isinstance(conditional, Normal) or size > _MOST_UNITS:
+            continue
+        noise = 0.7 * torch.randn_like(descent.latents[layer - 1])
+
+        def first(row: Tensor, conditional: Distribution = conditional, noise: Tensor = noise) -> Tensor:
+            return to_latent(conditional, torch.cat([row[None], noise[1:]]))[0]
+
+        with torch.enable_grad():
+            jacobian: Any = torch.autograd.functional.jacobian(first, noise[0])
+        with torch.no_grad():
+            said = sum_event(conditional.log_prob(to_latent(conditional, noise)))[:1]
+            log_det = torch.linalg.slogdet(jacobian.reshape(size, size))[1]
+            expected = sum_event(Normal(0.0, 1.0).log_prob(noise))[:1] - log_det
+        if not same_log_density(said, expected, 10 * size):
+            return (
+                f"conditional: log_prob of layer {layer}, a {type(conditional).__name__}, says {float(said):.6g} at z = T(ε) "
+                f"for the first observation, but N(0, I) by its own map has {float(expected):.6g} there. Is a log-determinant "
+                "left out, or is from_noise not that of this distribution?"
+            )
+    return None
+
+
 def log_likelihood(generator: HierarchicalGenerator, state: Any, x: Tensor) -> Tensor:
     """log p(x | z) at the state below z_1."""
     return generator.likelihood(state).log_prob(x)
 
 
+def _rows(conditional: Distribution) -> list[Tensor]:
+    """What says where an observation's z is, and how wide: tensors (batch, …)."""
+    unit = torch.ones(*conditional.batch_shape, *conditional.event_shape).to(tensors_of(conditional)[0])
+    return [t for t in tensors_of(conditional) if t.ndim and len(t) == len(unit)] or [to_latent(conditional, unit)]
+
+
 def _draw(conditional: Distribution) -> Tensor:
-    return to_latent(conditional, torch.randn_like(parameters(conditional)[0]))
+    noise = normal_like((*conditional.batch_shape, *conditional.event_shape), tensors_of(conditional)[0])
+    return to_latent(conditional, noise)
 
 
 def _pass(generator: HierarchicalGenerator, latents: Sequence[Tensor]) -> Descent:

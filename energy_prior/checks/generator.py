@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from energy_prior.checks.arguments import as_observations, is_array
 from energy_prior.checks.decoder import (
+    check_density,
     check_deterministic,
     check_likelihood,
     check_nothing_kept,
@@ -21,7 +22,7 @@ from energy_prior.checks.decoder import (
     check_rows,
     check_states,
 )
-from energy_prior.checks.inference import Reading, check_gradients_of_infer, check_infer, check_log_q, read_off
+from energy_prior.checks.inference import Reading, check_gradients_of_infer, check_infer, check_log_q, check_support, read_off
 from energy_prior.checks.own_calls import compare_kl, compare_reconstruct, compare_sample
 from energy_prior.checks.probe import Probe, probe_generator
 from energy_prior.checks.untouched import Snapshot, untouched
@@ -125,6 +126,7 @@ def _run(
             False,
         ),
         ("noise -> latents -> noise round-trips", lambda: check_round_trip(generator, x), False),
+        ("log p of every layer is that of the map from noise", lambda: check_density(generator, x), False),
     ]
     if find_infer(generator) is not None:
         checks += [
@@ -133,6 +135,7 @@ def _run(
                 lambda: check_infer(generator, x),
                 True,
             ),
+            ("posterior draws are where the prior can be", lambda: check_support(generator, x), False),
             ("gradients reach q through the latents and through log q", lambda: check_gradients_of_infer(generator, x), False),
             ("log q", lambda: check_log_q(generator, x, reading()), False),
         ]
@@ -170,8 +173,9 @@ def _fault(what: str, check: Callable[[], str | None]) -> str | None:
 def _log_q_sentence(reading: Reading) -> str:
     """Which layers' log q was held to its draw."""
     if not reading.unread:
-        return "log q of every layer is that of the Gaussian that infer draws it from"
-    known = ", ".join(map(str, sorted(reading.loc))) or "no layer"
+        what = "Gaussian" if len(reading.loc) == len(reading.q) else "distribution"
+        return f"log q of every layer is that of the {what} that infer draws it from"
+    known = ", ".join(map(str, sorted(reading.q))) or "no layer"
     layer = max(reading.unread)
     return (
         f"log q was compared with the draws in layers: {known}; not in {', '.join(map(str, sorted(reading.unread)))}: "

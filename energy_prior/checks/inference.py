@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-__all__ = ["Reading", "check_gradients_of_infer", "check_infer", "check_log_q", "read_off"]
+__all__ = ["Reading", "check_gradients_of_infer", "check_infer", "check_log_q", "check_support", "read_off"]
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution, Laplace, Uniform, kl_divergence
 
 from energy_prior._util import plain_normal, sum_event
 from energy_prior.checks.arguments import checked_infer
 from energy_prior.checks.tolerance import gaussian_rounding, near, relative, same_conditional, same_log_density
+from energy_prior.conditionals import Logistic, tensors_of, to_latent
 from energy_prior.process import reproducible
 from energy_prior.protocol import HierarchicalGenerator, Inferred
 from energy_prior.replay import Replay
-from energy_prior.topdown import TopDown, inferred_descent, parameters
+from energy_prior.topdown import TopDown, inferred_descent
 
 _MOST_LAYERS = 16  # whose gradients are looked at, from the top to the bottom
 _AFFINE_FACTOR = 10.0  # over `relative`: of σ ε in z − μ
@@ -45,7 +48,8 @@ def check_infer(generator: HierarchicalGenerator, x: Tensor) -> str | None:
                 f"infer: different seeds give the same draw of z_{layer}. It must draw z ~ q(z | x) from torch's random "
                 "stream, neither return a mean nor set a seed of its own."
             )
-        if torch.equal(first.log_q[:, layer - 1], other.log_q[:, layer - 1]):
+        same = torch.equal(first.log_q[:, layer - 1], other.log_q[:, layer - 1])
+        if same and not isinstance(read_off(generator, x).q.get(layer), Uniform):
             return f"infer: log_q of layer {layer} is the same for different draws. It must be log q at the drawn z_{layer}."
     copies = _seeded(generator, x[:1].expand(x.shape), 1)
     for layer, (a, b) in enumerate(zip(first.latents, copies.latents, strict=True), start=1):
@@ -84,7 +88,24 @@ def _same_pass(generator: HierarchicalGenerator, inferred: Inferred, x: Tensor) 
 
 
 def _followed(conditional: Distribution) -> bool:
-    return any(t.requires_grad for t in parameters(conditional))
+    return any(t.requires_grad for t in tensors_of(conditional))
+
+
+def check_support(generator: HierarchicalGenerator, x: Tensor) -> str | None:
+    """Every z of `infer` is one that the prior can draw."""
+    latents = _seeded(generator, x, 1).latents
+    with torch.no_grad():
+        descent = TopDown(generator, len(x)).descend(latents, "latent")
+        noise = descent.noise()
+    outside = [i for i, e in enumerate(noise, start=1) if not bool(torch.isfinite(e).all())]
+    if not outside:
+        return None
+    i = outside[-1]
+    return (
+        f"infer: {int((~torch.isfinite(noise[i - 1])).sum())} values of z_{i} are where p(z_{i} | z_(>{i})), a "
+        f"{type(descent.conditionals[i - 1]).__name__}, cannot be: log p is −∞ there, and no noise gives them. q and p must "
+        "have one support: take a p that reaches all that q does, or draw q as p does, from noise."
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- gradients
@@ -171,8 +192,9 @@ class Reading:
         z: layer -> the draw beside which μ and σ were read, and `said`, the log q that `infer` gave for it.
         loc: layer -> μ of the Gaussian that z_i is drawn from.
         scale: layer -> its σ.
+        q: layer -> the distribution that z_i is drawn from, a Gaussian or another with a known quantile function.
         order: layers in the order in which they are drawn.
-        unread: layer -> why there is no μ and σ of it.
+        unread: layer -> why there is no such distribution of it.
     """
 
     inferred: Inferred
@@ -181,17 +203,19 @@ class Reading:
     said: dict[int, Tensor] = field(default_factory=dict)
     loc: dict[int, Tensor] = field(default_factory=dict)
     scale: dict[int, Tensor] = field(default_factory=dict)
+    q: dict[int, Distribution] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)
     unread: dict[int, str] = field(default_factory=dict)
 
     def log_q(self, layer: int) -> Tensor:
-        """Σ log N(z_i; μ, σ²), (batch,), nats."""
-        q = plain_normal(self.loc[layer], self.scale[layer].abs())
-        return sum_event(q.log_prob(self.z[layer]))
+        """log q(z_i) of the distribution that it is drawn from, (batch,), nats."""
+        return sum_event(self.q[layer].log_prob(self.z[layer]))
 
     def rounding(self, layer: int) -> Tensor:
         """What that may be off by, (batch,), nats."""
-        return gaussian_rounding(self.z[layer], self.loc[layer], self.scale[layer])
+        if layer in self.loc:
+            return gaussian_rounding(self.z[layer], self.loc[layer], self.scale[layer])
+        return self.z[layer].new_zeros(())
 
 
 def read_off(generator: Any, x: Tensor) -> Reading:
@@ -224,16 +248,43 @@ def read_off(generator: Any, x: Tensor) -> Reading:
                 reading.unread[i] = f"its noise has shape {tuple(e.shape)}"
             else:
                 reading.noise[i] = e.reshape(shape)
+                reading.z[i], reading.said[i] = own[i - 1], drawn.log_q.detach()[2 * n :, i - 1]
                 loc, scale = zero[i - 1], one[i - 1] - zero[i - 1]
                 if _is_affine(own[i - 1], loc, scale, reading.noise[i]):
-                    reading.loc[i], reading.scale[i], reading.z[i] = loc, scale, own[i - 1]
-                    reading.said[i] = drawn.log_q.detach()[2 * n :, i - 1]
+                    reading.loc[i], reading.scale[i] = loc, scale
+                    reading.q[i] = plain_normal(loc, scale.abs())
                 else:
+                    reading.q |= _of_another_family(i, zero[i - 1], one[i - 1], own[i - 1], reading.noise[i])
+                if i not in reading.q:
                     reading.unread[i] = "its draw is not μ + σ ε, element by element (a flow, say)"
     for i in layers:
         if i not in assigned:
-            reading.unread[i] = "no normal draw of torch's changes it"
+            reading.unread[i] = "no normal or uniform draw of torch's changes it"
     return reading
+
+
+def _of_another_family(layer: int, zero: Tensor, one: Tensor, own: Tensor, noise: Tensor) -> dict[int, Distribution]:
+    """The distribution of which z is the quantile at Φ(ε): loc + scale Q(Φ(ε)); {} if it is none of those known."""
+    unit = torch.ones_like(zero)
+    for family in _FAMILIES:
+        standard = family(0 * unit, unit)
+        at = [to_latent(standard, value) for value in (0 * unit, unit, noise)]
+        scale = (one - zero) / (at[1] - at[0])
+        loc = zero - scale * at[0]
+        if _is_affine(own, loc, scale, at[2]):
+            return {layer: family(torch.minimum(loc, loc + scale) if family is _uniform else loc, scale.abs())}
+    return {}
+
+
+def _uniform(low: Tensor, width: Tensor) -> Uniform:
+    return Uniform(low, low + width, validate_args=False)
+
+
+_FAMILIES: tuple[Callable[[Tensor, Tensor], Distribution], ...] = (
+    _uniform,
+    partial(Laplace, validate_args=False),
+    partial(Logistic, validate_args=False),
+)
 
 
 def _run(generator: Any, x: Tensor, given: Mapping[int, Tensor]) -> tuple[Inferred, Replay]:
@@ -255,7 +306,7 @@ def _is_affine(z: Tensor, loc: Tensor, scale: Tensor, noise: Tensor) -> bool:
 def check_log_q(generator: Any, x: Tensor, reading: Reading) -> str | None:
     """log q of every layer is that of the Gaussian that its z is drawn from, and that of `posterior_log_prob`."""
     drawn = reading.inferred
-    read = {i: reading.log_q(i) for i in reading.loc}
+    read = {i: reading.log_q(i) for i in reading.q}
     sizes = {i: drawn.latents[i - 1][0].numel() for i in read}
 
     def fits(layer: int, values: Tensor) -> bool:
@@ -267,6 +318,7 @@ def check_log_q(generator: Any, x: Tensor, reading: Reading) -> str | None:
         other = next((j for j in read if j != first and fits(first, read[j])), None)
         said, expected = float(reading.said[first][0]), float(read[first][0])
         ratio = reading.said[first] / read[first]
+        kind = "Gaussian" if first in reading.loc else type(reading.q[first]).__name__
         if other is not None:
             why = f"It is that of z_{other}: the columns of log_q go from z_1 to z_L, as the latents do."
         elif near(ratio, ratio[:1].expand_as(ratio), floor=0.0):
@@ -278,7 +330,7 @@ def check_log_q(generator: Any, x: Tensor, reading: Reading) -> str | None:
             why = "Is it at another z, of another σ, or is the log-determinant of a flow left out, or its sign wrong?"
         return (
             f"log q of layer {', '.join(map(str, wrong))}: infer says {said:.6g} for the first observation at layer {first}, "
-            f"but its z_{first} is drawn from a Gaussian of which log q is {expected:.6g}. {why}"
+            f"but its z_{first} is drawn from a {kind} of which log q is {expected:.6g}. {why}"
         )
     if callable(getattr(generator, "posterior_log_prob", None)):
         return _same_as_given(generator, x, drawn)
@@ -312,8 +364,9 @@ def kl_terms(generator: HierarchicalGenerator, reading: Reading) -> tuple[Tensor
     for i, p in enumerate(descent.conditionals, start=1):
         elements = drawn.latents[i - 1][0].numel()
         slack[:, i - 1] = relative(log_p.dtype) * (elements + log_p[:, i - 1].abs() + drawn.log_q[:, i - 1].abs())
-        if i in reading.loc:
-            q = plain_normal(reading.loc[i], reading.scale[i].abs())
-            analytic[:, i - 1] = sum_event(kl_divergence(q, p))
+        if i in reading.q:
+            q = reading.q[i]
+            with contextlib.suppress(NotImplementedError):  # no closed form for this pair
+                analytic[:, i - 1] = sum_event(kl_divergence(q, p))
             slack[:, i - 1] += reading.rounding(i)
     return drawn.log_q.detach() - log_p, analytic, slack

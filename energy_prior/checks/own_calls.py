@@ -12,17 +12,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Normal
 
 from energy_prior._util import sum_event
 from energy_prior.checks.inference import Reading, kl_terms
 from energy_prior.checks.parting import Match, match_draw, match_observation, match_value, read_result
 from energy_prior.checks.tolerance import relative
+from energy_prior.conditionals import gaussian_part, to_latent
 from energy_prior.errors import ArgumentError, GeneratorError
 from energy_prior.process import RandomStream
 from energy_prior.protocol import HierarchicalGenerator, Inferred
 from energy_prior.replay import Replay, Step, plans
-from energy_prior.topdown import TopDown, inferred_descent, parameters, to_latent
+from energy_prior.topdown import TopDown, inferred_descent
 
 _SEED = 77
 
@@ -98,12 +99,15 @@ def compare_sample(generator: HierarchicalGenerator, x: Tensor, sample: Callable
         state, trail = generator.start(n), _Trail(layers)
         for layer in range(layers, 0, -1):
             conditional = generator.conditional(state, layer)
-            loc, scale = parameters(conditional)
-            found = match_draw(steps.get(layer, []), loc, scale, 10 * relative(x.dtype))  # the rounding of one layer
+            gaussian = gaussian_part(conditional)
+            found = Match("unknown")
+            if gaussian is not None:
+                found = match_draw(steps.get(layer, []), *gaussian, 10 * relative(x.dtype))  # the rounding of one layer
             if found.kind == "other" and not trail.parted:
                 found = found._replace(why=found.why + _instead(generator, state, layer, steps[layer]))
             trail.add(layer, found)
-            state = generator.descend(state, to_latent(conditional, noise[layer]) if found.z is None else found.z, layer)
+            theirs = found.z if isinstance(conditional, Normal) else None
+            state = generator.descend(state, to_latent(conditional, noise[layer]) if theirs is None else theirs, layer)
         return _judged("sample", generator.likelihood(state), result, x, again, trail)
 
     orders, read = (range(layers, 0, -1), range(1, layers + 1)), partial(read_result, "sample", x=x)
@@ -119,8 +123,8 @@ def _instead(generator: HierarchicalGenerator, state: Any, layer: int, steps: Se
                 conditional = generator.conditional(state, other)
             except Exception:  # a state of this layer need not fit that one  # noqa: S112
                 continue
-            loc, scale = parameters(conditional)
-            if match_draw(steps, loc, scale).kind == "same":
+            gaussian = gaussian_part(conditional)
+            if gaussian is not None and match_draw(steps, *gaussian).kind == "same":
                 return f" (it is what the generator has as layer {other} there: are z_{layer} and z_{other} swapped?)"
     return ""
 
@@ -316,7 +320,7 @@ def _best(
             return best.said
     if best is None:
         raise ArgumentError(
-            f"{name}: it draws normal numbers of shapes {[tuple(s) for s in counting.drawn]}, which are not those of the "
+            f"{name}: it draws numbers of shapes {[tuple(s) for s in counting.drawn]}, which are not those of the "
             f"layers, {[tuple(s) for s in shapes.values()]}. It must draw z as the model does, a batch of {len(x)}, with torch."
         )
     raise GeneratorError(best.said) if best.comparable else ArgumentError(best.said)

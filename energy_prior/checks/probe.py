@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from energy_prior.checks.arguments import check_calls, check_dtype
+from energy_prior.checks.conditionals import check_conditional
+from energy_prior.conditionals import is_bounded, tensors_of, to_latent
 from energy_prior.errors import EnergyPriorError, GeneratorError
 from energy_prior.process import full_precision
-from energy_prior.topdown import check_conditional, parameters, to_latent
 
 _PROBE_BATCH = 2
 _CALLS = {
@@ -34,10 +35,17 @@ _OLDER = (
 
 @dataclass(frozen=True)
 class Probe:
-    """What one pass of a generator showed: its latents (batch of 2) and the shape of an observation."""
+    """What one pass of a generator showed.
+
+    Attributes:
+        latents: (z_1, …, z_L) of a batch of 2.
+        x_shape: shape of an observation.
+        bounded: kind of conditional by layer (1 … L), where z_i does not reach all real numbers.
+    """
 
     latents: tuple[Tensor, ...]
     x_shape: torch.Size
+    bounded: dict[int, str]
 
 
 def probe_generator(generator: Any) -> Probe:
@@ -100,6 +108,7 @@ def _probe(generator: Any) -> Probe:
         raise GeneratorError("generator.latent_shapes: expected the shape of at least one layer, got none.")
     state = generator.start(_PROBE_BATCH)
     latents: list[Tensor] = []
+    bounded: dict[int, str] = {}
     for layer in range(len(shapes), 0, -1):
         conditional = generator.conditional(state, layer)
         try:
@@ -109,14 +118,16 @@ def _probe(generator: Any) -> Probe:
             if not order:
                 raise
             raise GeneratorError(f"layer order: {order}") from error
-        first = parameters(conditional)[0]
+        if is_bounded(conditional):
+            bounded[layer] = type(conditional).__name__
+        first = tensors_of(conditional)[0]
         check_dtype(f"layer {layer}", first.dtype)
         if latents and (first.dtype, first.device) != (latents[0].dtype, latents[0].device):
             raise GeneratorError(
                 f"generator.conditional: layer {layer} is {first.dtype} on {first.device}, the layer above "
                 f"{latents[0].dtype} on {latents[0].device}; all layers must agree."
             )
-        latents.insert(0, to_latent(conditional, torch.full_like(first, 0.5)))
+        latents.insert(0, to_latent(conditional, first.new_full((_PROBE_BATCH, *shapes[layer - 1]), 0.5)))
         state = generator.descend(state, latents[0], layer)
     likelihood = generator.likelihood(state)
     if not isinstance(likelihood, Distribution):
@@ -130,7 +141,7 @@ def _probe(generator: Any) -> Probe:
             f"{tuple(likelihood.batch_shape)} with event_shape {tuple(likelihood.event_shape)}. One observation is one event: "
             f"torch.distributions.Independent(…, {dims}) of a distribution per element."
         )
-    return Probe(tuple(latents), likelihood.event_shape)
+    return Probe(tuple(latents), likelihood.event_shape, bounded)
 
 
 class _Renumbered:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from energy_prior._util import sum_event
-from energy_prior.topdown import parameters
+from energy_prior.conditionals import tensors_of
 
 _ELEMENT_FACTOR = 10.0  # of one element over that of the largest: a net's error goes with its largest features
 
@@ -40,7 +40,7 @@ def near(a: Tensor, b: Tensor, floor: float = 1.0) -> bool:
 
 def same_conditional(p: Distribution, q: Distribution) -> bool:
     """Two conditionals of one layer are one within rounding; small scales count by their own size."""
-    return same_tensors(parameters(p), parameters(q))
+    return same_tensors(tensors_of(p), tensors_of(q))
 
 
 def same_tensors(p: Sequence[Tensor], q: Sequence[Tensor]) -> bool:

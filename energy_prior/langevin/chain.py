@@ -241,7 +241,7 @@ class _FiniteWatch:
         raise DivergenceError(
             f"The Langevin chain diverged at step {step}: {what}. Use a smaller step_size (it was "
             f"{float(step_size.median()):.3g}; prior.tune_step_size() finds one) or adjust=True; if it is not finite at step 0 "
-            "already, the energy or the generator itself is at fault.",
+            "already, the energy or the generator itself is at fault, or a held z is where its prior cannot be.",
             layer=layer,
             step=step,
         )

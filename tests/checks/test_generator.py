@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES, FamilyLadder, SinhNormal
 from faults import FAULTS, Case, Fault, N, SideLatent, SideLatentSetByData, correct_cases, deep, nvae, vdvae
 from ladders import LinearLadder
 from own_calls import deep_calls, nvae_calls, vdvae_calls
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Distribution, Independent, Normal
+from torch.distributions import Bernoulli, Distribution, Independent, Normal, StudentT, Uniform
 
 from energy_prior import (
     ArgumentError,
@@ -35,7 +36,7 @@ from energy_prior.adapters import NVAEAdapter
 from energy_prior.checks.generator import probe_generator
 from energy_prior.process import exclusive
 
-PROTOCOL, WITH_INFER, WITH_ALL = 8, 11, 14  # sentences of what was checked
+PROTOCOL, WITH_INFER, WITH_ALL = 9, 13, 16  # sentences of what was checked
 
 
 def vae(**keywords: Any) -> LadderVAE:
@@ -224,9 +225,49 @@ class NegativeScale(LadderVAE):
         return Normal(c.loc, -c.scale, validate_args=False)
 
 
-class NotNormal(LadderVAE):
+class Discrete(LadderVAE):
     def conditional(self, state: Any, layer: int) -> Any:
-        return Independent(super().conditional(state, layer), 1)
+        return Bernoulli(logits=super().conditional(state, layer).loc)
+
+
+class Unknown(LadderVAE):
+    """No map from noise is known of it."""
+
+    def conditional(self, state: Any, layer: int) -> Any:
+        c = super().conditional(state, layer)
+        return StudentT(4.0, c.loc, c.scale)
+
+
+class OneWay(SinhNormal):
+    """Noise does not come back."""
+
+    def to_noise(self, value: Tensor) -> Tensor:
+        return super().to_noise(value) + 0.2
+
+
+class ManyToOne(LadderVAE):
+    def conditional(self, state: Any, layer: int) -> Any:
+        c = super().conditional(state, layer)
+        return OneWay(c.loc, c.scale)
+
+
+class WrongDensity(SinhNormal):
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value) + self.scale.log()  # forgets the scale's part of the determinant
+
+
+class WithoutDeterminant(LadderVAE):
+    def conditional(self, state: Any, layer: int) -> Any:
+        c = super().conditional(state, layer)
+        return WrongDensity(c.loc, 2 * c.scale)
+
+
+class Narrow(LadderVAE):
+    """A prior that is narrower than the posterior can be."""
+
+    def conditional(self, state: Any, layer: int) -> Any:
+        c = super().conditional(state, layer)
+        return Uniform(c.loc - 0.01, c.loc + 0.01)
 
 
 class Shapeless(LinearLadder):
@@ -363,7 +404,14 @@ class InferGlobal(LadderVAE):
         (lambda: build(DecoderDropout).train(), "likelihood: two calls on one state differ.* dropout"),
         (Shapeless, r"latent_shapes: expected a shape per layer, .* got \(3, 2\)"),
         (lambda: build(NegativeScale), "scale of layer 2 must be above 0"),
-        (lambda: build(NotNormal), "expected a torch.distributions.Normal for layer 2, got Independent"),
+        (lambda: build(Discrete), "for layer 2 expected .*Normal, MultivariateNormal.* got Bernoulli, which is discrete"),
+        (lambda: build(Unknown), r"for layer 2 expected .* got StudentT\. Give it from_noise"),
+        (lambda: build(ManyToOne), "the OneWay of layer 2 takes noise of -1.0 .* back to -0.8. .* the same noise"),
+        (
+            lambda: build(WithoutDeterminant),
+            r"log_prob of layer 2, a WrongDensity, says .* at z = T.*log-determinant left out",
+        ),
+        (lambda: build(Narrow), r"infer: [0-9]+ values of z_2 are where p\(z_2 \| z_\(>2\)\), a Uniform, cannot be"),
         (lambda: build(InferReversed), "expected latents .z_1 first. of shapes"),
         (lambda: build(InferSummed), r"log_q of shape \(batch, L\)"),
         (lambda: build(InferDetached), r"infer: z_2 carries no gradient to inference\.[01]\."),
@@ -560,20 +608,65 @@ def test_log_determinants(kind: type[LadderVAE], share: float) -> None:
 
 
 def test_a_reading_is_not_faulted_for_what_it_cannot_read() -> None:
-    """log q of draws that are no normal ones is not held to anything; that is said."""
+    """log q of draws of another family is not held to anything; that is said."""
 
-    class Logistic(LinearLadder):
+    class Exponential(LinearLadder):
         def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
             latents, log_q = [], []
             for w, v in zip(self.w, self.v, strict=True):
-                u = torch.rand(len(x), len(v), dtype=x.dtype)
-                e = u.log() - (1 - u).log()
+                e = torch.empty(len(x), len(v), dtype=x.dtype).exponential_()
                 latents.append(x @ w.T + v * e)
-                log_q.append((u.log() + (1 - u).log() - v.log()).sum(1))
+                log_q.append((-e - v.log()).sum(1))
             return Inferred(tuple(latents), torch.stack(log_q, 1))
 
-    said = check_generator(Logistic((3, 2)), torch.randn(4, 3).double())
-    assert "no layer; not in 1, 2: layer 2: no normal draw of torch's changes it" in said[-1]
+    said = check_generator(Exponential((3, 2)), torch.randn(4, 3).double())
+    assert "no layer; not in 1, 2: layer 2: no normal or uniform draw of torch's changes it" in said[-1]
+
+
+class Quantiles(LinearLadder):
+    """q draws z as torch's distributions of other families do."""
+
+    def __init__(self, family: str, error: float = 0.0) -> None:
+        super().__init__((3, 2))
+        self.family, self.error = FAMILIES[family], error
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        drawn = [self.family(x @ w.T, v.expand(len(x), -1)) for w, v in zip(self.w, self.v, strict=True)]
+        latents = tuple(q.rsample() for q in drawn)
+        log_q = [q.log_prob(z).sum(1) + self.error for q, z in zip(drawn, latents, strict=True)]
+        return Inferred(latents, torch.stack(log_q, 1))
+
+
+@pytest.mark.parametrize("family", ["laplace", "uniform", "logistic"])
+def test_log_q_of_other_families(family: str) -> None:
+    """It is read off the draws, as that of a Gaussian is."""
+    x = torch.randn(4, 3).double()
+    said = check_generator(Quantiles(family), x)
+    assert said[-1] == "log q of every layer is that of the distribution that infer draws it from"
+    with pytest.raises(GeneratorError, match=f"log q of layer 2, 1: .* a {family.capitalize()} of which log q is"):
+        check_generator(Quantiles(family, error=0.01), x)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_conditionals_of_other_families_pass(family: str) -> None:
+    assert len(check_generator(FamilyLadder(family), torch.randn(4, 1).double())) == WITH_INFER
+
+
+@pytest.mark.parametrize("family", ["laplace", "logistic", "uniform", "tanh, scaled", "log-normal"])
+def test_own_calls_of_other_families(family: str) -> None:
+    """Model and generator draw on the same noise, also where torch draws uniform numbers; an error in a sampler is seen."""
+
+    def sample(n: int, off: float = 0.0) -> Tensor:
+        zero = torch.zeros(n, 1, dtype=torch.float64)
+        z2 = FAMILIES[family](zero, zero + 1).rsample()
+        t = torch.tanh(z2)
+        z1 = FAMILIES[family](0.8 * t + off, torch.exp(0.7 * t)).rsample()
+        return torch.asinh(z1)
+
+    ladder, x = FamilyLadder(family), torch.randn(4, 1).double()
+    assert "the observation agrees" in check_generator(ladder, x, sample=sample)[-1]
+    with pytest.raises(GeneratorError, match="sample: "):
+        check_generator(ladder, x, sample=partial(sample, off=0.01))
 
 
 class TopDownInference(ResidualVAE):
@@ -591,8 +684,8 @@ class TopDownInference(ResidualVAE):
             return replace(found, conditionals=detached)
         if self.wrong == "short":
             return replace(found, conditionals=found.conditionals[:1])
-        if self.wrong == "independent":
-            return replace(found, conditionals=tuple(Independent(p, 3) for p in found.conditionals))
+        if self.wrong == "discrete":
+            return replace(found, conditionals=tuple(Bernoulli(logits=p.loc) for p in found.conditionals))  # type: ignore[attr-defined]
         if self.wrong == "no state":
             return replace(found, state=None)
         if self.wrong == "log q":
@@ -607,7 +700,7 @@ class TopDownInference(ResidualVAE):
         ("state", "its state does not give"),
         ("detached", "conditionals\\[0\\] carries no gradient"),
         ("short", "expected Inferred.conditionals, .* got Normal of shapes .* Leave both out"),
-        ("independent", "as `conditional` gives them, Normal of shapes .* got Independent of shapes"),
+        ("discrete", r"as `conditional` gives them, of shapes .* got Bernoulli of shapes"),
         ("no state", "and the state below z_1, got .* state of type NoneType"),
         ("log q", "or their log q, change with the rest of its batch"),
     ],
@@ -759,7 +852,7 @@ def test_what_the_calls_may_not_give() -> None:
         ({"sample": 3}, "sample: expected a function, got int"),
         (
             {"sample": lambda n: model.out(torch.rand(n, 2))},
-            r"draws normal numbers of shapes \[\], which are not those of the layers",
+            r"draws numbers of shapes \[\(4, 2\)\], which are not those of the layers",
         ),
     ):
         with pytest.raises(ArgumentError, match=words):

@@ -15,9 +15,10 @@ from zoo import ADAPTERS, EVERY, images, likelihood_at_ones
 
 from energy_prior import ConvEnergy, JointEBMPrior, MLPEnergy, check_generator
 from energy_prior.checks.arguments import checked_infer
+from energy_prior.conditionals import tensors_of
 from energy_prior.langevin import InjectedNoise
 from energy_prior.langevin.backends import compiled
-from energy_prior.topdown import TopDown, ancestral, inferred_descent, parameters
+from energy_prior.topdown import TopDown, ancestral, inferred_descent
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -62,7 +63,7 @@ def test_distributions_are_in_the_dtype_of_the_weights_under_autocast(name: str,
         topdown = TopDown(generator, 3)
         likelihood = generator.likelihood(topdown.descend(inferred.latents, "latent", to_observation=True).state)
         log_likelihood = likelihood.log_prob(x)
-    found = [t for d in descents for c in d.conditionals for t in (*parameters(c), c.log_prob(parameters(c)[0]))]
+    found = [t for d in descents for c in d.conditionals for t in (*tensors_of(c), c.log_prob(tensors_of(c)[0]))]
     found += [*inferred.latents, inferred.log_q, log_likelihood, likelihood.sample(), *parameters_of(likelihood)]
     assert {t.dtype for t in found} == {dtype}
 

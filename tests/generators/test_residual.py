@@ -22,7 +22,8 @@ from energy_prior import (
 )
 from energy_prior.checkpoint import fingerprint
 from energy_prior.cli.demo import load_demo_data
-from energy_prior.topdown import TopDown, parameters
+from energy_prior.conditionals import tensors_of
+from energy_prior.topdown import TopDown
 from energy_prior.training.elbo import elbo
 
 
@@ -71,7 +72,7 @@ def test_temperature_scales_the_prior_alone() -> None:
         for z, w in zip(a.latents, b.latents, strict=True):
             torch.testing.assert_close(z, w)
         p, q = (TopDown(vae, 3).descend(a.latents, "latent").conditionals for vae in (cold, warm))
-        for c, w in zip(map(parameters, p), map(parameters, q), strict=True):
+        for c, w in zip(map(tensors_of, p), map(tensors_of, q), strict=True):
             torch.testing.assert_close(c[0], w[0])
             torch.testing.assert_close(c[1], 0.5 * w[1])
 

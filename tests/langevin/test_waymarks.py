@@ -11,10 +11,11 @@ from torch import Tensor
 
 from energy_prior import JointEBMPrior, LadderVAE, denoising_energies
 from energy_prior._util import not_none, sum_event
+from energy_prior.conditionals import tensors_of
 from energy_prior.langevin import ChainSettings, sample_target
 from energy_prior.langevin.waymarks import can_cross, cross
 from energy_prior.process import frozen
-from energy_prior.topdown import TopDown, parameters
+from energy_prior.topdown import TopDown
 
 UNITS = (4, 3, 2)
 
@@ -53,7 +54,7 @@ def test_density_in_both_spaces_is_that_of_the_prior(held: tuple[int, ...]) -> N
                 values.append(not_none(evaluated.log_density))
                 if prior.space == "noise":  # − log σ of the free layers, which the change of coordinates takes away
                     conditionals = topdown.descend(position, "noise").conditionals
-                    values[-1] = values[-1] - sum(sum_event(parameters(conditionals[i - 1])[1].log()) for i in free)
+                    values[-1] = values[-1] - sum(sum_event(tensors_of(conditionals[i - 1])[1].log()) for i in free)
                 f = prior.model.negative_energy(at)[:, [i - 1 for i in free]]
                 torch.testing.assert_close(evaluated.negative_energy, f)
                 slope = sum(2e-4 * g.sum(1) for g in evaluated.gradient)

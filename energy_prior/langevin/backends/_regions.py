@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_map
 
+from energy_prior._util import not_none
 from energy_prior.langevin.backends._compiler import CompileCache, cache_for
 from energy_prior.langevin.density import JointDensity
 from energy_prior.protocol import HierarchicalGenerator, have_waymarks, reads_noise
-from energy_prior.topdown import parameters, with_parameters
 
 _R = TypeVar("_R")
 
@@ -42,10 +42,10 @@ class Regional(JointDensity):
 
 
 class _State(NamedTuple):
-    """The generator's own state, and the parameters of the conditional below it, which were computed with it."""
+    """The generator's own state, and the conditional below it, which was computed with it."""
 
     own: Any
-    parameters: tuple[Tensor, ...] = ()
+    conditional: Distribution | None = None
 
 
 def _first(state: Any) -> _State:
@@ -66,7 +66,7 @@ class _Generator:
         self.latent_shapes = generator.latent_shapes
 
     def conditional(self, state: _State, layer: int) -> Distribution:
-        return with_parameters(state.parameters)
+        return not_none(state.conditional)
 
     def descend(self, state: _State, z: Tensor, layer: int) -> _State:
         return _State(*_run(self._cache, _down, layer, self._own, layer, state.own, z))
@@ -111,9 +111,9 @@ def _run(cache: CompileCache, function: Callable[..., _R], variant: Any, *argume
 # ----------------------------------------------------------------------------------------------------------- to be compiled
 
 
-def _down(generator: HierarchicalGenerator, layer: int, state: Any, z: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
+def _down(generator: HierarchicalGenerator, layer: int, state: Any, z: Tensor) -> tuple[Any, Distribution | None]:
     state = generator.descend(state, z, layer)
-    return state, parameters(generator.conditional(state, layer - 1)) if layer > 1 else ()
+    return state, generator.conditional(state, layer - 1) if layer > 1 else None
 
 
 def _observed(generator: HierarchicalGenerator, state: Any, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch._dynamo
 import torch._dynamo.utils
 import torch._inductor.compile_fx
 import torch._inductor.config
+from families import FAMILIES, FamilyLadder
 from ladders import LinearLadder, ScaleLadder
 from small_priors import STEPS, N, conv, conv_of_few_operations, enliven, injected, lively, mlp, target_of
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from energy_prior import BackendWarning, ConvEnergy, DivergenceError, JointEBMPrior, ResidualVAE
 from energy_prior._util import plain_normal
+from energy_prior.conditionals import tensors_of
 from energy_prior.langevin import ChainSettings, InjectedNoise, backends, sample_target
 from energy_prior.langevin.backends import _compiler as compiler
 from energy_prior.langevin.backends import _loops as loops
@@ -34,7 +37,7 @@ from energy_prior.langevin.chain import run_chain
 from energy_prior.langevin.noise import CounterNoise
 from energy_prior.langevin.step import StepConfig
 from energy_prior.process import frozen
-from energy_prior.topdown import Space, parameters
+from energy_prior.topdown import Space
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +58,11 @@ CHAINS: dict[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
     "layer 1 held, adaptive": (mlp, "noise", {"given": 1, "step_size": None}),
     "layer 2 held": (mlp, "noise", {"given": 2}),
     "no nets": (ScaleLadder, "latent", {"adjust": True, "step_size": 0.4}),
+    **{
+        f"{family}, layer 1 held": (partial(FamilyLadder, family), "noise", {"given": 1})
+        for family in ("laplace", "tanh, scaled")
+    },
+    **{family: (partial(FamilyLadder, family), "noise", {}) for family in FAMILIES},
 }
 
 
@@ -126,6 +134,20 @@ def test_of_a_deep_model_layers_or_energies_are_compiled(energies: str, monkeypa
         assert BACKEND.workers(density, N) == (1, 0)
         monkeypatch.setattr(compiled_file, "_MANY_OPERATIONS", 10_000)
         assert BACKEND.workers(density, N) == (2, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["laplace", "tanh, scaled", "sinh"])
+def test_layers_that_are_not_normal_are_compiled(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The conditional that a region gives is of the kind that the generator gives."""
+    monkeypatch.setattr(compiled_file, "_MANY_OPERATIONS", 2)
+    prior = lively(FamilyLadder(family))
+    x, start = torch.randn(N, 1).double(), prior.sample_latents(N, steps=0)
+    options: dict[str, Any] = {"start": start, "noise": injected(prior), "steps": STEPS, "step_size": 0.1}
+    ends = [prior.sample_posterior(x, backend=b, **options) for b in ("eager", "compiled")]
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.slow
@@ -352,7 +374,7 @@ def test_tensors_in_one_memory_are_taken_apart_for_loops() -> None:
         density = target_of(prior, held=held).density()
     assert not compiler.failed(density, "loop")
     prepared = BACKEND.prepare(density)
-    tensors = [*prepared.topdown.held.values(), *prepared.topdown._state, *parameters(prepared.topdown.top)]
+    tensors = [*prepared.topdown.held.values(), *prepared.topdown._state, *tensors_of(prepared.topdown.top)]
     assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
 
 

@@ -1,0 +1,338 @@
+"""p_β(z_i | z_{>i}) of one layer: how noise becomes z, and z becomes noise, under each kind of distribution.
+
+z = T(ε) with ε ~ N(0, I) of z's shape, T smooth with an inverse:
+
+    Normal                   z = μ + σ ε
+    MultivariateNormal       z = μ + A ε, A Aᵀ = Σ
+    Laplace                  z = μ − b sign(ε) (log 2 + log Φ(−|ε|))
+    Logistic                 z = μ + s (log Φ(ε) − log Φ(−ε))
+    Uniform                  z = low + (high − low) Φ(ε)
+    TransformedDistribution  z = the transforms of z_0, which is of one of these
+    any other                z = `from_noise(ε)`, and `to_noise(z)`, methods of its own
+
+The quantile functions are taken of log Φ(−|ε|), so that z keeps its precision in both tails.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Logistic",
+    "NoiseMap",
+    "gaussian_part",
+    "is_bounded",
+    "is_conditional",
+    "rebuilt",
+    "tensors_of",
+    "to_latent",
+    "to_noise",
+]
+
+import functools
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import (
+    Distribution,
+    Independent,
+    Laplace,
+    MultivariateNormal,
+    Normal,
+    Transform,
+    TransformedDistribution,
+    Uniform,
+    constraints,
+)
+from torch.utils._pytree import tree_map
+
+_LOG_2 = math.log(2)
+_TAIL = -30.0
+_NEWTON_STEPS = 4
+
+
+class NoiseMap(Protocol):
+    """A distribution of your own that says how noise becomes z: what makes it a conditional."""
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """z = T(ε), differentiable.
+
+        Args:
+            noise: ε ~ N(0, I), (batch, *latent_shape).
+
+        Returns:
+            z, (batch, *latent_shape), distributed as this distribution.
+        """
+        ...
+
+    def to_noise(self, value: Tensor) -> Tensor:
+        """ε = T⁻¹(z), differentiable.
+
+        Args:
+            value: z, (batch, *latent_shape).
+
+        Returns:
+            ε, (batch, *latent_shape).
+        """
+        ...
+
+
+class Logistic(Distribution):
+    """The logistic distribution, p(z) = exp(−t)/(s (1 + exp(−t))²) with t = (z − μ)/s.
+
+    torch has it only as a `TransformedDistribution` of a `Uniform`, which rounds its upper tail away.
+
+    Args:
+        loc: μ, (batch, *latent_shape), in z's units.
+        scale: s > 0, (batch, *latent_shape), in z's units.
+        validate_args: whether arguments are checked; None: torch's own default.
+    """
+
+    has_rsample = True
+
+    def __init__(self, loc: Tensor, scale: Tensor, validate_args: bool | None = None) -> None:
+        pair = torch.broadcast_tensors(loc, scale)
+        self.loc: Tensor = pair[0]
+        self.scale: Tensor = pair[1]
+        super().__init__(self.loc.shape, validate_args=validate_args)
+
+    @property
+    def arg_constraints(self) -> dict[str, constraints.Constraint]:
+        """Real `loc`, positive `scale`."""
+        return {"loc": constraints.real, "scale": constraints.positive}
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """All real numbers."""
+        return constraints.real
+
+    @property
+    def mean(self) -> Tensor:
+        """μ, (batch, *latent_shape), in z's units."""
+        return self.loc
+
+    @property
+    def variance(self) -> Tensor:
+        """π²s²/3, (batch, *latent_shape), in z's units squared."""
+        return (math.pi * self.scale) ** 2 / 3
+
+    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Reparameterised draws, (*sample_shape, batch, *latent_shape), in z's units."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        return self.loc + self.scale * _logit_of_normal(noise)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(z) of every element, (batch, *latent_shape), nats.
+
+        Args:
+            value: z, (batch, *latent_shape), in z's units.
+        """
+        t = (value - self.loc) / self.scale
+        return -t.abs() - 2 * F.softplus(-t.abs()) - self.scale.log()
+
+
+_KINDS = (Normal, MultivariateNormal, Laplace, Logistic, Uniform)
+
+
+# -------------------------------------------------------------------------------------------------------------- noise and z
+
+
+def to_latent(conditional: Distribution, noise: Tensor) -> Tensor:
+    """z = T(ε), of the conditional's shape (batch, *latent_shape)."""
+    if type(conditional) is Normal:
+        return conditional.loc + conditional.scale * noise
+    c: Any = conditional
+    if _has_own_map(c):
+        return c.from_noise(noise)
+    if isinstance(c, Independent):
+        return to_latent(c.base_dist, noise)
+    if isinstance(c, TransformedDistribution):
+        transforms: list[Any] = c.transforms
+        return functools.reduce(lambda z, transform: transform(z), transforms, to_latent(c.base_dist, noise))
+    if isinstance(c, MultivariateNormal):
+        return c.loc + (_factor(c) @ noise[..., None])[..., 0]
+    if isinstance(c, Laplace):
+        return c.loc + c.scale * _odd(noise, _laplace_quantile)
+    if isinstance(c, Logistic):
+        return c.loc + c.scale * _logit_of_normal(noise)
+    if isinstance(c, Uniform):
+        low, high = torch.broadcast_tensors(c.low, c.high)
+        tail = (high - low) * 0.5 * torch.erfc(-_negative(noise) / math.sqrt(2))  # Φ; torch's own is 0 a little below −5
+        z = torch.where(noise < 0, low + tail, high - tail)
+        return torch.minimum(z, torch.nextafter(high, low))  # where its density is not 0
+    return c.loc + c.scale * noise  # a class derived from Normal
+
+
+def to_noise(conditional: Distribution, z: Tensor) -> Tensor:
+    """ε = T⁻¹(z), the inverse of `to_latent`; not finite where z is outside the support."""
+    if type(conditional) is Normal:
+        return (z - conditional.loc) / conditional.scale
+    c: Any = conditional
+    if _has_own_map(c):
+        return c.to_noise(z)
+    if isinstance(c, Independent):
+        return to_noise(c.base_dist, z)
+    if isinstance(c, TransformedDistribution):
+        transforms: list[Any] = c.transforms
+        return to_noise(c.base_dist, functools.reduce(lambda z, transform: transform.inv(z), reversed(transforms), z))
+    if isinstance(c, MultivariateNormal):
+        return torch.linalg.solve_triangular(_factor(c), (z - c.loc)[..., None], upper=False)[..., 0]
+    if isinstance(c, Laplace):
+        return _odd((z - c.loc) / c.scale, _laplace_noise)
+    if isinstance(c, Logistic):
+        return _odd((z - c.loc) / c.scale, _logistic_noise)
+    if isinstance(c, Uniform):
+        below, above = z - c.low, c.high - z
+        nearest = torch.minimum(below, above)
+        ends = torch.maximum(c.low.abs(), c.high.abs())
+        nearest = torch.where(nearest == 0, 0.25 * torch.finfo(z.dtype).eps * ends, nearest)  # a draw that was rounded there
+        noise = torch.special.ndtri(nearest / (c.high - c.low))
+        return torch.where(below < above, noise, -noise)
+    return (z - c.loc) / c.scale
+
+
+def _has_own_map(conditional: Any) -> TypeGuard[NoiseMap]:
+    return hasattr(conditional, "from_noise") and hasattr(conditional, "to_noise")
+
+
+def _factor(c: Any) -> Tensor:
+    """A of a MultivariateNormal, A Aᵀ = Σ, lower triangular, of shape (d, d) or (batch, d, d)."""
+    return c._unbroadcasted_scale_tril
+
+
+def _negative(value: Tensor) -> Tensor:
+    """−|value|, with the derivative from the right at 0."""
+    return torch.where(value < 0, value, -value)
+
+
+def _odd(value: Tensor, of_negative: Callable[[Tensor], Tensor]) -> Tensor:
+    """The odd function that is `of_negative` below 0."""
+    there = of_negative(_negative(value))
+    return torch.where(value < 0, there, -there)
+
+
+def _laplace_quantile(noise: Tensor) -> Tensor:
+    """The quantile of the standard Laplace distribution at Φ(ε), ε ≤ 0."""
+    return _LOG_2 + torch.special.log_ndtr(noise)
+
+
+def _laplace_noise(t: Tensor) -> Tensor:
+    return _log_ndtr_inverse(t - _LOG_2)
+
+
+def _logistic_noise(t: Tensor) -> Tensor:
+    return _log_ndtr_inverse(F.logsigmoid(t))
+
+
+def _logit_of_normal(noise: Tensor) -> Tensor:
+    """The quantile of the standard logistic distribution at Φ(ε)."""
+    return torch.special.log_ndtr(noise) - torch.special.log_ndtr(-noise)
+
+
+def _log_ndtr_inverse(y: Tensor) -> Tensor:
+    """ε ≤ 0 with log Φ(ε) = y, for y ≤ −log 2; differentiable twice."""
+    fixed = y.detach()
+    tail = fixed.clamp(max=_TAIL)  # exp(y) would lose its digits, later be 0
+    x = -(-2 * tail - (-4 * math.pi * tail).log()).sqrt()
+    for _ in range(_NEWTON_STEPS):
+        x = x - (torch.special.log_ndtr(x) - tail) * _mills(x)
+    x = torch.where(fixed < _TAIL, x, torch.special.ndtri(fixed.clamp(min=_TAIL).exp()))
+    slope, change = _mills(x), y - fixed  # a change of 0, with a gradient
+    return x + slope * change + 0.5 * slope * (1 + x * slope) * change**2
+
+
+def _mills(x: Tensor) -> Tensor:
+    """Φ(x)/φ(x), for x ≤ 0."""
+    return math.sqrt(math.pi / 2) * torch.special.erfcx(-x / math.sqrt(2))
+
+
+# --------------------------------------------------------------------------------------------------- what is one, and of what
+
+
+def is_conditional(value: Any) -> TypeGuard[Distribution]:
+    """Whether noise becomes z, and z noise, under this distribution."""
+    if isinstance(value, Independent):
+        return is_conditional(value.base_dist)
+    if isinstance(value, TransformedDistribution) and not _has_own_map(value):
+        return is_conditional(value.base_dist) and all(transform.bijective for transform in value.transforms)
+    return isinstance(value, Distribution) and (isinstance(value, _KINDS) or _has_own_map(value))
+
+
+def is_bounded(conditional: Distribution) -> bool:
+    """Whether z does not reach all real numbers, as far as is known: only chains in noise space stay within its support."""
+    c: Any = conditional
+    if isinstance(c, Independent):
+        return is_bounded(c.base_dist)
+    if isinstance(c, TransformedDistribution):
+        bounded = is_bounded(c.base_dist)
+        for transform in c.transforms:  # of real numbers to real numbers: such as it was
+            bounded = not _is_real(transform.codomain) or (bounded and _is_real(transform.domain))
+        return bounded
+    try:
+        return not _is_real(c.support)
+    except NotImplementedError:
+        return False
+
+
+def _is_real(constraint: Any) -> bool:
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint is None or constraint is constraints.real
+
+
+def gaussian_part(conditional: Distribution) -> tuple[Tensor, Tensor] | None:
+    """μ and σ of the Normal that z, or what transforms make z of, is drawn from; None: there is none."""
+    c: Any = conditional
+    if isinstance(c, Normal):
+        return c.loc, c.scale
+    if isinstance(c, Independent | TransformedDistribution) and not _has_own_map(c):
+        return gaussian_part(c.base_dist)
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------ their tensors
+
+
+def tensors_of(conditional: Distribution) -> list[Tensor]:
+    """The tensors that a conditional is made of; not those of modules inside it, such as a flow's weights."""
+    if isinstance(conditional, MultivariateNormal):  # it keeps what it is asked for: a covariance, say
+        return [conditional.loc, _factor(conditional)]
+    found: list[Tensor] = []
+
+    def keep(value: Tensor) -> Tensor:
+        found.append(value)
+        return value
+
+    rebuilt(conditional, keep)
+    return found
+
+
+def rebuilt(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same with `function` of each of its tensors; what is of another kind stays as it is.
+
+    Args:
+        value: a tensor, a distribution, a transform, or tuples, lists and dicts of them.
+        function: takes a tensor, and gives one of the same shape.
+    """
+    known: dict[int, Any] = {}  # a transform and its inverse refer to each other
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return function(value)
+        if isinstance(value, Distribution | Transform) and not isinstance(value, nn.Module):
+            if id(value) not in known:
+                copied = known[id(value)] = object.__new__(type(value))
+                for name, attribute in vars(value).items():
+                    object.__setattr__(copied, name, of(attribute))
+            return known[id(value)]
+        if isinstance(value, weakref.ref):  # to an inverse, in an older torch: it is made anew
+            return None
+        if isinstance(value, list | dict) or type(value) is tuple or hasattr(value, "_fields"):
+            return tree_map(of, value)
+        return value
+
+    return of(value)
