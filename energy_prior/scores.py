@@ -294,13 +294,13 @@ def _pooled(
 
 def _finite(terms: ScoreTerms) -> ScoreTerms:
     """The terms, if all are finite; else a `DivergenceError` that names the term, and its layer."""
-    for what, values in (("the energy f", terms.negative_energy), ("log p_β", terms.log_prior)):
+    for what, values in (("log p_β", terms.log_prior), ("the energy f", terms.negative_energy)):
         bad = (~torch.isfinite(values)).any(0)
         if bool(bad.any()):
             layer = int(bad.nonzero()[0]) + 1
             raise DivergenceError(
-                f"A score is not finite: {what} of layer {layer} is not, at a draw of z (−∞ of log p_β: that z is outside the "
-                "prior's support).",
+                f"A score is not finite: {what} of layer {layer} is not, at a draw of z. A log p_β of −∞ says that z is "
+                "outside the support of the prior.",
                 layer=layer,
             )
     if not bool(torch.isfinite(terms.log_likelihood).all()):

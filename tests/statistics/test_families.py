@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from families import FAMILIES, FamilyLadder
 from helpers import agrees, limit
 from test_scale_ladder import z_scores
+from torch import Tensor
 
-from energy_prior import JointEBMPrior
+from energy_prior import ArgumentError, ChainSettings, DivergenceError, Inferred, JointEBMPrior, denoising_energies
+from energy_prior.scores import pass_terms
+from energy_prior.topdown import ancestral
 
 CHAINS = 4000
 CASES = [(family, held) for family in FAMILIES for held in ({}, {2: 0.4})] + [("laplace", {1: 0.7}), ("sinh", {1: 0.7})]
@@ -46,3 +51,78 @@ def test_log_joint(family: str, k: int) -> None:
     draws = prior.log_joint(x, k, steps=80, step_size=0.7, adjust=True, rng=torch.Generator().manual_seed(k))
     expected = ladder.log_joint(0.6, k)
     assert abs(float((draws.mean() - expected) / (draws.std() / CHAINS**0.5))) < limit(1)
+
+
+class Tilted(FamilyLadder):
+    """Its posterior's draws are those of p_β(z) exp(Σ f_i), by rejection, whatever x is: what the energies have to learn."""
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        n, found = len(x), []
+        most = sum(float(f(torch.linspace(-50, 50, 4001)[:, None].to(x)).max()) for f in self.energies)
+        while sum(map(len, found)) < n:
+            z1, z2 = ancestral(self, 4 * n).latents
+            kept = torch.rand(4 * n).to(x) < (self.energies[0](z1) + self.energies[1](z2) - most).exp()
+            found.append(torch.cat([z1, z2], 1)[kept])
+        z = torch.cat(found)[:n]
+        return Inferred((z[:, :1], z[:, 1:]), x.new_zeros(n, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["laplace", "uniform"])
+def test_nce_learns_the_tilt(family: str) -> None:
+    ladder = Tilted(family)
+    prior = JointEBMPrior(ladder)
+    with torch.no_grad():
+        before = ladder.infer(torch.zeros(20_000, 1).double()).latents, prior.sample_latents(20_000, steps=0)
+        spread = moments(before[0]) - ladder.moments()
+        assert float(spread.abs().max()) < 0.05, "rejection draws what quadrature integrates"
+        off = float((moments(before[1]) - ladder.moments()).abs().max())
+    rng = torch.Generator().manual_seed(0)
+    prior.fit(torch.randn(1000, 1).double(), "nce", iterations=600, batch_size=128, progress=False, rng=rng)
+    z = prior.sample_latents(4000, steps=100, adjust=True, rng=torch.Generator().manual_seed(1))
+    assert float((moments(z) - ladder.moments()).abs().max()) < 0.25 * off
+
+
+def moments(latents: Sequence[Tensor]) -> Tensor:
+    """Those of `FamilyLadder.moments`, of draws."""
+    z1, z2 = (torch.asinh(z[:, 0]) for z in latents)
+    return torch.stack([z1, z2, z1**2, z2**2, z1 * z2], 1).mean(0)
+
+
+class Outside(FamilyLadder):
+    """q reaches beyond p's support."""
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        z = torch.randn(len(x), 1, generator=rng, dtype=x.dtype) + 3
+        return Inferred((z, z), x.new_zeros(len(x), 2))
+
+
+def test_draws_outside_the_support_are_named() -> None:
+    """In scores, in what compares posterior and prior, and in latents that are given."""
+    prior = JointEBMPrior(Outside("uniform"), denoising_energies(Outside.latent_shapes).double())
+    x = torch.randn(20, 1).double()
+    with pytest.raises(DivergenceError, match="log p_β of layer 1 is not.*outside the support of the prior"):
+        prior.log_joint(x)
+    with pytest.raises(DivergenceError, match=r"values of z_1 are outside the support of p\(z_1 \| z_\(>1\)\), a Uniform"):
+        prior.mismatch(x)
+    with pytest.raises(DivergenceError, match="a held z is where its prior cannot be"):
+        prior.sample_latents(2, given={1: torch.full((2, 1), 90.0).double()}, steps=2)
+
+
+def test_latent_space_needs_all_real_numbers() -> None:
+    with pytest.raises(ArgumentError, match=r'space: expected "noise" for this generator, got "latent": z_2, a Uniform'):
+        JointEBMPrior(FamilyLadder("uniform"), space="latent")
+    assert JointEBMPrior(FamilyLadder("laplace"), space="latent").space == "latent"
+
+
+def test_one_pass_at_the_means_of_uniform_draws() -> None:
+    """The score "tails" depends on no seed where q is uniform either."""
+
+    class Fixed(FamilyLadder):
+        def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+            u = torch.rand(len(x), 2, generator=rng, dtype=x.dtype)
+            return Inferred((u[:, :1] - 0.5, u[:, 1:] - 0.5), x.new_zeros(len(x), 2))
+
+    prior = JointEBMPrior(Fixed("uniform"))
+    terms = [pass_terms(prior.model, torch.ones(3, 1).double(), ChainSettings()) for _ in range(2)]
+    assert torch.equal(terms[0].rate, terms[1].rate)
