@@ -100,7 +100,7 @@ class Outside(FamilyLadder):
 def test_draws_outside_the_support_are_named() -> None:
     """In scores, in what compares posterior and prior, and in latents that are given."""
     prior = JointEBMPrior(Outside("uniform"), denoising_energies(Outside.latent_shapes).double())
-    x = torch.randn(20, 1).double()
+    x = torch.randn(40, 1).double()
     with pytest.raises(DivergenceError, match="log p_β of layer 1 is not.*outside the support of the prior"):
         prior.log_joint(x)
     with pytest.raises(DivergenceError, match=r"values of z_1 are outside the support of p\(z_1 \| z_\(>1\)\), a Uniform"):
