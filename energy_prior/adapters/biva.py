@@ -56,13 +56,13 @@ class BIVAAdapter(Adapter):
 
     Args:
         model: the model, in evaluation mode, with its weights (`energy_prior.adapters.load_weights`).
-        likelihood: "bernoulli", of the model's output as logits, as for binarised MNIST there; "mixture", PixelCNN++'s mixture of
-            discretised logistics, as for CIFAR-10, with −0.999 and 0.999 in [−1, 1] as the edges of the lowest and the highest
-            level. Override the method `likelihood` for another one.
+        likelihood: "bernoulli", of the model's output as logits, as for binarised MNIST there; "mixture", PixelCNN++'s mixture
+            of discretised logistics, as for CIFAR-10, with −0.999 and 0.999 in [−1, 1] as the edges of the lowest and the
+            highest level. Override the method `likelihood` for another one.
 
     Raises:
-        GeneratorError: if this is not such a model, is not in evaluation mode, or has never run: its layers set their weights by
-            the first batch that they see.
+        GeneratorError: if this is not such a model, is not in evaluation mode, or has never run: its layers set their weights
+            by the first batch that they see.
         ArgumentError: if `likelihood` is neither.
     """
 
@@ -82,8 +82,8 @@ class BIVAAdapter(Adapter):
         waiting = [n for n, part in self.model.named_modules() if _waits(part)]
         if waiting:
             raise GeneratorError(
-                f"model: {len(waiting)} of its layers, such as {waiting[0]}, set their weights by the first batch that they see. "
-                "Load the weights of a trained model, or run model(x) once on observations of the data."
+                f"model: {len(waiting)} of its layers, such as {waiting[0]}, will set their weights by the first batch that "
+                "they see. Load the weights of a trained model, or run model(x) once on observations of the data."
             )
         shapes = [getattr(self.model.stages[i], name).output_shape[1:] for i, name in self._places]
         self.latent_shapes: tuple[torch.Size, ...] = tuple(torch.Size(int(n) for n in shape) for shape in shapes)
@@ -123,7 +123,7 @@ class BIVAAdapter(Adapter):
         """p(x | z) of the model's output.
 
         Raises:
-            GeneratorError: if "bernoulli" has as many logits as no observation has values.
+            GeneratorError: for "bernoulli", if the output has not the shape of an observation.
         """
         parameters = self._cast(self.model.projection(not_none(state.features)))
         if self.model.pad is not None:
@@ -132,8 +132,8 @@ class BIVAAdapter(Adapter):
             return mixture_of_logistics(parameters)
         if parameters.shape[1:] != self.x_shape:
             raise GeneratorError(
-                f"model: its output has shape {tuple(parameters.shape[1:])}, and logits of a Bernoulli distribution have that of "
-                f'an observation, {tuple(self.x_shape)}. Of a model of RGB images, likelihood="mixture" reads 10 M channels.'
+                f"model: its output has shape {tuple(parameters.shape[1:])}, and logits of a Bernoulli distribution have that "
+                f'of an observation, {tuple(self.x_shape)}. With 10 M channels for M logistics, say likelihood="mixture".'
             )
         return Independent(Bernoulli(logits=parameters, validate_args=False), len(self.x_shape), validate_args=False)
 

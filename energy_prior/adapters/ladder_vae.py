@@ -22,6 +22,11 @@ _PARTS = (
     "top_down_layers", "bottomup_pass", "final_top_down", "pad_input", "likelihood", "color_ch", "img_shape", "downsample",
 )
 # fmt: on
+_PARAMETERS = {
+    "GaussianLikelihood": ("mean", "logvar"),
+    "DiscretizedLogisticLikelihood": ("mean", "logscale"),
+    "DiscretizedLogisticMixLikelihood": ("all_params",),
+}  # of a likelihood module's `distr_params`, those that count
 
 
 class _State(NamedTuple):
@@ -92,15 +97,14 @@ class LadderVAEAdapter(Adapter):
         if kind == "BernoulliLikelihood":
             logits = self._cast(module.parameter_net(features))
             return Independent(Bernoulli(logits=logits, validate_args=False), 3, validate_args=False)
-        found = {} if not hasattr(module, "distr_params") else module.distr_params(features)
-        if kind == "GaussianLikelihood":
-            loc, log_variance = self._cast(found["mean"]), self._cast(found["logvar"])
-            return Independent(plain_normal(loc, (log_variance / 2).exp()), 3, validate_args=False)
-        if kind == "DiscretizedLogisticLikelihood":
-            floor = 1e-14 if module.double_precision else 1e-7
-            return binned_logistic(self._cast(found["mean"]), self._cast(found["logscale"]), module.n_bins, floor)
-        if kind == "DiscretizedLogisticMixLikelihood":
-            return mixture_of_logistics(self._cast(found["all_params"]))
+        if kind in _PARAMETERS:
+            found = module.distr_params(features)
+            first, *rest = (self._cast(found[name]) for name in _PARAMETERS[kind])
+            if kind == "GaussianLikelihood":
+                return Independent(plain_normal(first, (rest[0] / 2).exp()), 3, validate_args=False)
+            if kind == "DiscretizedLogisticLikelihood":
+                return binned_logistic(first, rest[0], module.n_bins, 1e-14 if module.double_precision else 1e-7)
+            return mixture_of_logistics(first)
         raise GeneratorError(
             f"model: its likelihood module, {kind}, is not known. Override `likelihood` of LadderVAEAdapter for it."
         )
