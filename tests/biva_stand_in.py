@@ -53,8 +53,8 @@ class Latent(nn.Module):
         self.act = act
         self.qx2z = Dense(2 * units) if dense else SetByData(WIDTH, 2 * units)
         if top:
-            self.register_buffer("prior", torch.linspace(-0.4, 0.4, 2 * units).view(-1, *([1] * (0 if dense else 2))))
-            self.prior = self.prior.expand(2 * units, *self.output_shape[2:]).clone()
+            prior = torch.linspace(-0.4, 0.4, 2 * units)
+            self.register_buffer("prior", prior if dense else prior.view(-1, 1, 1).repeat(1, SIDE, SIDE))
         else:
             self.px2z = Dense(2 * units) if dense else SetByData(WIDTH, 2 * units)
 
@@ -81,7 +81,7 @@ class Dense(nn.Linear):
         return super().forward(input.flatten(1))
 
 
-def lift(units: int, dense: bool) -> nn.Module:
+def lifted(units: int, dense: bool) -> nn.Module:
     """z -> features."""
     if dense:
         return nn.Sequential(nn.Linear(units, WIDTH * SIDE * SIDE), nn.Unflatten(1, (WIDTH, SIDE, SIDE)))
@@ -132,17 +132,17 @@ class OneStage(nn.Module):
         if self.two:
             self.bu_stochastic = Latent(units, dense, False, options["act"])
             self.td_stochastic = Latent(units, dense, False, options["act"])
-            self.bu_proj, self.z_proj = lift(units, dense), lift(2 * units, dense)
+            self.bu_proj, self.z_proj = lifted(units, dense), lifted(2 * units, dense)
             self.merge = Joined(WIDTH, WIDTH)
             self.bu_condition = Joined(units, WIDTH) if conditional else None
             return
         self.stochastic = Latent(units, dense, top, options["act"])
         if kind == "biva":
-            self.q_top, self.z_proj = SetByData(2 * WIDTH, WIDTH), lift(units, dense)
+            self.q_top, self.z_proj = SetByData(2 * WIDTH, WIDTH), lifted(units, dense)
             return
-        self.p_proj = lift(units, dense)
+        self.p_proj = lifted(units, dense)
         if kind == "vae":
-            self.q_proj = lift(units, dense)
+            self.q_proj = lifted(units, dense)
         else:
             self.merge = Joined(WIDTH, 0 if top else WIDTH)
 
@@ -165,6 +165,9 @@ class OneStage(nn.Module):
 
 class DeepVae(nn.Module):
     """Three stages on images of 4 × 4, padded from 2 × 2 with `padded`, without a change of resolution."""
+
+    stages: Any
+    unpad: list[int]
 
     def __init__(
         self,
@@ -216,16 +219,15 @@ class DeepVae(nn.Module):
                 above = stage.bu_condition(drawn[0], aux=d) if name == "bu" and stage.bu_condition is not None else d
                 value, p = getattr(stage, part)(above, inference=False, sample=posterior is None, N=n, given=z[name])
                 if posterior is not None:
-                    q = posterior[name] if name in posterior and name != "z" else posterior
+                    q = posterior if name == "z" else posterior[name]
                     if "h" in q:
                         _, q = getattr(stage, part)(stage.merge(q["h"], aux=d), inference=True, given=z[name])
                     value = q["z"]
                     log_q.insert(0, total(q["dist"].log_prob(value)))
                 log_p.insert(0, total(p["dist"].log_prob(value)))
                 drawn.append(value)
-            z_all = torch.cat(drawn, 1)
-            lifted = stage.p_proj(z_all) if hasattr(stage, "p_proj") else stage.z_proj(z_all)
-            d, skips = stage.p_convs(lifted, aux=None if stage._no_skip else skips)
+            lift = stage.z_proj if stage.kind == "biva" else stage.p_proj
+            d, skips = stage.p_convs(lift(torch.cat(drawn, 1)), aux=None if stage._no_skip else skips)
         parameters = self.projection(d)
         return Ran(log_q, log_p, F.pad(parameters, self.unpad) if self.pad is not None else parameters)
 

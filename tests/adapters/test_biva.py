@@ -71,7 +71,7 @@ def test_every_number(name: str) -> None:
         inferred = adapter.infer(x)
         descent = inferred_descent(adapter, inferred)
         expected = model.run(seen(x), N, inferred.latents)
-        close = {"rtol": 1e-10, "atol": 1e-10}
+        close: Any = {"rtol": 1e-10, "atol": 1e-10}
         torch.testing.assert_close(inferred.log_q, torch.stack(expected.log_q, 1), **close)
         torch.testing.assert_close(descent.log_priors(), torch.stack(expected.log_p, 1), **close)
         torch.testing.assert_close(adapter.likelihood(descent.state).log_prob(x), log_p(expected.parameters, x), **close)

@@ -55,7 +55,7 @@ def test_every_number(name: str) -> None:
         descent = inferred_descent(adapter, inferred)
         expected = model.run(model.bottomup_pass(model.pad_input(x)), N, inferred.latents)
         log_p = model.likelihood(crop_img_tensor(expected.features, model.img_shape), x)[0]
-        close = {"rtol": 1e-9, "atol": 1e-9}
+        close: Any = {"rtol": 1e-9, "atol": 1e-9}
         torch.testing.assert_close(inferred.log_q, torch.stack(expected.log_q, 1), **close)
         torch.testing.assert_close(descent.log_priors(), torch.stack(expected.log_p, 1), **close)
         torch.testing.assert_close(adapter.likelihood(descent.state).log_prob(x), log_p, **close)
