@@ -47,6 +47,8 @@ class SetByData(nn.Module):
 class Latent(nn.Module):
     """Some units, alone or for each pixel: q and p of features, and the prior of the top; `given` is taken for the draw."""
 
+    prior: Tensor
+
     def __init__(self, units: int, dense: bool, top: bool, act: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.output_shape = (-1, units) if dense else (-1, units, SIDE, SIDE)
