@@ -12,14 +12,17 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from biva_stand_in import DeepVae, ready
 from doc_blocks import CODE, ROOT, Record, all_blocks, blocks, run_python, run_shell
+from ladder_vae_stand_in import LadderVAE as AddttLadder
+from ladder_vae_stand_in import crop_img_tensor
 from pictures import picture, write_parquet
 from PIL import Image
 from public_models import PublicDeepVAE, PublicNVAE, PublicVDVAE, vdvae_inputs, vdvae_targets
 from stand_ins import NVAE, perturbed
 
 from energy_prior import JointEBMPrior, LadderVAE, check_generator
-from energy_prior.adapters import NVAEAdapter
+from energy_prior.adapters import NVAEAdapter, load_weights
 from energy_prior.cli.demo import load_demo_data
 from energy_prior.cli.main import main
 
@@ -30,7 +33,7 @@ BLOCKS = {
     ("CONTRIBUTING.md", "shell"): 1,
     ("README.md", "python"): 3,
     ("README.md", "shell"): 2,
-    ("docs/adapters.md", "python"): 10,
+    ("docs/adapters.md", "python"): 12,
     ("docs/data.md", "python"): 1,
     ("docs/detection.md", "python"): 4,
     ("docs/detection.md", "shell"): 1,
@@ -161,7 +164,7 @@ def test_adapter_guide(
     names: dict[str, Any] = {"images": data.train[:64]}
     chosen = blocks("docs/adapters.md", "python")
     short = SHORT_FIT | {"iterations=2000)": "iterations=3, progress=False)"}
-    run_python([*chosen[:5], chosen[9]], names, record_property, short)
+    run_python([*chosen[:5], chosen[-1]], names, record_property, short)
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "shapes, types and layer order agree with latent_shapes"
     assert "reconstruct: the observation agrees with the model's own, on the same noise" in out
@@ -203,6 +206,27 @@ def test_own_calls_of_a_public_model(index: int, record_property: Record) -> Non
     names |= {"check_generator": lambda *a, **b: said.append(check_generator(*a, **b)), "model": perturbed(model), "x": x}
     run_python(blocks("docs/adapters.md", "python")[index : index + 1], names, record_property)
     assert [line.partition(":")[0] for line in said[0]][-3:] == ["sample", "reconstruct", "kl"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("index", "file"), [(9, "runs/binmnist-biva-seed42/model.pth"), (10, "output/my_run/checkpoints/model_100000.pt")]
+)
+def test_from_a_state_dict_to_samples(
+    index: int, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    """On stand-ins of biva-pytorch and ladder-vae-pytorch, whose own calls have the names that they have there."""
+    monkeypatch.chdir(tmp_path)
+    Path(file).parent.mkdir(parents=True)
+    torch.save((ready(DeepVae()) if index == 9 else perturbed(AddttLadder())).state_dict(), file)
+    images = torch.rand(32, 1, *((4, 4) if index == 9 else (6, 7))).round()
+    said: list[Any] = []
+    names: dict[str, Any] = {"DeepVae": DeepVae, "hyperparameters": {}, "LadderVAE": AddttLadder, "arguments": {}}
+    names |= {"crop_img_tensor": crop_img_tensor, "load_weights": load_weights, "JointEBMPrior": JointEBMPrior}
+    names |= {"check_generator": lambda *a, **b: said.append(check_generator(*a, **b)), "images": images, "x": images[:4]}
+    run_python(blocks("docs/adapters.md", "python")[index : index + 1], names, record_property, SHORT_FIT)
+    assert [line.partition(":")[0] for line in said[0]][-3:] == ["sample", "reconstruct", "kl"]
+    assert names["prior"].sample(2, steps=2).shape == (2, *images.shape[1:])
 
 
 # -------------------------------------------------------------------------------------------------------------- commands

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from biva_stand_in import DeepVae, ready
+from ladder_vae_stand_in import LadderVAE as AddttLadder
 from stand_ins import NVAE, VDVAE, DeepVAE, perturbed
 from torch import Tensor
 
 from energy_prior import LadderVAE, ResidualVAE
-from energy_prior.adapters import DeepVAEAdapter, NVAEAdapter, VDVAEAdapter
+from energy_prior.adapters import BIVAAdapter, DeepVAEAdapter, LadderVAEAdapter, NVAEAdapter, VDVAEAdapter
 from energy_prior.protocol import HierarchicalGenerator
 from energy_prior.topdown import TopDown
 
@@ -25,6 +27,20 @@ ADAPTERS: dict[str, Callable[[], Any]] = {
     "deep vae": lambda: DeepVAEAdapter(perturbed(DeepVAE())),
     "deep vae without skips": lambda: DeepVAEAdapter(perturbed(DeepVAE("logistic", skips=False))),
     "deep ladder, mixture": lambda: DeepVAEAdapter(perturbed(DeepVAE("mixture", ladder=True))),
+    "biva": lambda: BIVAAdapter(ready(DeepVae(dense=True)), likelihood="bernoulli"),
+    "biva conditional, mixture": lambda: BIVAAdapter(
+        ready(DeepVae(tensor_shp=(-1, 3, 4, 4), features_out=20, conditional_bu=True)), likelihood="mixture"
+    ),
+    "biva's lvae": lambda: BIVAAdapter(ready(DeepVae("lvae")), likelihood="bernoulli"),
+    "biva's vae": lambda: BIVAAdapter(ready(DeepVae("vae", dense=True, no_skip=True)), likelihood="bernoulli"),
+    "addtt ladder": lambda: LadderVAEAdapter(perturbed(AddttLadder())),
+    "addtt ladder, gaussian": lambda: LadderVAEAdapter(
+        perturbed(AddttLadder(likelihood_form="gaussian", stochastic_skip=False))
+    ),
+    "addtt ladder, discretised": lambda: LadderVAEAdapter(perturbed(AddttLadder(3, likelihood_form="discr_log"))),
+    "addtt ladder, mixture": lambda: LadderVAEAdapter(
+        perturbed(AddttLadder(3, downsample=(1, 0, 1), img_shape=(8, 8), likelihood_form="discr_log_mix"))
+    ),
 }
 
 GENERATORS: dict[str, Callable[[], Any]] = {

@@ -13,8 +13,9 @@ from torch.distributions import Distribution, Independent, Normal
 
 from energy_prior._util import draw, not_none, plain_normal, sum_event
 from energy_prior.adapters.base import Adapter
+from energy_prior.adapters.likelihoods import binned_logistic, mixture_of_logistics
 from energy_prior.errors import GeneratorError
-from energy_prior.generators.likelihoods import DiscretizedLogistic, DiscretizedLogisticMixture, InModelUnits
+from energy_prior.generators.likelihoods import InModelUnits
 from energy_prior.process import reproducible
 from energy_prior.protocol import Inferred
 from energy_prior.topdown import infer_top_down
@@ -129,17 +130,10 @@ def _pixels(module: Any, parameters: dict[str, Tensor], dimensions: int) -> Dist
     if module.distribution is not None:
         return Independent(module.distribution(**parameters, validate_args=False), dimensions, validate_args=False)
     if "all_params" in parameters:
-        mixture = DiscretizedLogisticMixture.from_channels(parameters["all_params"], bottom=-0.999, top=0.999)
-        return InModelUnits(mixture, lambda x: 2 * x - 1, lambda y: (y + 1) / 2)
+        return mixture_of_logistics(parameters["all_params"])
     if {"mean", "logscale"} <= parameters.keys() and hasattr(module, "n_bins"):
-        # The module has n bins of width 1/n on [0, 1], and gives every x the mass of the bin that 255/256 x + 1/512 is in.
-        # Here the levels lie at k/(n − 1), in the middle of bins of width 1/(n − 1): the same bins, shifted and stretched.
-        n = module.n_bins
-        loc = (parameters["mean"] - 0.5 / n) * n / (n - 1)
-        scale = parameters["logscale"].exp() * n / (n - 1)
-        pixel = DiscretizedLogistic(loc, scale, n, floor=1e-14 if module.double_precision else 1e-7, validate_args=False)
-        base = Independent(pixel, dimensions, validate_args=False)
-        return InModelUnits(base, lambda x: torch.floor((x * (255 / 256) + 1 / 512) * n) / (n - 1), lambda y: y)
+        floor = 1e-14 if module.double_precision else 1e-7
+        return binned_logistic(parameters["mean"], parameters["logscale"], module.n_bins, floor)
     raise GeneratorError(
         f"model: its likelihood module, {type(module).__name__}, is not known. Override `likelihood` of DeepVAEAdapter for it."
     )

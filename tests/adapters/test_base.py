@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from biva_stand_in import DeepVae, ready
+from ladder_vae_stand_in import LadderVAE
 from stand_ins import NVAE, VDVAE, DeepVAE, perturbed
 from torch import nn
 
 from energy_prior import GeneratorError
-from energy_prior.adapters import DeepVAEAdapter, NVAEAdapter, VDVAEAdapter
+from energy_prior.adapters import BIVAAdapter, DeepVAEAdapter, LadderVAEAdapter, NVAEAdapter, VDVAEAdapter
 from energy_prior.checkpoint import fingerprint
+
+EVERY = pytest.mark.parametrize(
+    ("adapt", "make"),
+    [
+        (NVAEAdapter, NVAE),
+        (VDVAEAdapter, VDVAE),
+        (DeepVAEAdapter, DeepVAE),
+        (partial(BIVAAdapter, likelihood="bernoulli"), lambda: ready(DeepVae())),
+        (LadderVAEAdapter, LadderVAE),
+    ],
+    ids=["nvae", "vdvae", "deep vae", "biva", "ladder vae"],
+)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +44,7 @@ def test_settings_of_an_adapter_tell_models_apart(model: nn.Module, make: Any) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("adapt", "make"), [(NVAEAdapter, NVAE), (VDVAEAdapter, VDVAE), (DeepVAEAdapter, DeepVAE)])
+@EVERY
 def test_a_compiled_model_is_the_model_inside(adapt: Any, make: Callable[[], nn.Module]) -> None:
     model = perturbed(make())
     wrapped, plain = adapt(torch.compile(model)), adapt(model)
@@ -41,7 +56,7 @@ def test_a_compiled_model_is_the_model_inside(adapt: Any, make: Callable[[], nn.
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("adapt", "make"), [(NVAEAdapter, NVAE), (VDVAEAdapter, VDVAE), (DeepVAEAdapter, DeepVAE)])
+@EVERY
 def test_of_a_data_parallel_model_the_one_inside_is_asked_for(adapt: Any, make: Callable[[], nn.Module]) -> None:
     with pytest.raises(GeneratorError, match="DataParallel lacks .*It is a wrapper: pass the model inside, model.module"):
         adapt(nn.DataParallel(perturbed(make())))

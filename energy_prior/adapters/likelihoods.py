@@ -1,0 +1,38 @@
+"""Likelihoods of 8-bit images in [0, 1] that several public models share, at the edges and floors that they have there."""
+
+from __future__ import annotations
+
+__all__ = ["binned_logistic", "mixture_of_logistics"]
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent
+
+from energy_prior.generators.likelihoods import DiscretizedLogistic, DiscretizedLogisticMixture, InModelUnits
+
+
+def mixture_of_logistics(parameters: Tensor) -> Distribution:
+    """PixelCNN++'s mixture of RGB images: below −0.999 in [−1, 1] is the lowest level, above 0.999 the highest.
+
+    Args:
+        parameters: features of the last layer, (batch, 10·M, height, width).
+    """
+    mixture = DiscretizedLogisticMixture.from_channels(parameters, bottom=-0.999, top=0.999)
+    return InModelUnits(mixture, lambda x: 2 * x - 1, lambda y: (y + 1) / 2)
+
+
+def binned_logistic(mean: Tensor, log_scale: Tensor, bins: int, floor: float) -> Distribution:
+    """A logistic's mass in n bins of width 1/n on [0, 1], of the bin that 255/256 x + 1/512 is in.
+
+    Args:
+        mean: μ, (batch, *x_shape), observations.
+        log_scale: log s, (batch, *x_shape), s in the data's units.
+        bins: n.
+        floor: added to every probability.
+    """
+    # Here the levels lie at k/(n − 1), in the middle of bins of width 1/(n − 1): the same bins, shifted and stretched.
+    stretched = bins / (bins - 1)
+    loc, scale = (mean - 0.5 / bins) * stretched, log_scale.exp() * stretched
+    pixel = DiscretizedLogistic(loc, scale, bins, floor=floor, validate_args=False)
+    base = Independent(pixel, mean.ndim - 1, validate_args=False)
+    return InModelUnits(base, lambda x: torch.floor((x * (255 / 256) + 1 / 512) * bins) / (bins - 1), lambda y: y)
