@@ -9,6 +9,7 @@ __all__ = [
     "ChainWarning",
     "CheckpointError",
     "ConvEnergy",
+    "ConvolvedNormal",
     "DenoisingEnergy",
     "DataWarning",
     "DiscretizedLogisticMixture",
@@ -48,6 +49,7 @@ __all__ = [
 from energy_prior.calibration import Explanation
 from energy_prior.checks.generator import check_generator
 from energy_prior.conditionals import Logistic, NoiseMap
+from energy_prior.convolved import ConvolvedNormal
 from energy_prior.energies import ConvEnergy, DenoisingEnergy, Energy, MLPEnergy, default_energies, denoising_energies
 from energy_prior.errors import (
     ArgumentError,

@@ -21,6 +21,7 @@ __all__ = [
     "gaussian_part",
     "is_bounded",
     "is_conditional",
+    "log_ndtr_inverse",
     "rebuilt",
     "tensors_of",
     "to_latent",
@@ -221,11 +222,11 @@ def _laplace_quantile(noise: Tensor) -> Tensor:
 
 
 def _laplace_noise(t: Tensor) -> Tensor:
-    return _log_ndtr_inverse(t - _LOG_2)
+    return log_ndtr_inverse(t - _LOG_2)
 
 
 def _logistic_noise(t: Tensor) -> Tensor:
-    return _log_ndtr_inverse(F.logsigmoid(t))
+    return log_ndtr_inverse(F.logsigmoid(t))
 
 
 def _logit_of_normal(noise: Tensor) -> Tensor:
@@ -233,7 +234,7 @@ def _logit_of_normal(noise: Tensor) -> Tensor:
     return torch.special.log_ndtr(noise) - torch.special.log_ndtr(-noise)
 
 
-def _log_ndtr_inverse(y: Tensor) -> Tensor:
+def log_ndtr_inverse(y: Tensor) -> Tensor:
     """ε ≤ 0 with log Φ(ε) = y, for y ≤ −log 2; differentiable twice."""
     fixed = y.detach()
     tail = fixed.clamp(max=_TAIL)  # exp(y) would lose its digits, later be 0
