@@ -30,10 +30,14 @@ class Step(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Which layers' noise a draw gets: draw number -> layers, and how several are laid out in one draw."""
+    """Which layers' noise a draw gets: draw number -> layers, and how several are laid out in one draw.
+
+    `halves` has the draws that get a half of a layer's noise, in the channels: draw number -> 0 or 1.
+    """
 
     layers: Mapping[int, tuple[int, ...]]
     layout: str = "one"
+    halves: Mapping[int, int] = {}
 
 
 class Replay(TorchDispatchMode):
@@ -98,7 +102,10 @@ class Replay(TorchDispatchMode):
             noise = self._given[number].to(target).reshape(target.shape)
         elif number in self._plan.layers:
             layers = self._plan.layers[number]
-            noise = _laid_out([self._noise[i] for i in layers], self._plan.layout).to(target).reshape(target.shape)
+            noise = _laid_out([self._noise[i] for i in layers], self._plan.layout)
+            if number in self._plan.halves:
+                noise, layers = noise.chunk(2, dim=1)[self._plan.halves[number]], ()
+            noise = noise.to(target).reshape(target.shape)
         else:
             noise = self._other(target)
         if uniform:
@@ -196,6 +203,12 @@ def plans(drawn: Sequence[torch.Size], shapes: Mapping[int, torch.Size], orders:
             layers = _assigned(drawn, shapes, order, variant)
             if layers is not None and Plan(layers) not in found:
                 found.append(Plan(layers))
+    if not found:  # a layer's in two draws, or the first half alone: Normal layers (n, v) of a `ConvolvedNormal`
+        halves = {i: torch.Size([n[0], n[1] // 2, *n[2:]]) for i, n in shapes.items() if len(n) > 1 and n[1] % 2 == 0}
+        for order in orders if len(halves) == len(shapes) else ():
+            parts = [_assigned(drawn, halves, order, ("each", part)) or {} for part in range(2)]
+            if parts[0] and Plan(parts[1] | parts[0]) not in found:
+                found.append(Plan(parts[1] | parts[0], halves={n: part for part in (1, 0) for n in parts[part]}))
     if not found:  # all at once
         total = sum(shape.numel() for shape in shapes.values())
         whole = [number for number, shape in enumerate(drawn) if shape.numel() == total]
