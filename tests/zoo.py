@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from biva_stand_in import DeepVae, ready
 from ladder_vae_stand_in import LadderVAE as AddttLadder
+from qres_stand_in import HierarchicalVAE, VariableRateLossyVAE, varied
 from stand_ins import NVAE, VDVAE, DeepVAE, perturbed
 from torch import Tensor
 
 from energy_prior import LadderVAE, ResidualVAE
-from energy_prior.adapters import BIVAAdapter, DeepVAEAdapter, LadderVAEAdapter, NVAEAdapter, VDVAEAdapter
+from energy_prior.adapters import BIVAAdapter, DeepVAEAdapter, LadderVAEAdapter, NVAEAdapter, QResVAEAdapter, VDVAEAdapter
 from energy_prior.protocol import HierarchicalGenerator
 from energy_prior.topdown import TopDown
 
@@ -41,6 +42,9 @@ ADAPTERS: dict[str, Callable[[], Any]] = {
     "addtt ladder, mixture": lambda: LadderVAEAdapter(
         perturbed(AddttLadder(3, downsample=(1, 0, 1), img_shape=(8, 8), likelihood_form="discr_log_mix"))
     ),
+    "qres": lambda: QResVAEAdapter(varied(HierarchicalVAE()), x_shape=(3, 8, 4), variance=1 / 256),
+    "qres lossless": lambda: QResVAEAdapter(varied(HierarchicalVAE(None, colours=1)), x_shape=(1, 4, 8)),
+    "qarv": lambda: QResVAEAdapter(varied(VariableRateLossyVAE()), x_shape=(3, 8, 8), variance=1 / 512, lmb=64),
 }
 
 GENERATORS: dict[str, Callable[[], Any]] = {

@@ -7,6 +7,7 @@ __all__ = [
     "DeepVAEAdapter",
     "LadderVAEAdapter",
     "NVAEAdapter",
+    "QResVAEAdapter",
     "VDVAEAdapter",
     "load_checkpoint",
     "load_weights",
@@ -16,5 +17,6 @@ from energy_prior.adapters.biva import BIVAAdapter
 from energy_prior.adapters.deep_vae import DeepVAEAdapter
 from energy_prior.adapters.ladder_vae import LadderVAEAdapter
 from energy_prior.adapters.nvae import NVAEAdapter
+from energy_prior.adapters.qres_vae import QResVAEAdapter
 from energy_prior.adapters.vdvae import VDVAEAdapter
 from energy_prior.adapters.weights import load_checkpoint, load_weights

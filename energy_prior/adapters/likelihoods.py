@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["binned_logistic", "mixture_of_logistics"]
+__all__ = ["binned_logistic", "mixture_of_logistics", "rounded_normal"]
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
+from energy_prior._util import normal_like
+from energy_prior.convolved import ConvolvedNormal
 from energy_prior.generators.likelihoods import DiscretizedLogistic, DiscretizedLogisticMixture, InModelUnits
 
 
@@ -36,3 +40,24 @@ def binned_logistic(mean: Tensor, log_scale: Tensor, bins: int, floor: float) ->
     pixel = DiscretizedLogistic(loc, scale, bins, floor=floor, validate_args=False)
     base = Independent(pixel, mean.ndim - 1, validate_args=False)
     return InModelUnits(base, lambda x: torch.floor((x * (255 / 256) + 1 / 512) * bins) / (bins - 1), lambda y: y)
+
+
+def rounded_normal(mean: Tensor, scale: Tensor) -> Distribution:
+    """A Gaussian's mass in bins of width 1/255 around 8-bit levels; those below 0 and above 1 keep theirs.
+
+    Args:
+        mean: μ, (batch, *x_shape), observations.
+        scale: σ, (batch, *x_shape), in the data's units.
+    """
+    base = Independent(_Rounded(255 * mean, 255 * scale, validate_args=False), mean.ndim - 1, validate_args=False)
+    return InModelUnits(base, lambda x: 255 * x, lambda y: y / 255)
+
+
+class _Rounded(ConvolvedNormal):
+    """N(μ, σ²) rounded to whole numbers: its probabilities are densities of the convolution."""
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws, whole numbers, (*sample_shape, batch, *x_shape)."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return (self.loc + self.scale * normal_like(shape, self.loc)).round()
