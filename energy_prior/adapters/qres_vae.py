@@ -183,8 +183,8 @@ class QResVAEAdapter(Adapter):
     def _checked_variance(self, variance: float | None) -> float | None:
         if self._fixed and not self._lossless and not hasattr(self.model.out_net, "mse_lmb"):
             raise GeneratorError(
-                f"model: its output, a {type(self.model.out_net).__name__}, is neither for a squared error nor lossless. Override "
-                "`likelihood` of QResVAEAdapter for it."
+                f"model: its output, a {type(self.model.out_net).__name__}, is neither for a squared error nor lossless. "
+                "Override `likelihood` of QResVAEAdapter for it."
             )
         if self._lossless:
             if variance is not None:
