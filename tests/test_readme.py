@@ -19,9 +19,11 @@ from ladder_vae_stand_in import crop_img_tensor
 from pictures import picture, write_parquet
 from PIL import Image
 from public_models import PublicDeepVAE, PublicNVAE, PublicVDVAE, vdvae_inputs, vdvae_targets
+from qres_stand_in import HierarchicalVAE, varied
 from stand_ins import NVAE, perturbed
+from torch.distributions import Independent, Normal
 
-from energy_prior import JointEBMPrior, LadderVAE, check_generator
+from energy_prior import Inferred, JointEBMPrior, LadderVAE, check_generator
 from energy_prior.adapters import NVAEAdapter, load_weights
 from energy_prior.cli.demo import load_demo_data
 from energy_prior.cli.main import main
@@ -33,7 +35,7 @@ BLOCKS = {
     ("CONTRIBUTING.md", "shell"): 1,
     ("README.md", "python"): 3,
     ("README.md", "shell"): 2,
-    ("docs/adapters.md", "python"): 12,
+    ("docs/adapters.md", "python"): 14,
     ("docs/data.md", "python"): 1,
     ("docs/detection.md", "python"): 4,
     ("docs/detection.md", "shell"): 1,
@@ -227,6 +229,34 @@ def test_from_a_state_dict_to_samples(
     run_python(blocks("docs/adapters.md", "python")[index : index + 1], names, record_property, SHORT_FIT)
     assert [line.partition(":")[0] for line in said[0]][-3:] == ["sample", "reconstruct", "kl"]
     assert names["prior"].sample(2, steps=2).shape == (2, *images.shape[1:])
+
+
+def get_model(name: str, lmb: float) -> HierarchicalVAE:
+    """A stand-in with the call of lossy-vae's registry; of a stride of 4, so that 64 × 64 pixels are 16 × 16 at the top."""
+    return HierarchicalVAE(lmb)
+
+
+@pytest.mark.slow
+def test_from_a_compressor_to_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record) -> None:
+    """On a stand-in of lossy-vae, from a file as its training script writes it."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs/default/qres34m_0").mkdir(parents=True)
+    torch.save({"model": varied(get_model("", 1.0)).state_dict(), "iter": 1}, "runs/default/qres34m_0/last_ema.pt")
+    images = torch.rand(12, 3, 8, 8)
+    said: list[Any] = []
+    names: dict[str, Any] = {"get_model": get_model, "load_weights": load_weights, "JointEBMPrior": JointEBMPrior}
+    names |= {"check_generator": lambda *a, **b: said.append(check_generator(*a, **b)), "images": images, "x": images[:4]}
+    short = SHORT_FIT | {"(3, 64, 64)": "(3, 8, 8)", "(n, 1, 1)": "(n, 2, 2)"}
+    run_python(blocks("docs/adapters.md", "python")[11:12], names, record_property, short)
+    assert [line.partition(":")[0] for line in said[0]][-3:] == ["sample", "reconstruct", "kl"]
+    assert names["x"].shape == (16, 3, 8, 8)
+
+
+def test_learned_compression(capsys: pytest.CaptureFixture[str], record_property: Record) -> None:
+    names: dict[str, Any] = {"torch": torch, "nn": torch.nn, "Normal": Normal, "Independent": Independent, "Inferred": Inferred}
+    names |= {"check_generator": check_generator, "images": load_demo_data(9, 0).train[:8]}
+    run_python(blocks("docs/adapters.md", "python")[12:13], names, record_property)
+    assert "reconstruct: the observation agrees with the model's own, on the same noise" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------------------- commands
