@@ -154,7 +154,8 @@ def through(blocks: Any, bias: Tensor, size: Sequence[int], emb: Any, found: Any
             seen.append(numbers)
         else:
             h = block(h, emb) if getattr(block, "requires_embedding", False) else block(h)
-    return Ran(*(list(column) for column in zip(*seen, strict=True)), h)
+    z, loc, scale, q_loc, kl = (list(column) for column in zip(*seen, strict=True))
+    return Ran(z, loc, scale, q_loc, kl, h)
 
 
 class Decoder(nn.Module):

@@ -19,7 +19,7 @@ from ladder_vae_stand_in import crop_img_tensor
 from pictures import picture, write_parquet
 from PIL import Image
 from public_models import PublicDeepVAE, PublicNVAE, PublicVDVAE, vdvae_inputs, vdvae_targets
-from qres_stand_in import HierarchicalVAE, varied
+from qres_stand_in import HierarchicalVAE
 from stand_ins import NVAE, perturbed
 from torch.distributions import Independent, Normal
 
@@ -241,7 +241,7 @@ def test_from_a_compressor_to_samples(tmp_path: Path, monkeypatch: pytest.Monkey
     """On a stand-in of lossy-vae, from a file as its training script writes it."""
     monkeypatch.chdir(tmp_path)
     Path("runs/default/qres34m_0").mkdir(parents=True)
-    torch.save({"model": varied(get_model("", 1.0)).state_dict(), "iter": 1}, "runs/default/qres34m_0/last_ema.pt")
+    torch.save({"model": perturbed(get_model("", 1.0)).state_dict(), "iter": 1}, "runs/default/qres34m_0/last_ema.pt")
     images = torch.rand(12, 3, 8, 8)
     said: list[Any] = []
     names: dict[str, Any] = {"get_model": get_model, "load_weights": load_weights, "JointEBMPrior": JointEBMPrior}

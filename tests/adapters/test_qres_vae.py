@@ -139,7 +139,7 @@ def test_the_check_finds_a_wrong_scale(name: str) -> None:
     blocks = model.decoder.dec_blocks if isinstance(model, HierarchicalVAE) else model.dec_blocks
 
     def sample(n: int) -> Tensor:
-        kept = [(b, b.transform_prior) for b in blocks if hasattr(b, "transform_prior")]
+        kept: list[Any] = [(b, b.transform_prior) for b in blocks if hasattr(b, "transform_prior")]
         for block, own in kept:
             change = math.log(1.01) if isinstance(model, HierarchicalVAE) else 0.0
 
