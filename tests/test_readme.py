@@ -13,7 +13,7 @@ import datasets
 import pytest
 import torch
 from biva_stand_in import DeepVae, ready
-from doc_blocks import CODE, ROOT, Record, all_blocks, blocks, run_python, run_shell
+from doc_blocks import CODE, ROOT, Block, Record, all_blocks, blocks, run_python, run_shell
 from ladder_vae_stand_in import LadderVAE as AddttLadder
 from ladder_vae_stand_in import crop_img_tensor
 from pictures import picture, write_parquet
@@ -33,7 +33,7 @@ BLOCKS = {
     ("CONTRIBUTING.md", "shell"): 1,
     ("README.md", "python"): 3,
     ("README.md", "shell"): 2,
-    ("docs/adapters.md", "python"): 12,
+    ("docs/adapters.md", "python"): 13,
     ("docs/data.md", "python"): 1,
     ("docs/detection.md", "python"): 4,
     ("docs/detection.md", "shell"): 1,
@@ -164,14 +164,21 @@ def test_adapter_guide(
     names: dict[str, Any] = {"images": data.train[:64]}
     chosen = blocks("docs/adapters.md", "python")
     short = SHORT_FIT | {"iterations=2000)": "iterations=3, progress=False)"}
-    run_python([*chosen[:5], chosen[-1]], names, record_property, short)
+    run_python([*chosen[:6], chosen[-1]], names, record_property, short)
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "shapes, types and layer order agree with latent_shapes"
     assert "reconstruct: the observation agrees with the model's own, on the same noise" in out
     assert "kl: the sum over layers agrees" in out
+    assert "log p of every layer is that of the map from noise" in out
     assert names["x"].shape == (16, 1, 8, 8)
     assert names["scores"].shape == (8,)
     assert out[-1] == "torch.Size([4, 1, 8, 8])"
+
+
+def block_with(text: str) -> Block:
+    """The block of the adapters' guide that has this text."""
+    (found,) = [block for block in blocks("docs/adapters.md", "python") if text in block.code]
+    return found
 
 
 class AutoEncoder(NVAE):
@@ -189,42 +196,46 @@ def test_checkpoint_of_a_public_model(tmp_path: Path, monkeypatch: pytest.Monkey
     torch.save(saved, "checkpoint.pt")
     images = torch.randint(0, 256, (32, 3, 16, 16)) / 255
     names = {"AutoEncoder": AutoEncoder, "JointEBMPrior": JointEBMPrior, "images": images}
-    run_python(blocks("docs/adapters.md", "python")[5:6], names, record_property, SHORT_FIT)
+    run_python([block_with("NVAEAdapter(load_weights(")], names, record_property, SHORT_FIT)
     assert names["prior"].sample(2, steps=2).shape == (2, 3, 16, 16)
 
 
-@pytest.mark.parametrize("index", [6, 7, 8], ids=["NVAE", "VDVAE", "hvae-oodd"])
-def test_own_calls_of_a_public_model(index: int, record_property: Record) -> None:
+@pytest.mark.parametrize("adapter", ["NVAEAdapter", "VDVAEAdapter", "DeepVAEAdapter"])
+def test_own_calls_of_a_public_model(adapter: str, record_property: Record) -> None:
     """On stand-ins whose calls have the names that the repositories give them."""
     model, x = {
-        6: lambda: (PublicNVAE(), torch.randint(0, 2, (4, 1, 16, 16)).float()),
-        7: lambda: (PublicVDVAE(), torch.randint(0, 256, (4, 3, 8, 8)) / 255),
-        8: lambda: (PublicDeepVAE(ladder=True), torch.randint(0, 2, (4, 10)).float()),
-    }[index]()
+        "NVAEAdapter": lambda: (PublicNVAE(), torch.randint(0, 2, (4, 1, 16, 16)).float()),
+        "VDVAEAdapter": lambda: (PublicVDVAE(), torch.randint(0, 256, (4, 3, 8, 8)) / 255),
+        "DeepVAEAdapter": lambda: (PublicDeepVAE(ladder=True), torch.randint(0, 2, (4, 10)).float()),
+    }[adapter]()
     said: list[Any] = []
     names: dict[str, Any] = {"NVAEAdapter": NVAEAdapter, "inputs": vdvae_inputs, "targets": vdvae_targets}
     names |= {"check_generator": lambda *a, **b: said.append(check_generator(*a, **b)), "model": perturbed(model), "x": x}
-    run_python(blocks("docs/adapters.md", "python")[index : index + 1], names, record_property)
+    run_python([block_with(f"    {adapter}(model),")], names, record_property)
     assert [line.partition(":")[0] for line in said[0]][-3:] == ["sample", "reconstruct", "kl"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("index", "file"), [(9, "runs/binmnist-biva-seed42/model.pth"), (10, "output/my_run/checkpoints/model_100000.pt")]
+    ("adapter", "file"),
+    [
+        ("BIVAAdapter", "runs/binmnist-biva-seed42/model.pth"),
+        ("LadderVAEAdapter", "output/my_run/checkpoints/model_100000.pt"),
+    ],
 )
 def test_from_a_state_dict_to_samples(
-    index: int, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+    adapter: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     """On stand-ins of biva-pytorch and ladder-vae-pytorch, whose own calls have the names that they have there."""
     monkeypatch.chdir(tmp_path)
     Path(file).parent.mkdir(parents=True)
-    torch.save((ready(DeepVae()) if index == 9 else perturbed(AddttLadder())).state_dict(), file)
-    images = torch.rand(32, 1, *((4, 4) if index == 9 else (6, 7))).round()
+    torch.save((ready(DeepVae()) if adapter == "BIVAAdapter" else perturbed(AddttLadder())).state_dict(), file)
+    images = torch.rand(32, 1, *((4, 4) if adapter == "BIVAAdapter" else (6, 7))).round()
     said: list[Any] = []
     names: dict[str, Any] = {"DeepVae": DeepVae, "hyperparameters": {}, "LadderVAE": AddttLadder, "arguments": {}}
     names |= {"crop_img_tensor": crop_img_tensor, "load_weights": load_weights, "JointEBMPrior": JointEBMPrior}
     names |= {"check_generator": lambda *a, **b: said.append(check_generator(*a, **b)), "images": images, "x": images[:4]}
-    run_python(blocks("docs/adapters.md", "python")[index : index + 1], names, record_property, SHORT_FIT)
+    run_python([block_with(f"generator = {adapter}(model")], names, record_property, SHORT_FIT)
     assert [line.partition(":")[0] for line in said[0]][-3:] == ["sample", "reconstruct", "kl"]
     assert names["prior"].sample(2, steps=2).shape == (2, *images.shape[1:])
 
