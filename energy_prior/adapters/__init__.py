@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["DeepVAEAdapter", "NVAEAdapter", "VDVAEAdapter", "load_checkpoint", "load_weights"]
+__all__ = ["DeepVAEAdapter", "EfficientVDVAEAdapter", "NVAEAdapter", "VDVAEAdapter", "load_checkpoint", "load_weights"]
 
 from energy_prior.adapters.deep_vae import DeepVAEAdapter
+from energy_prior.adapters.efficient_vdvae import EfficientVDVAEAdapter
 from energy_prior.adapters.nvae import NVAEAdapter
 from energy_prior.adapters.vdvae import VDVAEAdapter
 from energy_prior.adapters.weights import load_checkpoint, load_weights
