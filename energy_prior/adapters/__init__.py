@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["DeepVAEAdapter", "EfficientVDVAEAdapter", "NVAEAdapter", "VDVAEAdapter", "load_checkpoint", "load_weights"]
+__all__ = [
+    "CAREamicsAdapter",
+    "DeepVAEAdapter",
+    "EfficientVDVAEAdapter",
+    "NVAEAdapter",
+    "VDVAEAdapter",
+    "load_checkpoint",
+    "load_weights",
+]
 
+from energy_prior.adapters.careamics import CAREamicsAdapter
 from energy_prior.adapters.deep_vae import DeepVAEAdapter
 from energy_prior.adapters.efficient_vdvae import EfficientVDVAEAdapter
 from energy_prior.adapters.nvae import NVAEAdapter
