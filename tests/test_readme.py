@@ -17,9 +17,11 @@ from pictures import picture, write_parquet
 from PIL import Image
 from public_models import PublicDeepVAE, PublicNVAE, PublicVDVAE, vdvae_inputs, vdvae_targets
 from stand_ins import NVAE, perturbed
+from stand_ins_careamics import CAREamicsLadder, GaussianLikelihood
+from stand_ins_efficient_vdvae import EfficientVDVAE, MixtureLoss, hyper_parameters, std_loss
 
 from energy_prior import JointEBMPrior, LadderVAE, check_generator
-from energy_prior.adapters import NVAEAdapter
+from energy_prior.adapters import NVAEAdapter, load_checkpoint, load_weights
 from energy_prior.cli.demo import load_demo_data
 from energy_prior.cli.main import main
 
@@ -30,7 +32,7 @@ BLOCKS = {
     ("CONTRIBUTING.md", "shell"): 1,
     ("README.md", "python"): 3,
     ("README.md", "shell"): 2,
-    ("docs/adapters.md", "python"): 10,
+    ("docs/adapters.md", "python"): 12,
     ("docs/data.md", "python"): 1,
     ("docs/detection.md", "python"): 4,
     ("docs/detection.md", "shell"): 1,
@@ -161,7 +163,7 @@ def test_adapter_guide(
     names: dict[str, Any] = {"images": data.train[:64]}
     chosen = blocks("docs/adapters.md", "python")
     short = SHORT_FIT | {"iterations=2000)": "iterations=3, progress=False)"}
-    run_python([*chosen[:5], chosen[9]], names, record_property, short)
+    run_python([*chosen[:5], chosen[-1]], names, record_property, short)
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "shapes, types and layer order agree with latent_shapes"
     assert "reconstruct: the observation agrees with the model's own, on the same noise" in out
@@ -202,6 +204,48 @@ def test_own_calls_of_a_public_model(index: int, record_property: Record) -> Non
     names: dict[str, Any] = {"NVAEAdapter": NVAEAdapter, "inputs": vdvae_inputs, "targets": vdvae_targets}
     names |= {"check_generator": lambda *a, **b: said.append(check_generator(*a, **b)), "model": perturbed(model), "x": x}
     run_python(blocks("docs/adapters.md", "python")[index : index + 1], names, record_property)
+    assert [line.partition(":")[0] for line in said[0]][-3:] == ["sample", "reconstruct", "kl"]
+
+
+def test_from_a_checkpoint_of_efficient_vdvae_to_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], record_property: Record
+) -> None:
+    """On a stand-in, and a file as its training script writes one."""
+    monkeypatch.chdir(tmp_path)
+    hparams = hyper_parameters()
+    states = [EfficientVDVAE(hparams).state_dict() for _ in range(2)]
+    torch.save({"global_step": 1, "model_state_dict": states[0], "ema_model_state_dict": states[1]}, "checkpoints-NAME")
+    names = {
+        "UniversalAutoEncoder": lambda: EfficientVDVAE(hparams, run=False),
+        "hparams": hparams,
+        "loss": MixtureLoss(hparams),
+    }
+    names |= {"calculate_std_loss": std_loss, "x": torch.randint(0, 256, (4, 3, 8, 8)) / 255}
+    _run_block_of("EfficientVDVAEAdapter", names, record_property)
+    assert torch.equal(names["model"].top_down.trainable_h, states[1]["top_down.trainable_h"])
+    assert capsys.readouterr().out == "torch.Size([16, 3, 8, 8])\n"
+
+
+def test_from_a_checkpoint_of_careamics_to_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], record_property: Record
+) -> None:
+    """On a stand-in, and the weights of a file of Lightning's."""
+    monkeypatch.chdir(tmp_path)
+    state = {f"model.{name}": value for name, value in perturbed(CAREamicsLadder()).state_dict().items()}
+    torch.save({"epoch": 1, "global_step": 2, "state_dict": state, "optimizer_states": []}, "last.ckpt")
+    names = {"model_factory": lambda config: CAREamicsLadder(**config), "config": {}, "GaussianLikelihood": GaussianLikelihood}
+    _run_block_of("CAREamicsAdapter", names | {"x": torch.randn(4, 1, 8, 8)}, record_property)
+    assert capsys.readouterr().out == "torch.Size([16, 1, 8, 8])\n"
+
+
+def _run_block_of(adapter: str, names: dict[str, Any], record_property: Record) -> None:
+    """The block of the guide that imports an adapter, with what blocks before it have imported; all three calls agree."""
+    said: list[Any] = []
+    names |= {"torch": torch, "JointEBMPrior": JointEBMPrior, "load_checkpoint": load_checkpoint, "load_weights": load_weights}
+    names["check_generator"] = lambda *a, **b: said.append(check_generator(*a, **b))
+    chosen = [block for block in blocks("docs/adapters.md", "python") if f"import {adapter}" in block.code]
+    assert len(chosen) == 1
+    run_python(chosen, names, record_property)
     assert [line.partition(":")[0] for line in said[0]][-3:] == ["sample", "reconstruct", "kl"]
 
 

@@ -230,7 +230,7 @@ class _Noisy(Distribution):
         """Draws of observations, (*sample_shape, batch, channels, …)."""
         if sample_shape:
             return torch.stack([self.sample(sample_shape[1:]) for _ in range(sample_shape[0])])
-        mean, deviation = (torch.as_tensor(v).to(self.signal) for v in (self.module.data_mean, self.module.data_std))
+        mean, deviation = (value.to(self.signal) for value in (self.module.data_mean, self.module.data_std))
         raw, noise = self.signal * deviation + mean, self.module.noiseModel
         drawn: list[Tensor] = []
         for channel in range(raw.shape[1]):
