@@ -77,7 +77,7 @@ class TopDownLayer(nn.Module):
             n = len(found) if n_img_prior is None else n_img_prior
             p_params = self.top_prior_params.expand(n, *self.top_prior_params.shape[1:])
         assert p_params is not None
-        q_params = found if found is None or self.is_top_layer else self.merge(found, p_params)
+        q_params: Any = found if found is None or self.is_top_layer else self.merge(found, p_params)
         if self.normalize_latent_factor:
             q_params = q_params / self.normalize_latent_factor
         p = self.stochastic.process_p_params(p_params, clip)[2]
@@ -194,8 +194,8 @@ class OneNoise(nn.Module):
 
     def likelihood(self, observations: Tensor, signals: Tensor) -> Tensor:
         low, high, narrow, wide, share, rest = self.get_gaussian_parameters(signals)
-        densities = (Normal(low, narrow), Normal(high, wide))
-        return sum(w * d.log_prob(observations).exp() for w, d in zip((share, rest), densities, strict=True)) + 1e-10
+        narrower, wider = (Normal(m, s).log_prob(observations).exp() for m, s in ((low, narrow), (high, wide)))
+        return share * narrower + rest * wider + 1e-10
 
 
 class Noise(nn.Module):

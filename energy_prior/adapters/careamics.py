@@ -158,7 +158,8 @@ class CAREamicsAdapter(Adapter):
 
         Args:
             state: the state above the layer.
-            found: what the encoder gives for z_1, …, z_L, each features, (batch, channels, [depth,] height, width).
+            found: what the encoder gives for z_1, …, z_L, each (batch, channels, height, width), of 3D models with the depth
+                before the height; features.
             layer: i, 1 … L.
         """
         module = self.model.top_down_layers[layer - 1]

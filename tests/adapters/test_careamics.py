@@ -87,8 +87,8 @@ VARIANTS: dict[str, Callable[[], Made]] = {
 
 def made(variant: str) -> tuple[Any, CAREamicsAdapter, Callable[[Tensor], Tensor], Any, Tensor]:
     """A model in double precision, its adapter, the encoder's input of x, log p of an output, and observations."""
-    model, keywords, log_p = VARIANTS[variant]()
-    model = perturbed(model).double()
+    built, keywords, log_p = VARIANTS[variant]()
+    model: Any = perturbed(built).double()
     with torch.no_grad():
         for layer in model.top_down_layers:  # log σ² on both sides of 0, where the formula changes
             layer.stochastic.conv_in_q.bias.normal_()
@@ -126,7 +126,7 @@ def test_every_number(variant: str) -> None:
             if layer.latent_shape is not None and out.shape[-1] == layer.latent_shape[-1]:
                 out = out[..., 2:-2, 2:-2]
             above = layer.deterministic_block(out)
-        close = {"rtol": 1e-9, "atol": 1e-9}
+        close: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
         torch.testing.assert_close(inferred.log_q, torch.stack(log_q, 1), **close)
         torch.testing.assert_close(descent.log_priors(), torch.stack(log_p, 1), **close)
         output = model.output_layer(model.final_top_down(above))

@@ -86,7 +86,7 @@ def test_every_number(variant: str, t: tuple[float, ...]) -> None:
             log_q.insert(0, q.log_prob(z).flatten(1).sum(1))
             log_p.insert(0, p.log_prob(z).flatten(1).sum(1))
             y = block.residual_block(y + features[:, :6] + block.z_projection(z))
-        close = {"rtol": 1e-9, "atol": 1e-9}
+        close: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
         torch.testing.assert_close(inferred.log_q, torch.stack(log_q, 1), **close)
         torch.testing.assert_close(descent.log_priors(), torch.stack(log_p, 1), **close)
         found = adapter.likelihood(descent.state).log_prob(x)
