@@ -6,7 +6,6 @@ Written against that interface, not from its code; `docs/adapters.md` names the 
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,12 +13,21 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 
-def gaussian(parameters: Tensor, clip: float) -> tuple[Any, Any, Normal]:
-    """Mean, log σ² and N: σ² is 10⁻⁶ and either e^l or, above l = 0, 1 + l."""
-    mean, log_variance = parameters.chunk(2, 1)
-    log_variance = log_variance.clamp(max=clip)
-    variance = torch.where(log_variance > 0, 1 + log_variance, log_variance.exp()) + 1e-6
-    return SimpleNamespace(get=lambda: mean), SimpleNamespace(get_std=variance.sqrt), Normal(mean, variance.sqrt())
+class LogVariance:
+    """σ² is 10⁻⁶ and either e^l or, above l = 0, 1 + l."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def get_std(self) -> Tensor:
+        return (torch.where(self.values > 0, 1 + self.values, self.values.exp()) + 1e-6).sqrt()
+
+
+def gaussian(parameters: Tensor, clip: float) -> tuple[Tensor, LogVariance, Normal]:
+    """Mean, log σ² and N."""
+    mean, values = parameters.chunk(2, 1)
+    log_variance = LogVariance(values.clamp(max=clip))
+    return mean, log_variance, Normal(mean, log_variance.get_std())
 
 
 class Stochastic(nn.Module):
@@ -30,10 +38,10 @@ class Stochastic(nn.Module):
         self.conv_in_p = None if top else conv(width, 2 * z, 3, padding=1)
         self.conv_in_q, self.conv_out = conv(width, 2 * z, 3, padding=1), conv(z, width, 3, padding=1)
 
-    def process_p_params(self, p_params: Tensor, var_clip_max: float) -> tuple[Any, Any, Normal]:
+    def process_p_params(self, p_params: Tensor, var_clip_max: float) -> tuple[Tensor, LogVariance, Normal]:
         return gaussian(p_params if self.conv_in_p is None else self.conv_in_p(p_params), var_clip_max)
 
-    def process_q_params(self, q_params: Tensor, var_clip_max: float) -> tuple[Any, Any, Normal]:
+    def process_q_params(self, q_params: Tensor, var_clip_max: float) -> tuple[Tensor, LogVariance, Normal]:
         return gaussian(self.conv_in_q(q_params), var_clip_max)
 
 
