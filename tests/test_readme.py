@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import collections
 import shutil
 from collections.abc import Iterator
@@ -12,17 +11,11 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from biva_stand_in import DeepVae, ready
-from doc_blocks import CODE, ROOT, Block, Record, all_blocks, blocks, run_python, run_shell
-from ladder_vae_stand_in import LadderVAE as AddttLadder
-from ladder_vae_stand_in import crop_img_tensor
+from doc_blocks import CODE, ROOT, Record, all_blocks, blocks, run_python, run_shell
 from pictures import picture, write_parquet
 from PIL import Image
-from public_models import PublicDeepVAE, PublicNVAE, PublicVDVAE, vdvae_inputs, vdvae_targets
-from stand_ins import NVAE, perturbed
 
-from energy_prior import JointEBMPrior, LadderVAE, check_generator
-from energy_prior.adapters import NVAEAdapter, load_weights
+from energy_prior import JointEBMPrior, LadderVAE
 from energy_prior.cli.demo import load_demo_data
 from energy_prior.cli.main import main
 
@@ -33,20 +26,21 @@ BLOCKS = {
     ("CONTRIBUTING.md", "shell"): 1,
     ("README.md", "python"): 3,
     ("README.md", "shell"): 2,
-    ("docs/adapters.md", "python"): 13,
+    ("docs/adapters.md", "python"): 7,
     ("docs/data.md", "python"): 1,
     ("docs/detection.md", "python"): 4,
     ("docs/detection.md", "shell"): 1,
     ("docs/faq.md", "python"): 1,
     ("docs/index.md", "python"): 1,
     ("docs/index.md", "shell"): 1,
+    ("docs/public-models.md", "python"): 7,
     ("docs/sampling.md", "python"): 1,
     ("docs/sharing.md", "python"): 2,
     ("docs/threads.md", "python"): 1,
     ("docs/training.md", "python"): 3,
     ("docs/training.md", "shell"): 5,
 }
-"""How many blocks of code there are; the tests below run them all, and `benchmarks/docs.py` counts whether they do."""
+"""How many blocks of code there are; the tests here and in test_public_models.py run them, `benchmarks/docs.py` counts them."""
 
 NO_CODE = {("docs/index.md", "text"): 1}  # what the quickstart prints
 
@@ -173,71 +167,6 @@ def test_adapter_guide(
     assert names["x"].shape == (16, 1, 8, 8)
     assert names["scores"].shape == (8,)
     assert out[-1] == "torch.Size([4, 1, 8, 8])"
-
-
-def block_with(text: str) -> Block:
-    """The block of the adapters' guide that has this text."""
-    (found,) = [block for block in blocks("docs/adapters.md", "python") if text in block.code]
-    return found
-
-
-class AutoEncoder(NVAE):
-    """A stand-in with the arguments of NVAE's class."""
-
-    def __init__(self, args: argparse.Namespace, writer: None, arch_instance: dict[str, list[str]]) -> None:
-        super().__init__(args.decoder)
-
-
-@pytest.mark.slow
-def test_checkpoint_of_a_public_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record) -> None:
-    """On a stand-in of NVAE."""
-    monkeypatch.chdir(tmp_path)
-    saved = {"state_dict": NVAE().state_dict(), "args": argparse.Namespace(decoder="mixture"), "arch_instance": {"cell": ["a"]}}
-    torch.save(saved, "checkpoint.pt")
-    images = torch.randint(0, 256, (32, 3, 16, 16)) / 255
-    names = {"AutoEncoder": AutoEncoder, "JointEBMPrior": JointEBMPrior, "images": images}
-    run_python([block_with("NVAEAdapter(load_weights(")], names, record_property, SHORT_FIT)
-    assert names["prior"].sample(2, steps=2).shape == (2, 3, 16, 16)
-
-
-@pytest.mark.parametrize("adapter", ["NVAEAdapter", "VDVAEAdapter", "DeepVAEAdapter"])
-def test_own_calls_of_a_public_model(adapter: str, record_property: Record) -> None:
-    """On stand-ins whose calls have the names that the repositories give them."""
-    model, x = {
-        "NVAEAdapter": lambda: (PublicNVAE(), torch.randint(0, 2, (4, 1, 16, 16)).float()),
-        "VDVAEAdapter": lambda: (PublicVDVAE(), torch.randint(0, 256, (4, 3, 8, 8)) / 255),
-        "DeepVAEAdapter": lambda: (PublicDeepVAE(ladder=True), torch.randint(0, 2, (4, 10)).float()),
-    }[adapter]()
-    said: list[Any] = []
-    names: dict[str, Any] = {"NVAEAdapter": NVAEAdapter, "inputs": vdvae_inputs, "targets": vdvae_targets}
-    names |= {"check_generator": lambda *a, **b: said.append(check_generator(*a, **b)), "model": perturbed(model), "x": x}
-    run_python([block_with(f"    {adapter}(model),")], names, record_property)
-    assert [line.partition(":")[0] for line in said[0]][-3:] == ["sample", "reconstruct", "kl"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("adapter", "file"),
-    [
-        ("BIVAAdapter", "runs/binmnist-biva-seed42/model.pth"),
-        ("LadderVAEAdapter", "output/my_run/checkpoints/model_100000.pt"),
-    ],
-)
-def test_from_a_state_dict_to_samples(
-    adapter: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
-) -> None:
-    """On stand-ins of biva-pytorch and ladder-vae-pytorch, whose own calls have the names that they have there."""
-    monkeypatch.chdir(tmp_path)
-    Path(file).parent.mkdir(parents=True)
-    torch.save((ready(DeepVae()) if adapter == "BIVAAdapter" else perturbed(AddttLadder())).state_dict(), file)
-    images = torch.rand(32, 1, *((4, 4) if adapter == "BIVAAdapter" else (6, 7))).round()
-    said: list[Any] = []
-    names: dict[str, Any] = {"DeepVae": DeepVae, "hyperparameters": {}, "LadderVAE": AddttLadder, "arguments": {}}
-    names |= {"crop_img_tensor": crop_img_tensor, "load_weights": load_weights, "JointEBMPrior": JointEBMPrior}
-    names |= {"check_generator": lambda *a, **b: said.append(check_generator(*a, **b)), "images": images, "x": images[:4]}
-    run_python([block_with(f"generator = {adapter}(model")], names, record_property, SHORT_FIT)
-    assert [line.partition(":")[0] for line in said[0]][-3:] == ["sample", "reconstruct", "kl"]
-    assert names["prior"].sample(2, steps=2).shape == (2, *images.shape[1:])
 
 
 # -------------------------------------------------------------------------------------------------------------- commands

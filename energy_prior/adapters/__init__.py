@@ -4,7 +4,9 @@ from __future__ import annotations
 
 __all__ = [
     "BIVAAdapter",
+    "CAREamicsAdapter",
     "DeepVAEAdapter",
+    "EfficientVDVAEAdapter",
     "LadderVAEAdapter",
     "NVAEAdapter",
     "VDVAEAdapter",
@@ -13,7 +15,9 @@ __all__ = [
 ]
 
 from energy_prior.adapters.biva import BIVAAdapter
+from energy_prior.adapters.careamics import CAREamicsAdapter
 from energy_prior.adapters.deep_vae import DeepVAEAdapter
+from energy_prior.adapters.efficient_vdvae import EfficientVDVAEAdapter
 from energy_prior.adapters.ladder_vae import LadderVAEAdapter
 from energy_prior.adapters.nvae import NVAEAdapter
 from energy_prior.adapters.vdvae import VDVAEAdapter

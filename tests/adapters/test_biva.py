@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from biva_stand_in import DeepVae, ready
 from stand_ins import DeepVAE, perturbed
+from stand_ins_biva import DeepVae, ready
 from torch import Tensor
 from torch.distributions import Bernoulli
 
