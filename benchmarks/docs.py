@@ -25,7 +25,6 @@ from results import ROOT, Row, write_results
 sys.path.insert(0, str(ROOT / "tests"))
 from doc_blocks import CODE, all_blocks
 
-
 FILES = ("tests/test_readme.py", "tests/test_public_models.py")
 
 
