@@ -25,6 +25,8 @@ from results import ROOT, Row, write_results
 sys.path.insert(0, str(ROOT / "tests"))
 from doc_blocks import CODE, all_blocks
 
+FILES = ("tests/test_readme.py", "tests/test_public_models.py")
+
 
 class Recorder:
     """A plugin of pytest that keeps the blocks that tests which passed have run."""
@@ -45,7 +47,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     os.chdir(ROOT)
     recorder = Recorder()
-    pytest.main(["-q", "-m", "not slow" if quick else "", "-p", "no:cacheprovider", "tests/test_readme.py"], plugins=[recorder])
+    pytest.main(["-q", "-m", "not slow" if quick else "", "-p", "no:cacheprovider", *FILES], plugins=[recorder])
     wanted = [block.name for block in all_blocks() if block.kind in CODE]
     for name in wanted:
         if name not in recorder.run:

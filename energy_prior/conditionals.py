@@ -62,10 +62,10 @@ class NoiseMap(Protocol):
         """z = T(ε), differentiable.
 
         Args:
-            noise: ε ~ N(0, I), (batch, *latent_shape).
+            noise: ε ~ N(0, I), (batch, *latent_shape), no unit.
 
         Returns:
-            z, (batch, *latent_shape), distributed as this distribution.
+            Of this distribution: latents z, (batch, *latent_shape).
         """
         ...
 
@@ -73,10 +73,10 @@ class NoiseMap(Protocol):
         """ε = T⁻¹(z), differentiable.
 
         Args:
-            value: z, (batch, *latent_shape).
+            value: latents z, (batch, *latent_shape).
 
         Returns:
-            ε, (batch, *latent_shape).
+            The noise ε of it, (batch, *latent_shape), no unit.
         """
         ...
 
@@ -87,8 +87,8 @@ class Logistic(Distribution):
     torch has it only as a `TransformedDistribution` of a `Uniform`, which rounds its upper tail away.
 
     Args:
-        loc: μ, (batch, *latent_shape), in z's units.
-        scale: s > 0, (batch, *latent_shape), in z's units.
+        loc: μ of the latents, (batch, *latent_shape).
+        scale: s > 0, (batch, *latent_shape), in the latents' units.
         validate_args: whether arguments are checked; None: torch's own default.
     """
 
@@ -112,16 +112,23 @@ class Logistic(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """μ, (batch, *latent_shape), in z's units."""
+        """μ of the latents, (batch, *latent_shape)."""
         return self.loc
 
     @property
     def variance(self) -> Tensor:
-        """π²s²/3, (batch, *latent_shape), in z's units squared."""
+        """π²s²/3, (batch, *latent_shape), in the latents' units squared."""
         return (math.pi * self.scale) ** 2 / 3
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Reparameterised draws, (*sample_shape, batch, *latent_shape), in z's units."""
+        """Reparameterised draws.
+
+        Args:
+            sample_shape: how many, in what shape.
+
+        Returns:
+            Draws of latents, (*sample_shape, batch, *latent_shape).
+        """
         shape = self._extended_shape(torch.Size(sample_shape))
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         return self.loc + self.scale * _logit_of_normal(noise)
@@ -130,7 +137,7 @@ class Logistic(Distribution):
         """log p(z) of every element, (batch, *latent_shape), nats.
 
         Args:
-            value: z, (batch, *latent_shape), in z's units.
+            value: latents z, (batch, *latent_shape).
         """
         t = (value - self.loc) / self.scale
         return -t.abs() - 2 * F.softplus(-t.abs()) - self.scale.log()

@@ -30,8 +30,8 @@ class ConvolvedNormal(Distribution):
     with q(n, v | x) = q(z | x) p(n, v | z): log p(n, v) − log q(n, v | x) = log p(z) − log q(z | x), whatever was drawn.
 
     Args:
-        loc: μ, (batch, C, *shape), in z's units.
-        scale: σ > 0, (batch, C, *shape), in z's units.
+        loc: μ of the latents, (batch, C, *shape).
+        scale: σ > 0, (batch, C, *shape), in the latents' units.
         validate_args: whether arguments are checked; None: torch's own default.
 
     Examples:
@@ -62,16 +62,23 @@ class ConvolvedNormal(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """μ, (batch, C, *shape), in z's units."""
+        """μ of the latents, (batch, C, *shape)."""
         return self.loc
 
     @property
     def variance(self) -> Tensor:
-        """σ² + 1/12, (batch, C, *shape), in z's units squared."""
+        """σ² + 1/12, (batch, C, *shape), in the latents' units squared."""
         return self.scale**2 + 1 / 12
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Reparameterised draws, (*sample_shape, batch, C, *shape), in z's units."""
+        """Reparameterised draws.
+
+        Args:
+            sample_shape: of draws; (): one.
+
+        Returns:
+            Draws of latents z, (*sample_shape, batch, C, *shape).
+        """
         shape = self._extended_shape(torch.Size(sample_shape))
         return self.loc + self.scale * normal_like(shape, self.loc) + _ndtr(normal_like(shape, self.loc)) - 0.5
 
@@ -79,21 +86,21 @@ class ConvolvedNormal(Distribution):
         """log p(z) of every element, (batch, C, *shape), nats.
 
         Args:
-            value: z, (batch, C, *shape), in z's units.
+            value: latents z, (batch, C, *shape).
         """
         return _log_mass((value - self.loc) / self.scale, 0.5 / self.scale)
 
     def pair(self) -> Normal:
-        """p(n, v) = N(n; μ, σ²) N(v; 0, 1), of (batch, 2 C, *shape): what `conditional` of a generator returns."""
+        """p(n, v) = N(n; μ, σ²) N(v; 0, 1), of (batch, 2·C, *shape): what `conditional` of a generator returns."""
         loc = torch.cat([self.loc, torch.zeros_like(self.loc)], dim=1)
         return plain_normal(loc, torch.cat([self.scale, torch.ones_like(self.scale)], dim=1))
 
     @staticmethod
     def from_pair(pair: Tensor) -> Tensor:
-        """z = n + Φ(v) − ½, (batch, C, *shape), in z's units: what `descend` of a generator takes on.
+        """The latents z = n + Φ(v) − ½, (batch, C, *shape): what `descend` of a generator takes on.
 
         Args:
-            pair: (n, v), (batch, 2 C, *shape), latents.
+            pair: (n, v), (batch, 2·C, *shape), latents.
         """
         n, v = pair.chunk(2, dim=1)
         return n + (_ndtr(v) - 0.5)
@@ -102,11 +109,11 @@ class ConvolvedNormal(Distribution):
         """(n, v) ~ p(n, v | z), reparameterised, and its log density: what `infer` of a generator makes of its draw.
 
         Args:
-            value: z, (batch, C, *shape), in z's units.
-            noise: ε ~ N(0, 1), (batch, C, *shape), of which (n, v) is made: P(v' ≤ v | z) = Φ(ε).
+            value: latents z, (batch, C, *shape).
+            noise: noise of N(0, 1), (batch, C, *shape), of which (n, v) is made: P(v' ≤ v | z) = Φ(ε).
 
         Returns:
-            (n, v), (batch, 2 C, *shape), latents; and log p(n, v | z) of every element of z, (batch, C, *shape), nats.
+            (n, v), (batch, 2·C, *shape), latents; and log p(n, v | z) of every element of z, (batch, C, *shape), nats.
         """
         sign = torch.where(noise > 0, -1.0, 1.0).to(noise)  # of v ↦ −v, z − μ ↦ μ − z: the lower half of the distribution
         noise = sign * noise

@@ -105,7 +105,7 @@ class OutlierDetector(OutlierMixin, BaseEstimator):
         if self.prior is None:
             prior, known = self._trained(rows, self.seed_)
         else:
-            prior, known = copy.deepcopy(self.prior), self._shaped(rows, self.prior)
+            prior, known = _with_own_calibration(self.prior), self._shaped(rows, self.prior)
         prior.calibrate(known, rng=torch.Generator().manual_seed(self.seed_))
         self.prior_: JointEBMPrior = prior
         self.offset_: float = float(np.percentile(self.score_samples(X), 100 * contamination))
@@ -173,6 +173,13 @@ class OutlierDetector(OutlierMixin, BaseEstimator):
         fit_elbo(vae, known, validation=held.float(), iterations=check_count("iterations", self.iterations), **shared)
         prior.fit(known, iterations=check_count("fit_iterations", self.fit_iterations), **shared)
         return prior.double(), held  # scored in double precision: scores then do not depend on the batch
+
+
+def _with_own_calibration(prior: JointEBMPrior) -> JointEBMPrior:
+    """The same prior, generator and energies, whose calibration is a copy: not every generator can be copied, or is small."""
+    copied = copy.copy(prior)
+    copied._modules = {**prior._modules, "calibration": copy.deepcopy(prior.calibration)}  # pyright: ignore[reportPrivateUsage]
+    return copied
 
 
 def _tensor(X: np.ndarray) -> Tensor:

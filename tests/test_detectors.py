@@ -95,6 +95,18 @@ def test_outlier_detector_around_a_prior_of_the_users() -> None:
             wrong()
 
 
+def test_a_generator_that_cannot_be_copied() -> None:
+    """As where torch's older `weight_norm` keeps a tensor with a history."""
+    prior = JointEBMPrior(mlp())
+    prior.generator.kept = torch.ones(1, requires_grad=True) * 2  # type: ignore[attr-defined]
+    known = np.random.default_rng(0).uniform(size=(100, 6))
+    detector = OutlierDetector(prior).fit(known)
+    assert detector.prior_.generator is prior.generator
+    assert detector.prior_.calibration.is_set
+    assert not prior.calibration.is_set
+    assert detector.prior_.calibration is not prior.calibration
+
+
 def test_rows_in_any_layout_and_scores_that_draw() -> None:
     """Reversed and read-only rows; the same row has the same score again, also where posterior draws are made."""
     x, state = rows(), torch.get_rng_state()

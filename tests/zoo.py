@@ -6,14 +6,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from biva_stand_in import DeepVae, ready
-from ladder_vae_stand_in import LadderVAE as AddttLadder
-from qres_stand_in import HierarchicalVAE, VariableRateLossyVAE, varied
 from stand_ins import NVAE, VDVAE, DeepVAE, perturbed
+from stand_ins_biva import DeepVae, ready
+from stand_ins_careamics import CAREamicsLadder, GaussianLikelihood, mixed, mixed_laterally, noise_likelihood
+from stand_ins_efficient_vdvae import EfficientVDVAE, hyper_parameters
+from stand_ins_ladder_vae import LadderVAE as AddttLadder
+from stand_ins_qres import HierarchicalVAE, VariableRateLossyVAE, varied
 from torch import Tensor
 
 from energy_prior import LadderVAE, ResidualVAE
-from energy_prior.adapters import BIVAAdapter, DeepVAEAdapter, LadderVAEAdapter, NVAEAdapter, QResVAEAdapter, VDVAEAdapter
+from energy_prior.adapters import (
+    BIVAAdapter,
+    CAREamicsAdapter,
+    DeepVAEAdapter,
+    EfficientVDVAEAdapter,
+    LadderVAEAdapter,
+    NVAEAdapter,
+    QResVAEAdapter,
+    VDVAEAdapter,
+)
 from energy_prior.protocol import HierarchicalGenerator
 from energy_prior.topdown import TopDown
 
@@ -42,6 +53,22 @@ ADAPTERS: dict[str, Callable[[], Any]] = {
     "addtt ladder, mixture": lambda: LadderVAEAdapter(
         perturbed(AddttLadder(3, downsample=(1, 0, 1), img_shape=(8, 8), likelihood_form="discr_log_mix"))
     ),
+    "efficient vdvae": lambda: efficient_vdvae(),
+    "efficient vdvae, logarithmic, residual": lambda: efficient_vdvae(
+        (0.9, 0.8, 0.7, 0.6), distribution_base="logstd", output_distribution_base="logstd", use_residual_distribution=True
+    ),
+    "efficient vdvae, 5 bits": lambda: efficient_vdvae(num_bits=5.0),
+    "efficient vdvae bernoulli": lambda: efficient_vdvae(dataset_source="binarized_mnist"),
+    "careamics": lambda: CAREamicsAdapter(perturbed(CAREamicsLadder()), GaussianLikelihood()),
+    "careamics, squared error, 3D": lambda: CAREamicsAdapter(
+        perturbed(CAREamicsLadder((3, 8, 8), predict_logvar=None)), variance=0.1
+    ),
+    "careamics, noise models": lambda: CAREamicsAdapter(
+        perturbed(CAREamicsLadder(target_ch=2, predict_logvar=None)), noise_likelihood(2), encoder_input=mixed
+    ),
+    "careamics, lateral": lambda: CAREamicsAdapter(
+        perturbed(CAREamicsLadder(target_ch=2, scales=2)), GaussianLikelihood(), encoder_input=mixed_laterally
+    ),
     "qres": lambda: QResVAEAdapter(varied(HierarchicalVAE()), x_shape=(3, 8, 4), variance=1 / 256),
     "qres lossless": lambda: QResVAEAdapter(varied(HierarchicalVAE(None, colours=1)), x_shape=(1, 4, 8)),
     "qarv": lambda: QResVAEAdapter(varied(VariableRateLossyVAE()), x_shape=(3, 8, 8), variance=1 / 512, lmb=64),
@@ -58,6 +85,13 @@ GENERATORS: dict[str, Callable[[], Any]] = {
     "residual bernoulli": lambda: ResidualVAE((1, 8, 8), groups=(1, 1), channels=8, likelihood="bernoulli").eval(),
     "residual from the image's size": lambda: ResidualVAE((1, 4, 4), groups=(1, 2), downsample=0, channels=4).eval(),
 }
+
+
+def efficient_vdvae(t: Any = 1.0, **changed: Any) -> EfficientVDVAEAdapter:
+    """With hyper-parameters that differ in these."""
+    hparams = hyper_parameters(**changed)
+    return EfficientVDVAEAdapter(perturbed(EfficientVDVAE(hparams)), hparams, prior_temperature=t)
+
 
 EVERY = {**ADAPTERS, **GENERATORS}
 

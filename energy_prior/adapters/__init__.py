@@ -4,7 +4,9 @@ from __future__ import annotations
 
 __all__ = [
     "BIVAAdapter",
+    "CAREamicsAdapter",
     "DeepVAEAdapter",
+    "EfficientVDVAEAdapter",
     "LadderVAEAdapter",
     "NVAEAdapter",
     "QResVAEAdapter",
@@ -14,7 +16,9 @@ __all__ = [
 ]
 
 from energy_prior.adapters.biva import BIVAAdapter
+from energy_prior.adapters.careamics import CAREamicsAdapter
 from energy_prior.adapters.deep_vae import DeepVAEAdapter
+from energy_prior.adapters.efficient_vdvae import EfficientVDVAEAdapter
 from energy_prior.adapters.ladder_vae import LadderVAEAdapter
 from energy_prior.adapters.nvae import NVAEAdapter
 from energy_prior.adapters.qres_vae import QResVAEAdapter

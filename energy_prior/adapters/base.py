@@ -28,7 +28,7 @@ class Adapter(nn.Module):
         model: the user's model.
         latent_shapes: shapes of z_1 (nearest the data), …, z_L.
         x_shape: shape of an observation.
-        x_range: lowest and highest value of an observation.
+        x_range: lowest and highest value of an observation; None: it may have any.
 
     Raises:
         GeneratorError: if a part is missing, the model is in training mode, or its weights have several dtypes or devices.
@@ -37,7 +37,7 @@ class Adapter(nn.Module):
     model: Any
     latent_shapes: tuple[torch.Size, ...]
     x_shape: torch.Size
-    x_range: tuple[float, float] = (0.0, 1.0)
+    x_range: tuple[float, float] | None = (0.0, 1.0)
     autocast = True
 
     def __init__(self, model: nn.Module, parts: Sequence[str], source: str) -> None:

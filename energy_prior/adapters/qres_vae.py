@@ -174,11 +174,10 @@ class QResVAEAdapter(Adapter):
 
     def _embedding(self, batch: int) -> Tensor | None:
         """The embedding of λ, (batch, features); None for a fixed rate."""
-        return (
-            None
-            if self._fixed
-            else self.model._get_lmb_embedding(self._decoder.bias.new_full((batch,), not_none(self.lmb)), batch)
-        )
+        if self._fixed:
+            return None
+        two = self._decoder.bias.new_full((2,), not_none(self.lmb))  # a batch of one the model would make anew, in float32
+        return self.model._get_lmb_embedding(two, 2)[:1].expand(batch, -1)
 
     def _checked_variance(self, variance: float | None) -> float | None:
         if self._fixed and not self._lossless and not hasattr(self.model.out_net, "mse_lmb"):

@@ -14,7 +14,7 @@ from torch.distributions import Distribution, Normal
 
 from energy_prior._util import draw, not_none, plain_normal
 from energy_prior.adapters.base import Adapter
-from energy_prior.checks.settings import real_number
+from energy_prior.adapters.temperature import check_temperatures, numbers_of
 from energy_prior.errors import ArgumentError
 from energy_prior.generators.likelihoods import DiscretizedLogisticMixture, InModelUnits
 from energy_prior.protocol import Inferred
@@ -78,7 +78,7 @@ class VDVAEAdapter(Adapter):
         self._low_bit = dataset == "ffhq_256"
         blocks = self.model.decoder.dec_blocks[::-1]  # the model's list runs from z_L to z_1
         self.latent_shapes: tuple[torch.Size, ...] = tuple(torch.Size((block.zdim, block.base, block.base)) for block in blocks)
-        self.prior_temperature: tuple[float, ...] = _check_temperature(prior_temperature, len(blocks))
+        self.prior_temperature: tuple[float, ...] = check_temperatures(prior_temperature, len(blocks))
         size = self.model.H.image_size
         self.x_shape: torch.Size = torch.Size((self.model.H.image_channels, size, size))
 
@@ -170,26 +170,7 @@ class VDVAEAdapter(Adapter):
 
 def _check_pixels(values: Any) -> tuple[float, float]:
     """Mean and standard deviation of pixels, as Python's own numbers."""
-    found = _numbers(values)
+    found = numbers_of(values)
     if len(found) != 2 or found[0] is None or found[1] is None or found[1] <= 0:
         raise ArgumentError(f"pixels: expected (mean, standard deviation > 0) of pixels from 0 to 255, got {values!r}.")
     return found[0], found[1]
-
-
-def _check_temperature(values: Any, layers: int) -> tuple[float, ...]:
-    """(t_1, …, t_L) as Python's own numbers, from L of them or one for all."""
-    one = real_number(values)
-    found = _numbers(values) if one is None else [one] * layers
-    factors = tuple(t for t in found if t is not None and t > 0)
-    if len(found) != layers or len(factors) != layers:
-        raise ArgumentError(
-            f"prior_temperature: expected a number above 0, or {layers} of them (that of z_1 first), got {values!r}."
-        )
-    return factors
-
-
-def _numbers(values: Any) -> list[float | None]:
-    """The elements of an iterable as Python's own numbers, None for what is no finite number; empty if it is no iterable."""
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
-        return []
-    return [real_number(value) for value in values]

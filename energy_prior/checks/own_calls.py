@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["compare_kl", "compare_reconstruct", "compare_sample"]
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,15 @@ from torch.distributions import Distribution, Normal
 
 from energy_prior._util import sum_event
 from energy_prior.checks.inference import Reading, kl_terms
-from energy_prior.checks.parting import Match, match_draw, match_observation, match_value, read_result
+from energy_prior.checks.parting import (
+    Match,
+    deviation,
+    deviation_of_observation,
+    match_draw,
+    match_observation,
+    match_value,
+    read_result,
+)
 from energy_prior.checks.tolerance import relative
 from energy_prior.conditionals import gaussian_part, to_latent
 from energy_prior.errors import ArgumentError, GeneratorError
@@ -207,14 +216,17 @@ def compare_kl(generator: Any, x: Tensor, kl: Callable[[Tensor], Any], reading: 
         if theirs.shape[1] != layers:
             within = [(theirs[:, 0] - ours.sum(1)).abs() <= slack.sum(1) for ours in (drawn, analytic)]
             if any(bool(w.all()) for w in within):
-                return _Verdict(True, True, layers, 0.0, "kl: the sum over layers agrees")
+                pairs = zip((drawn, analytic), within, strict=True)
+                off = min(deviation(ours.sum(1), theirs[:, 0]) for ours, w in pairs if w.all())
+                return _Verdict(True, True, layers, 0.0, f"kl: the sum over layers agrees, to {off:.1e}")
             said = f"kl: the model says {float(theirs[0, 0]):.6g} nats in all for the first observation, the generator "
             said += f"{_values(drawn.sum(1), analytic.sum(1))}.{part}"
             return _Verdict(False, True, trail.agreed, -trail.distance, said)
         fits = [(theirs - ours).abs() <= slack for ours in (drawn, analytic)]
         right = [bool(fits[0][:, i].all() | fits[1][:, i].all()) for i in range(layers)]
         if all(right):
-            return _Verdict(True, True, layers, 0.0, "kl: every layer agrees")
+            nearest = torch.where((theirs - drawn).abs() < (theirs - analytic).nan_to_num(math.inf).abs(), drawn, analytic)
+            return _Verdict(True, True, layers, 0.0, f"kl: every layer agrees, to {deviation(nearest, theirs):.1e}")
         i = max(i for i, fine in enumerate(right) if not fine)
         said = (
             f"kl: it parts at layer {', '.join(str(j + 1) for j in reversed(range(layers)) if not right[j])}. At layer {i + 1} "
@@ -263,7 +275,9 @@ def _judged(name: str, likelihood: Distribution, result: Any, x: Tensor, again: 
     """One run: the first layer that parts, and the observation."""
     differs, layer, layers = _differs(name, likelihood, result, x), trail.parted, trail.layers
     if differs is None and not trail.certain:
-        return _Verdict(True, True, layers, 0.0, f"{name}: the observation agrees with the model's own, on the same noise")
+        off = deviation_of_observation(likelihood, read_result(name, result, x), x, _drawn(likelihood, x))
+        said = f"{name}: the observation agrees with the model's own, on the same noise, to {off:.1e}"
+        return _Verdict(True, True, layers, 0.0, said)
     outcome = read_result(name, result, x)
     is_drawn = outcome.kind == "x" and not torch.equal(read_result(name, again(), x).value, outcome.value)
     if layer and (trail.certain or not is_drawn):
@@ -289,9 +303,12 @@ def _judged(name: str, likelihood: Distribution, result: Any, x: Tensor, again: 
 
 def _differs(name: str, likelihood: Distribution, result: Any, x: Tensor) -> str | None:
     """How p(x | z) differs from what the model's call gave; draws of both are made from the same numbers."""
-    return match_observation(
-        likelihood, read_result(name, result, x), x, lambda: _on_fixed_numbers(likelihood.sample, Replay(), x.device)
-    )
+    return match_observation(likelihood, read_result(name, result, x), x, _drawn(likelihood, x))
+
+
+def _drawn(likelihood: Distribution, x: Tensor) -> Callable[[], Tensor]:
+    """Gives a draw of p(x | z), always the same."""
+    return lambda: _on_fixed_numbers(likelihood.sample, Replay(), x.device)
 
 
 def _best(

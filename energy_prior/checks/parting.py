@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Match", "Outcome", "match_draw", "match_observation", "read_result"]
+__all__ = ["Match", "Outcome", "deviation", "deviation_of_observation", "match_draw", "match_observation", "read_result"]
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -177,6 +177,21 @@ def match_observation(likelihood: Distribution, outcome: Outcome, x: Tensor, dra
     if mean is None:
         return "the observation is no draw, and no parameter, of the generator's likelihood"
     return f"the observation is off by up to {float((mean - outcome.value).abs().max()):.3g}{_affine_hint(mean, outcome.value)}"
+
+
+def deviation_of_observation(likelihood: Distribution, outcome: Outcome, x: Tensor, draw: Callable[[], Tensor]) -> float:
+    """The largest difference of p(x | z), in whatever form the model's call gave it, over the largest value."""
+    log_prob = likelihood.log_prob(x).detach()
+    if outcome.kind == "log p":
+        return deviation(log_prob, outcome.value)
+    forms = [deviation(value, outcome.value) for _, value in _tensors(likelihood, x)]
+    return min([*forms, deviation(log_prob, sum_event(outcome.value)), deviation(draw(), outcome.value)])
+
+
+def deviation(a: Tensor, b: Tensor) -> float:
+    """max |a − b| / max |b|, of finite numbers."""
+    off, size = (a - b).abs().nan_to_num(0.0, 0.0), b.abs().nan_to_num(0.0, 0.0)  # infinities that agree differ by nothing
+    return float(off.max() / size.max().clamp_min(torch.finfo(size.dtype).tiny))
 
 
 def _tensors(likelihood: Any, x: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from biva_stand_in import DeepVae, ready
-from ladder_vae_stand_in import LadderVAE
 from stand_ins import NVAE, VDVAE, DeepVAE, perturbed
+from stand_ins_biva import DeepVae, ready
+from stand_ins_ladder_vae import LadderVAE
 from torch import nn
 
 from energy_prior import GeneratorError

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from ladder_vae_stand_in import LadderVAE, crop_img_tensor
 from stand_ins import DeepVAE, perturbed
+from stand_ins_ladder_vae import LadderVAE, crop_img_tensor
 from torch import Tensor
 from zoo import likelihood_at_ones
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ladder_vae_stand_in import LadderVAE
-from qres_stand_in import HierarchicalVAE, Ran, VariableRateLossyVAE, minus_log_mass, through, varied
+from stand_ins_ladder_vae import LadderVAE
+from stand_ins_qres import HierarchicalVAE, Ran, VariableRateLossyVAE, minus_log_mass, through, varied
 from torch import Tensor, nn
 from torch.distributions import Normal
 
@@ -129,7 +129,7 @@ def test_by_the_model_s_own_calls(name: str) -> None:
             adapter, x, reconstruct=lambda x: log_likelihood(model, adapter, noisy(x)[0], x), sample=sample, kl=kl
         )
         assert [line.partition(":")[0] for line in said[-3:]] == ["sample", "reconstruct", "kl"]
-        assert said[-1] == f"kl: {words} agrees"
+        assert said[-1].startswith(f"kl: {words} agrees, to ")
 
 
 @EVERY

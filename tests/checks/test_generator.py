@@ -647,6 +647,19 @@ def test_log_q_of_other_families(family: str) -> None:
         check_generator(Quantiles(family, error=0.01), x)
 
 
+@pytest.mark.parametrize("off", [0.0, 2e-5])
+def test_how_near_the_two_sides_are_is_said(off: float) -> None:
+    """Relative, of the observation and of the KL."""
+    model = Handmade()
+    calls: dict[str, Any] = {
+        "reconstruct": lambda x: model(x) * (1 + off),
+        "kl": lambda x: model.kl(x) * (1 + off),
+    }
+    *_, reconstruct, kl = check_generator(model, HAND_X, **calls)
+    for line in (reconstruct, kl):
+        assert float(line.rpartition(" to ")[2]) == pytest.approx(off, rel=0.5, abs=1e-6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_conditionals_of_other_families_pass(family: str) -> None:
     assert len(check_generator(FamilyLadder(family), torch.randn(4, 1).double())) == WITH_INFER

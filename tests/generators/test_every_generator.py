@@ -143,7 +143,9 @@ def test_infer_hands_over_its_pass(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("energies", ["default", "of z_i"])
-@pytest.mark.parametrize("name", ["nvae", "vdvae", "deep ladder, mixture", "addtt ladder, mixture", "residual"])
+@pytest.mark.parametrize(
+    "name", ["nvae", "vdvae", "deep ladder, mixture", "addtt ladder, mixture", "efficient vdvae", "careamics", "residual"]
+)
 def test_compiled(name: str, energies: str, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
     """No fallback, and the steps of the reference under the same noise; with energies of z_i chains run through the model."""
     monkeypatch.setattr(compiled, "_MANY_OPERATIONS", 0)

@@ -2,7 +2,8 @@
 
 Written against that interface, not from its code. They have the traps of the original: uniform noise in training mode and
 rounding in evaluation mode, log σ in one model and σ in the other, features found by their height in one and by a name in the
-other, a check of the input that refuses gradients, samples that are clamped, and empty tables of an entropy coder in the state.
+other, a check of the input that refuses gradients, samples that are clamped, a λ of the default dtype in a batch of one, and
+empty tables of an entropy coder in the state.
 """
 
 from __future__ import annotations
@@ -251,6 +252,8 @@ class VariableRateLossyVAE(Images):
         self.lmb_embedding = nn.Linear(2, 4)
 
     def _get_lmb_embedding(self, lmb: Tensor, n: int) -> Tensor:
+        if lmb.numel() == 1:
+            lmb = torch.full((n,), lmb.item())  # of the default dtype
         assert lmb.shape == (n,)
         angle = lmb.log() / math.log(8192)
         return self.lmb_embedding(torch.stack([angle.cos(), angle.sin()], 1))
