@@ -148,7 +148,7 @@ class LossyVAEFamily(Family):
 
     def _model(self, name: str, lmb: float) -> nn.Module:
         assert (name, lmb) == ("qres34m", 2048)
-        model = HierarchicalVAE(lmb)
+        model: Any = HierarchicalVAE(lmb)
         own = model.decoder.forward_uncond
         model.decoder.forward_uncond = lambda size: own((size[0], 16 * size[1], 16 * size[2]))
         return model
