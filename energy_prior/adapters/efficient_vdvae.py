@@ -127,7 +127,14 @@ class EfficientVDVAEAdapter(Adapter):
         loc, raw, coefficients = others.unflatten(1, (3, 3 * mixtures)).transpose(1, 2).split(mixtures, dim=1)
         levels, top = 2 ** int(self._settings.num_bits), float(self.model.top_down.max_pix_value)
         base = DiscretizedLogisticMixture(
-            logits, loc, self._log_scale(raw), coefficients.tanh(), levels=levels, bottom=-1 + _EDGE, top=top - _EDGE
+            logits,
+            loc,
+            self._log_scale(raw),
+            coefficients.tanh(),
+            levels=levels,
+            bottom=-1 + _EDGE,
+            top=top - _EDGE,
+            spacing=self._step / 127.5,
         )
         return InModelUnits(base, self._target, lambda y: ((y + 1) / 2).clamp(0, (top + 1) / 2))
 
@@ -186,10 +193,15 @@ class EfficientVDVAEAdapter(Adapter):
 
     def _target(self, x: Tensor) -> Tensor:
         """Pixels in [−1, 1], of the model's bits."""
-        level, step = 255 * x, 2 ** (8 - int(self._settings.num_bits))
-        if step > 1:
-            level = torch.floor(level.round() / step) * step
+        level = 255 * x
+        if self._step > 1:
+            level = torch.floor(level.round() / self._step) * self._step
         return level / 127.5 - 1
+
+    @property
+    def _step(self) -> int:
+        """8-bit levels that are one of the model's."""
+        return 2 ** (8 - int(self._settings.num_bits))
 
 
 def _read(hparams: Any) -> _Settings:

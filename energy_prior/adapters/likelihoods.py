@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["binned_logistic", "mixture_of_logistics", "rounded_normal"]
+__all__ = ["NVAEMixture", "binned_logistic", "mixture_of_logistics", "rounded_normal"]
 
 from collections.abc import Sequence
 
@@ -13,6 +13,26 @@ from torch.distributions import Distribution, Independent
 from energy_prior._util import normal_like
 from energy_prior.convolved import ConvolvedNormal
 from energy_prior.generators.likelihoods import DiscretizedLogistic, DiscretizedLogisticMixture, InModelUnits
+
+
+class NVAEMixture(DiscretizedLogisticMixture):
+    """The mixture of logistics with the mean of NVAE's samples: of averaged locations and coefficients, channel by channel."""
+
+    @property
+    def mean(self) -> Tensor:
+        """x̂_1 = μ̄_1, x̂_2 = μ̄_2 + c̄_1 x̂_1, x̂_3 = μ̄_3 + c̄_2 x̂_1 + c̄_3 x̂_2, each clamped to the range, with averages under π.
+
+        Observations, (batch, C, height, width).
+        """
+        weights = self.logits.softmax(1).unsqueeze(2)
+        means = (self.loc * weights).sum(1)
+        coefficients = torch.zeros_like(means) if self.coefficients is None else (self.coefficients * weights).sum(1)
+        found: list[Tensor] = []
+        for i, mean in enumerate(means.unbind(1)):
+            first = i * (i - 1) // 2  # c_1 for green, c_2 and c_3 for blue
+            shift = [coefficients[:, first + j] * found[j] for j in range(i)]
+            found.append(torch.stack([mean, *shift]).sum(0).clamp(self.low, self.high))
+        return torch.stack(found, 1)
 
 
 def mixture_of_logistics(parameters: Tensor) -> Distribution:

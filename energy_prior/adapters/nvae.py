@@ -14,9 +14,10 @@ from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
 from energy_prior._util import draw, plain_normal
 from energy_prior.adapters.base import Adapter
+from energy_prior.adapters.likelihoods import NVAEMixture
 from energy_prior.checks.settings import check_positive
 from energy_prior.errors import GeneratorError
-from energy_prior.generators.likelihoods import DiscretizedLogisticMixture, InModelUnits
+from energy_prior.generators.likelihoods import InModelUnits
 from energy_prior.protocol import Inferred
 from energy_prior.topdown import infer_top_down
 
@@ -198,7 +199,7 @@ class NVAEAdapter(Adapter):
         elif kind == "DiscMixLogistic":
             swapped = (p.transpose(1, 2) for p in (output.means, output.log_scales, output.coeffs))
             levels = int(output.max_val) + 1
-            base = DiscretizedLogisticMixture(output.logit_probs, *swapped, levels=levels, bottom=-0.999, top=0.99)
+            base = NVAEMixture(output.logit_probs, *swapped, levels=levels, bottom=-0.999, top=0.99)
         else:
             raise GeneratorError(
                 f"model: its decoder_output gives {kind}; expected Bernoulli, NormalDecoder or DiscMixLogistic. Override "

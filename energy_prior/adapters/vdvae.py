@@ -106,9 +106,8 @@ class VDVAEAdapter(Adapter):
         decoder = self.model.decoder
         features = decoder.final_fn(state.by_resolution[self.model.H.image_size])
         parameters = self._cast(decoder.out_net(features).permute(0, 3, 1, 2))
-        base = DiscretizedLogisticMixture.from_channels(
-            parameters, levels=32 if self._low_bit else 256, bottom=-0.999, top=0.999
-        )
+        levels, spacing = (32, 8 / 127.5) if self._low_bit else (256, None)  # targets of 5 bits are 8 k of 255, bins 255/31
+        base = DiscretizedLogisticMixture.from_channels(parameters, levels=levels, bottom=-0.999, top=0.999, spacing=spacing)
         return InModelUnits(base, self._target, lambda y: ((y + 1) / 2).clamp(0, 1))
 
     def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:

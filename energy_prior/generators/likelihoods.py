@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from energy_prior._util import shown
-from energy_prior.checks.settings import check_count, real_number
+from energy_prior.checks.settings import check_count, check_positive, real_number
 from energy_prior.errors import ArgumentError, ShapeError
 
 
@@ -113,6 +113,8 @@ class DiscretizedLogisticMixture(Distribution):
         high: the highest grid value.
         bottom: value below which x counts as the lowest level; None: half a bin above `low`.
         top: value above which x counts as the highest level; None: half a bin below `high`.
+        spacing: distance of the values that draws are rounded to, `low` the first of them, > 0, where the data lie on another
+            grid than that of the bins; None: the width of a bin.
 
     Raises:
         ArgumentError, ShapeError: if a value is impossible; the message says which.
@@ -136,6 +138,7 @@ class DiscretizedLogisticMixture(Distribution):
         high: float = 1.0,
         bottom: float | None = None,
         top: float | None = None,
+        spacing: float | None = None,
     ) -> None:
         shapes = [tuple(t.shape) for t in (logits, loc, log_scale, coefficients) if t is not None]
         per_pixel = (*loc.shape[:2], *loc.shape[3:])
@@ -157,6 +160,7 @@ class DiscretizedLogisticMixture(Distribution):
         self.step: float = (self.high - self.low) / (self.levels - 1)
         self.bottom: float = _check_edge("bottom", bottom, self.low + self.step / 2)
         self.top: float = _check_edge("top", top, self.high - self.step / 2)
+        self.spacing: float = self.step if spacing is None else check_positive("spacing", spacing)
         super().__init__(loc.shape[:1], torch.Size((loc.shape[2], *loc.shape[3:])), validate_args=False)
 
     @classmethod
@@ -168,6 +172,7 @@ class DiscretizedLogisticMixture(Distribution):
         levels: int = 256,
         bottom: float | None = None,
         top: float | None = None,
+        spacing: float | None = None,
     ) -> DiscretizedLogisticMixture:
         """From the channels of a network: M logits, then per colour M of μ, log s and, for RGB, c, as public models have it.
 
@@ -179,6 +184,7 @@ class DiscretizedLogisticMixture(Distribution):
             levels: number of grid values, at least 2.
             bottom: value below which x counts as the lowest level; None: half a bin above −1.
             top: value above which x counts as the highest level; None: half a bin below 1.
+            spacing: distance of the values that draws are rounded to, −1 the first of them, > 0; None: the width of a bin.
 
         Raises:
             ShapeError: if there are other numbers of channels or colours.
@@ -193,7 +199,8 @@ class DiscretizedLogisticMixture(Distribution):
         logits, others = parameters[:, :mixtures], parameters[:, mixtures:]
         loc, log_scale, *raw = others.unflatten(1, (colours, per_colour * mixtures)).transpose(1, 2).split(mixtures, dim=1)
         coefficients = raw[0].tanh() if raw else None
-        return cls(logits, loc, log_scale.clamp(min=-7.0), coefficients, levels=levels, bottom=bottom, top=top)
+        log_scale = log_scale.clamp(min=-7.0)
+        return cls(logits, loc, log_scale, coefficients, levels=levels, bottom=bottom, top=top, spacing=spacing)
 
     @property
     def arg_constraints(self) -> dict[str, constraints.Constraint]:
@@ -235,7 +242,7 @@ class DiscretizedLogisticMixture(Distribution):
             return torch.stack([self.sample(sample_shape[1:]) for _ in range(sample_shape[0])])
         gumbel = -torch.empty_like(self.logits).exponential_().log()
         chosen = (self.logits + gumbel).argmax(1, keepdim=True).unsqueeze(2)
-        components = self._channel_by_channel(lambda loc, scale: _draw(loc, scale, self.step, self.low, self.levels))
+        components = self._channel_by_channel(lambda loc, scale: _draw(loc, scale, self.spacing, self.low, self.levels))
         return components.gather(1, chosen.expand(-1, -1, components.shape[2], -1, -1)).squeeze(1)
 
     def _channel_by_channel(self, value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from zoo import likelihood_at_ones
 
 from energy_prior import ArgumentError, GeneratorError, JointEBMPrior
 from energy_prior.adapters import NVAEAdapter
+from energy_prior.generators.likelihoods import DiscretizedLogisticMixture
 
 
 def test_clamps_and_temperature() -> None:
@@ -120,3 +121,19 @@ def test_unknown_decoders_and_temperatures_are_refused() -> None:
     for value in (0, "0.7", True, float("nan")):
         with pytest.raises(ArgumentError, match="prior_temperature: expected a finite number"):
             NVAEAdapter(NVAE().eval(), prior_temperature=value)  # type: ignore[arg-type]
+
+
+def test_the_mean_of_a_mixture_is_that_of_nvaes_samples() -> None:
+    """Averages of the components first, then the colours one after the other."""
+    torch.manual_seed(0)
+    likelihood = likelihood_at_ones(NVAEAdapter(perturbed(NVAE())))
+    base = likelihood.base
+    weights = base.logits.softmax(1)[:, :, None]
+    red, green, blue = (base.loc * weights).sum(1).unbind(1)
+    c1, c2, c3 = (base.coefficients * weights).sum(1).unbind(1)
+    red = red.clamp(-1, 1)
+    green = (green + c1 * red).clamp(-1, 1)
+    blue = (blue + c2 * red + c3 * green).clamp(-1, 1)
+    torch.testing.assert_close(likelihood.mean, torch.stack([red, green, blue], 1) / 2 + 0.5)
+    exact = DiscretizedLogisticMixture(base.logits, base.loc, base.log_scale, base.coefficients).mean / 2 + 0.5
+    assert float((likelihood.mean - exact).detach().abs().max()) > 1e-4

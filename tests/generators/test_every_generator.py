@@ -10,12 +10,14 @@ import pytest
 import torch
 from small_priors import enliven
 from torch import Tensor
+from torch.distributions import Normal
 from torch.utils._pytree import tree_flatten
 from zoo import ADAPTERS, EVERY, images, likelihood_at_ones
 
 from energy_prior import ConvEnergy, JointEBMPrior, MLPEnergy, check_generator
 from energy_prior.checks.arguments import checked_infer
 from energy_prior.conditionals import tensors_of
+from energy_prior.generators.likelihoods import InModelUnits
 from energy_prior.langevin import InjectedNoise
 from energy_prior.langevin.backends import compiled
 from energy_prior.topdown import TopDown, ancestral, inferred_descent
@@ -66,6 +68,19 @@ def test_distributions_are_in_the_dtype_of_the_weights_under_autocast(name: str,
     found = [t for d in descents for c in d.conditionals for t in (*tensors_of(c), c.log_prob(tensors_of(c)[0]))]
     found += [*inferred.latents, inferred.log_q, log_likelihood, likelihood.sample(), *parameters_of(likelihood)]
     assert {t.dtype for t in found} == {dtype}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_draw_is_an_observation_that_the_model_counts_as_that_value(name: str) -> None:
+    """Images of few bits lie on a grid of their own: what is drawn is on it."""
+    torch.manual_seed(0)
+    likelihood = likelihood_at_ones(ADAPTERS[name]())
+    if not isinstance(likelihood, InModelUnits) or isinstance(getattr(likelihood.base, "base_dist", None), Normal):
+        pytest.skip("its observations have no other units inside the model, or no levels")
+    torch.manual_seed(1)
+    x = likelihood.sample()
+    torch.manual_seed(1)
+    torch.testing.assert_close(likelihood.to_model(x), likelihood.base.sample(), rtol=0, atol=1e-5)
 
 
 def parameters_of(distribution: Any) -> list[Tensor]:
