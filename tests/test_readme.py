@@ -27,7 +27,7 @@ BLOCKS = {
     ("CONTRIBUTING.md", "shell"): 1,
     ("README.md", "python"): 3,
     ("README.md", "shell"): 2,
-    ("docs/adapters.md", "python"): 8,
+    ("docs/adapters.md", "python"): 10,
     ("docs/data.md", "python"): 1,
     ("docs/detection.md", "python"): 4,
     ("docs/detection.md", "shell"): 1,
@@ -159,7 +159,7 @@ def test_adapter_guide(
     names: dict[str, Any] = {"images": data.train[:64]}
     chosen = blocks("docs/adapters.md", "python")
     short = SHORT_FIT | {"iterations=2000)": "iterations=3, progress=False)"}
-    run_python([*chosen[:6], chosen[-1]], names, record_property, short)
+    run_python([*chosen[:8], chosen[-1]], names, record_property, short)
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "shapes, types and layer order agree with latent_shapes"
     assert any(
