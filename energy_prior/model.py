@@ -15,7 +15,7 @@ from torch.distributions import Normal
 
 from energy_prior._util import not_none
 from energy_prior.checks.arguments import checked_infer
-from energy_prior.errors import DivergenceError
+from energy_prior.errors import ArgumentError, DivergenceError
 from energy_prior.langevin import ChainSettings, NoiseSource, Target, Trajectory, sample_target, warn_if_stuck
 from energy_prior.langevin.cost import equal_parts, forward_memory
 from energy_prior.protocol import HierarchicalGenerator, find_infer, layer_energy, reads_noise
@@ -99,12 +99,34 @@ class JointModel:
         for layer, (conditional, e) in enumerate(zip(descent.conditionals, noise, strict=True), start=1):
             if not isinstance(conditional, Normal) and not bool(torch.isfinite(e).all()):
                 raise DivergenceError(
-                    f"latents: {int((~torch.isfinite(e)).sum())} values of z_{layer} are outside the support of p(z_{layer} | "
+                    f"{int((~torch.isfinite(e)).sum())} values of z_{layer} are outside the support of p(z_{layer} | "
                     f"z_(>{layer})), a {type(conditional).__name__}: no noise gives them. q and p must have one support; "
                     "energy_prior.check_generator says more.",
                     layer=layer,
                 )
         return noise
+
+    def check_support(self, held: Mapping[int, Tensor]) -> None:
+        """Each held z_j is where p_β(z_j | z_{>j}) can be, with the free layers above it at ε = 0.
+
+        Args:
+            held: layer number (1 … L) -> its fixed z_i, (n, *latent_shapes[i - 1]).
+
+        Raises:
+            ArgumentError: names the layer.
+        """
+        topdown = TopDown(self.generator, len(next(iter(held.values()))), held)
+        descent = topdown.descend([topdown.reference.new_zeros(shape) for shape in topdown.shapes], "noise")
+        noise = descent.noise()
+        for layer in sorted(held, reverse=True):
+            outside = ~torch.isfinite(noise[layer - 1])
+            if bool(outside.any()):
+                free = " with the free layers above it at the z of ε = 0" if layer in topdown.held_below else ""
+                raise ArgumentError(
+                    f"given[{layer}]: {int(outside.sum())} values of z_{layer} are where p(z_{layer} | z_(>{layer})), a "
+                    f"{type(descent.conditionals[layer - 1]).__name__}, cannot be{free}: log p is −∞ there. Give a z within "
+                    "its support, such as one of sample_latents."
+                )
 
     def log_prior(self, latents: Sequence[Tensor]) -> Tensor:
         """log p_β(z_i | z_{>i}), (batch, L), nats.

@@ -135,10 +135,11 @@ class JointEBMPrior(nn.Module):
         with torch.no_grad(), frozen(generator):
             probe = probe_generator(generator)
         if space == "latent" and probe.bounded:
-            layer, kind = max(probe.bounded.items())
+            layer = max(probe.bounded)
             raise ArgumentError(
-                f'space: expected "noise" for this generator, got "latent": z_{layer}, a {kind}, does not reach all real '
-                "numbers, and chains in latent space would leave its support. In noise space, the default, they cannot."
+                f'space: expected "noise" for this generator, got "latent": z_{layer}, a {probe.families[layer]}, does not '
+                "reach all real numbers, and chains in latent space would leave its support. In noise space, the default, they "
+                "cannot."
             )
         reference = probe.latents[0]
         if energies is None:
@@ -150,6 +151,7 @@ class JointEBMPrior(nn.Module):
                 check_energies(modules, probe.latents, noise)
         object.__setattr__(self, "generator", generator)  # not a submodule: see the class docstring
         self.energies, self.space, self.x_shape = modules, space, probe.x_shape
+        self._families = probe.families
         self.calibration = Calibration(len(modules), reference)
         self.register_buffer("step_size", torch.tensor(_FIRST_STEP_SIZE, dtype=reference.dtype, device=reference.device))
         self._fitted_on: str | None = None
@@ -1041,8 +1043,14 @@ class JointEBMPrior(nn.Module):
             self._check_latents("start", start, batch)
 
     def _check_given(self, given: Mapping[int, Tensor] | None, n: int) -> dict[int, Tensor] | None:
-        """The held layers by their numbers, as Python's own."""
-        return check_given(given, self.generator.latent_shapes, self.step_size, n) if given else None
+        """The held layers by their numbers, as Python's own, each where its prior can be."""
+        if not given:
+            return None
+        held = check_given(given, self.generator.latent_shapes, self.step_size, n)
+        if any(layer in self._families for layer in held):
+            with self._computing(None) as model:
+                model.check_support(held)
+        return held
 
 
 def _check_decode(decode: Any) -> None:

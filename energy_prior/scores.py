@@ -300,7 +300,7 @@ def _finite(terms: ScoreTerms) -> ScoreTerms:
             layer = int(bad.nonzero()[0]) + 1
             raise DivergenceError(
                 f"A score is not finite: {what} of layer {layer} is not, at a draw of z. A log p_β of −∞ says that z is "
-                "outside the support of the prior.",
+                "outside the support of the prior; energy_prior.check_generator says more.",
                 layer=layer,
             )
     if not bool(torch.isfinite(terms.log_likelihood).all()):

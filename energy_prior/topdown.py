@@ -12,6 +12,7 @@ __all__ = [
     "decode_state",
     "infer_top_down",
     "inferred_descent",
+    "mean_of",
 ]
 
 import copy
@@ -232,9 +233,19 @@ def decode_state(generator: HierarchicalGenerator, state: Any, decode: Decode | 
     likelihood = generator.likelihood(state)
     if decode == "sample":
         return likelihood.sample()
+    mean = mean_of(likelihood)
+    if mean is not None:
+        return mean
+    if decode == "mean":
+        raise ArgumentError(f'decode: {type(likelihood).__name__} has no mean; use decode="sample".')
+    return likelihood.sample()
+
+
+def mean_of(likelihood: Distribution) -> Tensor | None:
+    """Its mean, observations; None where it has none, or only NaN, as torch's `Categorical`."""
     try:
-        return likelihood.mean
+        mean = likelihood.mean
     except NotImplementedError:  # how torch.distributions says that there is no mean
-        if decode == "mean":
-            raise ArgumentError(f'decode: {type(likelihood).__name__} has no mean; use decode="sample".') from None
-        return likelihood.sample()
+        return None
+    by_definition = bool(mean.isnan().all()) and all(bool(torch.isfinite(t).all()) for t in tensors_of(likelihood))
+    return None if by_definition else mean

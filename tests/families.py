@@ -53,6 +53,7 @@ FAMILIES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "tanh, scaled": lambda loc, scale: TransformedDistribution(
         Normal(loc, scale), [TanhTransform(), AffineTransform(0.3, 2.0)]
     ),
+    "affine": lambda loc, scale: TransformedDistribution(Laplace(0 * loc, 1 + 0 * scale), [AffineTransform(loc, scale)]),
     "multivariate": lambda loc, scale: MultivariateNormal(loc, scale_tril=scale[..., None]),
     "sinh": SinhNormal,
 }
@@ -145,14 +146,14 @@ def _grid(family: str) -> Tensor:
     n = 901
     if family == "uniform":  # midpoints
         return 4 * (torch.arange(n, dtype=torch.float64) + 0.5) / n - 2
-    reach = 40.0 if family in ("laplace", "logistic") else 8.0
+    reach = 40.0 if family in ("laplace", "logistic", "affine") else 8.0
     return torch.linspace(-reach, reach, n, dtype=torch.float64)
 
 
 def _at(family: str, t: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """z, and the log of its density times dz/dt up to a constant, each by the textbook's formula."""
     normal = -0.5 * t**2
-    if family == "laplace":
+    if family in ("laplace", "affine"):
         return loc + scale * t, -t.abs()
     if family == "logistic":
         return loc + scale * t, -t.abs() - 2 * torch.log1p(torch.exp(-t.abs()))

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Normal
+from torch.distributions import Distribution, Independent, Normal, TransformedDistribution
 
 from energy_prior.conditionals import is_conditional, tensors_of, to_latent, to_noise
 from energy_prior.errors import GeneratorError
 
 _EXPECTED = (
     "a distribution of torch's that has a smooth map from N(0, I) (Normal, MultivariateNormal, Laplace, Uniform, "
-    "energy_prior.Logistic, Independent or TransformedDistribution of these) or one with from_noise and to_noise"
+    "energy_prior.Logistic, Independent or TransformedDistribution of these) or a Distribution with the methods from_noise "
+    "and to_noise"
 )
 
 
@@ -68,6 +69,8 @@ def _range(values: Tensor) -> str:
 
 def _refused(conditional: Any) -> str:
     name = type(conditional).__name__
+    if isinstance(conditional, Independent | TransformedDistribution) and not is_conditional(conditional.base_dist):
+        return f"{name} of a {_refused(conditional.base_dist)}"
     if not isinstance(conditional, Distribution):
         return f"{name}."
     with contextlib.suppress(NotImplementedError):  # how torch.distributions says that there is no support

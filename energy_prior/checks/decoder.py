@@ -27,7 +27,7 @@ from energy_prior.checks import arguments as validate
 from energy_prior.checks.tolerance import near, same_conditional, same_log_density, same_tensors
 from energy_prior.conditionals import tensors_of, to_latent
 from energy_prior.protocol import HierarchicalGenerator, find_infer
-from energy_prior.topdown import Descent, TopDown, ancestral, ancestral_noise
+from energy_prior.topdown import Descent, TopDown, ancestral, ancestral_noise, decode_state
 
 _MOST_BRANCHES = 16
 _MOST_UNITS = 1024  # of a layer whose whole Jacobian is taken
@@ -58,6 +58,10 @@ def check_likelihood(generator: HierarchicalGenerator, x: Tensor) -> str | None:
         )
     if not torch.isfinite(log_prob).all() and not _finite_where_inferred(generator, x):
         return "likelihood: log_prob of the observations is not finite. Are they in the range that the model was trained on?"
+    try:
+        decode_state(generator, descent.state)
+    except NotImplementedError:
+        return f"likelihood: {type(likelihood).__name__} has neither a mean nor sample(), so nothing to decode by."
     if torch.equal(log_prob, log_prob[:1].expand_as(log_prob)) and not torch.equal(x, x[:1].expand_as(x)):
         return (
             "likelihood: log_prob gives the same number for different observations. It is a mean or a sum over the batch; it "
@@ -154,7 +158,7 @@ def _branches_agree(generator: HierarchicalGenerator, state: Any, layer: int, la
     _outcome(generator, state, layer, [z + 1.0 for z in latents], x)
     again = _outcome(generator, state, layer, latents, x)
     branch = _outcome(generator, below, layer - 1, latents, x)
-    pairs = [*zip(first, again, strict=True), *zip(first[2:] if layer > 1 else first[-1:], branch, strict=True)]
+    pairs = [*zip(first, again, strict=True), *zip(first[len(kept) :] if layer > 1 else first[-1:], branch, strict=True)]
     return all(near(a, b) for a, b in pairs)
 
 

@@ -283,7 +283,8 @@ def _judged(name: str, likelihood: Distribution, result: Any, x: Tensor, again: 
     if layer and (trail.certain or not is_drawn):
         above, inside = "", ""
         if name == "sample":
-            above = f"z_{layers} … z_{layer + 1} agree; " if layer < layers else ""
+            seen = f"z_{layers}" if layer == layers - 1 else f"z_{layers} … z_{layer + 1}"
+            above = f"{seen} agree; " if layer < layers else ""
             before = f"descend(…, layer={layer + 1})" if layer < layers else "start"
             inside = f" Look at {before} and conditional(…, layer={layer})."
         said = f"{name}: the model and the generator first part at layer {layer}: {above}on the same noise {trail.why}.{inside}"
@@ -294,10 +295,10 @@ def _judged(name: str, likelihood: Distribution, result: Any, x: Tensor, again: 
     if is_drawn:
         said = f"{name}: it draws the observation, with random numbers that cannot be replayed. Give its mean, or log p(x | z)."
         return _Verdict(False, False, trail.agreed, -trail.distance, said)
-    known = "Every z agrees"
+    where = "below z_1. Every z agrees"
     if trail.agreed < layers:
-        known = f"{trail.agreed} of {layers} layers were seen to agree, none to differ"
-    said = f"{name}: the model and the generator part below z_1. {known}, but {differs}"
+        where = f"below z_1, or at a layer that could not be followed. {trail.agreed} of {layers} layers were seen to agree"
+    said = f"{name}: the model and the generator part {where}, but {differs}"
     return _Verdict(False, True, trail.agreed, 0.0, said)
 
 
@@ -306,9 +307,16 @@ def _differs(name: str, likelihood: Distribution, result: Any, x: Tensor) -> str
     return match_observation(likelihood, read_result(name, result, x), x, _drawn(likelihood, x))
 
 
-def _drawn(likelihood: Distribution, x: Tensor) -> Callable[[], Tensor]:
-    """Gives a draw of p(x | z), always the same."""
-    return lambda: _on_fixed_numbers(likelihood.sample, Replay(), x.device)
+def _drawn(likelihood: Distribution, x: Tensor) -> Callable[[], Tensor | None]:
+    """Gives a draw of p(x | z), always the same; None where it cannot be drawn."""
+
+    def draw() -> Tensor | None:
+        try:
+            return _on_fixed_numbers(likelihood.sample, Replay(), x.device).to(x)
+        except NotImplementedError:  # how torch.distributions says so
+            return None
+
+    return draw
 
 
 def _best(

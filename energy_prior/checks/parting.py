@@ -148,11 +148,11 @@ def read_result(name: str, result: Any, x: Tensor) -> Outcome:
     got = f"{result.dtype} of shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
     raise ArgumentError(
         f"{name}: expected observations {tuple(x.shape)}, means or draws, in the units of x; or log p(x | z) of x, "
-        f"({len(x)},), nats; or something with log_prob. Got {got}."
+        f"({len(x)},), nats; or something with log_prob, each in floating-point numbers. Got {got}."
     )
 
 
-def match_observation(likelihood: Distribution, outcome: Outcome, x: Tensor, draw: Callable[[], Tensor]) -> str | None:
+def match_observation(likelihood: Distribution, outcome: Outcome, x: Tensor, draw: Callable[[], Tensor | None]) -> str | None:
     """How p(x | z) of the generator differs from what the model's call gave; None: it does not."""
     log_prob = likelihood.log_prob(x).detach()
     elements = x[0].numel()
@@ -171,7 +171,8 @@ def match_observation(likelihood: Distribution, outcome: Outcome, x: Tensor, dra
         return None
     if same_log_density(sum_event(outcome.value), log_prob, elements):  # log p of every element
         return None
-    if near(outcome.value, draw()):
+    drawn = draw()
+    if drawn is not None and near(outcome.value, drawn):
         return None
     mean = named.get("mean")
     if mean is None:
@@ -179,13 +180,15 @@ def match_observation(likelihood: Distribution, outcome: Outcome, x: Tensor, dra
     return f"the observation is off by up to {float((mean - outcome.value).abs().max()):.3g}{_affine_hint(mean, outcome.value)}"
 
 
-def deviation_of_observation(likelihood: Distribution, outcome: Outcome, x: Tensor, draw: Callable[[], Tensor]) -> float:
+def deviation_of_observation(likelihood: Distribution, outcome: Outcome, x: Tensor, draw: Callable[[], Tensor | None]) -> float:
     """The largest difference of p(x | z), in whatever form the model's call gave it, over the largest value."""
     log_prob = likelihood.log_prob(x).detach()
     if outcome.kind == "log p":
         return deviation(log_prob, outcome.value)
     forms = [deviation(value, outcome.value) for _, value in _tensors(likelihood, x)]
-    return min([*forms, deviation(log_prob, sum_event(outcome.value)), deviation(draw(), outcome.value)])
+    drawn = draw()
+    forms += [] if drawn is None else [deviation(drawn, outcome.value)]
+    return min([*forms, deviation(log_prob, sum_event(outcome.value))])
 
 
 def deviation(a: Tensor, b: Tensor) -> float:

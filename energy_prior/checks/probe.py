@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Normal
 
 from energy_prior.checks.arguments import check_calls, check_dtype
 from energy_prior.checks.conditionals import check_conditional
@@ -40,12 +40,14 @@ class Probe:
     Attributes:
         latents: (z_1, …, z_L) of a batch of 2.
         x_shape: shape of an observation.
-        bounded: kind of conditional by layer (1 … L), where z_i does not reach all real numbers.
+        families: kind of conditional by layer (1 … L), of those that are not Normal.
+        bounded: the layers where z_i is known not to reach all real numbers.
     """
 
     latents: tuple[Tensor, ...]
     x_shape: torch.Size
-    bounded: dict[int, str]
+    families: dict[int, str]
+    bounded: frozenset[int]
 
 
 def probe_generator(generator: Any) -> Probe:
@@ -108,7 +110,8 @@ def _probe(generator: Any) -> Probe:
         raise GeneratorError("generator.latent_shapes: expected the shape of at least one layer, got none.")
     state = generator.start(_PROBE_BATCH)
     latents: list[Tensor] = []
-    bounded: dict[int, str] = {}
+    families: dict[int, str] = {}
+    bounded: set[int] = set()
     for layer in range(len(shapes), 0, -1):
         conditional = generator.conditional(state, layer)
         try:
@@ -118,8 +121,10 @@ def _probe(generator: Any) -> Probe:
             if not order:
                 raise
             raise GeneratorError(f"layer order: {order}") from error
+        if not isinstance(conditional, Normal):
+            families[layer] = type(conditional).__name__
         if is_bounded(conditional):
-            bounded[layer] = type(conditional).__name__
+            bounded.add(layer)
         first = tensors_of(conditional)[0]
         check_dtype(f"layer {layer}", first.dtype)
         if latents and (first.dtype, first.device) != (latents[0].dtype, latents[0].device):
@@ -141,7 +146,7 @@ def _probe(generator: Any) -> Probe:
             f"{tuple(likelihood.batch_shape)} with event_shape {tuple(likelihood.event_shape)}. One observation is one event: "
             f"torch.distributions.Independent(…, {dims}) of a distribution per element."
         )
-    return Probe(tuple(latents), likelihood.event_shape, bounded)
+    return Probe(tuple(latents), likelihood.event_shape, families, frozenset(bounded))
 
 
 class _Renumbered:

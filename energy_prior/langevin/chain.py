@@ -238,10 +238,15 @@ class _FiniteWatch:
         return self._free[max(candidates, key=lambda i: before[i])]
 
     def _fail(self, step: int, layer: int | None, what: str, step_size: Tensor) -> None:
+        remedy = (
+            f"Use a smaller step_size (it was {float(step_size.median()):.3g}; prior.tune_step_size() finds one) or "
+            "adjust=True."
+            if step
+            else "That is where chains start, so no step_size is at fault: the energy or the generator is not finite there, or "
+            "a layer that is held, or was drawn by infer, is where its prior cannot be (energy_prior.check_generator)."
+        )
         raise DivergenceError(
-            f"The Langevin chain diverged at step {step}: {what}. Use a smaller step_size (it was "
-            f"{float(step_size.median()):.3g}; prior.tune_step_size() finds one) or adjust=True; if it is not finite at step 0 "
-            "already, the energy or the generator itself is at fault, or a held z is where its prior cannot be.",
+            f"The Langevin chain diverged at step {step}: {what}. {remedy}",
             layer=layer,
             step=step,
         )

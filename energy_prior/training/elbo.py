@@ -330,7 +330,7 @@ class _ElboTask:
     def _diverged(iteration: int, what: str) -> DivergenceError:
         return DivergenceError(
             f"Training of the generator diverged in iteration {iteration}: {what} It holds its best weights so far. Lower "
-            "learning_rate, or raise kl_warmup.",
+            "learning_rate, or raise kl_warmup. In iteration 1: is q where p(z_i | z_(>i)) cannot be? check_generator tells.",
             step=iteration,
         )
 

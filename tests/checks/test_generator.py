@@ -20,7 +20,7 @@ from faults import FAULTS, Case, Fault, N, SideLatent, SideLatentSetByData, corr
 from ladders import LinearLadder
 from own_calls import deep_calls, nvae_calls, vdvae_calls
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Distribution, Independent, Normal, StudentT, Uniform
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, StudentT, Uniform
 
 from energy_prior import (
     ArgumentError,
@@ -35,6 +35,7 @@ from energy_prior import (
 from energy_prior.adapters import NVAEAdapter
 from energy_prior.checks.generator import probe_generator
 from energy_prior.process import exclusive
+from energy_prior.topdown import TopDown, ancestral_noise
 
 PROTOCOL, WITH_INFER, WITH_ALL = 9, 13, 16  # sentences of what was checked
 
@@ -658,6 +659,61 @@ def test_how_near_the_two_sides_are_is_said(off: float) -> None:
     *_, reconstruct, kl = check_generator(model, HAND_X, **calls)
     for line in (reconstruct, kl):
         assert float(line.rpartition(" to ")[2]) == pytest.approx(off, rel=0.5, abs=1e-6)
+
+
+class Levels(LadderVAE):
+    """A categorical likelihood: its mean is NaN by definition, and its draws are whole numbers."""
+
+    def likelihood(self, state: Any) -> Distribution:
+        mean = super().likelihood(state).mean
+        return Independent(Categorical(logits=torch.stack([mean, 1 - mean], -1)), 3)
+
+
+class OnlyDensity(Distribution):
+    """No mean, and no draws."""
+
+    def __init__(self, base: Distribution) -> None:
+        self.base = base
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.base.log_prob(value)
+
+
+class WithMean(OnlyDensity):
+    @property
+    def mean(self) -> Tensor:
+        return self.base.mean
+
+
+class OfDensity(LadderVAE):
+    kind: type[OnlyDensity] = OnlyDensity
+
+    def likelihood(self, state: Any) -> Distribution:
+        return self.kind(super().likelihood(state))
+
+
+class OfMean(OfDensity):
+    kind = WithMean
+
+
+def test_what_a_likelihood_decodes_by() -> None:
+    """Draws where there is no mean, in whole numbers too; a mean alone is enough, with the model's own calls as well."""
+    levels, x = build(Levels), X.round()
+    assert JointEBMPrior(levels).sample(2).unique().tolist() == [0.0, 1.0]
+    said = check_generator(levels, x, sample=lambda n: levels.likelihood(levels_state(levels, n)).sample().float())
+    assert said[-1].startswith("sample: every z agrees") or "agrees" in said[-1]
+    generator = build(OfDensity)
+    with pytest.raises(GeneratorError, match="likelihood: OnlyDensity has neither a mean nor sample"):
+        check_generator(generator, X)
+    generator = build(OfMean)
+    drawn = "the observation agrees"
+    assert drawn in check_generator(generator, X, sample=lambda n: generator.likelihood(levels_state(generator, n)).mean)[-1]
+
+
+def levels_state(generator: Any, n: int) -> Any:
+    """The state below z_1 of a draw of the generator's prior."""
+    return TopDown(generator, n).descend(ancestral_noise(TopDown(generator, n)), "noise", to_observation=True).state
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -105,8 +105,17 @@ def test_draws_outside_the_support_are_named() -> None:
         prior.log_joint(x)
     with pytest.raises(DivergenceError, match=r"values of z_1 are outside the support of p\(z_1 \| z_\(>1\)\), a Uniform"):
         prior.mismatch(x)
-    with pytest.raises(DivergenceError, match="a held z is where its prior cannot be"):
-        prior.sample_latents(2, given={1: torch.full((2, 1), 90.0).double()}, steps=2)
+
+
+@pytest.mark.parametrize("call", ["sample", "sample_latents", "trajectory"])
+def test_a_given_z_outside_the_support_is_refused(call: str) -> None:
+    prior = JointEBMPrior(FamilyLadder("uniform"))
+    more = {"every": 1} if call == "trajectory" else {}
+    for layer, free in ((1, "with the free layers above it at the z of ε = 0"), (2, "cannot be: log p")):
+        given = {layer: torch.full((2, 1), 90.0).double()}
+        with pytest.raises(ArgumentError, match=rf"^given\[{layer}\]: 2 values of z_{layer} .*a Uniform, .*{free}"):
+            getattr(prior, call)(2, given=given, steps=2, **more)
+    assert prior.sample_latents(2, given={2: torch.full((2, 1), 1.9).double()}, steps=2)[1][0] == pytest.approx(1.9)
 
 
 def test_latent_space_needs_all_real_numbers() -> None:
