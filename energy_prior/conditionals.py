@@ -140,7 +140,7 @@ class Logistic(Distribution):
             value: latents z, (batch, *latent_shape).
         """
         t = (value - self.loc) / self.scale
-        return -t.abs() - 2 * F.softplus(-t.abs()) - self.scale.log()
+        return F.logsigmoid(t) + F.logsigmoid(-t) - self.scale.log()
 
 
 _KINDS = (Normal, MultivariateNormal, Laplace, Logistic, Uniform)
@@ -171,7 +171,8 @@ def to_latent(conditional: Distribution, noise: Tensor) -> Tensor:
         low, high = torch.broadcast_tensors(c.low, c.high)
         tail = (high - low) * 0.5 * torch.erfc(-_negative(noise) / math.sqrt(2))  # Φ; torch's own is 0 a little below −5
         z = torch.where(noise < 0, low + tail, high - tail)
-        return torch.minimum(z, torch.nextafter(high, low))  # where its density is not 0
+        last = torch.nextafter(high.detach(), low.detach())  # an older torch has no derivative of it
+        return torch.where(z < high, z, last + (high - high.detach()))  # where its density is not 0
     return c.loc + c.scale * noise  # a class derived from Normal
 
 
@@ -195,7 +196,7 @@ def to_noise(conditional: Distribution, z: Tensor) -> Tensor:
         return _odd((z - c.loc) / c.scale, _logistic_noise)
     if isinstance(c, Uniform):
         below, above = z - c.low, c.high - z
-        nearest = torch.minimum(below, above)
+        nearest = torch.where(below < above, below, above)
         ends = torch.maximum(c.low.abs(), c.high.abs())
         nearest = torch.where(nearest == 0, 0.25 * torch.finfo(z.dtype).eps * ends, nearest)  # a draw that was rounded there
         noise = torch.special.ndtri(nearest / (c.high - c.low))
@@ -307,9 +308,15 @@ def gaussian_part(conditional: Distribution) -> tuple[Tensor, Tensor] | None:
 
 def tensors_of(conditional: Distribution) -> list[Tensor]:
     """The tensors that a conditional is made of; not those of modules inside it, such as a flow's weights."""
-    if isinstance(conditional, MultivariateNormal):  # it keeps what it is asked for: a covariance, say
-        return [conditional.loc, _factor(conditional)]
-    found: list[Tensor] = []
+    c: Any = conditional
+    if isinstance(c, MultivariateNormal):  # it keeps what it is asked for: a covariance, say
+        return [c.loc, _factor(c)]
+    if isinstance(c, Independent | TransformedDistribution) and not _has_own_map(c):  # those of the base first
+        transforms = c.transforms if isinstance(c, TransformedDistribution) else []
+        found = tensors_of(c.base_dist)
+        rebuilt(transforms, lambda value: found.append(value) or value)
+        return found
+    found = []
 
     def keep(value: Tensor) -> Tensor:
         found.append(value)
@@ -328,19 +335,15 @@ def rebuilt(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """
     known: dict[int, Any] = {}  # a transform and its inverse refer to each other
 
-    def of(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return function(value)
-        if isinstance(value, Distribution | Transform) and not isinstance(value, nn.Module):
-            if id(value) not in known:
-                copied = known[id(value)] = object.__new__(type(value))
-                for name, attribute in vars(value).items():
-                    object.__setattr__(copied, name, of(attribute))
-            return known[id(value)]
-        if isinstance(value, weakref.ref):  # to an inverse, in an older torch: it is made anew
-            return None
-        if isinstance(value, list | dict) or type(value) is tuple or hasattr(value, "_fields"):
-            return tree_map(of, value)
-        return value
+    def of(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if isinstance(leaf, Distribution | Transform) and not isinstance(leaf, nn.Module):
+            if id(leaf) not in known:
+                copied = known[id(leaf)] = object.__new__(type(leaf))
+                for name, attribute in vars(leaf).items():
+                    object.__setattr__(copied, name, tree_map(of, attribute))
+            return known[id(leaf)]
+        return None if isinstance(leaf, weakref.ref) else leaf  # to an inverse, in an older torch: it is made anew
 
-    return of(value)
+    return tree_map(of, value)

@@ -105,7 +105,7 @@ class OutlierDetector(OutlierMixin, BaseEstimator):
         if self.prior is None:
             prior, known = self._trained(rows, self.seed_)
         else:
-            prior, known = _with_own_calibration(self.prior), self._shaped(rows, self.prior)
+            prior, known = _with_own_energies(self.prior), self._shaped(rows, self.prior)
         prior.calibrate(known, rng=torch.Generator().manual_seed(self.seed_))
         self.prior_: JointEBMPrior = prior
         self.offset_: float = float(np.percentile(self.score_samples(X), 100 * contamination))
@@ -175,10 +175,13 @@ class OutlierDetector(OutlierMixin, BaseEstimator):
         return prior.double(), held  # scored in double precision: scores then do not depend on the batch
 
 
-def _with_own_calibration(prior: JointEBMPrior) -> JointEBMPrior:
-    """The same prior, generator and energies, whose calibration is a copy: not every generator can be copied, or is small."""
+def _with_own_energies(prior: JointEBMPrior) -> JointEBMPrior:
+    """A copy that shares the generator alone: not every generator can be copied, or is small."""
     copied = copy.copy(prior)
-    copied._modules = {**prior._modules, "calibration": copy.deepcopy(prior.calibration)}  # pyright: ignore[reportPrivateUsage]
+    shared = {name: module for name, module in prior._modules.items() if name == "generator"}  # pyright: ignore[reportPrivateUsage]
+    own = {name: copy.deepcopy(module) for name, module in prior._modules.items() if name not in shared}  # pyright: ignore[reportPrivateUsage]
+    copied._modules = {**own, **shared}
+    copied._buffers = {name: copy.deepcopy(value) for name, value in prior._buffers.items()}  # pyright: ignore[reportPrivateUsage]
     return copied
 
 

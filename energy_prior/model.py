@@ -107,7 +107,7 @@ class JointModel:
         return noise
 
     def check_support(self, held: Mapping[int, Tensor]) -> None:
-        """Each held z_j is where p_β(z_j | z_{>j}) can be, with the free layers above it at ε = 0.
+        """Each held z_j with no free layer above it is where p_β(z_j | z_{>j}) can be.
 
         Args:
             held: layer number (1 … L) -> its fixed z_i, (n, *latent_shapes[i - 1]).
@@ -116,16 +116,12 @@ class JointModel:
             ArgumentError: names the layer.
         """
         topdown = TopDown(self.generator, len(next(iter(held.values()))), held)
-        descent = topdown.descend([topdown.reference.new_zeros(shape) for shape in topdown.shapes], "noise")
-        noise = descent.noise()
-        for layer in sorted(held, reverse=True):
-            outside = ~torch.isfinite(noise[layer - 1])
+        for layer, noise in topdown.noise_above.items():
+            outside = ~torch.isfinite(noise)
             if bool(outside.any()):
-                free = " with the free layers above it at the z of ε = 0" if layer in topdown.held_below else ""
                 raise ArgumentError(
-                    f"given[{layer}]: {int(outside.sum())} values of z_{layer} are where p(z_{layer} | z_(>{layer})), a "
-                    f"{type(descent.conditionals[layer - 1]).__name__}, cannot be{free}: log p is −∞ there. Give a z within "
-                    "its support, such as one of sample_latents."
+                    f"given[{layer}]: {int(outside.sum())} values of z_{layer} are where p(z_{layer} | z_(>{layer})) cannot "
+                    "be: log p is −∞ there. Give a z within its support, such as one of sample_latents."
                 )
 
     def log_prior(self, latents: Sequence[Tensor]) -> Tensor:

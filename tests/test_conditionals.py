@@ -134,6 +134,23 @@ def test_rebuilt_is_the_same_of_other_tensors(family: str) -> None:
     assert not torch.allclose(to_latent(shifted, noise), z)
 
 
+def test_rebuilt_leaves_what_pytrees_do_not_know() -> None:
+    class Own(dict[str, Tensor]):
+        pass
+
+    class WithFields:
+        _fields = ("a",)
+
+    for value in (Own(a=torch.zeros(1)), WithFields()):
+        assert rebuilt({"x": value}, lambda t: t + 1)["x"] is value
+
+
+def test_a_transforms_tensors_come_after_those_of_its_base() -> None:
+    base = Normal(torch.zeros(2, 3), torch.ones(2, 3))
+    shifted = TransformedDistribution(base, [AffineTransform(torch.zeros(3).double(), 2.0)])
+    assert [t.dtype for t in tensors_of(shifted)] == [torch.float32, torch.float32, torch.float64]
+
+
 def test_rebuilt_goes_into_containers() -> None:
     one = torch.zeros(2)
     state = {"a": [one, (one, "text")], "p": Normal(one, one + 1)}

@@ -35,7 +35,10 @@ def check_conditional(conditional: Any, layer: int, shape: torch.Size, batch: in
     what = "loc or scale" if isinstance(conditional, Normal) else f"a parameter of the {type(conditional).__name__}"
     if not all(bool(torch.isfinite(t).all()) for t in tensors_of(conditional)):
         raise GeneratorError(f"generator.conditional: {what} of layer {layer} is not finite for a draw of the prior.")
-    scale = getattr(conditional, "scale", None)
+    base: Any = conditional
+    while isinstance(base, Independent | TransformedDistribution):
+        base = base.base_dist
+    scale = getattr(base, "scale", None)
     if isinstance(scale, Tensor) and not (scale > 0).all():
         raise GeneratorError(f"generator.conditional: scale of layer {layer} must be above 0, got {float(scale.min()):.3g}.")
     if type(conditional) is not Normal:

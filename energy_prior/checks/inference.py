@@ -25,7 +25,6 @@ from energy_prior.replay import Replay
 from energy_prior.topdown import TopDown, inferred_descent
 
 _MOST_LAYERS = 16  # whose gradients are looked at, from the top to the bottom
-_ROUNDING = 256  # units of the last place
 _AFFINE_FACTOR = 10.0  # over `relative`: of σ ε in z − μ
 
 
@@ -233,12 +232,14 @@ def read_off(generator: Any, x: Tensor) -> Reading:
     reading.inferred, _ = run(x, noise)
     tripled = torch.cat([x, x, x])
     everywhere = {d: torch.cat([e, e, e]) for d, e in noise.items()}
+    still = [z.detach().chunk(3) for z in run(tripled, everywhere)[0].latents]
+    rounding = [(of_zero - of_one).abs() for of_zero, of_one, _ in still]  # of the same numbers in other rows
     assigned: set[int] = set()
     for d in reversed(noise):
         e = noise[d]
         drawn, _ = run(tripled, everywhere | {d: torch.cat([torch.zeros_like(e), torch.ones_like(e), e])})
         zero, one, own = ([z.detach().chunk(3)[part] for z in drawn.latents] for part in range(3))
-        changed = {i for i in layers if _is_changed(zero[i - 1], one[i - 1])} - assigned
+        changed = {i for i in layers if _is_changed(zero[i - 1], one[i - 1], rounding[i - 1])} - assigned
         assigned |= changed
         for i in changed:
             reading.order.insert(0, i)
@@ -298,9 +299,9 @@ def _numbers(draw: int, shape: torch.Size, x: Tensor) -> Tensor:
     return torch.randn(shape, generator=generator).to(x)  # of single precision, which any model keeps
 
 
-def _is_changed(zero: Tensor, one: Tensor) -> bool:
+def _is_changed(zero: Tensor, one: Tensor, rounding: Tensor) -> bool:
     """By more than rounding, which may be another one in another row: a vector's last elements are computed by themselves."""
-    return bool(((zero - one).abs() > _ROUNDING * torch.finfo(zero.dtype).eps * zero.abs().amax()).any())
+    return bool(((zero - one).abs() > 2 * rounding).any())
 
 
 def _is_affine(z: Tensor, loc: Tensor, scale: Tensor, noise: Tensor) -> bool:

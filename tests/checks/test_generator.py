@@ -697,6 +697,25 @@ class OfMean(OfDensity):
     kind = WithMean
 
 
+@pytest.mark.parametrize(("loc", "scale"), [(100.0, 1e-3), (1.0, 1e-5), (1000.0, 0.01)])
+def test_log_q_of_narrow_posteriors_is_read(loc: float, scale: float) -> None:
+    """However small σ is beside μ: an error of log q is found in float32."""
+
+    class Fine(LadderVAE):
+        def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+            drawn = [Normal(loc + torch.zeros(len(x), d), scale) for d in (3, 2)]
+            latents = [q.rsample() for q in drawn]
+            log_q = [q.log_prob(z).sum(1) + error[0] for q, z in zip(drawn, latents, strict=True)]
+            return Inferred(tuple(latents), torch.stack(log_q, 1))
+
+    error = [0.0]
+    generator = build(Fine)
+    assert "log q" in check_generator(generator, X)[-1]
+    error[0] = 5.0
+    with pytest.raises(GeneratorError, match="log q of layer 2, 1: infer says"):
+        check_generator(generator, X)
+
+
 def test_what_a_likelihood_decodes_by() -> None:
     """Draws where there is no mean, in whole numbers too; a mean alone is enough, with the model's own calls as well."""
     levels, x = build(Levels), X.round()

@@ -111,10 +111,11 @@ def test_draws_outside_the_support_are_named() -> None:
 def test_a_given_z_outside_the_support_is_refused(call: str) -> None:
     prior = JointEBMPrior(FamilyLadder("uniform"))
     more = {"every": 1} if call == "trajectory" else {}
-    for layer, free in ((1, "with the free layers above it at the z of ε = 0"), (2, "cannot be: log p")):
-        given = {layer: torch.full((2, 1), 90.0).double()}
-        with pytest.raises(ArgumentError, match=rf"^given\[{layer}\]: 2 values of z_{layer} .*a Uniform, .*{free}"):
-            getattr(prior, call)(2, given=given, steps=2, **more)
+    given = {2: torch.full((2, 1), 90.0).double()}
+    with pytest.raises(ArgumentError, match=r"^given\[2\]: 2 values of z_2 are where p\(z_2 \| z_\(>2\)\) cannot be: log p"):
+        getattr(prior, call)(2, given=given, steps=2, **more)
+    with pytest.raises(DivergenceError, match="at step 0: .* a layer that is held, .* is where its prior cannot be"):
+        getattr(prior, call)(2, given={1: 45 * given[2]}, steps=2, **more)
     assert prior.sample_latents(2, given={2: torch.full((2, 1), 1.9).double()}, steps=2)[1][0] == pytest.approx(1.9)
 
 
