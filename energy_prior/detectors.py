@@ -177,11 +177,10 @@ class OutlierDetector(OutlierMixin, BaseEstimator):
 
 def _with_own_energies(prior: JointEBMPrior) -> JointEBMPrior:
     """A copy that shares the generator alone: not every generator can be copied, or is small."""
-    copied = copy.copy(prior)
-    shared = {name: module for name, module in prior._modules.items() if name == "generator"}  # pyright: ignore[reportPrivateUsage]
-    own = {name: copy.deepcopy(module) for name, module in prior._modules.items() if name not in shared}  # pyright: ignore[reportPrivateUsage]
-    copied._modules = {**own, **shared}
-    copied._buffers = {name: copy.deepcopy(value) for name, value in prior._buffers.items()}  # pyright: ignore[reportPrivateUsage]
+    copied, parts = copy.copy(prior), vars(prior)
+    own = {name: copy.deepcopy(part) for name, part in parts["_modules"].items() if name != "generator"}
+    vars(copied)["_modules"] = {name: own.get(name, part) for name, part in parts["_modules"].items()}
+    vars(copied)["_buffers"] = copy.deepcopy(parts["_buffers"])
     return copied
 
 
