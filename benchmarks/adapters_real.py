@@ -61,7 +61,7 @@ def _table(records: list[dict[str, Any]]) -> str:
         "",
         "Largest relative deviations of the adapters from the public code itself, float64, random weights, the same noise on",
         "both sides. That code is not part of this repository; `benchmarks/adapters_real.py` says how its records are made.",
-        "[Models of public repositories](../public-models.md) has the calls to see it for your own checkpoint.",
+        "The page on models of public repositories has the calls to see it for your own checkpoint.",
     ]
     for model in dict.fromkeys(map(_of, records)):
         own = [record for record in records if _of(record) == model]
