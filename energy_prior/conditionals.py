@@ -16,12 +16,14 @@ The quantile functions are taken of log Φ(−|ε|), so that z keeps its precisi
 from __future__ import annotations
 
 __all__ = [
+    "LocationScale",
     "Logistic",
     "NoiseMap",
     "gaussian_part",
     "is_bounded",
     "is_conditional",
     "log_ndtr_inverse",
+    "ndtr",
     "rebuilt",
     "tensors_of",
     "to_latent",
@@ -81,16 +83,8 @@ class NoiseMap(Protocol):
         ...
 
 
-class Logistic(Distribution):
-    """The logistic distribution, p(z) = exp(−t)/(s (1 + exp(−t))²) with t = (z − μ)/s.
-
-    torch has it only as a `TransformedDistribution` of a `Uniform`, which rounds its upper tail away.
-
-    Args:
-        loc: μ of the latents, (batch, *latent_shape).
-        scale: s > 0, (batch, *latent_shape), in the latents' units.
-        validate_args: whether arguments are checked; None: torch's own default.
-    """
+class LocationScale(Distribution):
+    """What distributions of a `loc` and a `scale` share: the two, broadcast, and that z is any real number."""
 
     has_rsample = True
 
@@ -109,6 +103,18 @@ class Logistic(Distribution):
     def support(self) -> constraints.Constraint:
         """All real numbers."""
         return constraints.real
+
+
+class Logistic(LocationScale):
+    """The logistic distribution, p(z) = exp(−t)/(s (1 + exp(−t))²) with t = (z − μ)/s.
+
+    torch has it only as a `TransformedDistribution` of a `Uniform`, which rounds its upper tail away.
+
+    Args:
+        loc: μ of the latents, (batch, *latent_shape).
+        scale: s > 0, (batch, *latent_shape), in the latents' units.
+        validate_args: whether arguments are checked; None: torch's own default.
+    """
 
     @property
     def mean(self) -> Tensor:
@@ -169,7 +175,7 @@ def to_latent(conditional: Distribution, noise: Tensor) -> Tensor:
         return c.loc + c.scale * _logit_of_normal(noise)
     if isinstance(c, Uniform):
         low, high = torch.broadcast_tensors(c.low, c.high)
-        tail = (high - low) * 0.5 * torch.erfc(-_negative(noise) / math.sqrt(2))  # Φ; torch's own is 0 a little below −5
+        tail = (high - low) * ndtr(_negative(noise))
         z = torch.where(noise < 0, low + tail, high - tail)
         last = torch.nextafter(high.detach(), low.detach())  # an older torch has no derivative of it
         return torch.where(z < high, z, last + (high - high.detach()))  # where its density is not 0
@@ -242,6 +248,11 @@ def _logit_of_normal(noise: Tensor) -> Tensor:
     return torch.special.log_ndtr(noise) - torch.special.log_ndtr(-noise)
 
 
+def ndtr(value: Tensor) -> Tensor:
+    """Φ, with its digits in the lower tail; torch's own is 0 a little below −5."""
+    return 0.5 * torch.erfc(-value / math.sqrt(2))
+
+
 def log_ndtr_inverse(y: Tensor) -> Tensor:
     """ε ≤ 0 with log Φ(ε) = y, for y ≤ −log 2; differentiable twice."""
     fixed = y.detach()
@@ -283,7 +294,7 @@ def is_bounded(conditional: Distribution) -> bool:
         return bounded
     try:
         return not _is_real(c.support)
-    except NotImplementedError:
+    except NotImplementedError:  # how torch.distributions says that there is no support
         return False
 
 
@@ -312,17 +323,18 @@ def tensors_of(conditional: Distribution) -> list[Tensor]:
     if isinstance(c, MultivariateNormal):  # it keeps what it is asked for: a covariance, say
         return [c.loc, _factor(c)]
     if isinstance(c, Independent | TransformedDistribution) and not _has_own_map(c):  # those of the base first
-        transforms = c.transforms if isinstance(c, TransformedDistribution) else []
-        found = tensors_of(c.base_dist)
-        rebuilt(transforms, lambda value: found.append(value) or value)
-        return found
-    found = []
+        return [*tensors_of(c.base_dist), *_tensors_in(getattr(c, "transforms", []))]
+    return _tensors_in(c)
 
-    def keep(value: Tensor) -> Tensor:
-        found.append(value)
-        return value
 
-    rebuilt(conditional, keep)
+def _tensors_in(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    rebuilt(value, keep)
     return found
 
 

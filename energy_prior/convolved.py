@@ -8,10 +8,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Normal, constraints
+from torch.distributions import Normal
 
 from energy_prior._util import normal_like, plain_normal
-from energy_prior.conditionals import log_ndtr_inverse
+from energy_prior.conditionals import LocationScale, log_ndtr_inverse, ndtr
 
 _LOG_2 = math.log(2)
 _LOG_ROOT_2_PI = 0.5 * math.log(2 * math.pi)
@@ -19,7 +19,7 @@ _NEWTON_STEPS = 3
 _NARROW = 0.05
 
 
-class ConvolvedNormal(Distribution):
+class ConvolvedNormal(LocationScale):
     """p(z) = Φ((z + ½ − μ)/σ) − Φ((z − ½ − μ)/σ): the prior of models for compression, where z is rounded to whole numbers.
 
     It is the distribution of z = n + Φ(v) − ½ with n ~ N(μ, σ²) and v ~ N(0, 1). So a layer of C channels z is one Normal
@@ -42,24 +42,6 @@ class ConvolvedNormal(Distribution):
         True
     """
 
-    has_rsample = True
-
-    def __init__(self, loc: Tensor, scale: Tensor, validate_args: bool | None = None) -> None:
-        pair = torch.broadcast_tensors(loc, scale)
-        self.loc: Tensor = pair[0]
-        self.scale: Tensor = pair[1]
-        super().__init__(self.loc.shape, validate_args=validate_args)
-
-    @property
-    def arg_constraints(self) -> dict[str, constraints.Constraint]:
-        """Real `loc`, positive `scale`."""
-        return {"loc": constraints.real, "scale": constraints.positive}
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """All real numbers."""
-        return constraints.real
-
     @property
     def mean(self) -> Tensor:
         """μ of the latents, (batch, C, *shape)."""
@@ -80,7 +62,7 @@ class ConvolvedNormal(Distribution):
             Draws of latents z, (*sample_shape, batch, C, *shape).
         """
         shape = self._extended_shape(torch.Size(sample_shape))
-        return self.loc + self.scale * normal_like(shape, self.loc) + _ndtr(normal_like(shape, self.loc)) - 0.5
+        return self.loc + self.scale * normal_like(shape, self.loc) + ndtr(normal_like(shape, self.loc)) - 0.5
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(z) of every element, (batch, C, *shape), nats.
@@ -103,7 +85,7 @@ class ConvolvedNormal(Distribution):
             pair: (n, v), (batch, 2·C, *shape), latents.
         """
         n, v = pair.chunk(2, dim=1)
-        return n + (_ndtr(v) - 0.5)
+        return n + (ndtr(v) - 0.5)
 
     def to_pair(self, value: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(n, v) ~ p(n, v | z), reparameterised, and its log density: what `infer` of a generator makes of its draw.
@@ -130,7 +112,7 @@ class ConvolvedNormal(Distribution):
         change = (wanted - below) - (wanted - below).detach()  # a change of 0, with a gradient
         bend = ((end - depth) * _log_density(v).exp() / self.scale - v) * slope - 1
         v = sign * (v + slope * (change - 0.5 * bend * change**2))
-        n = value + (0.5 - _ndtr(v))
+        n = value + (0.5 - ndtr(v))
         log_p = _log_density((n - self.loc) / self.scale) - self.scale.log() + _log_density(v)
         return torch.cat([n, v], dim=1), log_p - mass
 
@@ -163,7 +145,7 @@ def _log_mass(centre: Tensor, half: Tensor) -> Tensor:
     series = (r - q) / 6 + (r**2 - 6 * r * q + 3 * q**2) / 120 + (r**3 - 15 * r**2 * q + 45 * r * q**2 - 15 * q**3) / 5040
     of_narrow = _log_density(c) + (2 * h).log() + series.log1p()
     h, c = only(across, half, 1.0), only(across, m, 0.0)
-    of_across = torch.log1p(-_ndtr(-h - c) - _ndtr(c - h))
+    of_across = torch.log1p(-ndtr(-h - c) - ndtr(c - h))
     beside = ~across & ~narrow
     h, c = only(beside, half, 1.0), only(beside, m, 2.0)
     near, far = (torch.special.erfcx((c + side * h) / math.sqrt(2)).log() for side in (-1, 1))
@@ -174,8 +156,3 @@ def _log_mass(centre: Tensor, half: Tensor) -> Tensor:
 def _log_density(value: Tensor) -> Tensor:
     """log φ."""
     return -0.5 * value**2 - _LOG_ROOT_2_PI
-
-
-def _ndtr(value: Tensor) -> Tensor:
-    """Φ, with its digits in the lower tail; torch's own is 0 a little below −5."""
-    return 0.5 * torch.erfc(-value / math.sqrt(2))

@@ -60,7 +60,7 @@ def check_likelihood(generator: HierarchicalGenerator, x: Tensor) -> str | None:
         return "likelihood: log_prob of the observations is not finite. Are they in the range that the model was trained on?"
     try:
         decode_state(generator, descent.state)
-    except NotImplementedError:
+    except NotImplementedError:  # how torch.distributions says so
         return f"likelihood: {type(likelihood).__name__} has neither a mean nor sample(), so nothing to decode by."
     if torch.equal(log_prob, log_prob[:1].expand_as(log_prob)) and not torch.equal(x, x[:1].expand_as(x)):
         return (
@@ -300,8 +300,10 @@ def log_likelihood(generator: HierarchicalGenerator, state: Any, x: Tensor) -> T
 
 def _rows(conditional: Distribution) -> list[Tensor]:
     """What says where an observation's z is, and how wide: tensors (batch, …)."""
-    unit = torch.ones(*conditional.batch_shape, *conditional.event_shape).to(tensors_of(conditional)[0])
-    return [t for t in tensors_of(conditional) if t.ndim and len(t) == len(unit)] or [to_latent(conditional, unit)]
+    if isinstance(conditional, Normal):
+        return tensors_of(conditional)
+    unit = tensors_of(conditional)[0].new_ones((*conditional.batch_shape, *conditional.event_shape))
+    return [to_latent(conditional, 0 * unit), to_latent(conditional, unit)]
 
 
 def _draw(conditional: Distribution) -> Tensor:

@@ -20,7 +20,17 @@ from faults import FAULTS, Case, Fault, N, SideLatent, SideLatentSetByData, corr
 from ladders import LinearLadder
 from own_calls import deep_calls, nvae_calls, vdvae_calls
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, StudentT, Uniform
+from torch.distributions import (
+    AffineTransform,
+    Bernoulli,
+    Categorical,
+    Distribution,
+    Independent,
+    Normal,
+    StudentT,
+    TransformedDistribution,
+    Uniform,
+)
 
 from energy_prior import (
     ArgumentError,
@@ -695,6 +705,21 @@ class OfDensity(LadderVAE):
 
 class OfMean(OfDensity):
     kind = WithMean
+
+
+class Scaled(LadderVAE):
+    """A transform whose parameter is as long as the batch."""
+
+    def conditional(self, state: Any, layer: int) -> Any:
+        c = super().conditional(state, layer)
+        width = c.loc.shape[1]
+        return TransformedDistribution(c, [AffineTransform(torch.linspace(0, 1, width), 2.0)])
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4])
+def test_parameters_without_rows_are_not_taken_for_rows(batch: int) -> None:
+    """Layers have 3 and 2 units."""
+    assert len(check_generator(build(Scaled), X[:batch])) == WITH_INFER
 
 
 @pytest.mark.parametrize(("loc", "scale"), [(100.0, 1e-3), (1.0, 1e-5), (1000.0, 0.01)])
