@@ -111,15 +111,15 @@ def nvae_calls(model: Any, t: float = 1.0, as_density: bool = False) -> OwnCalls
         if model.decoder == "normal":
             d = Normal(output.dist.mu, output.dist.sigma)
             return total(d.log_prob(2 * x - 1)) if as_density and x is not None else ((d.mean + 1) / 2).clamp(0, 1)
-        mixture = DiscretizedLogisticMixture(
-            output.logit_probs,
-            output.means.transpose(1, 2),
-            output.log_scales.transpose(1, 2),
-            output.coeffs.transpose(1, 2),
-            bottom=-0.999,
-            top=0.99,
-        )
-        return mixture.log_prob(2 * x - 1) if as_density and x is not None else ((mixture.mean + 1) / 2).clamp(0, 1)
+        if as_density and x is not None:
+            swapped = (part.transpose(1, 2) for part in (output.means, output.log_scales, output.coeffs))
+            return DiscretizedLogisticMixture(output.logit_probs, *swapped, bottom=-0.999, top=0.99).log_prob(2 * x - 1)
+        weights = output.logit_probs.softmax(1)  # its mean takes the parameters' averages, (batch, 3, height, width)
+        loc, c = (torch.einsum("nmhw,ncmhw->nchw", weights, part) for part in (output.means, output.coeffs))
+        red = loc[:, 0].clamp(-1, 1)
+        green = (loc[:, 1] + c[:, 0] * red).clamp(-1, 1)
+        blue = (loc[:, 2] + c[:, 1] * red + c[:, 2] * green).clamp(-1, 1)
+        return (torch.stack([red, green, blue], 1) + 1) / 2
 
     def padded(x: Tensor) -> Tensor:
         return F.pad(x, (2,) * 4) if model.crop_output else x
