@@ -51,6 +51,7 @@ from torch.distributions import (
     constraints,
 )
 from torch.utils._pytree import tree_map
+from typing_extensions import Self
 
 _LOG_2 = math.log(2)
 _TAIL = -30.0
@@ -103,6 +104,17 @@ class LocationScale(Distribution):
     def support(self) -> constraints.Constraint:
         """All real numbers."""
         return constraints.real
+
+    def expand(self, batch_shape: torch.Size | tuple[int, ...]) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The same distribution, repeated.
+
+        Args:
+            batch_shape: the new shape, as `Tensor.expand` takes it.
+
+        Returns:
+            That distribution.
+        """
+        return type(self)(self.loc.expand(batch_shape), self.scale.expand(batch_shape), validate_args=False)
 
 
 class Logistic(LocationScale):
@@ -168,7 +180,8 @@ def to_latent(conditional: Distribution, noise: Tensor) -> Tensor:
         transforms: list[Any] = c.transforms
         return functools.reduce(lambda z, transform: transform(z), transforms, to_latent(c.base_dist, noise))
     if isinstance(c, MultivariateNormal):
-        return c.loc + (_factor(c) @ noise[..., None])[..., 0]
+        with torch.autocast(noise.device.type, enabled=False):
+            return c.loc + (_factor(c) @ noise[..., None])[..., 0]
     if isinstance(c, Laplace):
         return c.loc + c.scale * _odd(noise, _laplace_quantile)
     if isinstance(c, Logistic):

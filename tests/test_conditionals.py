@@ -103,6 +103,7 @@ def test_logistic_is_torchs_own() -> None:
     draws = ours.rsample((200_000,))
     torch.testing.assert_close(draws.mean(0), ours.mean, rtol=0, atol=0.05)
     torch.testing.assert_close(draws.var(0), ours.variance, rtol=0.03, atol=0)
+    torch.testing.assert_close(ours.expand((3, 2)).log_prob(x[0]), theirs.expand([3, 2]).log_prob(x[0]))
     with pytest.raises(ValueError, match="scale"):
         Logistic(loc, -scale, validate_args=True)
 
@@ -115,6 +116,10 @@ def test_multivariate_and_independent() -> None:
     z = to_latent(conditional, noise)
     torch.testing.assert_close(z, noise @ factor.T)
     torch.testing.assert_close(to_noise(conditional, z), noise)
+    single = torch.distributions.MultivariateNormal(torch.zeros(3, 2), scale_tril=factor.float())
+    with torch.autocast("cpu", torch.bfloat16):  # of networks; z is no feature of one
+        z = to_latent(single, noise.float())
+    torch.testing.assert_close(z, noise.float() @ factor.float().T)
     base = Normal(torch.zeros(3, 2), 2 * torch.ones(3, 2))
     torch.testing.assert_close(to_latent(Independent(base, 1), torch.ones(3, 2)), 2 * torch.ones(3, 2))
 

@@ -76,6 +76,8 @@ def rounded_normal(mean: Tensor, scale: Tensor) -> Distribution:
 class _Rounded(ConvolvedNormal):
     """N(μ, σ²) rounded to whole numbers: its probabilities are densities of the convolution."""
 
+    has_rsample = False
+
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws, whole numbers, (*sample_shape, batch, *x_shape)."""

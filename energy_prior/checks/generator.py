@@ -6,7 +6,7 @@ __all__ = ["Probe", "check_generator", "probe_generator"]
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,17 @@ from energy_prior.checks.decoder import (
     check_rows,
     check_states,
 )
-from energy_prior.checks.inference import Reading, check_gradients_of_infer, check_infer, check_log_q, check_support, read_off
-from energy_prior.checks.own_calls import compare_kl, compare_reconstruct, compare_sample
+from energy_prior.checks.inference import (
+    check_gradients_of_infer,
+    check_infer,
+    check_log_q,
+    check_support,
+    has_posterior_log_prob,
+)
+from energy_prior.checks.own_calls import compare_reconstruct, compare_sample
+from energy_prior.checks.own_terms import compare_elbo, compare_kl
 from energy_prior.checks.probe import Probe, probe_generator
+from energy_prior.checks.reading import Reading, read_off
 from energy_prior.checks.untouched import Snapshot, untouched
 from energy_prior.errors import ArgumentError, EnergyPriorError, GeneratorError, warn
 from energy_prior.process import exclusive, full_precision, reproducible, unvalidated
@@ -41,6 +49,7 @@ def check_generator(
     reconstruct: Callable[[Tensor], Any] | None = None,
     sample: Callable[[int], Any] | None = None,
     kl: Callable[[Tensor], Any] | None = None,
+    elbo: Callable[[Tensor], Any] | None = None,
 ) -> tuple[str, ...]:
     """Tests a generator as it stands (in its present train/eval mode) on a few observations, and leaves no trace on it.
 
@@ -58,6 +67,8 @@ def check_generator(
             here, (n,), nats; or what has `log_prob`.
         kl: of x: KL(q ‖ p), or log q − log p at the draw, nats, of every layer: (batch, L), z_1 first, or a list of L tensors
             (batch, …), whose elements are summed; or their sum, (batch,).
+        elbo: of x, where the model's own pass gives nothing but that: log p(x | z) − KL(q ‖ p), or log p(x | z) + log p − log q
+            at the draw, (batch,), nats; or its mean over the batch, a scalar.
 
     Returns:
         What was checked and found right, a sentence each. Values of log q are among it where z_i = μ + σ ε, element by element.
@@ -80,7 +91,7 @@ def check_generator(
         raise GeneratorError(f"x: expected a torch.Tensor or a numpy array, got {type(x).__name__}.")
     if x.ndim < 2 or len(x) < 2:
         raise GeneratorError(f"x: expected two or more observations, (batch, *x_shape), got shape {tuple(x.shape)}.")
-    for name, call in {"reconstruct": reconstruct, "sample": sample, "kl": kl}.items():
+    for name, call in {"reconstruct": reconstruct, "sample": sample, "kl": kl, "elbo": elbo}.items():
         if call is not None and not callable(call):
             raise ArgumentError(f"{name}: expected a function, got {type(call).__name__}.")
         if call is not None and name != "sample" and find_infer(generator) is None:
@@ -91,30 +102,32 @@ def check_generator(
         exclusive(),
         torch.inference_mode(False),
         full_precision(x.device),
-        untouched(generator, reconstruct, sample, kl) as snapshot,
+        untouched(generator, reconstruct, sample, kl, elbo) as snapshot,
         reproducible(torch.Generator().manual_seed(_SEED), x.device),
         unvalidated(),
     ):
         x = x.detach().clone()  # made in inference mode, it could not take part in autograd
-        passed, faults = _run(generator, x, reconstruct, sample, kl, snapshot)
+        passed, faults = _run(generator, x, _OwnCalls(reconstruct, sample, kl, elbo), snapshot)
     if faults:
         raise GeneratorError(f"{type(generator).__name__} breaks the generator protocol:\n- " + "\n- ".join(faults))
     return tuple(passed)
 
 
-def _run(
-    generator: Any,
-    x: Tensor,
-    reconstruct: Callable[[Tensor], Any] | None,
-    sample: Callable[[int], Any] | None,
-    kl: Callable[[Tensor], Any] | None,
-    snapshot: Snapshot,
-) -> tuple[list[str], list[str]]:
+class _OwnCalls(NamedTuple):
+    """The model's own calls that were given."""
+
+    reconstruct: Callable[[Tensor], Any] | None
+    sample: Callable[[int], Any] | None
+    kl: Callable[[Tensor], Any] | None
+    elbo: Callable[[Tensor], Any] | None
+
+
+def _run(generator: Any, x: Tensor, own: _OwnCalls, snapshot: Snapshot) -> tuple[list[str], list[str]]:
     """What was found right, and what wrong."""
     reading: Callable[[], Reading] = cache(lambda: read_off(generator, x))
     # Each gives what is wrong, and needs that those before it up to `repeat` found nothing.
     checks: list[tuple[str, Callable[[], str | None], bool]] = [
-        ("shapes, types and layer order agree with latent_shapes", lambda: _shapes(generator, snapshot, reconstruct, x), True),
+        ("shapes, types and layer order agree with latent_shapes", lambda: _shapes(generator, snapshot, own, x), True),
         ("likelihood fits the observations", lambda: check_likelihood(generator, x), True),
         ("conditionals are deterministic", lambda: check_deterministic(generator, x), True),
         ("nothing that belongs in the state is kept on the model", lambda: check_nothing_kept(generator, x), True),
@@ -147,15 +160,17 @@ def _run(
             if decisive:  # what follows would only repeat it
                 return passed, faults
         else:
-            passed.append(_log_q_sentence(reading()) if what == "log q" else what)
-    for compare in (
-        None if sample is None else lambda: compare_sample(generator, x, sample),
-        None if reconstruct is None else lambda: compare_reconstruct(generator, x, reconstruct, reading()),
-        None if kl is None else lambda: compare_kl(generator, x, kl, reading()),
-    ):
-        if compare is not None:
+            passed.append(_log_q_sentence(generator, reading()) if what == "log q" else what)
+    comparisons: tuple[tuple[Any, Callable[[Any], str]], ...] = (
+        (own.sample, lambda call: compare_sample(generator, x, call)),
+        (own.reconstruct, lambda call: compare_reconstruct(generator, x, call, reading())),
+        (own.kl, lambda call: compare_kl(generator, x, call, reading())),
+        (own.elbo, lambda call: compare_elbo(generator, x, call, reading())),
+    )
+    for call, compare in comparisons:
+        if call is not None:
             try:
-                passed.append(compare())
+                passed.append(compare(call))
             except GeneratorError as error:
                 faults.append(str(error))
     return passed, faults
@@ -170,7 +185,7 @@ def _fault(what: str, check: Callable[[], str | None]) -> str | None:
         return f"while checking that {what}, the generator raised {type(error).__name__}: {error}"
 
 
-def _log_q_sentence(reading: Reading) -> str:
+def _log_q_sentence(generator: Any, reading: Reading) -> str:
     """Which layers' log q was held to its draw."""
     if not reading.unread:
         what = "Gaussian" if len(reading.loc) == len(reading.q) else "distribution"
@@ -180,13 +195,14 @@ def _log_q_sentence(reading: Reading) -> str:
     return (
         f"log q was compared with the draws in layers: {known}; not in {', '.join(map(str, sorted(reading.unread)))}: "
         f"layer {layer}: {reading.unread[layer]}"
+        + ("; posterior_log_prob gives the same in every layer" if has_posterior_log_prob(generator) else "")
     )
 
 
-def _shapes(generator: Any, snapshot: Snapshot, reconstruct: Callable[[Tensor], Any] | None, x: Tensor) -> str | None:
+def _shapes(generator: Any, snapshot: Snapshot, own: _OwnCalls, x: Tensor) -> str | None:
     with torch.no_grad():
         if not _lazy(generator):
-            _run_once(generator, reconstruct, x)
+            _run_once(generator, own.reconstruct or own.elbo, x)
         probe_generator(generator)
     if snapshot.parameters_changed():
         warn(
@@ -201,14 +217,14 @@ def _lazy(generator: Any) -> bool:
     return isinstance(generator, nn.Module) and any(nn.parameter.is_lazy(p) for p in generator.parameters())
 
 
-def _run_once(generator: Any, reconstruct: Callable[[Tensor], Any] | None, x: Tensor) -> None:
+def _run_once(generator: Any, own: Callable[[Tensor], Any] | None, x: Tensor) -> None:
     """A forward pass, the model's own if there is one to be found, so that what sets itself by data sees data."""
     model = getattr(generator, "model", None)
 
     def through_the_protocol(x: Tensor) -> None:
         generator.likelihood(inferred_descent(generator, generator.infer(x)).state)
 
-    for call in (reconstruct, model if isinstance(model, nn.Module) else None, through_the_protocol):
+    for call in (own, model if isinstance(model, nn.Module) else None, through_the_protocol):
         if call is not None:
             try:
                 call(x)

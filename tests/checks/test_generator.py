@@ -612,7 +612,9 @@ def test_log_determinants(kind: type[LadderVAE], share: float) -> None:
     generator: Any = build(kind)
     generator.share = share
     if share == 1.0:
-        assert ("not in 1: layer 1: its draw is not μ + σ ε" in " ".join(check_generator(generator, X))) is (kind is CurvedFlow)
+        said = " ".join(check_generator(generator, X))
+        assert ("not in 1: layer 1: its draw is not μ + σ ε" in said) is (kind is CurvedFlow)
+        assert ("posterior_log_prob gives the same in every layer" in said) is (kind is CurvedFlow)
         return
     with pytest.raises(GeneratorError, match="log q of layer 1: infer says .*log-determinant of a flow"):
         check_generator(generator, X)
@@ -930,6 +932,85 @@ def test_one_percent_of_a_scale_is_found_at_its_layer(of: str, layer: int) -> No
     name, call = ("sample", model.sample) if of == "p" else ("reconstruct", model)
     with pytest.raises(GeneratorError, match=f"{name}: .*first part at layer {layer}: .*generator's σ is 1.01005 times"):
         check_generator(wrong, HAND_X, **{name: call})  # type: ignore[arg-type]
+
+
+def own_elbo(model: Handmade, x: Tensor, analytic: bool = False) -> Tensor:
+    """log p(x | z) − KL(q ‖ p), or − (log q − log p) at the draw, (batch,), nats."""
+    q = [Normal(*model.split(net(x))) for net in model.q]
+    z = [d.loc + d.scale * e for d, e in zip(q, model.noise(len(x)), strict=True)]
+    p = [model.conditional(z[layer] if layer < 3 else model.start(len(x)), layer) for layer in (1, 2, 3)]
+    terms = [
+        torch.distributions.kl_divergence(q_i, p_i).sum(1) if analytic else (q_i.log_prob(z_i) - p_i.log_prob(z_i)).sum(1)
+        for q_i, p_i, z_i in zip(q, p, z, strict=True)
+    ]
+    return model.likelihood(z[0]).log_prob(x) - torch.stack(terms).sum(0)
+
+
+@pytest.mark.parametrize("analytic", [False, True])
+def test_an_elbo_alone_proves_a_generator(analytic: bool) -> None:
+    """Per image, or their mean; what is wrong in q, in p or below z_1 is seen."""
+    model = Handmade()
+    elbo = lambda x: own_elbo(model, x, analytic)  # noqa: E731
+    for call in (elbo, lambda x: elbo(x).mean(), lambda x: float(elbo(x).mean()), lambda x: elbo(x).numpy()):
+        said = check_generator(model, HAND_X, elbo=call)
+        assert len(said) == WITH_INFER + 1
+        assert said[-1].startswith("elbo: it agrees with the model's own, to ")
+    for of in ("p", "q"):
+        wrong = Handmade()
+        wrong.load_state_dict(model.state_dict())
+        getattr(wrong, of)[1].bias.data[2:] += 0.01
+        for call in (elbo, lambda x: elbo(x).mean()):
+            words = r"elbo: the model says .*log p\(x \| z\) = .*log q − log p = .*KL" + (
+                ".*draws part first at layer 2: .*1.01005" if of == "q" else ""
+            )
+            with pytest.raises(GeneratorError, match=words):
+                check_generator(wrong, HAND_X, elbo=call)
+
+
+def test_a_loss_is_no_elbo() -> None:
+    model = Handmade()
+    for factor, words in (
+        (-1.0, "the negative: give the ELBO"),
+        (1 / 6, "a mean over the 6 elements of x: multiply it by them"),
+        (-1 / 6, "a loss, a mean over the 6 elements of x: multiply it by minus"),
+        (-1 / (6 * math.log(2)), r"bits per dimension: multiply it by −log\(2\) · 6"),
+    ):
+        for reduce in (lambda t: t, lambda t: t.mean()):
+            with pytest.raises(GeneratorError, match=f"elbo: .*It is .*{words}"):
+                check_generator(model, HAND_X, elbo=lambda x: factor * reduce(own_elbo(model, x)))  # noqa: B023
+    with pytest.raises(GeneratorError, match="a loss, a sum over the batch"):
+        check_generator(model, HAND_X, elbo=lambda x: -own_elbo(model, x).sum())
+    for got, words in ((torch.zeros(4, 3), r"torch.float32 of shape \(4, 3\)"), ("-3 nats", "str"), (torch.tensor(3), "int64")):
+        with pytest.raises(ArgumentError, match=rf"elbo: expected \(4,\), nats .* Got .*{words}"):
+            check_generator(model, HAND_X, elbo=lambda x: got)  # noqa: B023
+
+
+class Squashed(Handmade):
+    """q draws z = tanh of a Gaussian, so that no μ and σ of z can be read off."""
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        drawn = super().infer(x)
+        slopes = torch.stack([torch.log1p(-(z.tanh() ** 2)).sum(1) for z in drawn.latents], 1)
+        return Inferred(tuple(z.tanh() for z in drawn.latents), drawn.log_q - slopes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        loc, scale = self.split(self.q[0](x))
+        return self.out((loc + scale * self.noise(len(x))[0]).tanh())
+
+
+def test_draws_behind_a_map_are_followed_up_to_it() -> None:
+    """Nothing is said to part where no step can be seen; an error before the map is named."""
+    model = Squashed()
+    assert len(check_generator(model, HAND_X, reconstruct=model)) == WITH_INFER + 1
+    with pytest.raises(GeneratorError) as raised:
+        check_generator(model, HAND_X, kl=lambda x: model.kl(x) + 1)
+    assert "kl: it parts" in str(raised.value)
+    assert "draws part" not in str(raised.value)
+    wrong = Squashed()
+    wrong.load_state_dict(model.state_dict())
+    wrong.q[0].bias.data[2:] += 0.01
+    with pytest.raises(GeneratorError, match="reconstruct: .*first part at layer 1: .*generator's σ is 1.01005 times"):
+        check_generator(wrong, HAND_X, reconstruct=model)
 
 
 def test_what_the_calls_may_give() -> None:
