@@ -1,0 +1,213 @@
+"""What each learning rule does for one model with deep latents, after half an hour; and chains with and without waymarks.
+
+    python benchmarks/deep_rules.py --data DATA    # hours on one core; goes on where it stopped
+    python benchmarks/deep_rules.py --quick        # see that it runs, on scikit-learn's digits
+
+The backbone, the images and the distances are those of `deep_latents.py`, case `cifar10_pyramid`, but of 1,000 images:
+
+    denoising                  the library's rule for deep latents
+    denoising_flow_alone       its energies; chains of one step after the waymarks
+    denoising_steps_alone      its energies; the default's steps from N(0, I), without waymarks
+    nce                        one ratio between the posterior and the prior; chains without waymarks
+    two_stage                  maximum likelihood by short chains from the prior; chains without waymarks
+    telescoped                 ratios between neighbouring waymarks, told apart one by one:
+                               f(ε; t_k) = Σ_{j ≥ k} g(ε; t_j) (Rhodes, Xu and Gutmann, NeurIPS 2020); chains as in "denoising"
+
+All have the networks of "denoising".
+
+Every unit is a line of docs/results/deep_rules.partial.jsonl as it ends; weights are in `--runs`, the backbone's and those of
+"denoising" where `deep_latents.py` keeps them. Writes docs/results/deep_rules.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from deep_cases import CASES, QUICK
+from deep_latents import FIGURES, CaseRun, Log, Sizes, digits
+from deep_measures import noise_of
+from measure import ratio_table
+from results import ROOT, Row, code_key, mean_row, write_results
+from torch import Tensor, nn
+
+from energy_prior import DenoisingEnergy, JointEBMPrior, denoising_energies
+from energy_prior.data import load_images
+from energy_prior.energies import waymark
+
+_WAYMARKS = 10
+_BATCH, _LEARNING_RATE, _EMA = 128, 1e-3, 0.999
+RULES: dict[str, dict[str, Any]] = {
+    "nce": {"method": "nce", "iterations": 4000, "batch_size": 128},
+    "two_stage": {"method": "two_stage", "iterations": 400, "batch_size": 64},
+}
+"""Settings of `fit`, each about half an hour on one core."""
+TELESCOPED = 3000
+"""Iterations."""
+
+
+def main() -> None:
+    """Runs what is missing, prints and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder with cifar10; needed but for --quick")
+    parser.add_argument("--runs", default=str(ROOT / "runs"), help="folder for weights")
+    parser.add_argument("--quick", action="store_true", help="see that it runs; writes nothing into docs/results")
+    options = parser.parse_args()
+    if not (options.data or options.quick):
+        parser.error("--data: the folder with cifar10 is needed")
+    out, runs = ROOT / "docs" / "results", Path(options.runs)
+    name, make, sizes = "cifar10_pyramid", CASES["cifar10_pyramid"], Sizes()
+    if options.quick:
+        out = runs = Path(tempfile.mkdtemp())
+        name, make = "digits", QUICK["digits"]
+        sizes = Sizes(images=100, draws=0, moments=200, classifier=20, components=2, few=50, long=40, held=400)
+    torch.manual_seed(0)
+    case = make()
+    images = load_images(Path(options.data) / case.data).images if case.data else digits(case.generator.x_shape)
+    files = [Path(__file__).with_name(f"{file}.py") for file in FIGURES]
+    key = code_key(*files, also=inspect.getsource(make))
+    shared = Log(out / "deep_latents.partial.jsonl", key, name, "backbone|shorter energies", torch.device("cpu"))
+    run = CaseRun(case, images, runs / f"deep-{name}-{key}", shared, sizes)
+    run.run()
+    log = Log(out / "deep_rules.partial.jsonl", code_key(*files, Path(__file__)), name, ".*", torch.device("cpu"))
+    measure(run, log, 3 if options.quick else None)
+    rows = rows_of(log.done)
+    write_results(out / "deep_rules.json", rows)
+    text = "`python benchmarks/deep_rules.py`, of 1,000 images: its docstring says what the rules are. Shares of the gap."
+    (out / "deep_rules.md").write_text(ratio_table("Learning rules on deep latents", text, rows))
+    print((out / "deep_rules.md").read_text())
+
+
+def measure(run: CaseRun, log: Log, iterations: int | None) -> None:
+    """All units.
+
+    Args:
+        run: the backbone and its distances.
+        log: units that are done.
+        iterations: of every rule; None: as many as are usual.
+    """
+    n = run.sizes.few
+    log.unit("reconstructions", lambda: run._distance(run._reconstructed(run.others[:n])))
+    log.unit("gaussian", lambda: run._distance(run._gaussian(n, 90)))
+    chains: dict[str, dict[str, Any]] = {
+        "denoising": {},
+        "denoising_flow_alone": {"steps": 1},
+        "denoising_steps_alone": {"waymarks": 0},
+    }
+    for name, chain in chains.items():
+        log.unit(name, lambda chain=chain: run._distance(run._joint(n, 90, learned="shorter", **chain)))
+    for name, settings in RULES.items():
+        differ = settings if iterations is None else settings | {"iterations": iterations}
+        run.case = run.case._replace(energies={"progress": False})
+        log.unit(f"{name} energies", lambda name=name, differ=differ: run._energies(name, differ))
+        log.unit(name, lambda name=name: run._distance(run._joint(n, 90, learned=name, waymarks=0)))
+    file = run.folder / "telescoped.pt"
+    log.unit("telescoped energies", lambda: _telescope(run, file, iterations or TELESCOPED))
+
+    def telescoped() -> dict[str, Any]:
+        prior = JointEBMPrior(run.vae, [Telescoped(f) for f in denoising_energies(run.vae.latent_shapes)])
+        prior.energies.load_state_dict(torch.load(file, weights_only=True))
+        rng = torch.Generator().manual_seed(90)
+        batches = [
+            prior.sample(min(run.batch, n - at), waymarks=_WAYMARKS, backend="eager", rng=rng) for at in range(0, n, run.batch)
+        ]
+        return run._distance(torch.cat(batches))
+
+    log.unit("telescoped", telescoped)
+
+
+class Telescoped(nn.Module):
+    """f(ε; t) = log N(ε; α m, α² C + σ² I) − log N(ε; 0, I) + Σ_{t_j ≥ t} g(ε; t_j), of waymarks t_j = j/K, j < K.
+
+    Args:
+        energy: gives the closed part, and g = ⟨ε_i, net(ε_i, …, ε_L, t)⟩.
+    """
+
+    reads_noise = True
+    has_waymarks = True
+
+    def __init__(self, energy: Any) -> None:
+        super().__init__()
+        self.energy: DenoisingEnergy = energy
+
+    def forward(self, noise: tuple[Tensor, ...], level: Tensor | None = None) -> Tensor:
+        """f, (batch,), nats, at the waymark next to `level`."""
+        number = 0 if level is None else min(_WAYMARKS - 1, round(float(level.flatten()[0]) * _WAYMARKS))
+        at = [noise[0].new_full((len(noise[0]),), j / _WAYMARKS) for j in range(number, _WAYMARKS)]
+        return self.closed(noise[0], at[0]) + torch.stack([self.g(noise, level) for level in at]).sum(0)
+
+    def closed(self, own: Tensor, level: Tensor) -> Tensor:
+        """The part that is set from the posterior's noise, (batch,), nats."""
+        return self.energy.quadratic(own, waymark(level)[0])
+
+    def g(self, noise: tuple[Tensor, ...], level: Tensor) -> Tensor:
+        """The part that is learned, (batch,), nats."""
+        return (noise[0] * self.energy.net(noise, level)).flatten(1).sum(1)
+
+
+def _telescope(run: CaseRun, file: Path, iterations: int) -> dict[str, Any]:
+    """Learns to tell draws of each waymark from draws of the next."""
+    torch.manual_seed(1)
+    energies: list[Any] = [*denoising_energies(run.vae.latent_shapes)]
+    plain = [Telescoped(f) for f in energies]
+    rows = noise_of(run.vae, run.train[: run.sizes.moments])
+    for i, f in enumerate(energies):
+        f.set_from([rows[i]], [])
+    weights = [w for f in plain for w in f.parameters() if w.requires_grad]
+    average = [w.detach().clone() for w in weights]
+    optimiser = torch.optim.AdamW(weights, lr=_LEARNING_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations, 0.1 * _LEARNING_RATE)
+    loss = torch.zeros(())
+    for _ in range(iterations):
+        clean = noise_of(run.vae, run.train[torch.randint(len(run.train), (_BATCH,))])
+        added = [torch.randn_like(e) for e in clean]
+        k = torch.randint(_WAYMARKS, (_BATCH,)).to(clean[0])
+        here, following = (_logit(plain, _noised(clean, added, at), k) for at in (k, k + 1))
+        loss = F.softplus(-here).mean() + F.softplus(following).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimiser.step()
+        schedule.step()
+        with torch.no_grad():
+            for a, w in zip(average, weights, strict=True):
+                a.lerp_(w, 1 - _EMA)
+    with torch.no_grad():
+        for a, w in zip(average, weights, strict=True):
+            w.copy_(a)
+    torch.save(nn.ModuleList(plain).state_dict(), file)
+    return {"loss": float(loss.detach())}
+
+
+def _noised(clean: Sequence[Tensor], added: Sequence[Tensor], number: Tensor) -> tuple[Tensor, ...]:
+    """Noise of maps at the waymarks of these numbers, (batch,)."""
+    alpha, sigma = (t[:, None, None, None] for t in waymark(number / _WAYMARKS))
+    return tuple(alpha * e + sigma * n for e, n in zip(clean, added, strict=True))
+
+
+def _logit(energies: Sequence[Telescoped], noise: tuple[Tensor, ...], number: Tensor) -> Tensor:
+    """The log ratio between the waymark of each number and the next, (batch,), nats."""
+    here, following = number / _WAYMARKS, (number + 1) / _WAYMARKS
+    parts = [f.closed(e, here) - f.closed(e, following) for f, e in zip(energies, noise, strict=True)]
+    return torch.stack([*parts, *(f.g(noise[i:], here) for i, f in enumerate(energies))]).sum(0)
+
+
+def rows_of(found: dict[str, dict[str, Any]]) -> list[Row]:
+    """The share of the gap that each closes."""
+    gaussian, reconstructions = found["gaussian"]["fd"], found["reconstructions"]["fd"]
+    rows: list[Row] = []
+    for name, result in found.items():
+        if "fd" in result and name not in ("gaussian", "reconstructions"):
+            closed = (gaussian - result["fd"]) / (gaussian - reconstructions)
+            rows.append(mean_row("cifar10_pyramid", f"gap_closed_{name}", [closed], None, "higher"))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
