@@ -24,6 +24,7 @@ __all__ = [
     "is_conditional",
     "log_ndtr_inverse",
     "ndtr",
+    "of_elements",
     "rebuilt",
     "tensors_of",
     "to_latent",
@@ -315,6 +316,13 @@ def _is_real(constraint: Any) -> bool:
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
     return constraint is None or constraint is constraints.real
+
+
+def of_elements(distribution: Distribution) -> Distribution:
+    """What `Independent` makes one event of."""
+    while isinstance(distribution, Independent):
+        distribution = distribution.base_dist
+    return distribution
 
 
 def gaussian_part(conditional: Distribution) -> tuple[Tensor, Tensor] | None:

@@ -131,6 +131,8 @@ def check_tensor(name: str, value: Any, shape: Sequence[int], reference: Tensor,
             f".to({reference.dtype})"
             + ("." if value.is_floating_point() else ", and scale it to the range that the model wants.")
         )
+    if value.layout != torch.strided:
+        raise ArgumentError(f"{name}: expected a dense tensor, got a {value.layout} one. Convert it with .to_dense().")
     if value.device != reference.device:
         raise ArgumentError(
             f"{name}: expected a tensor on {reference.device}, where the generator is, got one on {value.device}. Move it "

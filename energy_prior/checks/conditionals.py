@@ -61,7 +61,8 @@ def _check_map(conditional: Distribution, layer: int, shape: tuple[int, ...]) ->
             raise GeneratorError(
                 f"generator.conditional: the {type(conditional).__name__} of layer {layer} takes noise of {value} and shape "
                 f"{shape} to z of shape {tuple(z.shape)} and back to {_range(back)}. Noise of z's own shape must become a "
-                "finite z, and that z the same noise. Are its parameters in order, and do its transforms keep the shape?"
+                "finite z, and that z the same noise. Are its parameters in order, do its transforms keep the shape, and is z "
+                "not rounded to an end of its range?"
             )
 
 

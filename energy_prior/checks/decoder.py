@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Normal
+from torch.distributions import Bernoulli, Distribution, Normal
 
 from energy_prior._util import normal_like, sum_event
 from energy_prior.checks import arguments as validate
 from energy_prior.checks.tolerance import near, same_conditional, same_log_density, same_tensors
-from energy_prior.conditionals import tensors_of, to_latent
+from energy_prior.conditionals import of_elements, tensors_of, to_latent
 from energy_prior.protocol import HierarchicalGenerator, find_infer
 from energy_prior.topdown import Descent, TopDown, ancestral, ancestral_noise, decode_state
 
@@ -58,6 +58,11 @@ def check_likelihood(generator: HierarchicalGenerator, x: Tensor) -> str | None:
         )
     if not torch.isfinite(log_prob).all() and not _finite_where_inferred(generator, x):
         return "likelihood: log_prob of the observations is not finite. Are they in the range that the model was trained on?"
+    if isinstance(of_elements(likelihood), Bernoulli) and (float(x.min()) < 0 or float(x.max()) > 1):
+        return (
+            f"x: values from {float(x.min()):.3g} to {float(x.max()):.3g}, but the likelihood is a Bernoulli, of numbers in "
+            "[0, 1]. Rescale them."
+        )
     try:
         decode_state(generator, descent.state)
     except NotImplementedError:  # how torch.distributions says so

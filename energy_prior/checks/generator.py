@@ -88,9 +88,11 @@ def check_generator(
             reference = probe_generator(generator).latents[0]
         x = as_observations("x", x, x.shape[1:], reference)
     if not isinstance(x, Tensor):
-        raise GeneratorError(f"x: expected a torch.Tensor or a numpy array, got {type(x).__name__}.")
+        raise ArgumentError(f"x: expected a torch.Tensor or a numpy array, got {type(x).__name__}.")
+    if x.is_meta or x.layout != torch.strided:
+        raise ArgumentError(f"x: expected a dense tensor with values, got a {x.layout} one on {x.device}.")
     if x.ndim < 2 or len(x) < 2:
-        raise GeneratorError(f"x: expected two or more observations, (batch, *x_shape), got shape {tuple(x.shape)}.")
+        raise ArgumentError(f"x: expected two or more observations, (batch, *x_shape), got shape {tuple(x.shape)}.")
     for name, call in {"reconstruct": reconstruct, "sample": sample, "kl": kl, "elbo": elbo}.items():
         if call is not None and not callable(call):
             raise ArgumentError(f"{name}: expected a function, got {type(call).__name__}.")

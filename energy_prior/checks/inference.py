@@ -15,7 +15,7 @@ from torch.distributions import Distribution, Uniform
 from energy_prior.checks.arguments import checked_infer
 from energy_prior.checks.reading import Reading, read_off
 from energy_prior.checks.tolerance import near, same_conditional, same_log_density
-from energy_prior.conditionals import tensors_of
+from energy_prior.conditionals import tensors_of, to_noise
 from energy_prior.process import reproducible
 from energy_prior.protocol import HierarchicalGenerator, Inferred
 from energy_prior.topdown import TopDown
@@ -41,7 +41,7 @@ def check_infer(generator: HierarchicalGenerator, x: Tensor) -> str | None:
         if torch.equal(a, b):
             return (
                 f"infer: different seeds give the same draw of z_{layer}. It must draw z ~ q(z | x) from torch's random "
-                "stream, neither return a mean nor set a seed of its own."
+                "stream, neither return a mean nor set a seed of its own, nor be rounded to the end of its range."
             )
         same = torch.equal(first.log_q[:, layer - 1], other.log_q[:, layer - 1])
         if same and not isinstance(read_off(generator, x).q.get(layer), Uniform):
@@ -96,6 +96,15 @@ def check_support(generator: HierarchicalGenerator, x: Tensor) -> str | None:
     if not outside:
         return None
     i = outside[-1]
+    z = latents[i - 1].detach()
+    p = descent.conditionals[i - 1]
+    inside = [to_noise(p, torch.nextafter(z, z.new_tensor(end))) for end in (-math.inf, math.inf)]
+    if bool((torch.isfinite(noise[i - 1]) | torch.isfinite(inside[0]) | torch.isfinite(inside[1])).all()):
+        return (
+            f"infer: {int((~torch.isfinite(noise[i - 1])).sum())} values of z_{i} are rounded to the end of what "
+            f"p(z_{i} | z_(>{i})), a {type(p).__name__}, can be: log p is −∞ there. In {z.dtype} q is too near to that end: "
+            "keep its draws inside, by a clamp of the noise or of μ and σ."
+        )
     return (
         f"infer: {int((~torch.isfinite(noise[i - 1])).sum())} values of z_{i} are where p(z_{i} | z_(>{i})), a "
         f"{type(descent.conditionals[i - 1]).__name__}, cannot be: log p is −∞ there, and no noise gives them. q and p must "

@@ -17,7 +17,7 @@ from energy_prior.checks.parting import Match, deviation_of_observation, match_d
 from energy_prior.checks.reading import Reading
 from energy_prior.checks.runs import Trail, Verdict, best_run, follow_infer, noise_of, numbers_for, on_fixed_numbers, orders_of
 from energy_prior.checks.tolerance import relative
-from energy_prior.conditionals import gaussian_part, to_latent
+from energy_prior.conditionals import gaussian_part, of_elements, to_latent
 from energy_prior.protocol import HierarchicalGenerator, Inferred
 from energy_prior.replay import Replay, Step
 from energy_prior.topdown import TopDown, inferred_descent
@@ -38,14 +38,15 @@ def compare_sample(generator: HierarchicalGenerator, x: Tensor, sample: Callable
         state, trail = generator.start(n), Trail(layers)
         for layer in range(layers, 0, -1):
             conditional = generator.conditional(state, layer)
-            gaussian = gaussian_part(conditional)
+            gaussian, plain = gaussian_part(conditional), isinstance(of_elements(conditional), Normal)
             found = Match("unknown")
             if gaussian is not None:
                 found = match_draw(steps.get(layer, []), *gaussian, 10 * relative(x.dtype))  # the rounding of one layer
             if found.kind == "other" and not trail.parted:
                 found = found._replace(why=found.why + _instead(generator, state, layer, steps[layer]))
-            trail.add(layer, found)
-            theirs = found.z if isinstance(conditional, Normal) else None
+            # what becomes of a Gaussian behind transforms is not seen
+            trail.add(layer, found if found.kind == "other" or plain else Match("unknown"))
+            theirs = found.z if plain else None
             state = generator.descend(state, to_latent(conditional, noise[layer]) if theirs is None else theirs, layer)
         return _judged("sample", generator.likelihood(state), result, x, again, trail)
 
@@ -133,10 +134,11 @@ def _judged(name: str, likelihood: Distribution, result: Any, x: Tensor, again: 
     if is_drawn:
         said = f"{name}: it draws the observation, with random numbers that cannot be replayed. Give its mean, or log p(x | z)."
         return Verdict(False, False, trail.agreed, -trail.distance, said)
-    where = "below z_1. Every z agrees"
+    where = "below z_1: every z agrees. Look at descend(…, layer=1) and likelihood"
     if trail.agreed < layers:
-        where = f"below z_1, or at a layer that could not be followed. {trail.agreed} of {layers} layers were seen to agree"
-    said = f"{name}: the model and the generator part {where}, but {differs}"
+        unseen = ", ".join(map(str, sorted(trail.unseen)))
+        where = f"below z_1, or at a layer whose draw could not be followed ({unseen}); the others agree"
+    said = f"{name}: the model and the generator part {where}. What differs: {differs}"
     return Verdict(False, True, trail.agreed, 0.0, said)
 
 

@@ -141,6 +141,8 @@ def read_result(name: str, result: Any, x: Tensor) -> Outcome:
         result = torch.as_tensor(result)
     if isinstance(result, Tensor) and result.is_floating_point():
         value = result.detach().to(x)
+        if bool(value.isnan().any()):
+            raise ArgumentError(f"{name}: expected numbers, got {int(value.isnan().sum())} NaN among {value.numel()} values.")
         if value.shape == x.shape:
             return Outcome("x", value)
         if value.shape == x.shape[:1]:
@@ -164,7 +166,7 @@ def match_observation(likelihood: Distribution, outcome: Outcome, x: Tensor, dra
         return (
             f"log p(x | z) of the first observation is {theirs:.6g} by the model, {ours:.6g} by the generator"
             + (f", {float(off[0]) / elements:.4g} nats per element more in every observation" if constant else "")
-            + ". Are x and σ in the model's units (data scaling), and is it a sum over elements?"
+            + " (are x and σ in the model's units, data scaling, and is it a sum over elements?)"
         )
     named = dict(_tensors(likelihood, x))
     if any(near(outcome.value, value) for value in named.values()):

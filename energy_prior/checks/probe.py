@@ -64,9 +64,10 @@ def probe_generator(generator: Any) -> Probe:
             f"generator: its parameter {lazy[0]} has no shape yet (a lazy module). Run the model once by its own forward, on "
             "data as it is trained on, before it is wrapped."
         )
+    at: list[str] = ["latent_shapes"]
     try:
         with _no_autocast(generator):
-            return _probe(generator)
+            return _probe(generator, at)
     except EnergyPriorError:
         raise
     except Exception as error:
@@ -76,9 +77,10 @@ def probe_generator(generator: Any) -> Probe:
         order = _order_that_works(generator)
         if order:
             raise GeneratorError(f"layer order: {order}") from error
+        count = len(generator.latent_shapes)
         raise GeneratorError(
-            f"generator: {type(generator).__name__} raised {type(error).__name__} in a plain top-down pass: {error}. "
-            "energy_prior.check_generator(generator, x) looks for the cause."
+            f"generator.{at[-1]} raised {type(error).__name__} in a plain pass from z_{count} down to z_1: {error}. Does it "
+            f"take layer {count} for the top and 1 for the layer nearest the data, and the state that start or descend gave?"
         ) from error
 
 
@@ -104,15 +106,18 @@ def check_signatures(generator: Any) -> None:
             ) from None
 
 
-def _probe(generator: Any) -> Probe:
+def _probe(generator: Any, at: list[str]) -> Probe:
+    """One pass; `at`: the calls so far."""
     shapes = tuple(torch.Size(s) for s in generator.latent_shapes)
     if not shapes:
         raise GeneratorError("generator.latent_shapes: expected the shape of at least one layer, got none.")
+    at.append("start")
     state = generator.start(_PROBE_BATCH)
     latents: list[Tensor] = []
     families: dict[int, str] = {}
     bounded: set[int] = set()
     for layer in range(len(shapes), 0, -1):
+        at.append(f"conditional(state, layer={layer})")
         conditional = generator.conditional(state, layer)
         try:
             check_conditional(conditional, layer, shapes[layer - 1], _PROBE_BATCH)
@@ -133,7 +138,9 @@ def _probe(generator: Any) -> Probe:
                 f"{latents[0].dtype} on {latents[0].device}; all layers must agree."
             )
         latents.insert(0, to_latent(conditional, first.new_full((_PROBE_BATCH, *shapes[layer - 1]), 0.5)))
+        at.append(f"descend(state, z, layer={layer})")
         state = generator.descend(state, latents[0], layer)
+    at.append("likelihood")
     likelihood = generator.likelihood(state)
     if not isinstance(likelihood, Distribution):
         raise GeneratorError(
@@ -179,7 +186,7 @@ def _order_that_works(generator: Any) -> str:
     count = len(generator.latent_shapes)
     for numbers, shapes in ((False, True), (True, False), (True, True)):
         try:
-            _probe(_Renumbered(generator, numbers, shapes))
+            _probe(_Renumbered(generator, numbers, shapes), [])
         except Exception:  # not this one  # noqa: S112
             continue
         found = ["latent_shapes runs from the top; it must run from z_1 (nearest the data) to z_L (the top)"] if shapes else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Trail", "Verdict", "best_run", "follow_infer", "noise_of", "numbers_for", "on_fixed_numbers", "orders_of"]
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,7 @@ class Trail:
         agreed: how many were seen to agree.
         distance: of the two sides there.
         why: how it differs.
+        unseen: layers whose draw could not be followed to the end.
         certain: that it does, even if the observation does not show it: the model's code was followed at other layers, or
             only one of μ and σ differs.
     """
@@ -57,6 +58,7 @@ class Trail:
     agreed: int = 0
     distance: float = 0.0
     why: str = ""
+    unseen: list[int] = field(default_factory=list)
     _small: bool = False
     _clear: bool = False
     _followed: bool = False
@@ -66,6 +68,8 @@ class Trail:
         if found.kind == "same":
             self.agreed += 1
             self._followed |= found.followed
+        elif found.kind == "unknown":
+            self.unseen.append(layer)
         elif found.kind == "other" and not self.parted:
             self.parted, self.why, self.distance = layer, found.why, found.distance
             self._small, self._clear = found.certain, found.followed
@@ -114,7 +118,12 @@ def best_run(
 ) -> str:
     """Runs the model's call with the noise in every order that its draws allow; one in which all agrees is enough."""
     counting = Replay()
-    read(on_fixed_numbers(call, counting, x.device))
+    try:
+        first = on_fixed_numbers(call, counting, x.device)
+    except Exception as error:
+        given = f"x, {tuple(x.shape)}" if name != "sample" else f"n = {len(x)}"
+        raise ArgumentError(f"{name}: called with {given}, it raised {type(error).__name__}: {error}") from error
+    read(first)
     shapes = {i: n.shape for i, n in noise.items()}
     best: Verdict | None = None
     for plan in plans(counting.drawn, shapes, orders):
@@ -132,7 +141,15 @@ def best_run(
             f"{name}: it draws numbers of shapes {[tuple(s) for s in counting.drawn]}, which are not those of the "
             f"layers, {[tuple(s) for s in shapes.values()]}. It must draw z as the model does, a batch of {len(x)}, with torch."
         )
-    raise GeneratorError(best.said) if best.comparable else ArgumentError(best.said)
+    said = best.said + _twice(counting.drawn, shapes)
+    raise GeneratorError(said) if best.comparable else ArgumentError(said)
+
+
+def _twice(drawn: Sequence[torch.Size], shapes: Mapping[int, torch.Size]) -> str:
+    """Says so where a call draws what several passes do."""
+    counts = [sum(d == shape for d in drawn) // sum(s == shape for s in shapes.values()) for shape in shapes.values()]
+    times = min(counts)
+    return f" The call draws {times} times what one pass does: are its parts of different passes?" if times > 1 else ""
 
 
 def on_fixed_numbers(call: Callable[[], Any], replay: Replay, device: torch.device, seed: int = 0) -> Any:

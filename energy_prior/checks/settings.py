@@ -147,6 +147,8 @@ def check_device(name: str, value: str) -> str:
 
 def check_settings(kind: type[Any], given: Mapping[str, Any], what: str) -> None:
     """Every name is a field of the dataclass `kind`; else the nearest one is suggested."""
+    if not isinstance(given, Mapping):
+        raise ArgumentError(f"options: expected a dict of {what}, got {type(given).__name__}.")
     known = [field.name for field in dataclasses.fields(kind)]
     for name in given:
         if name not in known:

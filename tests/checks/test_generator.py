@@ -7,7 +7,7 @@ import random
 import re
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from torch.distributions import (
     Independent,
     Normal,
     StudentT,
+    TanhTransform,
     TransformedDistribution,
     Uniform,
 )
@@ -513,13 +514,31 @@ def test_an_exception_inside_the_generator_is_told() -> None:
 # ------------------------------------------------------------------------------------------------------------ observations
 
 
+def test_the_call_that_fails_is_named() -> None:
+    class Failing(LadderVAE):
+        def conditional(self, state: Any, layer: int) -> Normal:
+            if layer == 1:
+                raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+            return super().conditional(state, layer)
+
+    words = r"generator.conditional\(state, layer=1\) raised .*Does it take layer 2 for the top and 1 for the layer nearest"
+    with pytest.raises(GeneratorError, match=words):
+        check_generator(build(Failing), X)
+
+
 def test_observations_of_another_shape() -> None:
     with pytest.raises(GeneratorError, match=r"an observation has shape \(1, 5, 5\), but .* event_shape is \(1, 4, 4\)"):
         check_generator(vae(), torch.rand(4, 1, 5, 5))
-    with pytest.raises(GeneratorError, match=r"two or more observations, .* got shape \(1, 1, 4, 4\)"):
+    with pytest.raises(ArgumentError, match=r"two or more observations, .* got shape \(1, 1, 4, 4\)"):
         check_generator(vae(), X[:1])
-    with pytest.raises(GeneratorError, match=r"expected a torch.Tensor or a numpy array, got list"):
+    with pytest.raises(ArgumentError, match=r"expected a torch.Tensor or a numpy array, got list"):
         check_generator(vae(), X.tolist())
+    with pytest.raises(ArgumentError, match=r"a dense tensor with values, got a torch.strided one on meta"):
+        check_generator(vae(), X.to("meta"))
+    unsaid = vae(likelihood="bernoulli")
+    unsaid.x_range = None  # type: ignore[assignment]
+    with pytest.raises(GeneratorError, match="values from 0 to 255, but the likelihood is a Bernoulli, of numbers in"):
+        check_generator(unsaid, 255 * X)
 
 
 def test_arrays_are_converted_to_the_model() -> None:
@@ -934,20 +953,26 @@ def test_one_percent_of_a_scale_is_found_at_its_layer(of: str, layer: int) -> No
         check_generator(wrong, HAND_X, **{name: call})  # type: ignore[arg-type]
 
 
-def own_elbo(model: Handmade, x: Tensor, analytic: bool = False) -> Tensor:
-    """log p(x | z) − KL(q ‖ p), or − (log q − log p) at the draw, (batch,), nats."""
+def own_terms(model: Handmade, x: Tensor, analytic: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """log p(x | z), and Σ KL(q ‖ p) or Σ (log q − log p) at the draw, by layer; (batch,), nats."""
     q = [Normal(*model.split(net(x))) for net in model.q]
     z = [d.loc + d.scale * e for d, e in zip(q, model.noise(len(x)), strict=True)]
     p = [model.conditional(z[layer] if layer < 3 else model.start(len(x)), layer) for layer in (1, 2, 3)]
     terms = [
-        torch.distributions.kl_divergence(q_i, p_i).sum(1) if analytic else (q_i.log_prob(z_i) - p_i.log_prob(z_i)).sum(1)
-        for q_i, p_i, z_i in zip(q, p, z, strict=True)
+        torch.distributions.kl_divergence(q_i, p_i).sum(1) if exact else (q_i.log_prob(z_i) - p_i.log_prob(z_i)).sum(1)
+        for q_i, p_i, z_i, exact in zip(q, p, z, analytic, strict=True)
     ]
-    return model.likelihood(z[0]).log_prob(x) - torch.stack(terms).sum(0)
+    return model.likelihood(z[0]).log_prob(x), torch.stack(terms).sum(0)
 
 
-@pytest.mark.parametrize("analytic", [False, True])
-def test_an_elbo_alone_proves_a_generator(analytic: bool) -> None:
+def own_elbo(model: Handmade, x: Tensor, analytic: Sequence[bool] = (True, True, True)) -> Tensor:
+    """log p(x | z) − KL(q ‖ p), (batch,), nats."""
+    log_p, kl = own_terms(model, x, analytic)
+    return log_p - kl
+
+
+@pytest.mark.parametrize("analytic", [(False, False, False), (True, True, True), (False, False, True)])
+def test_an_elbo_alone_proves_a_generator(analytic: tuple[bool, ...]) -> None:
     """Per image, or their mean; what is wrong in q, in p or below z_1 is seen."""
     model = Handmade()
     elbo = lambda x: own_elbo(model, x, analytic)  # noqa: E731
@@ -967,19 +992,30 @@ def test_an_elbo_alone_proves_a_generator(analytic: bool) -> None:
                 check_generator(wrong, HAND_X, elbo=call)
 
 
+def weighted(weights: tuple[float, float], log_p: Tensor, kl: Tensor) -> Tensor:
+    return weights[0] * log_p - weights[1] * kl
+
+
 def test_a_loss_is_no_elbo() -> None:
     model = Handmade()
     for factor, words in (
-        (-1.0, "the negative: give the ELBO"),
-        (1 / 6, "a mean over the 6 elements of x: multiply it by them"),
-        (-1 / 6, "a loss, a mean over the 6 elements of x: multiply it by minus"),
-        (-1 / (6 * math.log(2)), r"bits per dimension: multiply it by −log\(2\) · 6"),
+        (-1.0, r"its sign is the other. Multiply it by -1\."),
+        (1 / 6, r"it is divided by the 6 elements of x. Multiply it by 6\."),
+        (-1 / 6, r"its sign is the other and it is divided by the 6 elements of x. Multiply it by -6\."),
+        (-1 / math.log(2), r"its sign is the other and it is in bits. Multiply it by -0.69"),
+        (1 / (6 * math.log(2)), r"it is in bits per dimension. Multiply it by 4.15"),
     ):
         for reduce in (lambda t: t, lambda t: t.mean()):
-            with pytest.raises(GeneratorError, match=f"elbo: .*It is .*{words}"):
+            with pytest.raises(GeneratorError, match=f"elbo: .*agree but for the unit: {words}"):
                 check_generator(model, HAND_X, elbo=lambda x: factor * reduce(own_elbo(model, x)))  # noqa: B023
-    with pytest.raises(GeneratorError, match="a loss, a sum over the batch"):
+    with pytest.raises(GeneratorError, match="its sign is the other and it is summed over the batch. Multiply it by -0.25"):
         check_generator(model, HAND_X, elbo=lambda x: -own_elbo(model, x).sum())
+    with pytest.raises(GeneratorError, match="kl: .*it is in bits. Multiply it by 0.69"):
+        check_generator(model, HAND_X, kl=lambda x: model.kl(x) / math.log(2))
+    terms: Any = lambda x: own_terms(model, x, (True, True, True))  # noqa: E731
+    for weights, words in (((1 / 6, 1), r"log p\(x \| z\) is a mean over the 6 elements"), ((1, 2), "Its KL has the weight 2")):
+        with pytest.raises(GeneratorError, match=f"elbo: .*{words}"):
+            check_generator(model, HAND_X, elbo=lambda x: weighted(weights, *terms(x)))  # noqa: B023
     for got, words in ((torch.zeros(4, 3), r"torch.float32 of shape \(4, 3\)"), ("-3 nats", "str"), (torch.tensor(3), "int64")):
         with pytest.raises(ArgumentError, match=rf"elbo: expected \(4,\), nats .* Got .*{words}"):
             check_generator(model, HAND_X, elbo=lambda x: got)  # noqa: B023
@@ -1013,6 +1049,54 @@ def test_draws_behind_a_map_are_followed_up_to_it() -> None:
         check_generator(wrong, HAND_X, reconstruct=model)
 
 
+def test_draws_rounded_to_an_end_of_their_range() -> None:
+    class Squeezed(LinearLadder):
+        """p and q are tanh of Gaussians; in single precision q reaches 1."""
+
+        shift = 0.0
+
+        def conditional(self, state: Any, layer: int) -> Any:
+            return TransformedDistribution(super().conditional(state, layer), [TanhTransform()])
+
+        def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+            drawn = super().infer(x)
+            u = (drawn.latents[0] + self.shift, drawn.latents[1])
+            slopes = [2 * (math.log(2) - v - nn.functional.softplus(-2 * v)).sum(1) for v in u]
+            return Inferred((u[0].tanh(), u[1].tanh()), drawn.log_q - torch.stack(slopes, 1))
+
+    x, ladder = torch.randn(4, 3), Squeezed((3, 2), dtype=torch.float32)
+    assert check_generator(ladder, x)
+    ladder.shift = 9.0
+    with pytest.raises(GeneratorError, match=r"values of z_1 are rounded to the end of what p\(z_1 .* keep its draws inside"):
+        check_generator(ladder, x)
+
+
+def test_parts_of_two_passes_are_no_elbo() -> None:
+    model = Handmade()
+    two: Any = lambda x: own_terms(model, x, (True,) * 3)[0] - own_terms(model, x, (False,) * 3)[1]  # noqa: E731
+    with pytest.raises(GeneratorError, match="elbo: .*The call draws 2 times what one pass does"):
+        check_generator(model, HAND_X, elbo=two)
+
+
+def test_a_wrong_map_of_a_layer_is_not_said_to_agree() -> None:
+    """The Gaussian that a map starts from is followed, what becomes of it is not."""
+
+    class Mapped(Handmade):
+        def conditional(self, state: Tensor, layer: int) -> Any:
+            p = super().conditional(state, layer)
+            return TransformedDistribution(p, [TanhTransform()]) if layer == 1 else p
+
+        def sample(self, n: int) -> Tensor:
+            e = self.noise(n)
+            loc, scale = self.split(self.p[1](e[2]))
+            loc, scale = self.split(self.p[0](loc + scale * e[1]))
+            return self.out(loc + scale * e[0])
+
+    model = Mapped()
+    with pytest.raises(GeneratorError, match=r"sample: .* a layer whose draw could not be followed \(1\); the others agree"):
+        check_generator(model, HAND_X, sample=model.sample)
+
+
 def test_what_the_calls_may_give() -> None:
     """Means, draws, log densities, distributions; KL in sum, as a tensor, or as a list of anything over a batch."""
     model = Handmade()
@@ -1042,7 +1126,10 @@ def test_what_the_calls_may_not_give() -> None:
             r"reconstruct: expected observations \(4, 6\).*Got torch.float32 of shape \(4, 3\)",
         ),
         ({"sample": lambda n: "images"}, "sample: expected observations .* Got str"),
-        ({"kl": lambda x: model.kl(x)[:, :2]}, r"kl: expected \(4, 3\), nats .* Got \(4, 2\)"),
+        ({"kl": lambda x: model.kl(x)[:, :2]}, r"kl: expected \(4, 3\), nats .* Got torch.float32 of shape \(4, 2\)"),
+        ({"kl": lambda x: [model.kl(x)]}, r"kl: expected .* Got list of 1: torch.float32 of shape \(4, 3\)"),
+        ({"sample": lambda n: model.sample(n) * math.nan}, "sample: expected numbers, got 24 NaN among 24 values"),
+        ({"elbo": lambda: 1.0}, r"elbo: called with x, \(4, 6\), it raised TypeError"),
         ({"sample": 3}, "sample: expected a function, got int"),
         (
             {"sample": lambda n: model.out(torch.rand(n, 2))},
