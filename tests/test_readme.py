@@ -27,7 +27,7 @@ BLOCKS = {
     ("CONTRIBUTING.md", "shell"): 1,
     ("README.md", "python"): 3,
     ("README.md", "shell"): 2,
-    ("docs/adapters.md", "python"): 10,
+    ("docs/adapters.md", "python"): 12,
     ("docs/data.md", "python"): 1,
     ("docs/detection.md", "python"): 4,
     ("docs/detection.md", "shell"): 1,
