@@ -63,19 +63,13 @@ class NoiseMap(Protocol):
     """A distribution of your own that says how noise becomes z: what makes it a conditional.
 
     Examples:
-        >>> from torch.distributions import Distribution, Normal
-        >>> class SinhNormal(Distribution):  # z = μ + sinh ε
-        ...     def __init__(self, loc):
-        ...         super().__init__(loc.shape, validate_args=False)
-        ...         self.loc = loc
+        >>> from torch.distributions import Normal
+        >>> class SinhNormal(Normal):  # z = μ + σ sinh ε; it needs a log_prob of its own too: docs/adapters.md
         ...     def from_noise(self, noise):
-        ...         return self.loc + noise.sinh()
+        ...         return self.loc + self.scale * noise.sinh()
         ...     def to_noise(self, value):
-        ...         return (value - self.loc).asinh()
-        ...     def log_prob(self, value):
-        ...         noise = self.to_noise(value)
-        ...         return Normal(0.0, 1.0).log_prob(noise) - noise.cosh().log()
-        >>> SinhNormal(torch.ones(2)).from_noise(torch.tensor([0.0, 2.0]))
+        ...         return ((value - self.loc) / self.scale).asinh()
+        >>> SinhNormal(torch.ones(2), torch.ones(2)).from_noise(torch.tensor([0.0, 2.0]))
         tensor([1.0000, 4.6269])
     """
 
