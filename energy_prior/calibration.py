@@ -53,6 +53,12 @@ class Explanation:
         negative_energy: surprise at how improbable the latents are by the energies, (batch,), nats, ≥ 0.
         norms: surprise at how much there is in x that is not reconstructed, and in the latents, (batch,), nats, ≥ 0; large
             where it is unusually little, too.
+
+    Examples:
+        >>> from energy_prior import load_example
+        >>> surprises = load_example().explain(torch.ones(1, 1, 8, 8)).surprises()  # a white image
+        >>> max(surprises, key=surprises.get)
+        'reconstruction'
     """
 
     score: Tensor
@@ -88,6 +94,12 @@ class Calibration(nn.Module):
         centre: mean of the logarithms of the norms, (L + 1,), no unit.
         whitening: inverse root of their covariance, (L + 1, L + 1), no unit.
         count: number of observations that it knows, (), whole number.
+
+    Examples:
+        >>> from energy_prior import load_example
+        >>> calibration = load_example().calibration
+        >>> int(calibration.count), round(calibration.threshold(0.95), 2)
+        (300, 4.78)
     """
 
     table: Tensor

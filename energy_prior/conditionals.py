@@ -60,7 +60,18 @@ _NEWTON_STEPS = 4
 
 
 class NoiseMap(Protocol):
-    """A distribution of your own that says how noise becomes z: what makes it a conditional."""
+    """A distribution of your own that says how noise becomes z: what makes it a conditional.
+
+    Examples:
+        >>> from torch.distributions import Normal
+        >>> class SinhNormal(Normal):  # z = μ + σ sinh ε; it needs a log_prob of its own too: docs/adapters.md
+        ...     def from_noise(self, noise):
+        ...         return self.loc + self.scale * noise.sinh()
+        ...     def to_noise(self, value):
+        ...         return ((value - self.loc) / self.scale).asinh()
+        >>> SinhNormal(torch.ones(2), torch.ones(2)).from_noise(torch.tensor([0.0, 2.0]))
+        tensor([1.0000, 4.6269])
+    """
 
     def from_noise(self, noise: Tensor) -> Tensor:
         """z = T(ε), differentiable.
@@ -127,6 +138,10 @@ class Logistic(LocationScale):
         loc: μ of the latents, (batch, *latent_shape).
         scale: s > 0, (batch, *latent_shape), in the latents' units.
         validate_args: whether arguments are checked; None: torch's own default.
+
+    Examples:
+        >>> Logistic(torch.zeros(2), torch.tensor([1.0, 2.0])).log_prob(torch.zeros(2))
+        tensor([-1.3863, -2.0794])
     """
 
     @property

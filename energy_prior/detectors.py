@@ -198,6 +198,13 @@ class OODDetector:
         prior: a trained prior. `fit` calibrates it.
         method: the score, as in `JointEBMPrior.anomaly_score`; None: its default.
         max_samples: observations of the loader that `fit` calibrates on, ≥ 2.
+
+    Examples:
+        >>> from energy_prior import load_example
+        >>> prior = load_example()
+        >>> loader = [(prior.sample(32, prior="generator"), torch.zeros(32))]  # known images, which have labels ≥ 0
+        >>> OODDetector(prior).fit(loader).predict(torch.rand(4, 1, 8, 8)).shape
+        torch.Size([4])
     """
 
     requires_fit = True

@@ -57,6 +57,13 @@ class JointModel:
         energies: f_1, …, f_L.
         space: coordinates of the chains.
         step_size: Langevin step size where a chain's settings give none.
+
+    Examples:
+        >>> from energy_prior import ChainSettings, load_example
+        >>> model = load_example().model
+        >>> latents = model.sample(3, ChainSettings(steps=5))
+        >>> model.negative_energy(latents).shape, model.decode(latents).shape
+        (torch.Size([3, 2]), torch.Size([3, 1, 8, 8]))
     """
 
     generator: HierarchicalGenerator

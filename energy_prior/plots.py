@@ -32,6 +32,16 @@ def image_panels(path: str | os.PathLike[str], panels: Mapping[str, Tensor], *, 
         path: file to write; its suffix sets the format (.png, .pdf, .svg, …).
         panels: title -> images in [0, 1], (n, channels, height, width), 1 or 3 channels.
         columns: images per row of a grid.
+
+    Examples:
+        >>> import os, tempfile
+        >>> from energy_prior import load_example
+        >>> prior = load_example()
+        >>> panels = {"Gaussian prior": prior.sample(16, prior="generator"), "joint prior": prior.sample(16)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     image_panels(f"{folder}/samples.png", panels, columns=4)
+        ...     os.listdir(folder)
+        ['samples.png']
     """
     file = check_path("path", path)
     figure = _figure(3.4 * len(panels), 3.6)
@@ -51,6 +61,17 @@ def chain_strip(path: str | os.PathLike[str], frames: Tensor, steps: Tensor, ene
         frames: decoded images in [0, 1], (chains, frames, channels, height, width).
         steps: step number of each frame, (frames,), whole numbers.
         energy: Σ_i f_i(z_i) of each frame and chain, (frames, chains), nats.
+
+    Examples:
+        >>> import os, tempfile
+        >>> from energy_prior import load_example
+        >>> prior = load_example()
+        >>> run = prior.trajectory(2, steps=10, every=5)
+        >>> frames = torch.stack([prior.decode([z[i] for z in run.latents]) for i in range(3)], 1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     chain_strip(f"{folder}/chains.png", frames, run.steps, run.negative_energy.sum(2))
+        ...     os.listdir(folder)
+        ['chains.png']
     """
     file = check_path("path", path)
     chains, count = frames.shape[:2]
@@ -85,6 +106,17 @@ def latent_transitions(
         posterior: posterior draws (z_1, …, z_L), each (n, d), d ≥ 2.
         chains: (z_1, …, z_L) of the chains, each (frames, m, d).
         steps: step number of each frame, (frames,), whole numbers.
+
+    Examples:
+        >>> import os, tempfile
+        >>> from energy_prior import load_example
+        >>> prior = load_example()
+        >>> run = prior.trajectory(20, steps=10, every=10)
+        >>> posterior = prior.sample_posterior(torch.rand(20, 1, 8, 8), method="infer")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     latent_transitions(f"{folder}/latents.png", posterior, run.latents, run.steps)
+        ...     os.listdir(folder)
+        ['latents.png']
     """
     file = check_path("path", path)
     columns = len(steps)
@@ -119,6 +151,14 @@ def score_histograms(
         scores: name -> scores of known and of unknown observations, (n,) and (m,), of any unit, higher = more unknown.
         known: label of the known observations.
         unknown: label of the unknown observations.
+
+    Examples:
+        >>> import os, tempfile
+        >>> scores = {"tails": (torch.randn(50), torch.randn(50) + 2)}  # of known and of unknown images
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     score_histograms(f"{folder}/scores.png", scores, known="digits", unknown="letters")
+        ...     os.listdir(folder)
+        ['scores.png']
     """
     file = check_path("path", path)
     columns = min(2, len(scores))
@@ -152,6 +192,14 @@ def detection_curves(
         scores: name -> scores of known and of unknown observations, (n,) and (m,), of any unit, higher = more unknown.
         known: label of the known observations.
         unknown: label of the unknown observations, the positive class.
+
+    Examples:
+        >>> import os, tempfile
+        >>> scores = {"tails": (torch.randn(50), torch.randn(50) + 2)}  # of known and of unknown images
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     detection_curves(f"{folder}/curves.png", scores, known="digits", unknown="letters")
+        ...     os.listdir(folder)
+        ['curves.png']
     """
     file, metrics = check_path("path", path), require_extra("sklearn.metrics", "eval")
     figure = _figure(9.2, 4.2)
@@ -180,6 +228,16 @@ def explanation(path: str | os.PathLike[str], images: Tensor, surprises: Mapping
         images: in [0, 1], (n, channels, height, width), 1 or 3 channels.
         surprises: term -> −log P_t, (n,), nats, as `prior.explain(images).surprises()` gives them.
         most: images shown, ≥ 1.
+
+    Examples:
+        >>> import os, tempfile
+        >>> from energy_prior import load_example
+        >>> images = torch.rand(3, 1, 8, 8)
+        >>> surprises = load_example().explain(images).surprises()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     explanation(f"{folder}/surprises.png", images, surprises)
+        ...     os.listdir(folder)
+        ['surprises.png']
     """
     file, table = check_path("path", path), torch.stack([s.detach().cpu() for s in surprises.values()], 1)
     order = table.square().sum(1).argsort(descending=True)[: check_count("most", most)]

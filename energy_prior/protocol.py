@@ -42,6 +42,13 @@ class Inferred:
 
     Raises:
         GeneratorError: if `conditionals` is the word that an earlier form of this class asked for there.
+
+    Examples:
+        >>> from torch.distributions import Normal
+        >>> q = Normal(torch.zeros(3, 2), 1.0)  # of one layer with two units, for three observations
+        >>> z_1 = q.rsample()
+        >>> Inferred((z_1,), q.log_prob(z_1).sum(1, keepdim=True)).log_q.shape
+        torch.Size([3, 1])
     """
 
     latents: tuple[Tensor, ...]
@@ -81,6 +88,24 @@ class HierarchicalGenerator(Protocol):
       log q of `infer` to it, which tests the log-determinants of a flow.
     - `autocast = True` says that the model's own calls give parameters of distributions in the dtype of its weights under
       `torch.autocast` too: mixed precision in training then reaches it. Without it, it is trained in full precision.
+
+    Examples:
+        One layer of two units, x = z_1 + noise; `docs/adapters.md` has one of several layers:
+
+        >>> from torch.distributions import Independent, Normal
+        >>> from energy_prior import JointEBMPrior
+        >>> class Plain:
+        ...     latent_shapes = (torch.Size([2]),)
+        ...     def start(self, batch_size):
+        ...         return torch.zeros(batch_size, 2)
+        ...     def conditional(self, state, layer):
+        ...         return Normal(state, torch.ones_like(state))
+        ...     def descend(self, state, z, layer):
+        ...         return z
+        ...     def likelihood(self, state):
+        ...         return Independent(Normal(state, 0.1), 1)
+        >>> JointEBMPrior(Plain()).sample(4).shape
+        torch.Size([4, 2])
     """
 
     @property

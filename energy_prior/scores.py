@@ -48,6 +48,13 @@ class ScoreTerms:
         negative_energy: f_i(z_i), (batch, L), nats.
         log_q: log q_ω of each layer as the model factorises it, (batch, L), nats, or None where the draw did not come from an
             inference model.
+
+    Examples:
+        >>> from energy_prior import load_example
+        >>> terms = load_example().score_terms(torch.rand(4, 1, 8, 8))
+        >>> elbo = terms.log_likelihood + terms.log_prior.sum(1) - terms.log_q.sum(1)
+        >>> elbo.shape, terms.negative_energy.shape
+        (torch.Size([4]), torch.Size([4, 2]))
     """
 
     log_likelihood: Tensor

@@ -1,4 +1,4 @@
-"""Every public docstring says of every parameter what it is, and of every tensor its shape and its unit."""
+"""Every public docstring says of every parameter what it is, and of every tensor its shape and its unit, and has an example."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ def faults(of: Any) -> list[str]:
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_public_docstrings(name: str) -> None:
     assert not faults(thing(name))
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_public_docstrings_have_an_example(name: str) -> None:
+    """One that runs: pytest takes those of the package as doctests."""
+    assert ">>>" in (thing(name).__doc__ or "")
 
 
 def test_all_of_them_are_looked_at() -> None:

@@ -64,6 +64,16 @@ class BIVAAdapter(Adapter):
         GeneratorError: if this is not such a model, is not in evaluation mode, or has never run: its layers set their weights
             by the first batch that they see.
         ArgumentError: if `likelihood` is neither.
+
+    Examples:
+        With `model`, a small `BIVA` of that code, that has run once and is in evaluation mode:
+
+        >>> from energy_prior import JointEBMPrior
+        >>> prior = JointEBMPrior(BIVAAdapter(model, likelihood="bernoulli"))
+        >>> [tuple(z) for z in prior.generator.latent_shapes]
+        [(3,), (3,), (2,), (2,), (3,)]
+        >>> prior.sample(4, prior="generator").shape  # the model's own samples
+        torch.Size([4, 1, 4, 4])
     """
 
     def __init__(self, model: nn.Module, *, likelihood: _Likelihood) -> None:

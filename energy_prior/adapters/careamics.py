@@ -55,6 +55,16 @@ class CAREamicsAdapter(Adapter):
     Raises:
         GeneratorError: if this is not such a model, is not in evaluation mode, or is one of those that are refused.
         ArgumentError: if p(x | z) or the encoder's input is not known from these arguments.
+
+    Examples:
+        With `model`, a small `LadderVAE` of CAREamics in evaluation mode, and its `likelihood`, a `GaussianLikelihood`:
+
+        >>> from energy_prior import JointEBMPrior
+        >>> prior = JointEBMPrior(CAREamicsAdapter(model, likelihood))
+        >>> [tuple(z) for z in prior.generator.latent_shapes]
+        [(2, 4, 4), (3, 2, 2)]
+        >>> prior.sample(4, prior="generator").shape  # the model's own samples
+        torch.Size([4, 1, 8, 8])
     """
 
     x_range = None

@@ -49,6 +49,16 @@ class DeepVAEAdapter(Adapter):
 
     Raises:
         GeneratorError: if this is not such a model, or is not in evaluation mode.
+
+    Examples:
+        With `model`, a small `VAE` of that code, in evaluation mode:
+
+        >>> from energy_prior import JointEBMPrior
+        >>> prior = JointEBMPrior(DeepVAEAdapter(model))
+        >>> [tuple(z) for z in prior.generator.latent_shapes]
+        [(3,), (3,), (3,)]
+        >>> prior.sample(4, prior="generator").shape  # the model's own samples
+        torch.Size([4, 10])
     """
 
     def __init__(self, model: nn.Module) -> None:

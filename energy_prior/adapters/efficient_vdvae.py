@@ -72,6 +72,16 @@ class EfficientVDVAEAdapter(Adapter):
     Raises:
         GeneratorError: if this is not such a model, is not in evaluation mode, or has not been run.
         ArgumentError: if `hparams` lacks a value or has an unknown one, or a temperature is impossible.
+
+    Examples:
+        With `model`, a small `UniversalAutoEncoder` that has run once and is in evaluation mode, and its `hparams`:
+
+        >>> from energy_prior import JointEBMPrior
+        >>> prior = JointEBMPrior(EfficientVDVAEAdapter(model, hparams))
+        >>> [tuple(z) for z in prior.generator.latent_shapes]
+        [(4, 8, 8), (2, 4, 4), (2, 4, 4), (3, 2, 2)]
+        >>> prior.sample(4, prior="generator").shape  # the model's own samples
+        torch.Size([4, 3, 8, 8])
     """
 
     def __init__(self, model: nn.Module, hparams: Any, *, prior_temperature: float | Iterable[float] = 1.0) -> None:

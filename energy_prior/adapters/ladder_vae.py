@@ -52,6 +52,16 @@ class LadderVAEAdapter(Adapter):
 
     Raises:
         GeneratorError: if this is not such a model, or is not in evaluation mode.
+
+    Examples:
+        With `model`, a small `LadderVAE` of that code, in evaluation mode:
+
+        >>> from energy_prior import JointEBMPrior
+        >>> prior = JointEBMPrior(LadderVAEAdapter(model))
+        >>> [tuple(z) for z in prior.generator.latent_shapes]
+        [(3, 4, 4), (2, 2, 2), (2, 1, 1)]
+        >>> prior.sample(4, prior="generator").shape  # the model's own samples
+        torch.Size([4, 1, 6, 7])
     """
 
     def __init__(self, model: nn.Module) -> None:

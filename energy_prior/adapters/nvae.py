@@ -55,6 +55,15 @@ class NVAEAdapter(Adapter):
 
             model = AutoEncoder(checkpoint["args"], None, checkpoint["arch_instance"])
             prior = JointEBMPrior(NVAEAdapter(load_weights(model, checkpoint).eval()))
+
+        With a small `model` of four groups, in evaluation mode:
+
+        >>> from energy_prior import JointEBMPrior
+        >>> prior = JointEBMPrior(NVAEAdapter(model))
+        >>> [tuple(z) for z in prior.generator.latent_shapes]
+        [(2, 8, 8), (2, 8, 8), (2, 4, 4), (2, 4, 4)]
+        >>> prior.sample(4, prior="generator").shape  # the model's own samples
+        torch.Size([4, 3, 16, 16])
     """
 
     def __init__(self, model: nn.Module, *, prior_temperature: float = 1.0) -> None:

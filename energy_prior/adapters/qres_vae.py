@@ -61,6 +61,16 @@ class QResVAEAdapter(Adapter):
     Raises:
         GeneratorError: if this is not such a model, is not in evaluation mode, or makes observations of another shape.
         ArgumentError, ShapeError: if `variance` or `lmb` is missing, not for this model, or impossible, or `x_shape` is.
+
+    Examples:
+        With `model`, a small `HierarchicalVAE` of that code in evaluation mode, trained with λ = 32:
+
+        >>> from energy_prior import JointEBMPrior
+        >>> prior = JointEBMPrior(QResVAEAdapter(model, x_shape=(3, 8, 4), variance=1 / (8 * 32)))
+        >>> [tuple(z) for z in prior.generator.latent_shapes]
+        [(4, 4, 2), (6, 2, 1), (6, 2, 1)]
+        >>> prior.sample(4, prior="generator").shape  # the model's own samples
+        torch.Size([4, 3, 8, 4])
     """
 
     def __init__(

@@ -61,6 +61,16 @@ class VDVAEAdapter(Adapter):
     Raises:
         GeneratorError: if this is not such a model, or is not in evaluation mode.
         ArgumentError: if `pixels` is needed, or a temperature is impossible.
+
+    Examples:
+        With `model`, a small `VAE` of that code, in evaluation mode:
+
+        >>> from energy_prior import JointEBMPrior
+        >>> prior = JointEBMPrior(VDVAEAdapter(model))
+        >>> [tuple(z) for z in prior.generator.latent_shapes]
+        [(2, 8, 8), (2, 8, 8), (2, 4, 4), (2, 4, 4), (2, 1, 1)]
+        >>> prior.sample(4, prior="generator").shape  # the model's own samples
+        torch.Size([4, 3, 8, 8])
     """
 
     def __init__(

@@ -40,6 +40,15 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
         FileNotFoundError: if there is no such file.
         CheckpointError: if it is truncated or damaged, or asks for anything else (which could run code, or take more memory
             than the file is large).
+
+    Examples:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"epoch": 3, "state_dict": nn.Linear(2, 3).state_dict()}, f"{folder}/checkpoint.pt")
+        ...     checkpoint = load_checkpoint(f"{folder}/checkpoint.pt")
+        >>> checkpoint["epoch"], sorted(checkpoint["state_dict"])
+        (3, ['bias', 'weight'])
     """
     file = check_path("path", path)
     if not file.is_file():
@@ -81,6 +90,13 @@ def load_weights(model: _Model, checkpoint: str | os.PathLike[str] | Mapping[str
     Raises:
         ArgumentError, FileNotFoundError: as `load_checkpoint`.
         CheckpointError: if no part fits, or more than one that differ; the message says which.
+
+    Examples:
+        >>> from torch import nn
+        >>> state = {"module.weight": torch.ones(1, 2), "module.bias": torch.zeros(1)}  # of DistributedDataParallel
+        >>> model = load_weights(nn.Linear(2, 1), {"epoch": 3, "state_dict": state})
+        >>> model(torch.ones(1, 2)).detach()
+        tensor([[2.]])
     """
     loaded = checkpoint if isinstance(checkpoint, Mapping) else load_checkpoint(checkpoint)
     inner = without_compile(model)

@@ -130,6 +130,11 @@ def load_run(folder: str | os.PathLike[str], factory: str | None = None) -> Join
         FileNotFoundError, CheckpointError: if the folder does not hold a finished run, or a file of it is damaged, or names
             another factory.
         ArgumentError: if the generator's factory cannot be imported, or there is none.
+
+    Examples:
+        >>> from importlib.resources import files
+        >>> load_run(str(files("energy_prior") / "pretrained" / "digits"))  # a run's "out"
+        JointEBMPrior(LadderVAE; z_1 (16,) MLPEnergy, z_2 (8,) MLPEnergy; space="noise", step_size=0.194)
     """
     return read_run(folder, factory)[0]
 

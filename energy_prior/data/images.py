@@ -37,6 +37,12 @@ class Images(_Pair):
         classes: names of the labels 0, 1, …; None where they have no names.
         names: of every image: its file's, or its table's and row's.
         left_out: name -> why an image is not there, with on_error="skip".
+
+    Examples:
+        >>> split = Images(torch.zeros(2, 1, 8, 8), torch.tensor([1, 0]), classes=("cat", "dog"))  # as `load_images` gives it
+        >>> images, labels = split
+        >>> [split.classes[label] for label in labels]
+        ['dog', 'cat']
     """
 
     classes: tuple[str, ...] | None
@@ -98,6 +104,18 @@ def load_images(
         ArgumentError: if there is no such set or split, it has no images, they differ in size, one cannot be read, or what its
             numbers or labels mean cannot be told; the message says what to do.
         MissingExtraError: if a package of the extra "examples" is not installed.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("cat", "dog"):
+        ...         Path(folder, "train", name).mkdir(parents=True)
+        ...         Image.new("L", (12, 8), 255).save(Path(folder, "train", name, "0.png"))
+        ...     images, labels = load_images(folder, size=8)
+        >>> images.shape, sorted(labels.tolist())
+        (torch.Size([2, 1, 8, 8]), [0, 1])
     """
     settings = ReadSettings(size, channels, value_range, channel_order, background, on_error)
     limit = None if limit is None else check_count("limit", limit)

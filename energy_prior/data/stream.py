@@ -50,6 +50,18 @@ class ImageStream:
 
     Raises:
         ArgumentError: as `load_images`; or if a pass has not one whole batch.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Path(folder, "train").mkdir()
+        ...     for i in range(6):
+        ...         Image.new("RGB", (8, 8)).save(Path(folder, "train", f"{i}.png"))
+        ...     stream = ImageStream(folder, size=8, batch_size=4)
+        ...     print([tuple(batch.shape) for batch in stream])
+        [(4, 3, 8, 8)]
     """
 
     def __init__(

@@ -38,6 +38,13 @@ class Energy(nn.Module):
 
     Raises:
         ArgumentError, ShapeError: if a setting is impossible; the message says which.
+
+    Examples:
+        >>> from energy_prior import MLPEnergy
+        >>> f = MLPEnergy((16,), saturation=10.0)
+        >>> _ = f.net[-1].bias.data.fill_(1000.0)  # g
+        >>> f(torch.randn(3, 16)).detach()
+        tensor([9.9995, 9.9995, 9.9995])
     """
 
     saturation: Tensor

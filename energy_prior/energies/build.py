@@ -29,6 +29,12 @@ def default_energies(latent_shapes: Sequence[Sequence[int]]) -> nn.ModuleList:
 
     Args:
         latent_shapes: shapes of z_1, …, z_L without the batch.
+
+    Examples:
+        >>> [type(f).__name__ for f in default_energies([(16,), (8,)])]
+        ['MLPEnergy', 'MLPEnergy']
+        >>> [type(f).__name__ for f in default_energies([(2, 4, 4), (8,)])]
+        ['DenoisingEnergy', 'DenoisingEnergy']
     """
     shapes = [tuple(shape) for shape in latent_shapes]
     if any(len(shape) == 3 and min(shape[1:]) > 1 for shape in shapes):
@@ -42,6 +48,12 @@ def denoising_energies(latent_shapes: Sequence[Sequence[int]], channels: int = 3
     Args:
         latent_shapes: shapes of z_1, …, z_L without the batch.
         channels: width of the networks.
+
+    Examples:
+        >>> from energy_prior import JointEBMPrior, LadderVAE
+        >>> vae = LadderVAE((1, 8, 8), latent_dims=(16, 8))
+        >>> JointEBMPrior(vae, denoising_energies(vae.latent_shapes, channels=8))
+        JointEBMPrior(LadderVAE; z_1 (16,) DenoisingEnergy, z_2 (8,) DenoisingEnergy; space="noise", step_size=0.3)
     """
     shapes = [tuple(shape) for shape in latent_shapes]
     return nn.ModuleList(DenoisingEnergy(shape, shapes[i + 1 :], channels) for i, shape in enumerate(shapes))
@@ -52,6 +64,12 @@ def describe_energies(energies: Iterable[nn.Module]) -> list[dict[str, Any]]:
 
     Args:
         energies: f_1, …, f_L.
+
+    Examples:
+        >>> from energy_prior import DenoisingEnergy
+        >>> describe_energies([DenoisingEnergy((8,), channels=4), torch.nn.Linear(4, 1)])
+        [{'kind': 'DenoisingEnergy', 'latent_shape': [8], 'above': [], 'channels': 4, 'saturation': 4.0},
+         {'kind': 'custom', 'name': 'Linear'}]
     """
     described: list[dict[str, Any]] = []
     for energy in energies:
@@ -78,6 +96,15 @@ def build_energies(
 
     Raises:
         CheckpointError: if one of them is not built in, or is for other layers or other weights than these.
+
+    Examples:
+        >>> from energy_prior import default_energies
+        >>> from energy_prior.energies import describe_energies
+        >>> energies = default_energies([(4,), (2,)])
+        >>> weights = {f"energies.{name}": value.shape for name, value in energies.state_dict().items()}
+        >>> built = build_energies(describe_energies(energies), [(4,), (2,)], weights)
+        >>> [tuple(f.latent_shape) for f in built]
+        [(4,), (2,)]
     """
     if len(described) != len(latent_shapes):
         raise CheckpointError(

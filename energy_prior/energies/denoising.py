@@ -35,6 +35,10 @@ def angle(level: Level) -> Level:
 
     Args:
         level: t in [0, 1]; a tensor may have any shape.
+
+    Examples:
+        >>> round(angle(0.0), 4), round(angle(1.0), 4)
+        (0.1506, 1.5708)
     """
     return _FIRST_ANGLE + (math.pi / 2 - _FIRST_ANGLE) * level
 
@@ -49,6 +53,10 @@ def waymark(level: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         α and σ, each in [0, 1] and of the shape of `level`, (batch,).
+
+    Examples:
+        >>> waymark(torch.tensor([0.0, 0.5]))
+        (tensor([0.9887, 0.6519]), tensor([0.1500, 0.7583]))
     """
     theta = angle(level)
     return theta.cos(), theta.sin()
@@ -78,6 +86,12 @@ class DenoisingEnergy(Energy):
         ArgumentError, ShapeError: if a setting is impossible, or it is called with other things than the noise of its layers.
 
     Shape: (ε_i, …, ε_L), (batch, *shape) each, and t, (batch,), () or None for 0 -> (batch,), nats.
+
+    Examples:
+        >>> f_1 = DenoisingEnergy((2, 4, 4), above=[(3,)], channels=8)
+        >>> noise = torch.randn(5, 2, 4, 4), torch.randn(5, 3)  # ε_1, ε_2
+        >>> f_1(noise, torch.tensor(0.5)).shape
+        torch.Size([5])
     """
 
     reads_noise = True

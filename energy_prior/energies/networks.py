@@ -114,6 +114,11 @@ class ConvEnergy(LatentEnergy):
         saturation: s of `Energy`, nats, > 0; None: f grows without limit.
 
     Shape: (batch, *latent_shape) -> (batch,), nats.
+
+    Examples:
+        >>> f = ConvEnergy((4, 8, 8), channels=(16, 16))
+        >>> f(torch.randn(3, 4, 8, 8))
+        tensor([0., 0., 0.], grad_fn=<DivBackward0>)
     """
 
     def __init__(

@@ -29,6 +29,12 @@ class Detection(NamedTuple):
         fpr80: share of known observations that are flagged where 80% of the unknown ones are.
         fpr95: the same where 95% are.
         positives: share of unknown observations.
+
+    Examples:
+        >>> from energy_prior.evaluate.detection import detection
+        >>> found = detection(known=[0.1, 0.2, 0.6], unknown=[0.3, 0.9])
+        >>> round(found.auroc, 3), round(found.fpr95, 3), found.positives
+        (0.833, 0.333, 0.4)
     """
 
     auroc: float
@@ -50,6 +56,10 @@ def detection(known: Any, unknown: Any) -> Detection:
         ShapeError: if a side is no row of numbers, or has none.
         ArgumentError: if a score is NaN; infinite ones have their rank.
         MissingExtraError: if scikit-learn is not installed.
+
+    Examples:
+        >>> round(detection(known=torch.tensor([0.1, 0.2, 0.6]), unknown=torch.tensor([0.3, 0.9])).auroc, 3)
+        0.833
     """
     metrics = require_extra("sklearn.metrics", "eval")
     labels, scores = labelled_ranks(known, unknown)
@@ -86,6 +96,15 @@ class DetectionTask:
         train: known observations to train, calibrate and choose settings on, (n, …).
         known: known observations to test on, (m, …); none of them is in `train`.
         unknown: unknown observations to test on, (u, …).
+
+    Examples:
+        >>> images, labels = torch.rand(100, 1, 8, 8), torch.arange(100) % 10
+        >>> task = DetectionTask.zenati(images, labels, unknown=4)
+        >>> task.name, len(task.train), len(task.known), len(task.unknown)
+        ('zenati, class 4', 72, 18, 10)
+        >>> known, unknown = task.scores(lambda x: x.mean((1, 2, 3)))
+        >>> known.shape, unknown.shape
+        (torch.Size([18]), torch.Size([10]))
     """
 
     name: str

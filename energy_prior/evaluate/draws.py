@@ -27,6 +27,12 @@ def effective_sample_size(series: Tensor) -> Tensor:
 
     Raises:
         ShapeError: if the shape is another.
+
+    Examples:
+        >>> draws = torch.randn(2000, 4, 1, generator=torch.Generator().manual_seed(0))
+        >>> chains = draws.repeat_interleave(10, 0)  # 20,000 steps, which move at every tenth
+        >>> float(effective_sample_size(chains).round(decimals=-2))
+        2000.0
     """
     if series.ndim != 3 or len(series) < 4:
         raise ShapeError(f"series: expected shape (T, chains, d) with T of at least 4, got {tuple(series.shape)}.")
@@ -58,6 +64,11 @@ def two_sample_accuracy(
 
     Raises:
         MissingExtraError: if scikit-learn is not installed.
+
+    Examples:
+        >>> a, b = torch.randn(200, 2), torch.randn(200, 2) + 10
+        >>> round(two_sample_accuracy(a[:100], b[:100], a[100:], b[100:]), 1)
+        1.0
     """
     perceptron = require_extra("sklearn.neural_network", "eval").MLPClassifier
     mean, spread = train_a.mean(0), train_a.std(0).clamp_min(1e-12)

@@ -29,6 +29,11 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     Raises:
         ShapeError: if they are not two matrices with the same d.
         ArgumentError: if a value is not finite.
+
+    Examples:
+        >>> features = torch.randn(100, 2)
+        >>> round(frechet_distance(features, features + torch.tensor([3.0, 4.0])), 2)
+        25.0
     """
     a, b = _two_sides(features_a, features_b, least=2)
     cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
@@ -51,6 +56,11 @@ def kernel_distance(features_a: Tensor, features_b: Tensor) -> float:
     Raises:
         ShapeError: if they are not two matrices with the same d.
         ArgumentError: if a value is not finite.
+
+    Examples:
+        >>> a, b = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[1.0], [2.0], [3.0]])
+        >>> round(kernel_distance(a, b), 2)
+        21.67
     """
     a, b = _two_sides(features_a, features_b, least=2)
 
@@ -83,6 +93,11 @@ def precision_recall(real: Tensor, generated: Tensor, *, neighbours: int = 3) ->
     Raises:
         ShapeError: if they are not two matrices with the same d, or have too few rows.
         ArgumentError: if a value is not finite.
+
+    Examples:
+        >>> one = torch.arange(5.0)[:, None]
+        >>> precision_recall(torch.cat([one, one + 100]), one)  # samples of one of two kinds of images
+        (1.0, 0.5)
     """
     k = check_count("neighbours", neighbours)
     a, b = _two_sides(real, generated, least=k + 1)
@@ -119,6 +134,10 @@ def gap_closed(joint: float, generator: float, reconstructions: float) -> float:
 
     Raises:
         ArgumentError: if `generator` does not exceed `reconstructions`: there is then no gap.
+
+    Examples:
+        >>> gap_closed(joint=12.0, generator=20.0, reconstructions=4.0)
+        0.5
     """
     if not generator > reconstructions:
         floor = f"above that of reconstructions, {reconstructions:.4g}"
@@ -143,6 +162,10 @@ def efficientnet_features(images: Tensor, *, batch_size: int = 100) -> Tensor:
         ShapeError: if they are no images.
         ArgumentError: if a value is not in [0, 1].
         MissingExtraError: if the network is not installed.
+
+    Examples:
+        >>> efficientnet_features(torch.rand(2, 1, 8, 8)).shape
+        torch.Size([2, 1280])
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ShapeError(f"images: expected (n, 1 or 3, height, width), got {tuple(images.shape)}.")
@@ -180,6 +203,10 @@ def excess_ratio(joint: float, generator: float, floor: float) -> float:
 
     Raises:
         ArgumentError: if `generator` does not exceed `floor`: there is then no excess to compare with.
+
+    Examples:
+        >>> excess_ratio(joint=8.0, generator=20.0, floor=4.0)
+        0.25
     """
     if not generator > floor:
         raise ArgumentError(f"generator: expected a distance above the floor {floor:.4g}, got {generator:.4g}.")

@@ -41,6 +41,13 @@ class PixelLikelihood(nn.Module):
 
     Raises:
         ArgumentError, ShapeError: if a value is impossible; the message says which.
+
+    Examples:
+        >>> pixels = PixelLikelihood((1, 8, 8), "mixture", mixtures=2)
+        >>> pixels.channels
+        6
+        >>> pixels(torch.zeros(4, 6, 8, 8)).log_prob(torch.zeros(4, 1, 8, 8)).shape
+        torch.Size([4])
     """
 
     def __init__(

@@ -38,6 +38,16 @@ class ChainResult:
         negative_energy: Σ_i f_i of the free layers at the start and after every step, (steps + 1, batch), nats; None if not
             traced.
         trajectory: the frames that were asked for; None if none were.
+
+    Examples:
+        >>> from energy_prior import ChainSettings, load_example
+        >>> from energy_prior.langevin import sample_target
+        >>> target = load_example().model.target(4)
+        >>> result = sample_target(target, ChainSettings(steps=5), default_step_size=0.2, trace=True).result
+        >>> result.step_size
+        tensor([0.2000, 0.2000, 0.2000, 0.2000])
+        >>> result.negative_energy.shape  # at the start and after each of the five steps
+        torch.Size([6, 4])
     """
 
     position: tuple[Tensor, ...]

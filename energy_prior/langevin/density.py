@@ -34,6 +34,13 @@ class Target:
         held: layer number (1 … L) -> its fixed z_i, (batch, *latent_shapes[i - 1]). The other layers are free.
         x: observations, (batch, *x_shape): the target is p(z | x). None: it is the prior.
         topdown: the pass down with `held`, where it has been run already.
+
+    Examples:
+        >>> from energy_prior import LadderVAE, default_energies
+        >>> vae = LadderVAE((4,), latent_dims=(3, 2), hidden=8)
+        >>> target = Target(vae, list(default_energies(vae.latent_shapes)), "noise", batch_size=5, held={2: torch.zeros(5, 2)})
+        >>> target.free, target.shapes
+        ((1,), ((5, 3),))
     """
 
     generator: HierarchicalGenerator
@@ -97,6 +104,12 @@ class Evaluation(NamedTuple):
         log_density: log p̃ at this position, up to its constant, (batch,), nats; None where only the gradient was asked for.
         gradient: ∇ log p̃ in latent space; in noise space ∇ (log p̃ + ½‖ε‖²), the part beside the Gaussian. (batch, *shape) of
             each free layer, nats per unit of the position.
+
+    Examples:
+        >>> from energy_prior import load_example
+        >>> at = load_example().model.target(3).density().evaluate([torch.zeros(3, 16), torch.zeros(3, 8)])
+        >>> at.negative_energy.shape, at.log_density.shape, [tuple(g.shape) for g in at.gradient]
+        (torch.Size([3, 2]), torch.Size([3]), [(3, 16), (3, 8)])
     """
 
     position: tuple[Tensor, ...]
@@ -137,6 +150,14 @@ class JointDensity:
         energies: one module per layer, f_i(z_i) -> (batch,).
         space: coordinates of the chain.
         x: observations, (batch, *x_shape), for the posterior.
+
+    Examples:
+        >>> from energy_prior import LadderVAE, default_energies
+        >>> from energy_prior.topdown import TopDown
+        >>> vae = LadderVAE((4,), latent_dims=(3, 2), hidden=8)
+        >>> density = JointDensity(TopDown(vae, 5), default_energies(vae.latent_shapes))
+        >>> density.evaluate([torch.ones(5, 3), torch.ones(5, 2)]).log_density  # f = 0: −½‖ε‖²
+        tensor([-2.5000, -2.5000, -2.5000, -2.5000, -2.5000])
     """
 
     def __init__(

@@ -26,7 +26,25 @@ from energy_prior.errors import ArgumentError, ShapeError
 
 
 class NoiseSource(Protocol):
-    """Random numbers of a chain by step. Step 0 draws its ancestral start, steps 1, 2, … its moves."""
+    """Random numbers of a chain by step. Step 0 draws its ancestral start, steps 1, 2, … its moves.
+
+    Examples:
+        Chains without noise climb to a mode:
+
+        >>> from energy_prior import load_example
+        >>> class Still:
+        ...     def __init__(self, n):
+        ...         self.n = n
+        ...     def normal(self, step):
+        ...         return torch.zeros(self.n, 16), torch.zeros(self.n, 8)
+        ...     def uniform(self, step):
+        ...         return torch.zeros(self.n)
+        ...     def rows(self, rows):
+        ...         return Still(len(range(*rows.indices(self.n))))
+        >>> z_1, z_2 = load_example().sample_latents(2, noise=Still(2), steps=5)
+        >>> (z_1[0] - z_1[1]).abs().max().round(decimals=3)  # both end at the same place
+        tensor(0.)
+    """
 
     def normal(self, step: int) -> tuple[Tensor, ...]:
         """Noise of N(0, 1), one tensor (batch, *shape) per free layer, in ascending order of layer.
@@ -59,6 +77,11 @@ class RandomNoise:
     Args:
         shapes: shape (batch, *shape) of each free layer, ascending.
         reference: a tensor of any shape, (…), and any unit, whose dtype and device the noise gets.
+
+    Examples:
+        >>> noise = RandomNoise([(4, 3), (4, 2)], torch.zeros((), dtype=torch.float64))
+        >>> [(tuple(n.shape), n.dtype) for n in noise.normal(1)]
+        [((4, 3), torch.float64), ((4, 2), torch.float64)]
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], reference: Tensor) -> None:
@@ -215,6 +238,13 @@ class InjectedNoise:
 
     Raises:
         ShapeError: if the tensors disagree on the number of steps or on the batch.
+
+    Examples:
+        >>> from energy_prior import load_example
+        >>> noise = InjectedNoise([torch.randn(6, 2, 16), torch.randn(6, 2, 8)])  # the start and five steps of two chains
+        >>> z_1, z_2 = load_example().sample_latents(2, noise=noise, steps=5)
+        >>> z_1.shape
+        torch.Size([2, 16])
     """
 
     def __init__(self, normals: Sequence[Tensor], uniforms: Tensor | None = None) -> None:

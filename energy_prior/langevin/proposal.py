@@ -50,6 +50,11 @@ def coefficients(step_size: Tensor, scheme: Scheme, space: Space, temperature: f
         scheme: "crank_nicolson" (noise space only) or "euler".
         space: coordinates of the chain.
         temperature: T > 0 of the chain; the target is p̃^{1/T}.
+
+    Examples:
+        >>> c = coefficients(torch.tensor(0.5), "crank_nicolson", "noise")
+        >>> [round(float(value), 3) for value in c]
+        [0.882, 0.118, 0.471]
     """
     a = step_size**2 / (4 * temperature)
     if scheme == "crank_nicolson":
@@ -71,6 +76,13 @@ def cut_drift(gradient: Sequence[Tensor], c: StepCoefficients, max_drift: float)
     Returns:
         g of each layer as the step uses it, (batch, *shape), nats per unit of the position, and whether each chain's was cut in
         any layer, (batch,), bool.
+
+    Examples:
+        >>> from energy_prior.langevin import coefficients
+        >>> c = coefficients(torch.tensor(1.0), "euler", "latent")
+        >>> (g,), was_cut = cut_drift([torch.tensor([[3.0, 4.0], [0.3, 0.4]])], c, max_drift=1.0)
+        >>> g.norm(dim=1), was_cut
+        (tensor([2.8284, 0.5000]), tensor([ True, False]))
     """
     gradients, cut = [], torch.zeros_like(gradient[0].flatten(1)[:, 0], dtype=torch.bool)
     for g in gradient:
@@ -95,6 +107,12 @@ def propose(
 
     Returns:
         y', (batch, *shape) each: ε_i in noise space, z_i in latent space.
+
+    Examples:
+        >>> from energy_prior.langevin import coefficients
+        >>> c = coefficients(torch.tensor(1.0), "euler", "latent")  # c₀ = 1, c₁ = ½, τ = 1
+        >>> propose([torch.tensor([[1.0]])], [torch.tensor([[2.0]])], c, [torch.tensor([[-0.5]])])
+        (tensor([[1.5000]]),)
     """
     return tuple(
         per_row(c.c0, y) * y + per_row(c.c1, y) * g + per_row(c.tau, y) * n

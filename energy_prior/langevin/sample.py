@@ -49,6 +49,13 @@ class ChainDraw(NamedTuple):
     Attributes:
         latents: (z_1, …, z_L) at the end, (batch, *latent_shape) each.
         result: what the chain says of itself; None: no chain was needed.
+
+    Examples:
+        >>> from energy_prior import ChainSettings, load_example
+        >>> from energy_prior.langevin import sample_target
+        >>> draw = sample_target(load_example().model.target(4), ChainSettings(steps=2), default_step_size=0.2)
+        >>> [tuple(z.shape) for z in draw.latents]
+        [(4, 16), (4, 8)]
     """
 
     latents: tuple[Tensor, ...]
@@ -85,6 +92,13 @@ def sample_target(
     Raises:
         ArgumentError, ShapeError: if the settings or the noise do not fit the target.
         DivergenceError: if a chain diverges; it names the layer and the step.
+
+    Examples:
+        >>> from energy_prior import ChainSettings, load_example
+        >>> target = load_example().model.target(4, held={2: torch.zeros(4, 8)})  # p(z_1 | z_2 = 0)
+        >>> z_1, z_2 = sample_target(target, ChainSettings(steps=3), default_step_size=0.2).latents
+        >>> z_1.shape, z_2.abs().max()
+        (torch.Size([4, 16]), tensor(0.))
     """
     if not target.free:
         return ChainDraw(tuple(target.held[layer] for layer in sorted(target.held)), None)
@@ -154,6 +168,12 @@ def tune_step_size(
         start_step_size: where to begin, > 0.
         target_acceptance: in (0, 1).
         max_memory: bytes that a gradient evaluation may keep, > 0.
+
+    Examples:
+        >>> from energy_prior import JointEBMPrior, LadderVAE
+        >>> prior = JointEBMPrior(LadderVAE((4,), latent_dims=(3, 2), hidden=8))
+        >>> round(tune_step_size(prior.model.target(8), start_step_size=0.3), 2)  # of f = 0 every step is accepted
+        1.0
     """
     settings = ChainSettings()
     config = StepConfig(settings.scheme_in(target.space), adjust=True, measured=True)
@@ -188,6 +208,11 @@ def choose_backend(name: str, target: Target, evaluations: int) -> str:
         name: "auto", or a backend's name.
         target: of the chains.
         evaluations: gradient evaluations of the batch that are to come.
+
+    Examples:
+        >>> from energy_prior import load_example
+        >>> choose_backend("auto", load_example().model.target(4), evaluations=100)
+        'eager'
     """
     if name != "auto":
         return backends.get(name).name
@@ -201,6 +226,16 @@ def warn_if_stuck(result: ChainResult | None) -> None:
 
     Args:
         result: the end of the chains; None: there were none.
+
+    Examples:
+        >>> import warnings
+        >>> from energy_prior.langevin import ChainResult
+        >>> z = torch.zeros(2, 3)
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     warn_if_stuck(ChainResult((z,), (z,), step_size=torch.ones(2), acceptance=torch.tensor([0.0, 0.02])))
+        >>> str(caught[0].message).partition(" of the")[0]
+        'Metropolis–Hastings accepted 1.0%'
     """
     accepted = None if result is None or result.acceptance is None else float(result.acceptance.mean())
     if accepted is not None and accepted < _HARDLY_MOVES:

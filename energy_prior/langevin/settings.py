@@ -31,6 +31,12 @@ class ChainOptions(TypedDict, total=False):
         backend: "auto", or the name of one.
         precision: "full", "tf32" or "bf16".
         max_memory: bytes that an evaluation may keep, > 0.
+
+    Examples:
+        >>> from energy_prior import load_example
+        >>> options: ChainOptions = {"steps": 10, "adjust": True}
+        >>> load_example().sample(4, **options).shape
+        torch.Size([4, 1, 8, 8])
     """
 
     steps: int
@@ -82,6 +88,11 @@ class ChainSettings:
 
     Raises:
         ArgumentError: if a value is out of range.
+
+    Examples:
+        >>> settings = ChainSettings(steps=100, adjust=True)
+        >>> settings.scheme_in("noise"), settings.scheme_in("latent")
+        ('crank_nicolson', 'euler')
     """
 
     steps: int = 60

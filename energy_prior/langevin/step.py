@@ -318,6 +318,17 @@ def log_acceptance(
         c: coefficients of the step.
         noise: n, noise of N(0, 1), (batch, *shape) each.
         temperature: T > 0 of the chain.
+
+    Examples:
+        >>> from energy_prior import LadderVAE, default_energies
+        >>> from energy_prior.langevin import Target, coefficients, propose
+        >>> vae = LadderVAE((4,), latent_dims=(3,), hidden=8)
+        >>> density = Target(vae, list(default_energies(vae.latent_shapes)), "noise", batch_size=2).density()
+        >>> c, n = coefficients(torch.tensor(0.5), "crank_nicolson", "noise"), [torch.ones(2, 3)]
+        >>> old = density.evaluate([torch.zeros(2, 3)])
+        >>> new = density.evaluate(propose(old.position, old.gradient, c, n))
+        >>> log_acceptance(old, new, new.gradient, c, n).exp().round(decimals=3)  # of f = 0 every step is accepted
+        tensor([1., 1.])
     """
     ratio = (not_none(new.log_density) - not_none(old.log_density)) / temperature
     for y, y_new, g_new, n in zip(old.position, new.position, new_drift, noise, strict=True):

@@ -50,6 +50,14 @@ class Trajectory:
         acceptance: mean of min(1, α) over the steps since the frame before, (frames, batch), in [0, 1]: what MALA accepts,
             or would have accepted of an unadjusted chain. 1 at the start, where no step has been made.
         drift_norm: ‖∇ log p̃‖ over all free layers in the chain's space, (frames, batch), nats per unit of z or ε there.
+
+    Examples:
+        >>> from energy_prior import load_example
+        >>> trajectory = load_example().trajectory(2, steps=10, every=5)
+        >>> trajectory.steps
+        tensor([ 0,  5, 10])
+        >>> [tuple(z.shape) for z in trajectory.latents]
+        [(3, 2, 16), (3, 2, 8)]
     """
 
     steps: Tensor

@@ -55,6 +55,11 @@ class RunConfig:
         tensorboard: write the history to `run_dir`/tensorboard as well (extra "train").
         progress: show how far the run is: a bar where standard error is a terminal, else a line every 10 seconds at most.
         usual_batch: what `batch_size` is where none is given, of the class: 256, of `ElboConfig` 128.
+
+    Examples:
+        >>> RunConfig(iterations=100, progress=False).resumable()  # what a run must keep when it goes on
+        {'iterations': 100, 'batch_size': None, 'learning_rate': None, 'weight_decay': 0.0, 'accumulate': 1, 'log_every': 20,
+         'checkpoint_every': 200}
     """
 
     iterations: int = 2000
@@ -93,6 +98,11 @@ class RunConfig:
 @dataclass(frozen=True)
 class FitConfig(RunConfig):
     """Settings of `prior.fit`. The defaults are meant to be safe; none needs tuning per seed.
+
+    Examples:
+        >>> config = FitConfig(iterations=500, steps=40).for_method("two_stage")
+        >>> config.learning_rate, config.restart_probability, config.ema_decay
+        (0.002, 0.3, 0.99)
 
     Attributes:
         iterations: updates, ≥ 1.

@@ -133,6 +133,13 @@ def launched_accelerator(*, cpu: bool = False) -> Generator[Any]:
 
     Args:
         cpu: stay on the CPU even where there is a GPU.
+
+    Examples:
+        >>> from energy_prior import load_example, map_batches
+        >>> with launched_accelerator() as accelerator:  # None where this process was started alone
+        ...     samples = map_batches(load_example().sample, 6, steps=5, accelerator=accelerator)
+        >>> samples.shape
+        torch.Size([6, 1, 8, 8])
     """
     if not any(name in os.environ for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")):
         yield None
@@ -176,6 +183,13 @@ def map_batches(
 
     Raises:
         ArgumentError: if the data are of another kind or empty, or if `call` gives anything else.
+
+    Examples:
+        >>> from energy_prior import load_example
+        >>> prior = load_example()
+        >>> samples = map_batches(prior.sample, 10, batch_size=5, steps=5)
+        >>> samples.shape, map_batches(prior.anomaly_score, samples).shape
+        (torch.Size([10, 1, 8, 8]), torch.Size([10]))
     """
     check_count("batch_size", batch_size)
     engine = Engine(accelerator)

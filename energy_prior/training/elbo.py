@@ -42,6 +42,13 @@ _PATIENCE = 10  # updates in a row without a finite gradient, after which a run 
 class ElboConfig(RunConfig):
     """Settings of `fit_elbo`.
 
+    Examples:
+        >>> from energy_prior import LadderVAE, fit_elbo
+        >>> config = ElboConfig(iterations=4, input_noise=0.1, progress=False)
+        >>> vae = LadderVAE((4,), latent_dims=(3, 2), hidden=8)
+        >>> fit_elbo(vae, torch.rand(32, 4), config=config).best_iteration
+        4
+
     Attributes:
         iterations: updates, ≥ 1.
         batch_size: observations per update, process and accumulation step, ≥ 1; None: 128, or all of them if there are fewer.
@@ -96,6 +103,13 @@ class ElboResult:
             clipping) and, where looked at, "validation_elbo".
         resumed_at: the iteration after which a run that had been stopped went on; None if it did not.
         skipped: updates left out because their batch gave no finite ELBO or gradient.
+
+    Examples:
+        >>> from energy_prior import LadderVAE, fit_elbo
+        >>> vae = LadderVAE((4,), latent_dims=(3, 2), hidden=8)
+        >>> result = fit_elbo(vae, torch.rand(32, 4), iterations=4, progress=False)
+        >>> sorted(result.history[-1])
+        ['elbo', 'gradient_norm_generator', 'iteration']
     """
 
     validation_elbo: float | None
@@ -114,6 +128,14 @@ def elbo(generator: HierarchicalGenerator, x: Tensor, kl_weight: float = 1.0, in
         kl_weight: w ≥ 0; the ELBO proper has w = 1.
         input_noise: standard deviation, in the data's units, of Gaussian noise on what the inference model sees, ≥ 0.
             Still a lower bound of log p(x), for z ~ q_ω(z | x + noise) (Im et al., AAAI 2017); the ELBO proper has 0.
+
+    Examples:
+        >>> from energy_prior import LadderVAE
+        >>> vae = LadderVAE((1, 8, 8))
+        >>> bound = elbo(vae, torch.rand(4, 1, 8, 8), kl_weight=0.5)
+        >>> bound.shape
+        torch.Size([4])
+        >>> (-bound.mean()).backward()  # as training does
     """
     inferred = checked_infer(generator, x + input_noise * torch.randn_like(x) if input_noise else x)
     descent = inferred_descent(generator, inferred)
@@ -156,6 +178,13 @@ def fit_elbo(
             precision, inside of a wrapper such as `DataParallel`, or that another run trains now.
         DivergenceError: if the ELBO, or its gradient, stops being finite; the generator then holds its best weights so far.
         CheckpointError: if the last checkpoint in `run_dir` is damaged; the generator is as it was.
+
+    Examples:
+        >>> from energy_prior import LadderVAE
+        >>> x = torch.rand(48, 4)
+        >>> vae = LadderVAE((4,), latent_dims=(3, 2), hidden=8)
+        >>> fit_elbo(vae, x[:32], validation=x[32:], iterations=10, progress=False)  # doctest: +ELLIPSIS
+        ElboResult(validation_elbo=..., best_iteration=10, resumed_at=None, skipped=0)
     """
     generator = unwrapped(generator)
     if not isinstance(generator, nn.Module) or not callable(getattr(generator, "infer", None)):

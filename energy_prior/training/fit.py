@@ -67,6 +67,13 @@ class FitResult:
         mismatch: how far the posterior is from the generator's prior and from what was learned, on at most 2,048
             observations of the data (`JointEBMPrior.mismatch` takes others); without `joint_accuracy` where its chains would
             cost more than a few per cent of the run; None for runs of fewer than 100 iterations.
+
+    Examples:
+        >>> from energy_prior import JointEBMPrior, LadderVAE
+        >>> prior = JointEBMPrior(LadderVAE((4,), latent_dims=(3, 2), hidden=8))
+        >>> result = prior.fit(torch.rand(32, 4), "nce", iterations=4, step_size=0.3, progress=False)
+        >>> result.method, result.step_size, sorted(result.history[-1])[:4]
+        ('nce', 0.3, ['energy_posterior', 'energy_prior', 'gap', 'gradient_norm_energies'])
     """
 
     method: Method
@@ -110,6 +117,15 @@ def fit_energies(
         accelerator: an `accelerate.Accelerator`; None: this process alone.
         rng: random number generator.
         callback: called between two iterations with a copy of every new entry of the history.
+
+    Examples:
+        >>> from energy_prior import JointEBMPrior, LadderVAE
+        >>> from energy_prior.training import FitHooks
+        >>> prior = JointEBMPrior(LadderVAE((4,), latent_dims=(3, 2), hidden=8))
+        >>> hooks = FitHooks(started=lambda: None, learned=lambda: None, save=prior.save, sample=lambda n, s: prior.sample(n))
+        >>> settings = {"iterations": 4, "step_size": 0.3, "progress": False}
+        >>> fit_energies(prior.model, torch.rand(32, 4), "nce", settings=settings, x_shape=(4,), hooks=hooks).method
+        'nce'
     """
     rule = check_method(("denoising" if have_waymarks(model.energies) else "nce") if method is None else method)
     settled = _settings(config, settings or {})

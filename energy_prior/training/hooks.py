@@ -21,6 +21,18 @@ class FitHooks:
             for the old ones is void. Not called where nothing was learned yet.
         save: writes the object to a file: the last good average of a run that has diverged.
         sample: number n and step size -> observations under the energies as they are, (n, *x_shape), for pictures.
+
+    Examples:
+        >>> from energy_prior import load_example
+        >>> prior = load_example()
+        >>> hooks = FitHooks(
+        ...     started=lambda: None,
+        ...     learned=prior.calibration.forget,
+        ...     save=prior.save,
+        ...     sample=lambda n, step_size: prior.sample(n, step_size=step_size, steps=5),
+        ... )
+        >>> hooks.sample(2, 0.2).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     started: Callable[[], object]

@@ -25,6 +25,10 @@ def energy_penalty(positive: Tensor, negative: Tensor) -> Tensor:
     Args:
         positive: Σ_i f_i at posterior draws, (batch,), nats.
         negative: Σ_i f_i at prior draws, (batch,), nats.
+
+    Examples:
+        >>> energy_penalty(torch.tensor([1.0, -1.0]), torch.tensor([2.0, 0.0]))
+        tensor(3.)
     """
     return positive.square().mean() + negative.square().mean()
 
