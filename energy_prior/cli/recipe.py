@@ -244,7 +244,7 @@ def _paragraph(name: str, default: Any, meaning: str) -> str:
 
 def _meanings(kind: type[Any]) -> dict[str, str]:
     """Attribute -> its paragraph in the class's docstring."""
-    text = textwrap.dedent((kind.__doc__ or "").partition("Attributes:\n")[2])
+    text = textwrap.dedent(re.split(r"\n\s*(?:Examples|Raises):\n", (kind.__doc__ or "").partition("Attributes:\n")[2])[0])
     found = re.findall(r"^(\w+): (.*?)(?=^\w+: |\Z)", text, flags=re.DOTALL | re.MULTILINE)
     return {name: " ".join(meaning.split()) for name, meaning in found}
 

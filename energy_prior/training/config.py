@@ -99,11 +99,6 @@ class RunConfig:
 class FitConfig(RunConfig):
     """Settings of `prior.fit`. The defaults are meant to be safe; none needs tuning per seed.
 
-    Examples:
-        >>> config = FitConfig(iterations=500, steps=40).for_method("two_stage")
-        >>> config.learning_rate, config.restart_probability, config.ema_decay
-        (0.002, 0.3, 0.99)
-
     Attributes:
         iterations: updates, ≥ 1.
         batch_size: posterior draws, and as many prior draws, per update, process and accumulation step, ≥ 1; None: 256, or
@@ -144,6 +139,11 @@ class FitConfig(RunConfig):
         stages: ratio estimates of "multi_stage_nce", each against samples of the prior before it, ≥ 1.
         generator_learning_rate: of the generator's AdamW in the joint rules, > 0, with the same schedule.
         sample_every: iterations between sample grids in `run_dir`/samples, ≥ 0; 0: none (extra "examples").
+
+    Examples:
+        >>> config = FitConfig(iterations=500, steps=40).for_method("two_stage")
+        >>> config.learning_rate, config.restart_probability, config.ema_decay
+        (0.002, 0.3, 0.99)
     """
 
     weight_decay: float = 1e-4

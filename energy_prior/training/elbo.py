@@ -42,13 +42,6 @@ _PATIENCE = 10  # updates in a row without a finite gradient, after which a run 
 class ElboConfig(RunConfig):
     """Settings of `fit_elbo`.
 
-    Examples:
-        >>> from energy_prior import LadderVAE, fit_elbo
-        >>> config = ElboConfig(iterations=4, input_noise=0.1, progress=False)
-        >>> vae = LadderVAE((4,), latent_dims=(3, 2), hidden=8)
-        >>> fit_elbo(vae, torch.rand(32, 4), config=config).best_iteration
-        4
-
     Attributes:
         iterations: updates, ≥ 1.
         batch_size: observations per update, process and accumulation step, ≥ 1; None: 128, or all of them if there are fewer.
@@ -67,6 +60,13 @@ class ElboConfig(RunConfig):
         input_noise: standard deviation, in the data's units, of Gaussian noise on what the inference model sees in training,
             ≥ 0: keeps small data sets from being learned by heart.
         validation_draws: posterior draws per validation image and look, ≥ 1.
+
+    Examples:
+        >>> from energy_prior import LadderVAE, fit_elbo
+        >>> config = ElboConfig(iterations=4, input_noise=0.1, progress=False)
+        >>> vae = LadderVAE((4,), latent_dims=(3, 2), hidden=8)
+        >>> fit_elbo(vae, torch.rand(32, 4), config=config).best_iteration
+        4
     """
 
     iterations: int = 2500
