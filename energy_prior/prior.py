@@ -58,6 +58,7 @@ from energy_prior.mismatch import LEAST_DRAWS, Mismatch, mismatch_of
 from energy_prior.model import JointModel
 from energy_prior.process import evaluating, exclusive, frozen, full_precision, reproducible
 from energy_prior.protocol import HierarchicalGenerator, find_infer, unwrapped
+from energy_prior.resampling import resampled
 from energy_prior.scores import ANOMALY_SCORES, NEED_INFER, ScoreTerms, Skipped
 from energy_prior.topdown import Decode, Space, TopDown
 from energy_prior.training import FitConfig, FitHooks, FitResult, Method, fit_energies
@@ -67,6 +68,8 @@ if TYPE_CHECKING:
 
 _FIXED = ("generator", "energies", "space", "x_shape")
 _FIRST_STEP_SIZE = 0.3
+
+SampleMethod = Literal["langevin", "resample"]
 
 
 class JointEBMPrior(nn.Module):
@@ -167,6 +170,8 @@ class JointEBMPrior(nn.Module):
         decode: Decode | None = None,
         given: Mapping[int, Tensor] | None = None,
         prior: Literal["joint", "generator"] = "joint",
+        method: SampleMethod = "langevin",
+        proposals: int = 1000,
         rng: torch.Generator | None = None,
         **chain: Unpack[ChainOptions],
     ) -> Tensor:
@@ -177,6 +182,8 @@ class JointEBMPrior(nn.Module):
             decode: "mean" of p_β0(x | z) or a "sample" of it; None: the mean where the likelihood has one.
             given: layers held fixed, number -> z_i, (n, *latent_shape), as in `sample_latents`.
             prior: "joint", or "generator" for the generator's own, to compare with.
+            method: "langevin", or "resample", as in `sample_latents`.
+            proposals: of each draw, ≥ 1, for "resample".
             rng: random number generator.
             **chain: chain options.
 
@@ -189,10 +196,13 @@ class JointEBMPrior(nn.Module):
         """
         _check_decode(decode)
         settings = ChainSettings.of(chain)
-        _check_prior(prior, given, chain)
+        _check_prior(prior, given or method != "langevin", chain)
+        proposals = _check_method(method, proposals, given, chain)
         n = check_count("n", n)
         given = self._check_given(given, n)
         with self._computing(rng) as model:
+            if method == "resample":
+                return model.decode(resampled(model, n, proposals, settings.max_memory).latents, decode, settings.max_memory)
             if given or (prior == "joint" and settings.steps):
                 return model.decode(model.sample(n, settings, held=given), decode, settings.max_memory)
             return model.decode_ancestral(n, decode, settings.max_memory)
@@ -205,10 +215,12 @@ class JointEBMPrior(nn.Module):
         prior: Literal["joint", "generator"] = "joint",
         start: Sequence[Tensor] | None = None,
         noise: NoiseSource | None = None,
+        method: SampleMethod = "langevin",
+        proposals: int = 1000,
         rng: torch.Generator | None = None,
         **chain: Unpack[ChainOptions],
     ) -> tuple[Tensor, ...]:
-        """Draws latents from the joint prior, p(z) or p(z_free | z_given), by Langevin.
+        """Draws latents from the joint prior, p(z) or p(z_free | z_given), by Langevin or by importance resampling.
 
         Args:
             n: number of draws.
@@ -216,6 +228,10 @@ class JointEBMPrior(nn.Module):
             prior: "joint", or "generator" for the generator's own prior (f = 0): ancestral draws, no chain.
             start: latents (z_1, …, z_L) that the chains start from, (n, *latent_shape) each; None: ancestral draws.
             noise: the chain's random numbers (`energy_prior.langevin.InjectedNoise`); None: drawn from `rng`.
+            method: "langevin", chains; or "resample": of `proposals` draws of the generator's prior one, with probability
+                proportional to exp(Σ_i f_i), without a chain. It takes max_memory of the options alone, and warns where few
+                proposals count.
+            proposals: of each draw, ≥ 1, for "resample".
             rng: random number generator.
             **chain: chain options.
 
@@ -227,11 +243,14 @@ class JointEBMPrior(nn.Module):
             DivergenceError: if the chain diverges; it names the layer and the step.
         """
         settings = ChainSettings.of(chain)
-        _check_prior(prior, given or start or noise, chain)
+        _check_prior(prior, given or start or noise or method != "langevin", chain)
+        proposals = _check_method(method, proposals, given or start or noise, chain)
         n = check_count("n", n)
         given = self._check_given(given, n)
         self._check_start(start, n)
         with self._computing(rng) as model:
+            if method == "resample":
+                return resampled(model, n, proposals, settings.max_memory).latents
             if prior == "generator":
                 return model.ancestral(n)
             return model.sample(n, settings, held=given, start=start, noise=noise)
@@ -1063,7 +1082,18 @@ def _check_prior(prior: str, more: object, chain: ChainOptions) -> None:
     if prior not in ("joint", "generator"):
         raise ArgumentError(f'prior: expected "joint" or "generator", got {prior!r}.')
     if prior == "generator" and (more or chain):
-        raise ArgumentError('prior="generator" is ancestral: it takes neither `given` nor options of a chain.')
+        raise ArgumentError('prior="generator" is ancestral: it takes neither `given`, a `method` nor options of a chain.')
+
+
+def _check_method(method: str, proposals: int, more: object, chain: ChainOptions) -> int:
+    """Whether `method` is known, and takes these options and what `more` there is; the number of proposals."""
+    if method not in get_args(SampleMethod):
+        raise ArgumentError(f"method: expected one of {get_args(SampleMethod)}, got {method!r}.")
+    if method == "resample" and (more or set(chain) - {"max_memory"}):
+        raise ArgumentError(
+            'method: "resample" runs no chain: it takes max_memory of the options, and neither `given`, `start` nor `noise`.'
+        )
+    return check_count("proposals", proposals)
 
 
 def _of_generator(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
