@@ -24,7 +24,7 @@ ARRAYS = ("X", "data", "known", "unknown", "validation", "x")
 
 DIMENSIONS = {
     *("batch", "n", "m", "u", "k", "l", "d", "M", "C", "L", "…"),
-    *("channels", "height", "width", "features"),
+    *("channels", "height", "width", "features", "classes"),
     *("*x_shape", "*latent_shape", "*latent_shapes", "*shape", "*sample_shape"),
     *("T", "chains", "frames", "steps", "layers", "levels"),  # of chains and tables
 }

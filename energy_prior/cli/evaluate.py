@@ -23,10 +23,18 @@ from energy_prior.cli.options import add_run, check_makes_images, numbers_of, st
 from energy_prior.cli.train import read_run
 from energy_prior.data import load_images
 from energy_prior.errors import ArgumentError
-from energy_prior.evaluate import efficientnet_features, frechet_distance, gap_closed, kernel_distance, precision_recall
+from energy_prior.evaluate import (
+    efficientnet_features,
+    efficientnet_probabilities,
+    frechet_distance,
+    gap_closed,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from energy_prior.prior import JointEBMPrior
 
-METRICS = ("frechet", "kernel", "precision", "recall")
+METRICS = ("frechet", "kernel", "precision", "recall", "inception_score")
 _SHOWN = 64
 _SPREADS = 10  # a gap that is less than so many standard deviations of its ends is none to take shares of
 _TITLES = {
@@ -43,8 +51,9 @@ def add_command(commands: Any) -> None:
         "evaluate",
         help="how near samples of a trained prior are to real images",
         description="Compares samples of both priors, reconstructions and real images with other real images, by features of "
-        "EfficientNet-Lite0 (extra eval): Fréchet distance (no FID), kernel distance, precision and recall. Half of the images "
-        "are compared with, the other half is what is reconstructed; take images that were not trained on.",
+        "EfficientNet-Lite0 (extra eval): Fréchet distance (no FID), kernel distance, precision, recall, and inception score "
+        "of its classes. Half of the images are compared with, the other half is what is reconstructed; take images that were "
+        "not trained on.",
         epilog="example: energy-prior evaluate runs/mnist --data path/to/mnist --number 4000 --out report",
     )
     add_run(parser)
@@ -68,6 +77,7 @@ def evaluate_samples(
     batch_size: int = 250,
     seed: int = 0,
     features: Callable[[Tensor], Tensor] = efficientnet_features,
+    probabilities: Callable[[Tensor], Tensor] | None = None,
     **chain: Any,
 ) -> dict[str, Any]:
     """Distances of real images, reconstructions and samples of both priors to other real images.
@@ -82,12 +92,15 @@ def evaluate_samples(
         batch_size: images at a time, ≥ 1.
         seed: of the halves and the draws, ≥ 0.
         features: images, (n, *x_shape) -> (n, d), on the CPU or the images' device.
+        probabilities: features, (n, d) -> p(y | x) of some classes, (n, classes), for the inception score; None: those of the
+            default features, and no score of others.
         **chain: options of the joint prior's chain.
 
     Returns:
         "images" (on each side), "draws", and for each of "real", "reconstructions", "generator" and "joint" the metrics
-        "frechet", "kernel", "precision" and "recall": {"mean": …, "sd": …}, "sd" None with one draw. "frechet" is None where
-        a side has no more images than features: its covariance is singular then, and "kernel" is what compares.
+        "frechet", "kernel", "precision", "recall" and "inception_score": {"mean": …, "sd": …}, "sd" None with one draw.
+        "frechet" is None where a side has no more images than features: its covariance is singular then, and "kernel" is what
+        compares; "inception_score" is None without probabilities.
         "gap_closed": of the Fréchet distance, or of the kernel distance where there is none; None where the gap is below ten
         standard deviations.
 
@@ -101,15 +114,18 @@ def evaluate_samples(
     if tuple(images.shape[1:]) != tuple(prior.x_shape) or len(images) < 8:
         wanted = ", ".join(map(str, prior.x_shape))
         raise ArgumentError(f"images: expected at least 8, (n, {wanted}), got shape {tuple(images.shape)}.")
+    if probabilities is None and features is efficientnet_features:
+        probabilities = efficientnet_probabilities
     rng = stream(seed)
     images = images[torch.randperm(len(images), generator=rng)]
     n = len(images) // 2
     reference, others = (_features(part, features, batch_size) for part in (images[:n], images[n : 2 * n]))
-    found = {"real": [_figures(reference, others)]}
+    figures = functools.partial(_figures, reference, probabilities)
+    found = {"real": [figures(others)]}
 
     def measured(make: Callable[[int], Tensor]) -> dict[str, float | None]:
         starts = range(0, n, batch_size)
-        return _figures(reference, torch.cat([_features(make(start), features, batch_size) for start in starts]))
+        return figures(torch.cat([_features(make(start), features, batch_size) for start in starts]))
 
     def reconstructed(start: int) -> Tensor:
         x = images[n + start : n + min(start + batch_size, n)].to(prior.device, prior.dtype)
@@ -143,10 +159,15 @@ def _features(images: Tensor, features: Callable[[Tensor], Tensor], batch_size: 
     return torch.cat(parts)
 
 
-def _figures(reference: Tensor, other: Tensor) -> dict[str, float | None]:
+def _figures(reference: Tensor, probabilities: Callable[[Tensor], Tensor] | None, other: Tensor) -> dict[str, float | None]:
     precision, recall = precision_recall(reference, other)
-    frechet = frechet_distance(other, reference) if len(reference) > reference.shape[1] else None
-    return {"frechet": frechet, "kernel": kernel_distance(other, reference), "precision": precision, "recall": recall}
+    return {
+        "frechet": frechet_distance(other, reference) if len(reference) > reference.shape[1] else None,
+        "kernel": kernel_distance(other, reference),
+        "precision": precision,
+        "recall": recall,
+        "inception_score": None if probabilities is None else inception_score(probabilities(other)),
+    }
 
 
 def _mean(values: Sequence[float | None]) -> dict[str, float | None] | None:
@@ -169,11 +190,11 @@ def _share(report: dict[str, Any]) -> float | None:
 def _table(report: dict[str, Any]) -> str:
     lines = [
         f"{report['images']} images a side, {report['draws']} draws; features of EfficientNet-Lite0 (no FID)",
-        f"{'':<28}{'Fréchet':>16}{'kernel × 1000':>18}{'precision':>12}{'recall':>10}",
+        f"{'':<28}{'Fréchet':>16}{'kernel × 1000':>18}{'precision':>12}{'recall':>10}{'inception score':>17}",
     ]
     for kind, title in _TITLES.items():
         texts = [_text(report[kind][metric], 1000 if metric == "kernel" else 1) for metric in METRICS]
-        lines.append(f"{title:<28}{texts[0]:>16}{texts[1]:>18}{texts[2]:>12}{texts[3]:>10}")
+        lines.append(f"{title:<28}{texts[0]:>16}{texts[1]:>18}{texts[2]:>12}{texts[3]:>10}{texts[4]:>17}")
     if report["joint"]["frechet"] is None:
         lines.append("Fréchet distances need more images a side than there are features, 1,280.")
     share = "not known: it is within the spread" if report["gap_closed"] is None else f"{report['gap_closed']:.3f}"

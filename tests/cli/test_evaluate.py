@@ -15,7 +15,7 @@ from energy_prior import ArgumentError, JointEBMPrior, LadderVAE
 from energy_prior._util import not_none
 from energy_prior.cli.evaluate import evaluate_samples
 from energy_prior.cli.main import main
-from energy_prior.evaluate import gap_closed, kernel_distance
+from energy_prior.evaluate import gap_closed, inception_score, kernel_distance
 
 
 def small() -> JointEBMPrior:
@@ -45,9 +45,13 @@ def test_distances_are_to_images_that_are_not_reconstructed() -> None:
     assert report["real"]["kernel"]["sd"] is None
     assert report["joint"]["frechet"]["sd"] > 0
     counts = {kind: len(report[kind]) for kind in ("real", "reconstructions", "generator", "joint")}
-    assert set(counts.values()) == {4}
+    assert set(counts.values()) == {5}
+    assert report["joint"]["inception_score"] is None
     again = evaluate_samples(small(), images, draws=2, batch_size=8, features=corners, steps=2)
     assert again == report
+    classes = lambda f: f.softmax(1)  # noqa: E731
+    scored = evaluate_samples(small(), images, draws=2, features=corners, probabilities=classes, steps=2)
+    assert scored["real"]["inception_score"]["mean"] == pytest.approx(inception_score(classes(corners(others))))
 
 
 def test_share_of_the_gap(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,11 @@ from energy_prior import ArgumentError, ShapeError
 from energy_prior.cli.demo import load_demo_data
 from energy_prior.evaluate import (
     efficientnet_features,
+    efficientnet_probabilities,
     excess_ratio,
     frechet_distance,
     gap_closed,
+    inception_score,
     kernel_distance,
     precision_recall,
 )
@@ -86,6 +88,34 @@ def test_features_of_images() -> None:
     ):
         with pytest.raises(error, match=words):
             efficientnet_features(wrong)
+
+
+def test_inception_score() -> None:
+    """1 where all images look alike, the number of classes where each is of one for sure; else by its definition."""
+    p = torch.tensor([[0.7, 0.3], [0.2, 0.8], [0.5, 0.5]])
+    marginal = p.mean(0)
+    expected = (p * (p / marginal).log()).sum(1).mean().exp()
+    assert inception_score(p) == pytest.approx(float(expected), rel=1e-6)
+    assert inception_score(p[:1].expand(4, -1)) == pytest.approx(1)
+    assert inception_score(torch.eye(7)) == pytest.approx(7)
+    for wrong, error, words in (
+        (p[0], ShapeError, r"expected \(n, classes\)"),
+        (p.log(), ArgumentError, "Logits need a softmax"),
+        (p * torch.nan, ArgumentError, "sum to 1"),
+    ):
+        with pytest.raises(error, match=words):
+            inception_score(wrong)
+
+
+def test_classes_of_images() -> None:
+    """Those of the whole network, and of noise fewer than of digits."""
+    digits = load_demo_data(1, 0).train[:200]
+    probabilities = efficientnet_probabilities(efficientnet_features(digits))
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(200))
+    noise = efficientnet_probabilities(efficientnet_features(torch.rand(200, 1, 8, 8)))
+    assert inception_score(probabilities) > inception_score(noise)
+    with pytest.raises(ShapeError, match=r"expected \(n, 1280\), those of efficientnet_features, got \(2, 3\)"):
+        efficientnet_probabilities(torch.zeros(2, 3))
 
 
 def test_kernel_distance_is_the_unbiased_estimate() -> None:
