@@ -39,7 +39,7 @@ from energy_prior.checks.arguments import (
     energy_modules,
 )
 from energy_prior.checks.generator import probe_generator
-from energy_prior.checks.settings import check_count, check_path, check_positive, check_share
+from energy_prior.checks.settings import check_count, check_layers, check_path, check_positive, check_share
 from energy_prior.energies import build_energies, default_energies, describe_energies
 from energy_prior.errors import ArgumentError, CheckpointError, DataWarning, ShapeError, warn
 from energy_prior.hub import (
@@ -62,6 +62,7 @@ from energy_prior.resampling import resampled
 from energy_prior.scores import ANOMALY_SCORES, NEED_INFER, ScoreTerms, Skipped
 from energy_prior.topdown import Decode, Space, TopDown
 from energy_prior.training import FitConfig, FitHooks, FitResult, Method, fit_energies
+from energy_prior.variations import between, varied
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -346,6 +347,91 @@ class JointEBMPrior(nn.Module):
         x, settings = self._observations(x), ChainSettings.of(posterior or {})
         with self._computing(rng) as model:
             return model.decode(model.posterior_draw(x, settings).latents, decode, settings.max_memory)
+
+    def interpolate(
+        self,
+        a: Any,
+        b: Any,
+        *,
+        frames: int = 9,
+        decode: Decode | None = None,
+        rng: torch.Generator | None = None,
+        posterior: ChainOptions | None = None,
+        **chain: Unpack[ChainOptions],
+    ) -> Tensor:
+        """Observations on the way from reconstructions of a to those of b, through the noise of all layers.
+
+            ε(θ) = cos θ ε_a + sin θ ε_b,  θ evenly from 0 to π/2
+
+        ε_a and ε_b are the noise of posterior draws. The variance of independent noise stays 1 on this way, where a straight
+        line would shrink it. The frames between its ends are then moved by a chain on the joint prior, to where z is more
+        probable; `steps=0` leaves them on the way.
+
+        Args:
+            a: observations, (batch, *x_shape).
+            b: observations, (batch, *x_shape), as many.
+            frames: observations of each way, its two ends among them, ≥ 2.
+            decode: "mean" of p_β0(x | z) or a "sample" of it; None: the mean where the likelihood has one.
+            rng: random number generator.
+            posterior: options of the posterior's chain, for generators without `infer`.
+            **chain: options of the chain that moves them; its `steps` are 10 here by default.
+
+        Returns:
+            Observations, (batch, frames, *x_shape).
+
+        Raises:
+            ArgumentError, ShapeError: if an argument does not fit; the message says how.
+            DivergenceError: if a chain diverges, or an observation is not finite.
+        """
+        _check_decode(decode)
+        frames = check_count("frames", frames, least=2)
+        a, b, settings = self._observations(a), self._observations(b), ChainSettings.of({"steps": 10, **chain})
+        if len(a) != len(b):
+            raise ShapeError(f"b: expected as many observations as a has, {len(a)}, got {len(b)}.")
+        of_posterior = ChainSettings.of(posterior or {})
+        with self._computing(rng) as model:
+            ends = [model.posterior_draw(x, of_posterior).latents for x in (a, b)]
+            z = between(model, ends[0], ends[1], frames, settings)
+            return model.decode(z, decode, settings.max_memory).unflatten(0, (len(a), frames))
+
+    def vary(
+        self,
+        x: Any,
+        layers: Iterable[int],
+        n: int = 8,
+        *,
+        decode: Decode | None = None,
+        rng: torch.Generator | None = None,
+        posterior: ChainOptions | None = None,
+        **chain: Unpack[ChainOptions],
+    ) -> Tensor:
+        """Observations that share all layers but some with x: these are drawn given the others, p(z_layers | z_others).
+
+        The others are those of a posterior draw. With the layers nearest the data redrawn, what the upper layers say is kept
+        and detail differs; with the top redrawn it is the other way about.
+
+        Args:
+            x: observations, (batch, *x_shape).
+            layers: numbers of the layers that are redrawn, from 1 (nearest the data) to L.
+            n: observations for each, ≥ 1.
+            decode: "mean" of p_β0(x | z) or a "sample" of it; None: the mean where the likelihood has one.
+            rng: random number generator.
+            posterior: options of the posterior's chain, for generators without `infer`.
+            **chain: options of the chain that redraws.
+
+        Returns:
+            Observations, (batch, n, *x_shape).
+
+        Raises:
+            ArgumentError, ShapeError: if an argument does not fit; the message says how.
+            DivergenceError: if a chain diverges, or an observation is not finite.
+        """
+        _check_decode(decode)
+        n, chosen = check_count("n", n), check_layers("layers", layers, len(self.energies))
+        x, settings, of_posterior = self._observations(x), ChainSettings.of(chain), ChainSettings.of(posterior or {})
+        with self._computing(rng) as model:
+            z = varied(model, model.posterior_draw(x, of_posterior).latents, chosen, n, settings)
+            return model.decode(z, decode, settings.max_memory).unflatten(0, (len(x), n))
 
     def trajectory(
         self,

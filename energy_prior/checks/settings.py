@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "check_count",
     "check_device",
+    "check_layers",
     "check_flag",
     "check_not_negative",
     "check_path",
@@ -143,6 +144,18 @@ def check_device(name: str, value: str) -> str:
     except Exception as error:  # of whatever would have to be there for such a device
         raise ArgumentError(f"{name} {shortened(value)}: not available here ({first_line(error)}).") from error
     return value
+
+
+def check_layers(name: str, value: Any, layers: int) -> tuple[int, ...]:
+    """Numbers of one or more layers, from 1 to L, ascending."""
+    numbers = [whole_number(v) for v in _elements(value) or ()]
+    found = sorted({v for v in numbers if v is not None and 1 <= v <= layers})
+    if not numbers or len(found) < len(numbers):
+        raise ArgumentError(
+            f"{name}: expected one or more different layers, by their numbers from 1 (nearest the data) to {layers}, got "
+            f"{shown(value)}."
+        )
+    return tuple(found)
 
 
 def check_settings(kind: type[Any], given: Mapping[str, Any], what: str) -> None:
