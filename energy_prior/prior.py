@@ -244,8 +244,9 @@ class JointEBMPrior(nn.Module):
             DivergenceError: if the chain diverges; it names the layer and the step.
         """
         settings = ChainSettings.of(chain)
-        _check_prior(prior, given or start or noise or method != "langevin", chain)
-        proposals = _check_method(method, proposals, given or start or noise, chain)
+        more = any(option is not None for option in (given or None, start, noise))
+        _check_prior(prior, more or method != "langevin", chain)
+        proposals = _check_method(method, proposals, more, chain)
         n = check_count("n", n)
         given = self._check_given(given, n)
         self._check_start(start, n)

@@ -170,7 +170,11 @@ def test_every_block_is_of_a_family() -> None:
     assert len(blocks(PAGE)) == len(FAMILIES)
 
 
-@pytest.mark.parametrize("adapter", FAMILIES)
+SLOW = ("QResVAEAdapter",)
+"""The closed part of energies of layers of 2,000 units is what takes long."""
+
+
+@pytest.mark.parametrize("adapter", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FAMILIES])
 def test_from_a_file_to_samples(
     adapter: str,
     tmp_path: Path,

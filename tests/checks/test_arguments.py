@@ -101,7 +101,11 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
     (lambda p: p.sample(0), ArgumentError, "n: expected a whole number of at least 1, got 0"),
     (lambda p: p.sample(4, decode="median"), ArgumentError, 'decode: expected "mean", "sample" or None'),  # type: ignore[arg-type]
     (lambda p: p.sample(4, prior="gaussian"), ArgumentError, 'prior: expected "joint" or "generator"'),  # type: ignore[arg-type]
-    (lambda p: p.sample(4, prior="generator", steps=3), ArgumentError, "takes neither `given` nor options of a chain"),
+    (
+        lambda p: p.sample(4, prior="generator", steps=3),
+        ArgumentError,
+        "takes neither `given`, a `method` nor options of a chain",
+    ),
     (lambda p: p.log_joint(X, num_samples=0), ArgumentError, "num_samples: expected a whole number of at least 1"),
     (lambda p: p.sample_posterior(X, method="gibbs"), ArgumentError, 'method: expected "langevin" or "infer"'),  # type: ignore[arg-type]
     (lambda p: p.anomaly_score(X, "likelihood"), ArgumentError, "method: expected one of .*'log_joint'"),
