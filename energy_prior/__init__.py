@@ -11,6 +11,7 @@ __all__ = [
     "ConvEnergy",
     "ConvolvedNormal",
     "DenoisingEnergy",
+    "FlatEnergy",
     "DataWarning",
     "DiscretizedLogisticMixture",
     "DistributedError",
@@ -50,7 +51,15 @@ from energy_prior.calibration import Explanation
 from energy_prior.checks.generator import check_generator
 from energy_prior.conditionals import Logistic, NoiseMap
 from energy_prior.convolved import ConvolvedNormal
-from energy_prior.energies import ConvEnergy, DenoisingEnergy, Energy, MLPEnergy, default_energies, denoising_energies
+from energy_prior.energies import (
+    ConvEnergy,
+    DenoisingEnergy,
+    Energy,
+    FlatEnergy,
+    MLPEnergy,
+    default_energies,
+    denoising_energies,
+)
 from energy_prior.errors import (
     ArgumentError,
     BackendWarning,

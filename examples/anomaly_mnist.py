@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from command_line import add_options
 from detecting import draw, neighbours
-from torch import Tensor, nn
+from torch import Tensor
 
-from energy_prior import JointEBMPrior, LadderVAE, MLPEnergy, fit_elbo
+from energy_prior import FlatEnergy, JointEBMPrior, LadderVAE, MLPEnergy, fit_elbo
 from energy_prior.data import load_images
 from energy_prior.evaluate import DetectionTask
 
@@ -67,7 +67,7 @@ def run(
 
     # 3. What it has to beat: the same VAE without energies, with one on the top layer alone, and neighbours in pixels.
     gaussian = JointEBMPrior(vae)
-    top = JointEBMPrior(vae, [Flat(), MLPEnergy(vae.latent_shapes[1], hidden=(256, 256))])
+    top = JointEBMPrior(vae, [FlatEnergy(vae.latent_shapes[0]), MLPEnergy(vae.latent_shapes[1], hidden=(256, 256))])
     top.fit(images, "nce", **fit, **shared)
     scores: dict[str, Callable[[Tensor], Any]] = {
         "": prior.anomaly_score,
@@ -100,14 +100,6 @@ def protocol_task(data: str, digit: int, protocol: str, seed: int) -> DetectionT
         return DetectionTask.test_split(train, test, digit, name=name)
     both = [torch.cat([a, b]) for a, b in zip(train, test) if a is not None and b is not None]
     return DetectionTask.zenati(both[0], both[1], digit, seed=seed, name=name)
-
-
-class Flat(nn.Module):
-    """f = 0: a layer without an energy."""
-
-    def forward(self, z: Tensor) -> Tensor:
-        """(batch, …) -> (batch,)."""
-        return z.new_zeros(len(z))
 
 
 if __name__ == "__main__":

@@ -11,35 +11,48 @@ import torch
 from torch import nn
 
 from energy_prior._util import first_line, shortened, shown
+from energy_prior.checks.settings import check_layers
 from energy_prior.energies.base import Energy
 from energy_prior.energies.denoising import DenoisingEnergy
-from energy_prior.energies.networks import ConvEnergy, MLPEnergy
+from energy_prior.energies.networks import ConvEnergy, FlatEnergy, MLPEnergy
 from energy_prior.errors import CheckpointError
 
-BUILT_IN: dict[str, type[MLPEnergy | ConvEnergy | DenoisingEnergy]] = {
-    kind.__name__: kind for kind in (MLPEnergy, ConvEnergy, DenoisingEnergy)
+BUILT_IN: dict[str, type[MLPEnergy | ConvEnergy | DenoisingEnergy | FlatEnergy]] = {
+    kind.__name__: kind for kind in (MLPEnergy, ConvEnergy, DenoisingEnergy, FlatEnergy)
 }
 """The energies that a checkpoint can describe by name."""
 
 _REMEDY = "Save the prior again, or use another copy."
 
 
-def default_energies(latent_shapes: Sequence[Sequence[int]]) -> nn.ModuleList:
+def default_energies(latent_shapes: Sequence[Sequence[int]], layers: Iterable[int] | None = None) -> nn.ModuleList:
     """One energy per layer, in the order z_1, …, z_L: `MLPEnergy` for vectors, `DenoisingEnergy` where any layer is a map.
 
     Args:
         latent_shapes: shapes of z_1, …, z_L without the batch.
+        layers: numbers of the layers, from 1 (nearest the data) to L, that have one; the others have `FlatEnergy`. None: all.
+
+    Raises:
+        ArgumentError: if `layers` are not numbers of layers.
 
     Examples:
         >>> [type(f).__name__ for f in default_energies([(16,), (8,)])]
         ['MLPEnergy', 'MLPEnergy']
         >>> [type(f).__name__ for f in default_energies([(2, 4, 4), (8,)])]
         ['DenoisingEnergy', 'DenoisingEnergy']
+        >>> [type(f).__name__ for f in default_energies([(16,), (8,)], layers=[2])]  # LEBM: the top layer alone
+        ['FlatEnergy', 'MLPEnergy']
     """
     shapes = [tuple(shape) for shape in latent_shapes]
-    if any(len(shape) == 3 and min(shape[1:]) > 1 for shape in shapes):
-        return denoising_energies(shapes)
-    return nn.ModuleList(MLPEnergy(shape) for shape in shapes)
+    deep = any(len(shape) == 3 and min(shape[1:]) > 1 for shape in shapes)
+    energies = denoising_energies(shapes) if deep else nn.ModuleList(MLPEnergy(shape) for shape in shapes)
+    if layers is None:
+        return energies
+    chosen = check_layers("layers", layers, len(shapes))
+    return nn.ModuleList(
+        f if i in chosen else FlatEnergy(shape, reads_noise=deep)
+        for i, (f, shape) in enumerate(zip(energies, shapes, strict=True), start=1)
+    )
 
 
 def denoising_energies(latent_shapes: Sequence[Sequence[int]], channels: int = 32) -> nn.ModuleList:
@@ -129,7 +142,8 @@ def _built(entry: Any, layer: int, shape: Sequence[int], weights: Mapping[str, S
         )
     settings = {key: value for key, value in entry.items() if key != "kind"}
     fits = settings.get("latent_shape") == list(shape)
-    fits = fits and all(len(value) <= len(weights) for value in settings.values() if isinstance(value, list))
+    lists = [value for key, value in settings.items() if key != "latent_shape" and isinstance(value, list)]
+    fits = fits and all(len(value) <= len(weights) for value in lists)
     failure: Exception | None = None
     try:
         if fits:

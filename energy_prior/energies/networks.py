@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["ConvEnergy", "LatentEnergy", "MLPEnergy"]
+__all__ = ["ConvEnergy", "FlatEnergy", "LatentEnergy", "MLPEnergy"]
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,45 @@ from energy_prior.errors import ArgumentError, ShapeError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "softplus": nn.Softplus, "tanh": nn.Tanh}
 """The smooth activations by name. Langevin follows ∇f: a kink in f is a jump in the drift."""
+
+
+class FlatEnergy(Energy):
+    """f = 0: a layer that has no energy.
+
+    With one on every layer but the top, the joint prior is the latent-space EBM prior of that layer alone (LEBM: Pang, Han,
+    Nijkamp, Zhu and Wu, NeurIPS 2020).
+
+    Args:
+        latent_shape: shape of z without the batch.
+        reads_noise: whether it stands beside energies that read noise; it then takes (ε_i, …, ε_L), as they do.
+
+    Shape: (batch, *latent_shape), or (ε_i, …, ε_L) and t -> (batch,), nats.
+
+    Examples:
+        >>> FlatEnergy((4,))(torch.randn(3, 4))
+        tensor([0., 0., 0.])
+    """
+
+    bounded: bool = False
+
+    def __init__(self, latent_shape: Sequence[int], reads_noise: bool = False) -> None:
+        super().__init__(latent_shape)
+        self.reads_noise: bool = check_flag("reads_noise", reads_noise)
+        self.has_waymarks: bool = self.reads_noise
+        self.config: dict[str, Any] = {"reads_noise": self.reads_noise}
+
+    def forward(self, value: Tensor | Sequence[Tensor], /, level: Tensor | None = None) -> Tensor:
+        """0 for each row, (batch,), nats.
+
+        Args:
+            value: latents of the layer, (batch, *latent_shape), or the noise of it and of those above, (batch, *shape) each.
+            level: waymark t in [0, 1], (batch,), which changes nothing.
+        """
+        own = value if isinstance(value, Tensor) else value[0]
+        return own.new_zeros(len(own))
+
+    def _set_from(self, posterior: Sequence[Tensor], prior: Sequence[Tensor]) -> None:
+        """There is nothing to set."""
 
 
 class LatentEnergy(Energy):

@@ -210,7 +210,7 @@ class JointDensity:
                 log_density = log_density - 0.5 * sum(sum_event(p**2) for p in leaves)
         return Evaluation(leaves, energy, log_density, gradient)
 
-    def gradient_at(self, position: Sequence[Tensor], level: Tensor) -> tuple[Tensor, ...]:
+    def gradient_at(self, position: Sequence[Tensor], level: Tensor) -> tuple[Tensor | None, ...]:
         """∇_ε Σ f_i(·; t) over the free layers at waymark t, with the layers above held where they are.
 
         Args:
@@ -218,7 +218,7 @@ class JointDensity:
             level: t in [0, 1], (batch,).
 
         Returns:
-            One tensor (batch, *shape) per free layer, nats per unit of ε_i.
+            One tensor (batch, *shape) per free layer, nats per unit of ε_i; None where no energy depends on ε_i.
         """
         with torch.enable_grad():
             leaves = tuple(p.detach().requires_grad_() for p in position)
@@ -226,7 +226,9 @@ class JointDensity:
             layers = range(1, self.topdown.layers + 1)
             tilts = [self.energies[i - 1](tuple(noise[j] for j in layers[i - 1 :]), level) for i in self.topdown.free]
             total = torch.stack(tilts).sum()
-            return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+            if not total.requires_grad:
+                return tuple(None for _ in leaves)
+            return torch.autograd.grad(total, leaves, allow_unused=True)
 
     def energies_of(self, layers: Iterable[int], position: Sequence[Tensor], descent: Descent) -> Tensor:
         """f_i of these layers, (batch, layers), nats.

@@ -28,7 +28,8 @@ def cross(density: JointDensity, noise: Sequence[Tensor], levels: int) -> tuple[
     n is (ε − α e)/σ, and the flow moves ε along the arc between the two. A step from θ to θ' < θ takes both as constant (DDIM:
     Song, Meng and Ermon, ICLR 2021), with e extrapolated to the middle of the step from this waymark and the one before (in the
     first step e of this one), so that the error falls with the square of the number of steps (a multistep solver, as
-    DPM-Solver++ of Lu et al., 2022, is in log α/σ). It draws no random numbers, and each step costs one gradient.
+    DPM-Solver++ of Lu et al., 2022, is in log α/σ). It draws no random numbers, and each step costs one gradient. A layer that
+    no energy depends on stays where it is, as N(0, I) does.
 
     Args:
         density: the target, of which `can_cross`.
@@ -41,10 +42,11 @@ def cross(density: JointDensity, noise: Sequence[Tensor], levels: int) -> tuple[
         theta, to = angle(here), angle(following)
         alpha, sigma = math.cos(theta), math.sin(theta)
         gradient = density.gradient_at(position, position[0].new_full((len(position[0]),), here))
-        expected = tuple(alpha * e + sigma**2 / alpha * g for e, g in zip(position, gradient, strict=True))
+        expected = tuple(e if g is None else alpha * e + sigma**2 / alpha * g for e, g in zip(position, gradient, strict=True))
         middle = expected if before is None else tuple(1.5 * e - 0.5 * b for e, b in zip(expected, before, strict=True))
         position = tuple(
-            math.cos(to) * m + math.sin(to) / sigma * (e - alpha * m) for e, m in zip(position, middle, strict=True)
+            e if g is None else math.cos(to) * m + math.sin(to) / sigma * (e - alpha * m)
+            for e, m, g in zip(position, middle, gradient, strict=True)
         )
         before = expected
     return position
