@@ -1169,7 +1169,9 @@ def _check_prior(prior: str, more: object, chain: ChainOptions) -> None:
     if prior not in ("joint", "generator"):
         raise ArgumentError(f'prior: expected "joint" or "generator", got {prior!r}.')
     if prior == "generator" and (more or chain):
-        raise ArgumentError('prior="generator" is ancestral: it takes neither `given`, a `method` nor options of a chain.')
+        raise ArgumentError(
+            'prior="generator" is ancestral: it takes neither `given`, `start`, `noise`, a `method` nor options of a chain.'
+        )
 
 
 def _check_method(method: str, proposals: int, more: object, chain: ChainOptions) -> int:

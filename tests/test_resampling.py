@@ -73,7 +73,7 @@ def test_few_that_count_are_said() -> None:
         ({"method": "resample", "proposals": 0}, "proposals: expected a whole number of at least 1, got 0"),
         ({"method": "resample", "steps": 5}, "runs no chain: it takes max_memory of the options"),
         ({"method": "resample", "given": {2: torch.zeros(4, 2).double()}}, "neither `given`, `start` nor `noise`"),
-        ({"method": "resample", "prior": "generator"}, 'prior="generator" is ancestral: it takes neither `given`, a `method`'),
+        ({"method": "resample", "prior": "generator"}, 'prior="generator" is ancestral: it takes neither `given`, `start`'),
     ],
 )
 def test_what_it_does_not_take(options: dict[str, Any], words: str) -> None:

@@ -49,6 +49,21 @@ def test_frames_between_are_moved_and_ends_are_not() -> None:
     assert prior.interpolate(A, B, frames=2, rng=seeded()).shape == (3, 2, 1, 6, 6)
 
 
+def test_large_batches_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior, batches = small(), list[int]()
+    start = prior.generator.start
+
+    def counted(batch_size: int) -> Any:
+        batches.append(batch_size)
+        return start(batch_size)
+
+    monkeypatch.setattr(prior.generator, "start", counted)
+    x = torch.rand(20, 1, 6, 6)
+    parts = prior.interpolate(x, x.flip(0), frames=3, steps=0, max_memory=2000.0, rng=seeded())
+    assert max(batches) <= 20
+    torch.testing.assert_close(parts, prior.interpolate(x, x.flip(0), frames=3, steps=0, rng=seeded()))
+
+
 def test_layers_are_drawn_from_their_conditional() -> None:
     """Of a linear ladder with known energies: the mean of p(z_1 | z_2) of one observation's posterior draw, decoded."""
     ladder = LinearLadder((3, 2))

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Laplace, Uniform, kl_divergence
+from torch.distributions import Distribution, Laplace, MultivariateNormal, Normal, Uniform, kl_divergence
 
 from energy_prior._util import plain_normal, sum_event
 from energy_prior.checks.tolerance import gaussian_rounding, near, relative
-from energy_prior.conditionals import Logistic, to_latent
+from energy_prior.conditionals import Logistic, of_elements, to_latent
 from energy_prior.process import reproducible
 from energy_prior.protocol import HierarchicalGenerator, Inferred
 from energy_prior.replay import Plan, Replay, Step
@@ -179,6 +179,14 @@ def _is_affine(z: Tensor, loc: Tensor, scale: Tensor, noise: Tensor) -> bool:
     return bool(((z - loc - scale * noise).abs() <= allowed).all()) and bool((scale != 0).all())
 
 
+def _closed_kl(q: Distribution, p: Distribution) -> Tensor:
+    """KL(q ‖ p) of a q of single elements and a p that may be of one event."""
+    p = of_elements(p)
+    if isinstance(p, MultivariateNormal) and isinstance(q, Normal):
+        q = MultivariateNormal(q.loc, scale_tril=torch.diag_embed(q.scale), validate_args=False)
+    return kl_divergence(q, p)
+
+
 def _rounding_of_log_p(p: Distribution, z: Tensor, log_p: Tensor) -> Tensor:
     """What a last digit of z changes log p(z) by, (batch,), nats: much near the ends of a bounded support."""
     aside = [sum_event(p.log_prob(torch.nextafter(z, z.new_tensor(end)))) for end in (-math.inf, math.inf)]
@@ -198,7 +206,7 @@ def kl_terms(generator: HierarchicalGenerator, reading: Reading) -> tuple[Tensor
         if i in reading.q:
             q = reading.q[i]
             with contextlib.suppress(NotImplementedError):  # no closed form for this pair
-                analytic[:, i - 1] = sum_event(kl_divergence(q, p))
+                analytic[:, i - 1] = sum_event(_closed_kl(q, p))
             slack[:, i - 1] += reading.rounding(i)
         slack[:, i - 1] += _rounding_of_log_p(p, drawn.latents[i - 1].detach(), log_p[:, i - 1])
     return drawn.log_q.detach() - log_p, analytic, slack

@@ -140,8 +140,10 @@ def inception_score(probabilities: Tensor) -> float:
     if probabilities.ndim != 2 or len(probabilities) < 2:
         raise ShapeError(f"probabilities: expected (n, classes) of two or more images, got {tuple(probabilities.shape)}.")
     p = probabilities.double()
-    if not bool(((p >= 0).all(1) & ((p.sum(1) - 1).abs() < _SUMS_TO_ONE)).all()):
+    rounding = max(_SUMS_TO_ONE, 4 * torch.finfo(probabilities.dtype).eps) if probabilities.is_floating_point() else 0.0
+    if not bool(((p >= 0).all(1) & ((p.sum(1) - 1).abs() <= rounding)).all()):
         raise ArgumentError("probabilities: expected rows of numbers of at least 0 that sum to 1. Logits need a softmax first.")
+    p = p / p.sum(1, keepdim=True)
     return float((torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1).mean().exp())
 
 

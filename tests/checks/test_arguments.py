@@ -104,7 +104,7 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
     (
         lambda p: p.sample(4, prior="generator", steps=3),
         ArgumentError,
-        "takes neither `given`, a `method` nor options of a chain",
+        "takes neither `given`, `start`, `noise`, a `method` nor",
     ),
     (lambda p: p.log_joint(X, num_samples=0), ArgumentError, "num_samples: expected a whole number of at least 1"),
     (lambda p: p.sample_posterior(X, method="gibbs"), ArgumentError, 'method: expected "langevin" or "infer"'),  # type: ignore[arg-type]

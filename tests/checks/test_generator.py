@@ -992,6 +992,21 @@ def test_an_elbo_alone_proves_a_generator(analytic: tuple[bool, ...]) -> None:
                 check_generator(wrong, HAND_X, elbo=call)
 
 
+@pytest.mark.parametrize("kind", ["independent", "multivariate"])
+def test_analytic_kl_of_conditionals_that_are_one_event(kind: str) -> None:
+    class Events(Handmade):
+        def conditional(self, state: Tensor, layer: int) -> Any:
+            p = super().conditional(state, layer)
+            if kind == "independent":
+                return Independent(p, 1)
+            return torch.distributions.MultivariateNormal(p.loc, scale_tril=torch.diag_embed(p.scale))
+
+    model, plain = Events(), Handmade()
+    plain.load_state_dict(model.state_dict())
+    calls: dict[str, Any] = {"kl": plain.kl, "elbo": lambda x: own_elbo(plain, x)}
+    assert len(check_generator(model, HAND_X, **calls)) == WITH_INFER + 2
+
+
 def weighted(weights: tuple[float, float], log_p: Tensor, kl: Tensor) -> Tensor:
     return weights[0] * log_p - weights[1] * kl
 
