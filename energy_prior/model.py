@@ -7,7 +7,7 @@ __all__ = ["NEVER_SPLIT", "JointModel", "PosteriorDraw"]
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -309,20 +309,37 @@ class JointModel:
         key = what, id(self.generator), tuple(map(id, self.energies)), like.dtype, like.device
         return forward_memory(run, self.energies[0], key, like.device)
 
-    def _decode(self, position: Sequence[Tensor], space: Space, decode: Decode | None, max_memory: float) -> Tensor:
-        def state(rows: slice) -> Any:
-            topdown = TopDown(self.generator, rows.stop - rows.start)
-            return topdown.descend(tuple(p[rows] for p in position), space, to_observation=True).state
+    def in_parts(
+        self,
+        run: Callable[[Sequence[Tensor]], tuple[Tensor, ...]],
+        layers: Sequence[Tensor],
+        *what: Hashable,
+        max_memory: float,
+    ) -> tuple[Tensor, ...]:
+        """What a pass gives row by row, in parts of the batch that need at most so many bytes.
 
-        n = len(position[0])
-        parts = [slice(0, n)]
-        if n > NEVER_SPLIT:
-            needed = self.memory_of(
-                lambda rows: decode_state(self.generator, state(slice(0, rows)), decode), "decode", decode, like=position[0]
-            )
-            parts = equal_parts(n, needed, max_memory)
-        decoded = [decode_state(self.generator, state(rows), decode) for rows in parts]
-        x = decoded[0] if len(parts) == 1 else torch.cat(decoded)
+        Args:
+            run: latents or noise of each layer, (n, *latent_shape) -> tensors of n rows, (n, …), of any unit.
+            layers: latents, or noise of N(0, 1), (batch, *latent_shape) each; up to 16 rows are never split.
+            *what: tells the pass from others, as in `memory_of`.
+            max_memory: bytes that it may need, > 0.
+
+        Returns:
+            What `run` gives, for the whole batch, (batch, …) each, of any unit.
+        """
+        n = len(layers[0])
+        if n <= NEVER_SPLIT:
+            return run(layers)
+        needed = self.memory_of(lambda rows: run([t[:rows] for t in layers]), *what, like=layers[0])
+        parts = [run([t[rows] for t in layers]) for rows in equal_parts(n, needed, max_memory)]
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    def _decode(self, position: Sequence[Tensor], space: Space, decode: Decode | None, max_memory: float) -> Tensor:
+        def decoded(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            descent = TopDown(self.generator, len(rows[0])).descend(tuple(rows), space, to_observation=True)
+            return (decode_state(self.generator, descent.state, decode),)
+
+        (x,) = self.in_parts(decoded, position, "decode", decode, max_memory=max_memory)
         if not bool(torch.isfinite(x).all()):
             raise DivergenceError(
                 f"decode: {int((~torch.isfinite(x)).sum())} values of the decoded observations are NaN or infinite, though the "

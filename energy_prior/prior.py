@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 
 _FIXED = ("generator", "energies", "space", "x_shape")
 _FIRST_STEP_SIZE = 0.3
+_PROPOSALS = 1000
 
 SampleMethod = Literal["langevin", "resample"]
 
@@ -172,7 +173,7 @@ class JointEBMPrior(nn.Module):
         given: Mapping[int, Tensor] | None = None,
         prior: Literal["joint", "generator"] = "joint",
         method: SampleMethod = "langevin",
-        proposals: int = 1000,
+        proposals: int | None = None,
         rng: torch.Generator | None = None,
         **chain: Unpack[ChainOptions],
     ) -> Tensor:
@@ -184,7 +185,7 @@ class JointEBMPrior(nn.Module):
             given: layers held fixed, number -> z_i, (n, *latent_shape), as in `sample_latents`.
             prior: "joint", or "generator" for the generator's own, to compare with.
             method: "langevin", or "resample", as in `sample_latents`.
-            proposals: of each draw, ≥ 1, for "resample".
+            proposals: of each draw, ≥ 1, for "resample"; None: 1,000.
             rng: random number generator.
             **chain: chain options.
 
@@ -217,7 +218,7 @@ class JointEBMPrior(nn.Module):
         start: Sequence[Tensor] | None = None,
         noise: NoiseSource | None = None,
         method: SampleMethod = "langevin",
-        proposals: int = 1000,
+        proposals: int | None = None,
         rng: torch.Generator | None = None,
         **chain: Unpack[ChainOptions],
     ) -> tuple[Tensor, ...]:
@@ -232,7 +233,7 @@ class JointEBMPrior(nn.Module):
             method: "langevin", chains; or "resample": of `proposals` draws of the generator's prior one, with probability
                 proportional to exp(Σ_i f_i), without a chain. It takes max_memory of the options alone, and warns where few
                 proposals count.
-            proposals: of each draw, ≥ 1, for "resample".
+            proposals: of each draw, ≥ 1, for "resample"; None: 1,000.
             rng: random number generator.
             **chain: chain options.
 
@@ -1174,7 +1175,7 @@ def _check_prior(prior: str, more: object, chain: ChainOptions) -> None:
         )
 
 
-def _check_method(method: str, proposals: int, more: object, chain: ChainOptions) -> int:
+def _check_method(method: str, proposals: int | None, more: object, chain: ChainOptions) -> int:
     """Whether `method` is known, and takes these options and what `more` there is; the number of proposals."""
     if method not in get_args(SampleMethod):
         raise ArgumentError(f"method: expected one of {get_args(SampleMethod)}, got {method!r}.")
@@ -1182,7 +1183,9 @@ def _check_method(method: str, proposals: int, more: object, chain: ChainOptions
         raise ArgumentError(
             'method: "resample" runs no chain: it takes max_memory of the options, and neither `given`, `start` nor `noise`.'
         )
-    return check_count("proposals", proposals)
+    if method == "langevin" and proposals is not None:
+        raise ArgumentError(f'proposals: method="langevin" has none, got {proposals!r}. Leave it out, or take "resample".')
+    return _PROPOSALS if proposals is None else check_count("proposals", proposals)
 
 
 def _of_generator(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

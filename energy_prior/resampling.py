@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from energy_prior.errors import ChainWarning, DivergenceError, warn
+from energy_prior.langevin.cost import equal_parts
 from energy_prior.model import NEVER_SPLIT, JointModel
 from energy_prior.topdown import TopDown, ancestral_noise
 
@@ -47,8 +48,8 @@ def resampled(model: JointModel, n: int, proposals: int, max_memory: float) -> R
     like = TopDown(model.generator, 1).reference
     needed = model.memory_of(lambda rows: _proposed(model, rows), "proposals", like=like)
     most = max(NEVER_SPLIT, math.floor(max_memory / max(needed, 1.0)))
-    size = min(n, most)
-    parts = [_resampled(model, min(size, n - first), proposals, max(1, most // size)) for first in range(0, n, size)]
+    sizes = [rows.stop - rows.start for rows in equal_parts(n, 1, most)]
+    parts = [_resampled(model, size, proposals, max(1, most // size)) for size in sizes]
     latents = tuple(torch.cat(layer) for layer in zip(*(part.latents for part in parts), strict=True))
     found = Resampled(latents, torch.cat([part.effective_sample_size for part in parts]))
     mean = float(found.effective_sample_size.mean())

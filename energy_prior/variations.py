@@ -5,14 +5,13 @@ from __future__ import annotations
 __all__ = ["between", "varied"]
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from energy_prior.langevin import ChainSettings
-from energy_prior.langevin.cost import equal_parts
-from energy_prior.model import NEVER_SPLIT, JointModel
+from energy_prior.model import JointModel
 from energy_prior.topdown import TopDown
 
 
@@ -31,8 +30,11 @@ def between(
     Returns:
         Latents, (batch · frames, *latent_shape) each, the frames of one way in a row.
     """
-    first, last = (_noise(model, z, settings.max_memory) for z in (a, b))
+    first, last = (model.in_parts(model.noise, z, "noise", max_memory=settings.max_memory) for z in (a, b))
     angles = torch.linspace(0, math.pi / 2, frames, dtype=a[0].dtype, device=a[0].device)
+
+    def latents(noise: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return TopDown(model.generator, len(noise[0])).descend(tuple(noise), "noise").latents
 
     def way(e: Tensor, f: Tensor) -> Tensor:
         cos, sin = (t.reshape(-1, *[1] * (e.ndim - 1)) for t in (angles.cos(), angles.sin()))
@@ -40,7 +42,7 @@ def between(
 
     noise = [way(e, f) for e, f in zip(first, last, strict=True)]
     number = torch.arange(frames, device=angles.device).repeat(len(a[0]))
-    z = _in_parts(model, lambda e: TopDown(model.generator, len(e[0])).descend(e, "noise").latents, noise, settings.max_memory)
+    z = model.in_parts(latents, noise, "latents", max_memory=settings.max_memory)
     for n, end in ((0, a), (frames - 1, b)):  # as they were, without the rounding of the way to noise and back
         z = tuple(t.index_put(((number == n).nonzero()[:, 0],), e) for t, e in zip(z, end, strict=True))
     inside = number.remainder(frames - 1).bool()
@@ -48,25 +50,6 @@ def between(
         moved = model.sample(int(inside.sum()), settings, start=[t[inside] for t in z])
         z = tuple(t.index_put((inside.nonzero()[:, 0],), m) for t, m in zip(z, moved, strict=True))
     return z
-
-
-def _noise(model: JointModel, z: Sequence[Tensor], max_memory: float) -> tuple[Tensor, ...]:
-    return _in_parts(model, model.noise, z, max_memory)
-
-
-def _in_parts(
-    model: JointModel,
-    run: Callable[[list[Tensor]], tuple[Tensor, ...]],
-    layers: Sequence[Tensor],
-    max_memory: float,
-) -> tuple[Tensor, ...]:
-    """`run` of a tensor per layer, in parts of the batch that need at most so many bytes."""
-    n = len(layers[0])
-    if n <= NEVER_SPLIT:
-        return run(list(layers))
-    needed = model.memory_of(lambda rows: run([t[:1].expand(rows, *t.shape[1:]) for t in layers]), "pass", like=layers[0])
-    parts = [run([t[rows] for t in layers]) for rows in equal_parts(n, needed, max_memory)]
-    return tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
 
 
 def varied(

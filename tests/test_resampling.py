@@ -71,6 +71,7 @@ def test_few_that_count_are_said() -> None:
     [
         ({"method": "rejection"}, "method: expected one of .*'langevin', 'resample'.* got 'rejection'"),
         ({"method": "resample", "proposals": 0}, "proposals: expected a whole number of at least 1, got 0"),
+        ({"proposals": 50}, 'proposals: method="langevin" has none, got 50'),
         ({"method": "resample", "steps": 5}, "runs no chain: it takes max_memory of the options"),
         ({"method": "resample", "given": {2: torch.zeros(4, 2).double()}}, "neither `given`, `start` nor `noise`"),
         ({"method": "resample", "prior": "generator"}, 'prior="generator" is ancestral: it takes neither `given`, `start`'),

@@ -7,7 +7,7 @@ __all__ = ["compare_elbo", "compare_kl"]
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import product
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -166,17 +166,16 @@ def _totals(drawn: Tensor, analytic: Tensor, mixed: bool = True) -> list[Tensor]
     Args:
         drawn: the first, (batch, L).
         analytic: the second, (batch, L), NaN where there is none.
-        mixed: whether each layer may have either; else one kind where it can be.
+        mixed: whether each of a few layers may have either, whatever the others have.
     """
     layers = range(drawn.shape[1])
     known = [i for i in layers if not bool(analytic[:, i].isnan().any())]
-    chosen: list[set[int]] = [set(), set(known)]
-    chosen += [set(part) for n in range(1, len(known)) for part in (known[:n], known[n:])]  # from one layer on, or up to one
     if mixed and len(known) <= _MOST_MIXED:
-        chosen += [
-            {i for i, taken in zip(known, which, strict=True) if taken} for which in product((False, True), repeat=len(known))
-        ]
-    return [sum((analytic if i in these else drawn)[:, i] for i in layers) + drawn.new_zeros(len(drawn)) for these in chosen]
+        chosen = [these for n in range(len(known) + 1) for these in combinations(known, n)]
+    else:  # none, all, and those up to one layer or from it on
+        chosen = [tuple(part) for n in range(len(known) + 1) for part in (known[:n], known[n:])]
+    masks = [torch.tensor([i in these for i in layers], device=drawn.device) for these in chosen]
+    return [torch.where(mask, analytic, drawn).sum(1) for mask in masks]
 
 
 def _agreement(theirs: Tensor, ours: Sequence[Tensor], allowed: Tensor) -> float | None:
@@ -190,7 +189,7 @@ def _nearest(theirs: Tensor, ours: Sequence[Tensor]) -> Tensor:
 
 
 def _worst(theirs: Tensor, ours: Tensor) -> int:
-    return int((theirs - ours).abs().nan_to_num(math.inf).argmax())
+    return int((theirs - ours).abs().nan_to_num(math.inf).argmax())  # a row that is NaN before all others
 
 
 def _observation(row: int) -> str:

@@ -161,7 +161,7 @@ def check_layers(name: str, value: Any, layers: int) -> tuple[int, ...]:
 def check_settings(kind: type[Any], given: Mapping[str, Any], what: str) -> None:
     """Every name is a field of the dataclass `kind`; else the nearest one is suggested."""
     if not isinstance(given, Mapping):
-        raise ArgumentError(f"options: expected a dict of {what}, got {type(given).__name__}.")
+        raise ArgumentError(f"options: expected a dict whose every name is {what}, got {type(given).__name__}.")
     known = [field.name for field in dataclasses.fields(kind)]
     for name in given:
         if name not in known:

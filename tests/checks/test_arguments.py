@@ -106,6 +106,7 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
         ArgumentError,
         "takes neither `given`, `start`, `noise`, a `method` nor",
     ),
+    (lambda p: p.llr_score(X, 1, posterior=3), ArgumentError, "options: expected a dict whose every name is .*, got int"),  # type: ignore[arg-type]
     (lambda p: p.log_joint(X, num_samples=0), ArgumentError, "num_samples: expected a whole number of at least 1"),
     (lambda p: p.sample_posterior(X, method="gibbs"), ArgumentError, 'method: expected "langevin" or "infer"'),  # type: ignore[arg-type]
     (lambda p: p.anomaly_score(X, "likelihood"), ArgumentError, "method: expected one of .*'log_joint'"),

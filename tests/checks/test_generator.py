@@ -1007,6 +1007,23 @@ def test_analytic_kl_of_conditionals_that_are_one_event(kind: str) -> None:
     assert len(check_generator(model, HAND_X, **calls)) == WITH_INFER + 2
 
 
+class Wide(Handmade):
+    """A likelihood so sharp that it hides what an error in q changes: log p(x | z) is of the order of −10⁵ nats."""
+
+    def likelihood(self, state: Tensor) -> Distribution:
+        return Independent(Normal(self.out(state), 0.004), 1)
+
+
+def test_an_error_that_only_the_draws_show() -> None:
+    """The number agrees within what rounding may do; μ and σ of the draws do not."""
+    model, wrong = Wide(), Wide()
+    wrong.load_state_dict(model.state_dict())
+    wrong.q[1].bias.data[2:] += 0.01
+    fails = r"elbo: .*draws part first at layer 2: the generator's σ is 1.01005 times"
+    with pytest.raises(GeneratorError, match=fails):
+        check_generator(wrong, HAND_X, elbo=lambda x: own_elbo(model, x).mean())
+
+
 def weighted(weights: tuple[float, float], log_p: Tensor, kl: Tensor) -> Tensor:
     return weights[0] * log_p - weights[1] * kl
 
@@ -1064,26 +1081,50 @@ def test_draws_behind_a_map_are_followed_up_to_it() -> None:
         check_generator(wrong, HAND_X, reconstruct=model)
 
 
+class Bounded(LinearLadder):
+    """p and q are tanh of Gaussians; in single precision q reaches 1."""
+
+    shift = 0.0
+
+    def conditional(self, state: Any, layer: int) -> Any:
+        return TransformedDistribution(super().conditional(state, layer), [TanhTransform()])
+
+    def gaussians(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """u_i with z_i = tanh u_i, and the log densities that they are drawn from, (batch, 2), nats."""
+        drawn = super().infer(x)
+        return (drawn.latents[0] + self.shift, drawn.latents[1]), drawn.log_q
+
+    def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
+        u, log_q = self.gaussians(x)
+        slopes = [2 * (math.log(2) - v - nn.functional.softplus(-2 * v)).sum(1) for v in u]
+        return Inferred((u[0].tanh(), u[1].tanh()), log_q - torch.stack(slopes, 1))
+
+    def own_kl(self, x: Tensor) -> Tensor:
+        """log q − log p at the draw, of u, where both are Gaussian: the slope of tanh is in both, (batch, 2), nats."""
+        u, log_q = self.gaussians(x)
+        state = self.start(len(x))
+        terms = []
+        for layer in (2, 1):
+            terms.insert(0, super().conditional(state, layer).log_prob(u[layer - 1]).sum(1))
+            state = self.descend(state, u[layer - 1].tanh(), layer)
+        return log_q - torch.stack(terms, 1)
+
+
 def test_draws_rounded_to_an_end_of_their_range() -> None:
-    class Squeezed(LinearLadder):
-        """p and q are tanh of Gaussians; in single precision q reaches 1."""
-
-        shift = 0.0
-
-        def conditional(self, state: Any, layer: int) -> Any:
-            return TransformedDistribution(super().conditional(state, layer), [TanhTransform()])
-
-        def infer(self, x: Tensor, *, rng: torch.Generator | None = None) -> Inferred:
-            drawn = super().infer(x)
-            u = (drawn.latents[0] + self.shift, drawn.latents[1])
-            slopes = [2 * (math.log(2) - v - nn.functional.softplus(-2 * v)).sum(1) for v in u]
-            return Inferred((u[0].tanh(), u[1].tanh()), drawn.log_q - torch.stack(slopes, 1))
-
-    x, ladder = torch.randn(4, 3), Squeezed((3, 2), dtype=torch.float32)
+    x, ladder = torch.randn(4, 3), Bounded((3, 2), dtype=torch.float32)
     assert check_generator(ladder, x)
     ladder.shift = 9.0
     with pytest.raises(GeneratorError, match=r"values of z_1 are rounded to the end of what p\(z_1 .* keep its draws inside"):
         check_generator(ladder, x)
+
+
+def test_what_a_last_digit_of_z_changes_is_allowed() -> None:
+    """Near 1, where a digit of z is much of its u; and an error beyond it is seen."""
+    x, ladder = torch.randn(4, 3), Bounded((3, 2), dtype=torch.float32)
+    ladder.shift = 5.5
+    assert check_generator(ladder, x, kl=ladder.own_kl)
+    with pytest.raises(GeneratorError, match="kl: it parts at layer 1"):
+        check_generator(ladder, x, kl=lambda x: ladder.own_kl(x) + torch.tensor([3.0, 0.0]))
 
 
 def test_parts_of_two_passes_are_no_elbo() -> None:
