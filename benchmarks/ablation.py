@@ -6,8 +6,7 @@
 The cases are those of `stability.py` where its plain loop fails, and two where it does not, three seeds each. A safeguard stays
 out, for all that come after it too, if no run diverges without it and no case's mean ratio is above that with all of them by
 more than one standard deviation (over the seeds, with all of them). Redundant safeguards each look useless alone: so they go
-cumulatively. Runs in which a safeguard never acted are the same without it, and are not made again. DATA: as there. Writes
-docs/results/ablation.json and .md.
+cumulatively. DATA: as there. Writes docs/results/ablation.json and .md.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from results import Row, code_key, mean_row, run_missing, write_results
 from stability import Job
 
 from energy_prior import Energy, JointEBMPrior
-from energy_prior.training import Method, chains, penalty, rules
+from energy_prior.training import Method
 
 Cases = tuple[tuple[str, Method, int], ...]
 CASES: Cases = (
@@ -46,17 +45,13 @@ class Safeguard:
 
     Attributes:
         name: for people.
-        constants: of modules, and their values without it.
         settings: of `fit`, without it.
         prepare: what is done to the prior without it.
-        acted: of a run with it, whether it can have changed anything; None: it always does.
     """
 
     name: str
-    constants: tuple[tuple[Any, str, float], ...] = ()
     settings: tuple[tuple[str, float], ...] = ()
     prepare: Callable[[JointEBMPrior], object] | None = None
-    acted: Callable[[dict[str, Any]], bool] | None = None
 
 
 def _unbounded(prior: JointEBMPrior) -> None:
@@ -66,26 +61,7 @@ def _unbounded(prior: JointEBMPrior) -> None:
 
 
 SAFEGUARDS = (
-    Safeguard(
-        "clipping of the energies' gradient",
-        constants=((rules, "_LARGEST_GRADIENT", NONE),),
-        acted=lambda run: run["clipped"] != 0,
-    ),
-    Safeguard(
-        "clipping of the generator's gradient",
-        constants=((rules, "_LARGEST_GENERATOR_GRADIENT", NONE),),
-        acted=lambda run: run["clipped"] is None or run["clipped_generator"] not in (0, None),
-    ),
-    Safeguard(
-        "cut of long drifts",
-        constants=((chains, "LONGEST_DRIFT", NONE),),
-        acted=lambda run: run["tamed"] != 0 or run["method"] == "joint",  # posterior chains are not counted
-    ),
-    Safeguard(
-        "wall beyond 25 nats", constants=((penalty, "_BOUND", NONE),), acted=lambda run: not run["max_energy"] <= penalty._BOUND
-    ),
-    Safeguard("penalty that follows the gap", constants=((penalty, "_GROWTH", 0.0),)),
-    Safeguard("penalty, following or not", settings=(("energy_penalty", 0.0),)),
+    Safeguard("penalty on the energies", settings=(("energy_penalty", 0.0),)),
     Safeguard("saturation of the energies", prepare=_unbounded),
     Safeguard("restarts of persistent chains", settings=(("restart_probability", 0.0),)),
     Safeguard("averaged weights", settings=(("ema_decay", 0.0),)),
@@ -98,10 +74,6 @@ def run(what: tuple[Job, tuple[str, ...]]) -> dict[str, Any]:
     """A run of `stability.py` without the safeguards of these names."""
     job, without = what
     out = [guard for guard in SAFEGUARDS if guard.name in without]
-    for guard in out:
-        for module, name, value in guard.constants:
-            assert hasattr(module, name), name  # noqa: S101
-            setattr(module, name, value)  # in this process all runs are without the same ones
     prepare = [guard.prepare for guard in out if guard.prepare is not None]
     settings = {name: value for guard in out for name, value in guard.settings}
     return stability.run(job, lambda prior: [act(prior) for act in prepare], **settings)
@@ -117,29 +89,28 @@ def main() -> None:
     seeds = range(1) if options.quick else SEEDS
     grid: list[tuple[str, Method, int, int]] = [(p, m, n, s) for p, m, n in cases for s in seeds]
 
-    def runs(removed: tuple[str, ...], guard: Safeguard, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Of every case and seed, without these and that one; those `before` in which it never acted are taken as they are."""
-        without = tuple(name for name in (*removed, guard.name) if name)
-        jobs = {f"{p} {m} {s}": (Job(p, m, s, n, False, options.data, options.quick), without) for p, m, n, s in grid}
-        acted = guard.acted or (lambda _: True)
-        same = {name: result for name, result in zip(jobs, before, strict=False) if not acted(result)}
+    def runs(without: tuple[str, ...]) -> list[dict[str, Any]]:
+        """Of every case and seed, without these."""
         label = " + ".join(without) or "all"
-        todo = {f"{name} without {label}": job for name, job in jobs.items() if name not in same}
+        todo = {
+            f"{p} {m} {s} without {label}": (Job(p, m, s, n, False, options.data, options.quick), without)
+            for p, m, n, s in grid
+        }
         done = dict(run_missing(todo, run, log, key, 1 if options.quick else options.workers))
-        return [same[name] if name in same else done[f"{name} without {label}"] for name in jobs]
+        return [done[name] for name in todo]
 
-    whole = runs((), Safeguard(""), [])
-    rows, removed, now = _rows("all", whole), (), whole
+    whole = runs(())
+    rows, removed = _rows("all", whole), ()
     verdicts: dict[str, list[str]] = {}
     for guard in SAFEGUARDS:
-        tried = runs(removed, guard, now)
+        tried = runs((*removed, guard.name))
         verdicts[guard.name] = _against(tried, whole)
         rows += _rows(f"without {guard.name}", tried)
         out_of_it = float(not verdicts[guard.name])
         rows.append(Row(case=guard.name, metric="stays_out", value=out_of_it, sd=None, n=1, goal=None, better="higher"))
         print(f"{guard.name}: {'; '.join(verdicts[guard.name]) or 'stays out'}", flush=True)
         if not verdicts[guard.name]:
-            removed, now = (*removed, guard.name), tried
+            removed = (*removed, guard.name)
     write_results(out / "ablation.json", rows)
     (out / "ablation.md").write_text(_markdown(rows, verdicts, [f"{p} {m}" for p, m, _ in cases]))
     print((out / "ablation.md").read_text())

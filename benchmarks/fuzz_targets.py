@@ -183,7 +183,7 @@ def runs(folder: Path) -> Iterator[Target]:
 
         def run() -> Any:
             result = prior.fit(X, rule, run_dir=place, rng=torch.Generator().manual_seed(3), **SETTINGS, **CHAINS)
-            return {**state_of(prior), "history": result.history, "clipped": result.clipped, "resumed": result.resumed_at}
+            return {**state_of(prior), "history": result.history, "resumed": result.resumed_at}
 
         return run, lambda: state_of(prior)
 

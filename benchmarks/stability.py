@@ -174,9 +174,6 @@ def run(job: Job, prepare: Callable[[JointEBMPrior], object] | None = None, **se
         **trained.details(),
         "max_energy": energy,
         "acceptance": acceptance,
-        "clipped": result.clipped["energies"] if result else None,
-        "clipped_generator": result.clipped.get("generator") if result else None,
-        "tamed": result.cut_share if result else None,
         "warnings": len(result.warnings) if result else None,
     }
 
@@ -203,7 +200,7 @@ def _rows(results: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]]) ->
         rows.append(mean_row(case, "ratio", [r["ratio"] for r in own], LEARNED[problem], "lower"))
         rows.append(mean_row(case, "worst_ratio", [max(r["ratio"] for r in own)], LEARNED[problem], "lower"))
         rows.append(mean_row(case, "worst_max_energy", [max(r["max_energy"] for r in own)], LARGEST_ENERGY, "lower"))
-        for metric in ("max_energy", "acceptance", "clipped", "clipped_generator", "tamed", "warnings", "start", "floor"):
+        for metric in ("max_energy", "acceptance", "warnings", "start", "floor"):
             values = [r[metric] for r in own if r.get(metric) is not None]
             if values:
                 rows.append(mean_row(case, metric, values, None, "higher" if metric == "acceptance" else "lower"))
@@ -230,12 +227,11 @@ def _markdown(rows: Sequence[Row], grid: Sequence[tuple[str, Method]]) -> str:
         f"{cell('plain', 'diverged', '.0f')} diverged.",
         "",
         "Ratio: the joint prior's Fréchet excess over that of the ELBO-trained VAE that it started from, in the features of a "
-        "small classifier; on the ladder, the KL divergence to the known optimum over that at the start. Clipped, "
-        "tamed: share of the updates whose gradient was clipped, and of the chains' steps whose drift was cut.",
+        "small classifier; on the ladder, the KL divergence to the known optimum over that at the start.",
         "",
-        "| problem | rule | runs | diverged | iterations | ratio, mean | worst | goal | largest abs f | acceptance | clipped | "
-        "tamed | plain loop: failed, at iteration |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| problem | rule | runs | diverged | iterations | ratio, mean | worst | goal | largest abs f | acceptance | "
+        "plain loop: failed, at iteration |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for problem, method in grid:
         case = f"{problem} {method}"
@@ -244,8 +240,7 @@ def _markdown(rows: Sequence[Row], grid: Sequence[tuple[str, Method]]) -> str:
         lines.append(
             f"| {problem} | {method} | {table[case, 'diverged']['n']} | {cell(case, 'diverged', '.0f')} | "
             f"{cell(case, 'iterations', '.0f')} | {cell(case, 'ratio')} | {cell(case, 'worst_ratio')} | {LEARNED[problem]} | "
-            f"{cell(case, 'worst_max_energy', '.3g')} | {cell(case, 'acceptance')} | {cell(case, 'clipped')} | "
-            f"{cell(case, 'tamed')} | {plain.removesuffix(', ')} |"
+            f"{cell(case, 'worst_max_energy', '.3g')} | {cell(case, 'acceptance')} | {plain.removesuffix(', ')} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -171,8 +171,6 @@ def run(
         "step_size": fit.step_size,
         "acceptance": float(chain.acceptance[1:].mean()),
         "largest_energy": max(h["max_energy"] for h in fit.history),
-        "clipped": fit.clipped,
-        "cut_share": fit.cut_share,
         "warnings": fit.warnings,
     }
 

@@ -148,7 +148,6 @@ def run_demo(settings: DemoSettings, out: str | Path | None = "energy-prior-demo
                 "nce_loss": nce.history[-1]["loss"],
                 "largest_energy": max(h["max_energy"] for h in (*nce.history, *ml.history)),
                 "acceptance": ml.history[-1]["acceptance"],
-                "clipped": {"nce": nce.clipped["energies"], "two_stage": ml.clipped["energies"]},
             },
             "samples": _compare_samples(prior, data, settings),
             "latents": _compare_latents(prior, data, settings),

@@ -102,8 +102,6 @@ def run_recipe(recipe: Recipe, accelerator: Accelerator | None = None) -> dict[s
             "last": result.history[-1],
             "mismatch": None if result.mismatch is None else dataclasses.asdict(result.mismatch),
             "step_size": result.step_size,
-            "clipped": result.clipped,
-            "cut_share": result.cut_share,
             "warnings": result.warnings,
         }
     if accelerator is None or accelerator.is_main_process:

@@ -30,5 +30,10 @@ from energy_prior.training.elbo import ElboConfig, ElboResult, elbo, fit_elbo
 from energy_prior.training.fit import FitResult, fit_energies
 from energy_prior.training.hooks import FitHooks
 from energy_prior.training.loop import Callback
-from energy_prior.training.objectives import denoising, generator_likelihood, maximum_likelihood, noise_contrastive
-from energy_prior.training.penalty import energy_penalty
+from energy_prior.training.objectives import (
+    denoising,
+    energy_penalty,
+    generator_likelihood,
+    maximum_likelihood,
+    noise_contrastive,
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LONGEST_DRIFT", "TrainingChains", "tuned_step_size"]
+__all__ = ["TrainingChains", "tuned_step_size"]
 
 import contextlib
 import math
@@ -31,9 +31,6 @@ from energy_prior.protocol import find_infer
 from energy_prior.topdown import ancestral
 from energy_prior.training.config import FitConfig
 from energy_prior.training.state import Either, Optional, Such, positive
-
-LONGEST_DRIFT = 1.0
-"""Of a training chain's step, per layer, as a multiple of the noise's length; a longer one is cut to it."""
 
 _STEP_GAIN = 0.1
 _SMALLEST_STEP = 1e-4
@@ -110,9 +107,7 @@ class TrainingChains:
         self._choose_backend(len(x), self.config.posterior_steps)
         with _fixed(model, self._device):
             start = checked_infer(model.generator, x).latents if find_infer(model.generator) else None
-            settings = ChainSettings(
-                steps=self.config.posterior_steps, max_drift=LONGEST_DRIFT, backend=self.backend or "eager"
-            )
+            settings = ChainSettings(steps=self.config.posterior_steps, backend=self.backend or "eager")
             target = model.target(len(x), x=x)
             draw = sample_target(target, settings, default_step_size=self.posterior_step_size, start=start)
         self.last_posterior = draw.result
@@ -125,12 +120,7 @@ class TrainingChains:
         """A short prior chain from `start`; nudges the step size towards the target acceptance."""
         model, config = self.model, self.config
         with _fixed(model, self._device):
-            settings = ChainSettings(
-                steps=steps,
-                step_size=self.step_size,
-                max_drift=LONGEST_DRIFT,
-                backend=self.backend or "eager",
-            )
+            settings = ChainSettings(steps=steps, step_size=self.step_size, backend=self.backend or "eager")
             target = model.target(len(start[0]))
             draw = sample_target(target, settings, default_step_size=self.step_size, start=start, trace=True)
             if draw.result is not None and draw.result.drift_norm is not None:
@@ -144,17 +134,13 @@ class TrainingChains:
         return draw.latents
 
     def figures(self) -> dict[str, Tensor]:
-        """Of the last chains: acceptance, share of the steps whose drift was cut, and drift norm per √dimension."""
+        """Of the last chains: acceptance, and drift norm per √dimension."""
         figures: dict[str, Tensor] = {}
         if self.last is not None and self.last.acceptance is not None:
             figures["acceptance"] = self.last.acceptance.mean()
             figures["drift_norm"] = self._drift_norm
-            if self.last.cut_share is not None:
-                figures["cut_share"] = self.last.cut_share.mean()
         if self.last_posterior is not None and self.last_posterior.acceptance is not None:
             figures["posterior_acceptance"] = self.last_posterior.acceptance.mean()
-            if self.last_posterior.cut_share is not None:
-                figures["posterior_cut_share"] = self.last_posterior.cut_share.mean()
         return figures
 
     def state(self) -> dict[str, Any]:

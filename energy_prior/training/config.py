@@ -115,8 +115,7 @@ class FitConfig(RunConfig):
         progress: show how far the run is: a bar where standard error is a terminal, else a line every 10 seconds at most.
         energy_penalty: c ≥ 0 of the penalty c·E[(Σ_i f_i)²] over posterior and prior draws: energies are only defined up
             to a constant, and this keeps it, and their magnitude, near 0. Where a layer has more than 128 units, f counts in
-            proportion less. With Langevin draws c rises above this, up to 0.1, while the gap E₊[Σ f_i] − E₋[Σ f_i] is above
-            1 nat, and falls back after: were the chains where f wants them, it would be near 0. 0: no such penalty.
+            proportion less. 0: no such penalty.
         ema_decay: d in [0, 1) of the running average of the weights, a ← d a + (1 − d) w, which is what the prior uses;
             early on d is at most (1 + t)/(10 + t); None: 0.999 for "denoising", else 0.99. The joint rules average the
             generator's weights as well.

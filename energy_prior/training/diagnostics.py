@@ -21,7 +21,6 @@ _HIGH_ENERGY = 0.2
 _HIGH_SATURATION = 0.5
 _SATURATED = 0.75
 _LOW_ACCEPTANCE = 0.5
-_OFTEN_CUT = 0.1
 
 
 def weight_share(logits: Tensor) -> Tensor:
@@ -71,7 +70,7 @@ def history_entry(figures: dict[str, Tensor], chains: TrainingChains) -> dict[st
     last["max_energy"] = max(float(value.max()) for value in _by_layer(figures, "largest_").values())
     if saturation := _by_layer(figures, "saturation_"):
         last["saturation"] = max(float(value.mean()) for value in saturation.values())
-    for name in ("cut_share", "posterior_cut_share", "acceptance", "weight_ess"):
+    for name in ("acceptance", "weight_ess"):
         if name in figures:
             last[name] = float(figures[name].mean())
     if "told_apart" in figures:  # with one draw more on either side: a few draws that are all told apart show little
@@ -112,11 +111,6 @@ def early_warnings(entry: dict[str, float], config: FitConfig) -> dict[str, str]
         found["posterior_acceptance"] = (
             f"the posterior's chains accept only {entry['posterior_acceptance']:.0%} of their steps and hardly move: raise "
             'posterior_steps, or use method="variational".'
-        )
-    if entry.get("cut_share", 0.0) > _OFTEN_CUT:
-        found["cut_share"] = (
-            f"the drift was cut in {entry['cut_share']:.0%} of the steps: the energies are steeper than the chains can follow. "
-            "Raise energy_penalty, lower learning_rate, or make step_size smaller."
         )
     if entry.get("told_apart", 0.0) > SATURATED:
         found["told_apart"] = (

@@ -28,7 +28,7 @@ from energy_prior.process import claimed, evaluating, exclusive, frozen, full_pr
 from energy_prior.protocol import find_infer, have_waymarks, layer_energy
 from energy_prior.topdown import TopDown
 from energy_prior.training.batches import Batches
-from energy_prior.training.chains import LONGEST_DRIFT, tuned_step_size
+from energy_prior.training.chains import tuned_step_size
 from energy_prior.training.config import JOINT_METHODS, LANGEVIN_METHODS, FitConfig, Method, check_method
 from energy_prior.training.distributed import Engine
 from energy_prior.training.hooks import FitHooks
@@ -58,9 +58,6 @@ class FitResult:
         config: its settings, with the method's own defaults filled in.
         history: one entry per look, every `config.log_every` iterations and at checkpoints; `docs/training.md` says what
             each figure means.
-        clipped: share of the iterations whose gradient was clipped, in [0, 1], for "energies" and, in the joint rules,
-            "generator".
-        cut_share: share of the prior's training chains' steps whose drift was cut, in [0, 1]; None without chains.
         warnings: what was warned of, in the order that it came.
         step_size: the Langevin step size that the prior uses from now on: tuned, or that of the settings.
         resumed_at: the iteration after which a run that had been stopped went on; None if it did not.
@@ -79,8 +76,6 @@ class FitResult:
     method: Method
     config: FitConfig
     history: list[dict[str, float]] = dataclasses.field(repr=False)
-    clipped: dict[str, float]
-    cut_share: float | None
     warnings: list[str]
     step_size: float
     resumed_at: int | None
@@ -195,8 +190,6 @@ def fit_energies(
         method=rule,
         config=config,
         history=record.history,
-        clipped={name: count / config.iterations for name, count in record.clipped.items()},
-        cut_share=None if rule in ("denoising", "nce") else task.cut_share,
         warnings=list(task.warned.values()),
         step_size=step_size,
         resumed_at=record.resumed_at,
@@ -303,7 +296,7 @@ def _mismatch(
         x = torch.cat(several)[:wanted]
     found = None
     if len(x) >= LEAST_DRAWS:
-        of_posterior = ChainSettings(steps=config.posterior_steps, max_drift=LONGEST_DRIFT)
+        of_posterior = ChainSettings(steps=config.posterior_steps)
         with reproducible(rng, x.device), full_precision(x.device), torch.no_grad(), frozen(model.generator, *model.energies):
             draws = 0 if learned_by is None else min(len(x), _affordable_draws(model, config, size, learned_by))
             of_joint = ChainSettings() if draws >= min(_LEAST_JOINT, len(x)) else None

@@ -33,7 +33,7 @@ from energy_prior.training.distributed import Engine
 from energy_prior.training.progress import progress_bar
 from energy_prior.training.run_dir import RunFolder
 from energy_prior.training.schedule import warmup_cosine
-from energy_prior.training.state import Each, Either, Given, Such, number, random_stream, whole
+from energy_prior.training.state import Each, Either, Given, Such, number, random_stream
 from energy_prior.training.turns import Turns, same_stream_after
 
 Callback = Callable[[dict[str, float]], object]
@@ -42,21 +42,21 @@ Callback = Callable[[dict[str, float]], object]
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Parameters that share a learning rate and a largest gradient norm.
+    """Parameters that share a learning rate.
 
     Attributes:
         name: what errors and the history call them.
         parameters: those that learn.
         learning_rate: its peak.
         weight_decay: of AdamW.
-        clip: largest norm of an update's gradient.
+        clip: largest norm of an update's gradient; inf: any.
     """
 
     name: str
     parameters: Sequence[nn.Parameter]
     learning_rate: float
     weight_decay: float
-    clip: float
+    clip: float = math.inf
 
 
 class Task(Protocol):
@@ -109,12 +109,10 @@ class RunRecord:
 
     Attributes:
         history: an entry for every look.
-        clipped: iterations whose gradient was clipped, by group of parameters.
         resumed_at: the iteration after which a run that had been stopped went on; None if it did not.
     """
 
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    clipped: dict[str, int] = dataclasses.field(default_factory=dict)
     resumed_at: int | None = None
 
 
@@ -150,7 +148,7 @@ def run_loop(
         callback: called between two turns with a copy of every new entry of the history; None: nothing is.
 
     Returns:
-        The history, and how often gradients were clipped.
+        The history, and where it went on.
     """
     if run_dir is None and (config.tensorboard or getattr(config, "sample_every", 0)):
         raise ArgumentError("run_dir: expected a folder, as tensorboard or sample_every asks for files in it, got None.")
@@ -205,7 +203,7 @@ class _Loop:
         self.optimizer = torch.optim.AdamW(
             [{"params": list(g.parameters), "lr": g.learning_rate, "weight_decay": g.weight_decay} for g in task.groups]
         )
-        self.record = RunRecord(clipped={g.name: 0 for g in task.groups})
+        self.record = RunRecord()
         self.window: list[dict[str, Tensor]] = []
         self.writer: Any = None
 
@@ -255,7 +253,7 @@ class _Loop:
         return entry
 
     def _update(self, iteration: int) -> dict[str, Tensor]:
-        """One iteration: the gradient averaged over batches and processes, clipped group by group, and a step."""
+        """One iteration: the gradient averaged over batches and processes, and clipped where a group asks for it; a step."""
         config, task = self.config, self.task
         total: list[Tensor] | None = None
         figures: list[dict[str, Tensor]] = []
@@ -313,9 +311,6 @@ class _Loop:
         table = torch.stack([torch.stack([row[name].to(torch.float64) for name in names]) for row in window])
         everywhere = self.engine.stacked(table)
         figures = {name: _merge(name, everywhere[:, :, i]) for i, name in enumerate(names)}
-        for group in self.task.groups:
-            over = figures[f"gradient_norm_{group.name}"] > group.clip
-            self.record.clipped[group.name] += int(over.sum())
         entry = {"iteration": float(iteration), **self.task.look(iteration - len(window) + 1, figures)}
         self.record.history.append(entry)
         if self.writer is not None:
@@ -330,7 +325,7 @@ class _Loop:
         try:
             with same_stream_after(self.device):
                 images = self.task.picture()
-        except DivergenceError as error:  # drifts are cut in training chains, and not in a sampler's: no reason to stop
+        except DivergenceError as error:  # of a sampler's longer chains: no reason to stop
             warn(f"No samples drawn after iteration {iteration}: {error}", TrainingWarning)
             return
         if images is None:
@@ -354,7 +349,6 @@ class _Loop:
             "data": self.batches.state(),
             "random": random_state(self.device),
             "history": self.record.history,
-            "clipped": self.record.clipped,
         }
         self.folder.save(iteration, state)
 
@@ -369,7 +363,6 @@ class _Loop:
             "data": self.batches.state_like(),
             "random": Given({"cpu": random_stream}),
             "history": Each(list, Each(dict, number), least=1),
-            "clipped": {group.name: whole() for group in self.task.groups},
         }
 
     def _resume(self) -> int | None:
@@ -386,7 +379,6 @@ class _Loop:
         self.task.load_state(state["task"])
         self.batches.load_state(state["data"])
         self.record.history[:] = state["history"]
-        self.record.clipped.update(state["clipped"])
         self.record.resumed_at = iteration
         set_random_state(state["random"], self.device)
         return iteration

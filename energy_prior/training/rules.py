@@ -27,20 +27,24 @@ from energy_prior.training.config import JOINT_METHODS, LANGEVIN_METHODS, FitCon
 from energy_prior.training.distributed import Engine
 from energy_prior.training.hooks import FitHooks
 from energy_prior.training.loop import Group
-from energy_prior.training.objectives import denoising, generator_likelihood, maximum_likelihood, noise_contrastive
-from energy_prior.training.penalty import WALL_WEIGHT, PenaltyWeight, energy_penalty, energy_wall
+from energy_prior.training.objectives import (
+    denoising,
+    energy_penalty,
+    generator_likelihood,
+    maximum_likelihood,
+    noise_contrastive,
+)
 from energy_prior.training.recorded import RecordedLoss
-from energy_prior.training.state import Each, Optional, Such, named_like, number, whole
+from energy_prior.training.state import Each, Optional, Such, named_like, whole
 from energy_prior.training.turns import same_stream_after
 
-_LARGEST_GRADIENT, _LARGEST_GENERATOR_GRADIENT = 10.0, 1000.0  # norm of an update's gradient
 _LEAST_DRAWS = 2048  # for what is not learned, unless a hundredth of the run's are fewer; but always so many:
 _FEWEST_DRAWS = 256
 _SOUND_DRAWS = 64
 _REFRESH = 10  # persistent chains of a stage run on by this part of `steps`: their target stands still
 _PICTURES = 64
 _LOOKED_AT = 16
-_SMALL_LAYER = 128  # units; limits on |f| and on the gap are for layers up to this, and grow with larger ones
+_SMALL_LAYER = 128  # units; what holds |f| back is for layers up to this, and is wider for larger ones
 _NUMBERS = 2**28  # that draws for it hold at most, unless fewer than the least draws fit
 
 
@@ -80,12 +84,12 @@ class FitTask:
         energies = [p for p in self.energies.parameters() if p.requires_grad]
         rate = not_none(config.learning_rate)
         self.lost: dict[str, float] | None = None
-        self.groups: Sequence[Group] = [Group("energies", energies, rate, config.weight_decay, _LARGEST_GRADIENT)]
+        self.groups: Sequence[Group] = [Group("energies", energies, rate, config.weight_decay)]
         self.buffers: list[Tensor] = list(self.energies.buffers())
         if self.joint and isinstance(model.generator, nn.Module):
             inner = [p for p in model.generator.parameters() if p.requires_grad]
             rate = config.generator_learning_rate
-            self.groups = [*self.groups, Group("generator", inner, rate, 0.0, _LARGEST_GENERATOR_GRADIENT)]
+            self.groups = [*self.groups, Group("generator", inner, rate, 0.0)]
             self.buffers += list(model.generator.buffers())
         self.weights: list[nn.Parameter] = [p for group in self.groups for p in group.parameters]
         self.average: list[Tensor] = [w.detach().clone() for w in self.weights]
@@ -97,16 +101,8 @@ class FitTask:
         self.learned: bool = False
         units = max(shape.numel() for shape in model.generator.latent_shapes)
         self._size = max(1.0, units / _SMALL_LAYER)
-        self.penalty: PenaltyWeight = PenaltyWeight(config.energy_penalty, self._size, self.weights[0])
-        self._gaps: list[Tensor] = []
-        self._cut = 0.0
         recordable = self.method == "denoising" and all(map(_recordable, self.energies))
         self._waymark_loss = RecordedLoss(self._of_noise, self.weights) if recordable else self._of_noise
-
-    @property
-    def cut_share(self) -> float:
-        """Share of the prior's training chains' steps whose drift was cut, in [0, 1], at the end of a run."""
-        return self._cut / self.config.iterations
 
     @property
     def _watched(self) -> FitConfig:
@@ -135,10 +131,7 @@ class FitTask:
             raise DivergenceError(str(error), layer=error.layer, step=iteration) from error
 
     def updated(self, iteration: int) -> None:
-        """Takes the weights into their running average, and the gap into the penalty's weight."""
-        if self.method in LANGEVIN_METHODS:
-            self.penalty.update(torch.stack(self._gaps).mean())
-        self._gaps = []
+        """Takes the weights into their running average."""
         decay = min(not_none(self.config.ema_decay), (1 + iteration) / (10 + iteration))
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.weights, 1 - decay)  # type: ignore[attr-defined]
@@ -151,7 +144,6 @@ class FitTask:
         self.good, self.latest = self.latest, self._snapshot()
         self.learned = True
         entry = diagnostics.history_entry(figures, self.chains)
-        self._cut += entry.get("cut_share", 0.0) * len(figures["loss"])
         for kind, message in diagnostics.early_warnings(entry, self._watched).items():
             if kind not in self.warned:
                 self.warned[kind] = f"Iteration {first + len(figures['loss']) - 1} of {self.name}: {message}"
@@ -185,16 +177,14 @@ class FitTask:
         return x if low >= 0 and high <= 1 else (x - low) / max(high - low, 1e-12)
 
     def state(self) -> dict[str, Any]:
-        """Running average, buffers, chains, penalty, stage and what was warned of."""
+        """Running average, buffers, chains, stage and what was warned of."""
         state: dict[str, Any] = {
             "average": self.average,
             "good": self.good,
             "buffers": self.buffers,
             "chains": self.chains.state(),
             "stage": self.stage,
-            "cut": self._cut,
             "warned": self.warned,
-            "penalty": self.penalty.state(),
         }
         if self.previous is not None:
             state["previous"] = dict(self.previous.state_dict())
@@ -208,9 +198,7 @@ class FitTask:
             "buffers": self.buffers,
             "chains": self.chains.state_like(),
             "stage": whole(self.config.stages),
-            "cut": number,
             "warned": Each(dict, Such(lambda v: isinstance(v, str), "text")),
-            "penalty": self.penalty.state(),
             "previous": Optional(named_like(self.energies)),
         }
 
@@ -220,9 +208,8 @@ class FitTask:
         self._start()
         self.good, self.latest = state["good"], self._snapshot()
         self.chains.load_state(state["chains"])
-        self.penalty.load_state(state["penalty"])
         self.warned, self.stage = dict(state["warned"]), state["stage"]
-        self._cut, self.learned = state["cut"], True
+        self.learned = True
         if "previous" in state:
             self._previous_stage().load_state_dict(state["previous"])
 
@@ -269,17 +256,12 @@ class FitTask:
             loss = loss + generator_likelihood(log_likelihood, descent.log_priors().sum(1), log_prior, draw.log_q)
             figures["log_likelihood"] = log_likelihood.mean()
         f_penalised = f_posterior
-        if z_posterior[0].requires_grad:  # the penalties are the energies' alone, not the inference model's
+        if z_posterior[0].requires_grad:  # the penalty is the energies' alone, not the inference model's
             f_penalised = self.model.negative_energy([z.detach() for z in z_posterior])
-        self._gaps.append((total_posterior.mean() - total_prior.mean()).detach())
-        held_back = f_penalised / self._size, f_prior / self._size
-        penalty = self.penalty.value * energy_penalty(held_back[0].sum(1), held_back[1].sum(1))
-        penalty = penalty + WALL_WEIGHT * energy_wall(*held_back)
+        penalty = energy_penalty(f_penalised.sum(1) / self._size, total_prior / self._size)
         figures |= diagnostics.energy_figures(self.energies, (f_penalised, f_prior))
         figures |= {"loss": loss, "energy_posterior": total_posterior.mean(), "energy_prior": total_prior.mean()}
-        if self.method in LANGEVIN_METHODS:
-            figures["penalty"] = self.penalty.value
-        return loss + penalty, figures | self.chains.figures()
+        return loss + self.config.energy_penalty * penalty, figures | self.chains.figures()
 
     def _denoise(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of "denoising" and figures, of posterior draws."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from energy_prior import ArgumentError, CheckpointError, DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy, fit_elbo
 from energy_prior.checkpoint import digest
-from energy_prior.training import METHODS, Method, chains, penalty
+from energy_prior.training import METHODS, Method
 from energy_prior.training.distributed import Engine
 from energy_prior.training.run_dir import RunFolder
 
@@ -80,7 +80,6 @@ def test_a_stopped_run_goes_on_bit_by_bit(
     result = again.fit(X, method, **settings, run_dir=tmp_path / "b", rng=seeded())
     assert result.resumed_at == 10
     assert result.history == expected.history
-    assert result.clipped == expected.clipped
     for name, value in everything(whole).items():
         assert torch.equal(everything(again)[name], value), name
 
@@ -274,13 +273,12 @@ DAMAGES: list[tuple[Any, str]] = [
     (lambda d, t: d["state"]["dict"].update(more={"value": 1}), "state has more, which is not expected"),
     (lambda d, t: at("weights")(d)["list"].pop(), "state/weights is a list of 11 instead of a list of 12"),
     (lambda d, t: at("history")(d)["list"].clear(), "state/history is a list of 0 instead of a list of at least 1"),
-    (value_of("clipped", "energies", becomes={"value": -1}), "state/clipped/energies is -1 instead of a whole number"),
     (value_of("data", "taken", becomes={"value": 10**9}), "state/data/taken is 1000000000 instead of a whole number in its"),
     (value_of("task", "chains", "step_size", becomes={"value": 0}), "state/task/chains/step_size is 0 instead of a finite"),
     (value_of("task", "chains", "backend", becomes={"value": "x"}), "state/task/chains/backend is 'x' instead of"),
     (value_of("task", "stage", becomes={"value": 3}), "state/task/stage is 3 instead of a whole number in its range"),
     (value_of("task", "warned", becomes={"dict": {"a": {"value": 1}}}), "state/task/warned/a is 1 instead of text"),
-    (value_of("task", "penalty", becomes={"dict": {}}), "state/task/penalty lacks gap"),
+    (value_of("task", "chains", becomes={"dict": {}}), "state/task/chains lacks step_size"),
     (tensor_of("/weights/0", lambda t: t * torch.nan), "state/weights/0 is not finite"),
     (tensor_of("/weights/0", lambda t: t[:1, :1].contiguous()), r"state/weights/0 is a tensor .* shape \(1, 1\) instead of"),
     (tensor_of("/weights/0", lambda t: t.double()), "state/weights/0 is a tensor of torch.float64"),
@@ -317,18 +315,14 @@ def test_a_state_that_is_not_of_this_run(change: Any, words: str, stopped: Path,
 
 
 def test_a_state_that_is_not_of_these_chains(tmp_path: Path) -> None:
-    """The last checkpoint of "two_stage" has chains that persist and a weight of its penalty."""
+    """The last checkpoint of "two_stage" has chains that persist."""
     make().fit(X, "two_stage", **SETTINGS, run_dir=tmp_path, rng=seeded())
-    for change in (
-        tensor_of("/task/chains/persistent/1", lambda t: t.double()),
-        tensor_of("/task/penalty/value", lambda t: t / 0),
-    ):
-        file = tmp_path / "checkpoint-00000014" / "rank0.safetensors"
-        content = file.read_bytes()
-        signed(file, change)
-        with pytest.raises(CheckpointError, match="is damaged, or not of this run: state/task/"):
-            make().fit(X, "two_stage", **SETTINGS, run_dir=tmp_path, rng=seeded())
-        file.write_bytes(content)
+    file = tmp_path / "checkpoint-00000014" / "rank0.safetensors"
+    content = file.read_bytes()
+    signed(file, tensor_of("/task/chains/persistent/1", lambda t: t.double()))
+    with pytest.raises(CheckpointError, match="is damaged, or not of this run: state/task/"):
+        make().fit(X, "two_stage", **SETTINGS, run_dir=tmp_path, rng=seeded())
+    file.write_bytes(content)
     assert make().fit(X, "two_stage", **SETTINGS, run_dir=tmp_path, rng=seeded()).resumed_at == 14
 
 
@@ -454,35 +448,6 @@ def test_tensorboard_and_sample_grids_do_not_change_a_run(tmp_path: Path) -> Non
         assert torch.equal(everything(shown)[name], value), name
     assert sorted(p.name for p in (tmp_path / "b" / "samples").iterdir()) == ["00000005.png", "00000010.png"]
     assert any((tmp_path / "b" / "tensorboard").glob("events.*"))
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::energy_prior.TrainingWarning")
-def test_penalty_and_cut_share_go_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a gap that is above its limit throughout, and drifts that are cut: both have moved when the run is stopped."""
-    settings: dict[str, Any] = {"iterations": 14, "batch_size": 16, "steps": 4, "log_every": 4, "checkpoint_every": 5}
-    settings |= {"progress": False}
-    monkeypatch.setattr(penalty, "_GAP_LIMIT", 1e-3)
-    monkeypatch.setattr(chains, "LONGEST_DRIFT", 0.2)
-    whole = make().fit(X, "two_stage", run_dir=tmp_path / "a", rng=seeded(), **settings)
-    original = RunFolder.save
-
-    def save(self: RunFolder, iteration: int, state: dict[str, Any]) -> None:
-        original(self, iteration, state)
-        if iteration == 10:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "save", save)
-        with pytest.raises(KeyboardInterrupt):
-            make().fit(X, "two_stage", run_dir=tmp_path / "b", rng=seeded(), **settings)
-    again = make().fit(X, "two_stage", run_dir=tmp_path / "b", rng=seeded(), **settings)
-    assert again.resumed_at == 10
-    assert again.history == whole.history
-    assert again.cut_share == whole.cut_share
-    assert again.cut_share is not None
-    assert again.cut_share > 0
-    assert whole.history[-1]["penalty"] > 1.2e-3
 
 
 def other_activation(prior: JointEBMPrior) -> None:
