@@ -30,10 +30,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from deep_cases import CASES, QUICK
-from deep_latents import FIGURES, CaseRun, Log, Sizes, digits
+from backbones import CASES, QUICK
+from case_runs import CaseRun, Log, Sizes, digits
+from deep_latents import FIGURES, DeepRun
 from deep_measures import noise_of
 from measure import ratio_table
+from ratios import minimise
 from results import ROOT, Row, code_key, mean_row, write_results
 from torch import Tensor, nn
 
@@ -42,7 +44,7 @@ from energy_prior.data import load_images
 from energy_prior.energies import waymark
 
 _WAYMARKS = 10
-_BATCH, _LEARNING_RATE, _EMA = 128, 1e-3, 0.999
+_BATCH = 128
 RULES: dict[str, dict[str, Any]] = {
     "nce": {"method": "nce", "iterations": 4000, "batch_size": 128},
     "two_stage": {"method": "two_stage", "iterations": 400, "batch_size": 64},
@@ -73,9 +75,15 @@ def main() -> None:
     files = [Path(__file__).with_name(f"{file}.py") for file in FIGURES]
     key = code_key(*files, also=inspect.getsource(make))
     shared = Log(out / "deep_latents.partial.jsonl", key, name, "backbone|shorter energies", torch.device("cpu"))
-    run = CaseRun(case, images, runs / f"deep-{name}-{key}", shared, sizes)
+    run = DeepRun(case, images, runs / f"deep-{name}-{key}", shared, sizes)
     run.run()
-    log = Log(out / "deep_rules.partial.jsonl", code_key(*files, Path(__file__)), name, ".*", torch.device("cpu"))
+    log = Log(
+        out / "deep_rules.partial.jsonl",
+        code_key(*files, *(Path(__file__).with_name(name) for name in ("deep_rules.py", "ratios.py"))),
+        name,
+        ".*",
+        torch.device("cpu"),
+    )
     measure(run, log, 3 if options.quick else None)
     rows = rows_of(log.done)
     write_results(out / "deep_rules.json", rows)
@@ -93,20 +101,19 @@ def measure(run: CaseRun, log: Log, iterations: int | None) -> None:
         iterations: of every rule; None: as many as are usual.
     """
     n = run.sizes.few
-    log.unit("reconstructions", lambda: run._distance(run._reconstructed(run.others[:n])))
-    log.unit("gaussian", lambda: run._distance(run._gaussian(n, 90)))
+    log.unit("reconstructions", lambda: run.distance(run.reconstructed(run.others[:n])))
+    log.unit("gaussian", lambda: run.distance(run.gaussian(n, 90)))
     chains: dict[str, dict[str, Any]] = {
         "denoising": {},
         "denoising_flow_alone": {"steps": 1},
         "denoising_steps_alone": {"waymarks": 0},
     }
     for name, chain in chains.items():
-        log.unit(name, lambda chain=chain: run._distance(run._joint(n, 90, learned="shorter", **chain)))
+        log.unit(name, lambda chain=chain: run.distance(run.sampled(run.learned("shorter"), n, 90, **chain)))
     for name, settings in RULES.items():
         differ = settings if iterations is None else settings | {"iterations": iterations}
-        run.case = run.case._replace(energies={"progress": False})
-        log.unit(f"{name} energies", lambda name=name, differ=differ: run._energies(name, differ))
-        log.unit(name, lambda name=name: run._distance(run._joint(n, 90, learned=name, waymarks=0)))
+        log.unit(f"{name} energies", lambda name=name, differ=differ: run.learn(name, {"progress": False} | differ))
+        log.unit(name, lambda name=name: run.distance(run.sampled(run.learned(name), n, 90, waymarks=0)))
     file = run.folder / "telescoped.pt"
     log.unit("telescoped energies", lambda: _telescope(run, file, iterations or TELESCOPED))
 
@@ -117,7 +124,7 @@ def measure(run: CaseRun, log: Log, iterations: int | None) -> None:
         batches = [
             prior.sample(min(run.batch, n - at), waymarks=_WAYMARKS, backend="eager", rng=rng) for at in range(0, n, run.batch)
         ]
-        return run._distance(torch.cat(batches))
+        return run.distance(torch.cat(batches))
 
     log.unit("telescoped", telescoped)
 
@@ -160,29 +167,17 @@ def _telescope(run: CaseRun, file: Path, iterations: int) -> dict[str, Any]:
     for i, f in enumerate(energies):
         f.set_from([rows[i]], [])
     weights = [w for f in plain for w in f.parameters() if w.requires_grad]
-    average = [w.detach().clone() for w in weights]
-    optimiser = torch.optim.AdamW(weights, lr=_LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations, 0.1 * _LEARNING_RATE)
-    loss = torch.zeros(())
-    for _ in range(iterations):
+
+    def loss() -> Tensor:
         clean = noise_of(run.vae, run.train[torch.randint(len(run.train), (_BATCH,))])
         added = [torch.randn_like(e) for e in clean]
         k = torch.randint(_WAYMARKS, (_BATCH,)).to(clean[0])
         here, following = (_logit(plain, _noised(clean, added, at), k) for at in (k, k + 1))
-        loss = F.softplus(-here).mean() + F.softplus(following).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimiser.step()
-        schedule.step()
-        with torch.no_grad():
-            for a, w in zip(average, weights, strict=True):
-                a.lerp_(w, 1 - _EMA)
-    with torch.no_grad():
-        for a, w in zip(average, weights, strict=True):
-            w.copy_(a)
+        return F.softplus(-here).mean() + F.softplus(following).mean()
+
+    last = minimise(loss, weights, iterations)
     torch.save(nn.ModuleList(plain).state_dict(), file)
-    return {"loss": float(loss.detach())}
+    return {"loss": last}
 
 
 def _noised(clean: Sequence[Tensor], added: Sequence[Tensor], number: Tensor) -> tuple[Tensor, ...]:

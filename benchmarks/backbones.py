@@ -1,4 +1,4 @@
-"""The cases of deep_latents.py, a function each: a data set, a backbone, and how both of its parts are trained."""
+"""Cases, a function each: a data set, a backbone, and how it and its energies are trained."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Case(NamedTuple):
         energies: settings of `fit`.
         shorter: settings that differ in a second, shorter run of `fit`; None: there is none.
         long_chains: whether long chains are compared with those of the default length.
+        signed: whether the generator's images are in [−1, 1].
     """
 
     data: str
@@ -31,6 +32,7 @@ class Case(NamedTuple):
     energies: dict[str, Any]
     shorter: dict[str, Any] | None = None
     long_chains: bool = False
+    signed: bool = False
 
 
 def fashion_mnist_small() -> Case:
