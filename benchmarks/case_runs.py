@@ -139,7 +139,9 @@ class CaseRun:
         self.vae.load_state_dict(weights)
         self.vae.eval()
 
-    def learn(self, name: str, settings: dict[str, Any], energies: Sequence[nn.Module] | None = None) -> dict[str, Any]:
+    def learn(
+        self, name: str, settings: dict[str, Any], energies: Sequence[nn.Module] | nn.ModuleList | None = None
+    ) -> dict[str, Any]:
         """A run of `fit`. Its seconds are those of its last part, after iteration `resumed_at`."""
         prior = JointEBMPrior(copy.deepcopy(self.vae), energies)
         result = prior.fit(self.of_images(self.train), run_dir=self.folder / name, rng=self.seeded(1), **settings)
@@ -147,7 +149,7 @@ class CaseRun:
         last = {name: round(value, 4) for name, value in result.history[-1].items()}
         return {"method": result.method, "last": last, "resumed_at": result.resumed_at, "warnings": result.warnings}
 
-    def learned(self, name: str, energies: Sequence[nn.Module] | None = None) -> JointEBMPrior:
+    def learned(self, name: str, energies: Sequence[nn.Module] | nn.ModuleList | None = None) -> JointEBMPrior:
         """The prior of such a run, with a generator of its own: the joint rules train it too."""
         return JointEBMPrior.load(self.made(f"{name}.safetensors", f"{name} energies"), copy.deepcopy(self.vae), energies)
 

@@ -1,0 +1,435 @@
+"""Image sets and the priors of one trained backbone: the joint prior beside its rivals, a table and a picture per set.
+
+    python benchmarks/synthesis.py --data DATA --set mnist --seed 0     # some hours on one core; goes on where it stopped
+    python benchmarks/synthesis.py --data DATA                          # every set and seed, days
+    python benchmarks/synthesis.py --data DATA --device cuda            # minutes a set
+    python benchmarks/synthesis.py --data DATA --units 'backbone'       # only some units: processes share them
+    python benchmarks/synthesis.py --table                              # only the table, of what is done
+    python benchmarks/synthesis.py --quick                              # see that it runs, on scikit-learn's digits
+
+DATA: a folder with the sets of `benchmarks/backbones.py`, as `energy_prior.data.load_images` reads them; `celeba_half` and
+`imagenet_church_128` are stand-ins for CelebA-HQ and LSUN-Church. Of the training images some are held out: a half is what all
+distances are to, the other half is reconstructed, and the temperature is chosen on it. Test images are not used.
+
+    gaussian               the generator's own prior
+    gaussian_temperature   the same with its noise scaled by the best of 0.6 … 1.0
+    lebm                   one energy, on the top layer (Pang et al., NeurIPS 2020)
+    ncp                    a ratio estimate per layer given those above (NCP-VAE, Aneja et al., NeurIPS 2021), by Langevin
+    ncp_resample           the same by importance resampling, of 1,000 proposals on MNIST, elsewhere of 30
+    joint                  the library's prior; on MNIST also by each other rule, "joint (RULE)"
+
+Distances are of EfficientNet-Lite0 features (no FID); of "mnist (classifier)", of the classifier of examples/mnist.py.
+
+    gap_closed = (D(gaussian) − D(this prior)) / (D(gaussian) − D(reconstructions))
+    frechet_excess_ratio = (D(this prior) − D(real)) / (D(gaussian) − D(real))
+
+D is the Fréchet distance, or the kernel distance where images are fewer than features. Every unit is a line of
+docs/results/synthesis.partial.jsonl as it ends, with the commit and the device that it was run on; weights are in `--runs`. A
+set and seed that are done stay in the table when code has changed since. Writes docs/results/synthesis.json, .md and pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import backbones
+import torch
+import torch.nn.functional as F
+from backbones import Case
+from case_runs import CaseRun, Log, Sizes, digits, whole
+from deep_measures import noise_of
+from features import train_classifier
+from ratios import GroupRatio, learn_group_ratios
+from results import ROOT, Row, code_key, mean_row, write_results
+from torch import Tensor, nn
+
+from energy_prior import JointEBMPrior, default_energies
+from energy_prior.data import load_images
+from energy_prior.evaluate import (
+    efficientnet_probabilities,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from energy_prior.plots import image_panels
+
+_LAST_UNIT = "seconds"
+_SHOWN = 40
+_SPREADS = 10  # a gap of fewer standard deviations is none
+FILES = ("synthesis", "case_runs", "deep_measures", "ratios")
+PRIORS = ("gaussian", "gaussian_temperature", "lebm", "ncp", "ncp_resample", "joint")
+"""In the order of the table."""
+TITLES = {
+    "gaussian": "Gaussian prior",
+    "gaussian_temperature": "at its best temperature",
+    "lebm": "energy on the top layer",
+    "ncp": "ratio per layer",
+    "ncp_resample": "ratio per layer, resampled",
+    "joint": "joint prior",
+}
+FIGURES = ("frechet", "kernel", "precision", "recall", "inception_score_lite0")
+GOALS: dict[tuple[str, str], tuple[float, str]] = {
+    ("mnist (classifier), joint", "gap_closed"): (0.93, "higher"),
+    ("fashion_mnist, joint", "gap_closed"): (0.80, "higher"),
+    ("cifar10, joint", "gap_closed"): (0.60, "higher"),
+    ("celeba64, joint", "gap_closed"): (0.60, "higher"),
+    ("cifar10_joint, joint", "frechet_excess_ratio"): (0.5, "lower"),
+}
+
+
+class Setting(NamedTuple):
+    """A set, and what is measured on it.
+
+    Attributes:
+        make: its case.
+        seeds: how many.
+        sizes: numbers of images and steps.
+        ratios: iterations of "ncp".
+        proposals: of each draw of "ncp_resample".
+        rules: settings of `fit` by which the joint prior is learned too.
+        classifier: iterations of a classifier whose features are compared too; 0: there is none.
+    """
+
+    make: Callable[[], Case]
+    seeds: int
+    sizes: Sizes = Sizes(images=3000, draws=2)
+    ratios: int = 3000
+    proposals: int = 30
+    rules: Mapping[str, dict[str, Any]] = MappingProxyType({})
+    classifier: int = 0
+
+
+_MNIST_RULES: dict[str, dict[str, Any]] = {
+    "nce": {"method": "nce", "iterations": 5400, "batch_size": 1024, "energy_penalty": 5e-4},
+    "two_stage": {"method": "two_stage", "iterations": 3000},
+    "variational": {"method": "variational", "iterations": 1500},
+    "joint": {"method": "joint", "iterations": 300},
+}
+SETS = {
+    "mnist": Setting(backbones.mnist, 3, proposals=1000, rules=_MNIST_RULES, classifier=4000),
+    "fashion_mnist": Setting(backbones.fashion_mnist_small, 3),
+    "cifar10": Setting(backbones.cifar10_pyramid, 2),
+    "cifar10_joint": Setting(backbones.cifar10_joint, 2),
+    "celeba64": Setting(backbones.celeba64, 1, Sizes(images=2000, draws=2, held=4000)),
+    "church64": Setting(backbones.church64, 1, Sizes(images=300, draws=2, few=300, held=600)),
+}
+_SMALL = Sizes(images=100, draws=1, moments=200, few=50, held=400)
+_FEW: dict[str, Any] = {"iterations": 3, "batch_size": 32, "steps": 3, "posterior_steps": 3, "step_size": 0.3}
+QUICK = {
+    "digits": Setting(backbones.digits, 1, _SMALL, 3, classifier=5),
+    "digits_ladder": Setting(backbones.digits_ladder, 1, _SMALL, 3, rules={r: s | _FEW for r, s in _MNIST_RULES.items()}),
+}
+
+
+def main() -> None:
+    """Runs what is missing, prints and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder with the image sets; needed but for --quick and --table")
+    parser.add_argument("--set", choices=tuple(SETS), action="append", help="only this one; may be given several times")
+    parser.add_argument("--seed", type=int, help="only this one")
+    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
+    parser.add_argument("--runs", default=str(ROOT / "runs"), help="folder for weights")
+    parser.add_argument("--units", default=".*", help="regular expression: only units whose name it is; those before are done")
+    parser.add_argument("--table", action="store_true", help="run nothing, write the table of what is done")
+    parser.add_argument("--quick", action="store_true", help="see that it runs; writes nothing into docs/results")
+    options = parser.parse_args()
+    if not (options.data or options.quick or options.table):
+        parser.error("--data: the folder with the image sets is needed")
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    out, runs, settings = ROOT / "docs" / "results", Path(options.runs), SETS
+    if options.quick:
+        out = runs = Path(tempfile.mkdtemp())
+        settings = QUICK
+    log = out / "synthesis.partial.jsonl"
+    for name in () if options.table else options.set or settings:
+        setting = settings[name]
+        for seed in range(setting.seeds) if options.seed is None else (options.seed,):
+            key = code_key(*(Path(__file__).with_name(f"{file}.py") for file in FILES), also=inspect.getsource(setting.make))
+            run = Synthesis(setting, name, options.data, runs, Log(log, key, f"{name} {seed}", options.units, device), seed)
+            run.run()
+            if seed == 0 and _LAST_UNIT in run.log.done:
+                image_panels(out / f"synthesis_{name}.png", run.panels(), columns=10)
+    rows = [row for name, setting in settings.items() for row in rows_of(name, units_of(log, name, setting.seeds))]
+    write_results(out / "synthesis.json", rows)
+    (out / "synthesis.md").write_text(table(rows, [units_of(log, name, s.seeds) for name, s in settings.items()]))
+    print((out / "synthesis.md").read_text())
+
+
+def images_of(case: Case, data: str | None) -> tuple[Tensor, Tensor | None]:
+    """All training images of a case, and their labels."""
+    if not case.data:
+        shown = digits(case.generator.x_shape)
+        return shown, torch.arange(len(shown)) % 10
+    images, labels = load_images(Path(data or "") / case.data, size=None if case.crop else case.size)
+    if case.crop is not None:
+        top, left = ((side - case.crop) // 2 for side in images.shape[2:])
+        images = images[:, :, top : top + case.crop, left : left + case.crop]
+        parts = images.split(1000)
+        images = torch.cat([F.interpolate(x, size=case.size, mode="bilinear", antialias=True).clamp(0, 1) for x in parts])
+    return images, labels
+
+
+class Synthesis(CaseRun):
+    """A set and a seed.
+
+    Args:
+        setting: what is measured.
+        name: of the set.
+        data: folder of the sets.
+        runs: folder of the runs.
+        log: units that are done.
+        seed: of the backbone and all that follows.
+    """
+
+    def __init__(self, setting: Setting, name: str, data: str | None, runs: Path, log: Log, seed: int) -> None:
+        torch.manual_seed(seed)
+        case = setting.make()
+        images, self._labels = images_of(case, data)
+        super().__init__(case, images, runs / f"synthesis-{name}-{log.key}-{seed}", log, setting.sizes, seed)
+        self._setting = setting
+
+    def run(self) -> None:
+        """All units, in order.
+
+        "backbone"; "joint energies", "lebm energies", "ncp energies" and "joint (RULE) energies"; "real 0",
+        "reconstructions 0", "best temperature"; "PRIOR i" of every prior for i = 0, 1, …; "seconds".
+        """
+        unit, n = self.log.unit, self.sizes.images
+        unit("backbone", self.backbone)
+        self.load_backbone()
+        unit("joint energies", lambda: self.learn("joint", self.case.energies))
+        unit("lebm energies", lambda: self.learn("lebm", self._lebm_settings, self._lebm_energies()))
+        unit("ncp energies", self._learn_ratios)
+        for rule, settings in self._setting.rules.items():
+            unit(f"joint ({rule}) energies", lambda rule=rule, settings=settings: self.learn(f"joint-{rule}", settings))
+        unit("real 0", lambda: self._figures(self.others))
+        unit("reconstructions 0", lambda: self._figures(self.reconstructed(self.others)))
+        unit("best temperature", self.best_temperature)
+        draws = self._draws()
+        for i in range(self.sizes.draws):
+            for name, draw in draws.items():
+                unit(f"{name} {i}", lambda draw=draw, i=i: self._figures(draw(n, i)))
+        unit(_LAST_UNIT, lambda: self._seconds(draws))
+
+    def panels(self) -> dict[str, Tensor]:
+        """Forty images of each kind, and the nearest training images of the joint prior's."""
+        made = {name: draw(_SHOWN, 99).clamp(0, 1) for name, draw in self._draws().items() if name in TITLES}
+        train = self.train.flatten(1)
+        nearest = torch.cdist(made["joint"].flatten(1), train).argmin(1)
+        images = {"real": self.reference[:_SHOWN], "reconstructions": self.reconstructed(self.others[:_SHOWN]).clamp(0, 1)}
+        images |= {TITLES[name]: x for name, x in made.items()}
+        return images | {"the training images nearest to the joint prior's": self.train[nearest]}
+
+    def _draws(self) -> dict[str, Callable[[int, int], Tensor]]:
+        """Prior -> (n, number of the draw) -> images."""
+
+        def joint(name: str) -> Callable[[int, int], Tensor]:
+            return lambda n, i: self.sampled(self.learned(name), n, i)
+
+        draws: dict[str, Callable[[int, int], Tensor]] = {
+            "gaussian": self.gaussian,
+            "gaussian_temperature": self.at_best_temperature,
+            "lebm": lambda n, i: self.sampled(self.learned("lebm", self._lebm_energies()), n, i),
+            "ncp": lambda n, i: self.sampled(self._ratios, n, i),
+            "ncp_resample": self._resampled,
+            "joint": joint("joint"),
+        }
+        return draws | {f"joint ({rule})": joint(f"joint-{rule}") for rule in self._setting.rules}
+
+    @property
+    def _lebm_settings(self) -> dict[str, Any]:
+        """As the joint prior is learned, where that leaves the generator alone; for maps shorter, as there are fewer units."""
+        settings = self.case.energies
+        if "method" not in settings:
+            return settings | {"iterations": min(1500, settings["iterations"])}
+        return settings | {"method": "two_stage"} if settings["method"] == "joint" else settings
+
+    def _lebm_energies(self) -> nn.ModuleList:
+        """An energy on the top layer, f = 0 on the others."""
+        shapes = self.vae.latent_shapes
+        return default_energies(shapes, layers=[len(shapes)])
+
+    def _learn_ratios(self) -> dict[str, Any]:
+        torch.manual_seed(1000 * self._seed + 5)
+        ratios = [ratio.to(self.device) for ratio in GroupRatio.of_every_layer(self.vae.latent_shapes)]
+
+        def draw() -> tuple[Tensor, ...]:
+            x = self.train[torch.randint(len(self.train), (128,))]
+            return noise_of(self.vae, self.of_images(x).to(self.device))
+
+        loss = learn_group_ratios(ratios, draw, self._setting.ratios)
+        prior = JointEBMPrior(self.vae, ratios)
+        step_size = prior.tune_step_size(rng=self.seeded(6))
+        prior.save(self.folder / "ncp.safetensors")
+        return {"loss": loss, "step_size": step_size}
+
+    @property
+    def _ratios(self) -> JointEBMPrior:
+        return self.learned("ncp", GroupRatio.of_every_layer(self.vae.latent_shapes))
+
+    def _resampled(self, n: int, number: int) -> Tensor:
+        options: dict[str, Any] = {"method": "resample", "proposals": self._setting.proposals, "rng": self.seeded(number)}
+        prior = self._ratios
+        parts = [prior.sample(min(self.batch, n - at), **options).cpu() for at in range(0, n, self.batch)]
+        return self.to_images(torch.cat(parts))
+
+    def _figures(self, x: Tensor) -> dict[str, Any]:
+        """Of images beside the reference."""
+        features, reference = self.features(x), self.reference_features
+        precision, recall = precision_recall(reference, features)
+        found = {"frechet": frechet_distance(features, reference), "kernel": kernel_distance(features, reference)}
+        found |= {"precision": precision, "recall": recall}
+        found["inception_score_lite0"] = inception_score(efficientnet_probabilities(features))
+        found["few"] = len(reference) <= reference.shape[1]  # a Fréchet distance says little then
+        if self._classifier is not None:
+            found["frechet (classifier)"] = frechet_distance(*map(self._classifier, (x.clamp(0, 1), self.reference)))
+        return found
+
+    @functools.cached_property
+    def _classifier(self) -> Any:
+        """Features of a classifier of the training images."""
+        if not self._setting.classifier or self._labels is None:
+            return None
+        labels = self._labels[: len(self.train)]
+        with torch.enable_grad():
+            return train_classifier(self.train, labels, self._setting.classifier, self.device)
+
+    def _seconds(self, draws: dict[str, Callable[[int, int], Tensor]]) -> dict[str, Any]:
+        """Of a batch under each prior over that under the Gaussian prior, after one that does not count."""
+        n = min(self.batch, self.sizes.few)
+
+        def seconds(draw: Callable[[int, int], Tensor], times: int) -> float:
+            found = []
+            for i in range(times):
+                begin = time.perf_counter()
+                draw(n, i)  # ends on the CPU
+                found.append(time.perf_counter() - begin)
+            return statistics.median(found[1:])
+
+        gaussian = seconds(draws["gaussian"], 6)
+        return {name: seconds(draw, 2) / gaussian for name, draw in draws.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------------ the table
+
+
+def units_of(log: Path, name: str, seeds: int) -> list[dict[str, dict[str, Any]]]:
+    """The units of every seed of a set that is done."""
+    return [units for seed in range(seeds) if (units := whole(log, f"{name} {seed}", _LAST_UNIT))]
+
+
+def rows_of(name: str, runs: Sequence[dict[str, dict[str, Any]]]) -> list[Row]:
+    """The rows of a set: means over seeds of means over draws; the spread is that of seeds, or of draws where there is one."""
+    if not runs:
+        return []
+    bits = [units["backbone"]["bits_per_dimension"] for units in runs]
+    rows = [mean_row(name, "bits_per_dimension", bits, None, "lower")]
+    rows += [
+        mean_row(f"{name}, {kind}", "frechet", _drawn(runs, kind, "frechet")[0], None, "lower")
+        for kind in ("real", "reconstructions")
+    ]
+    rows += _of_features(name, runs, "frechet")
+    if "frechet (classifier)" in runs[0]["real 0"]:
+        rows += _of_features(f"{name} (classifier)", runs, "frechet (classifier)")
+    return rows
+
+
+def _of_features(name: str, runs: Sequence[dict[str, dict[str, Any]]], metric: str) -> list[Row]:
+    """The rows of every prior by one net's features."""
+    rows: list[Row] = []
+    for prior in [unit.removesuffix(" 0") for unit in runs[0] if unit.endswith(" 0")]:
+        if prior in ("real", "reconstructions"):
+            continue
+        case = f"{name}, {prior}"
+        rows.append(_row(case, "frechet", *_drawn(runs, prior, metric), "lower"))
+        rows += [_share(case, share, runs, prior, metric) for share in ("gap_closed", "frechet_excess_ratio")]
+        if metric == "frechet":
+            rows += [_row(case, m, *_drawn(runs, prior, m), "lower" if m == "kernel" else "higher") for m in FIGURES[1:]]
+            slower = [units[_LAST_UNIT][prior] for units in runs]
+            rows.append(mean_row(case, "seconds_per_1000_over_gaussian", slower, None, "lower"))
+    return rows
+
+
+def _drawn(runs: Sequence[dict[str, dict[str, Any]]], kind: str, metric: str) -> tuple[list[float], float | None]:
+    """The mean over draws of every seed, and the standard deviation of draws of one seed."""
+    draws = [[units[f"{kind} {i}"][metric] for i in range(len(units)) if f"{kind} {i}" in units] for units in runs]
+    spreads = [statistics.stdev(values) for values in draws if len(values) > 1]
+    return [statistics.fmean(values) for values in draws], statistics.fmean(spreads) if spreads else None
+
+
+def _row(case: str, metric: str, values: list[float], spread: float | None, better: str) -> Row:
+    goal, better = GOALS.get((case, metric), (None, better))
+    row = mean_row(case, metric, values, goal, better)
+    return row if len(values) > 1 else Row(**{**row, "sd": spread})
+
+
+def _share(case: str, share: str, runs: Sequence[dict[str, dict[str, Any]]], prior: str, metric: str) -> Row:
+    """What a prior closes, or leaves, of a distance; none where the gap is within the spread."""
+    if metric == "frechet" and runs[0]["real 0"]["few"]:
+        metric = "kernel"
+    floor = "reconstructions" if share == "gap_closed" else "real"
+    own, spread = _drawn(runs, prior, metric)
+    start, wide = _drawn(runs, "gaussian", metric)
+    end, _ = _drawn(runs, floor, metric)
+    gaps = [a - b for a, b in zip(start, end, strict=True)]
+    better = "higher" if share == "gap_closed" else "lower"
+    if min(gaps) <= _SPREADS * (wide or 0.0):
+        return Row(case=case, metric=share, value=None, sd=None, n=0, goal=None, better=better, why="no gap beyond the spread")
+    values = [(a - x if share == "gap_closed" else x - b) / gap for a, b, x, gap in zip(start, end, own, gaps, strict=True)]
+    return _row(case, share, values, None if spread is None else spread / statistics.fmean(gaps), better)
+
+
+def table(rows: Sequence[Row], sets: Sequence[Sequence[dict[str, dict[str, Any]]]]) -> str:
+    """A table per set in Markdown."""
+    metrics = ("frechet", "gap_closed", "frechet_excess_ratio", "kernel", "precision", "recall", "inception_score_lite0")
+    metrics = (*metrics, "seconds_per_1000_over_gaussian")
+    found = {(row["case"], row["metric"]): row for row in rows}
+    names = list(dict.fromkeys(row["case"].split(", ")[0] for row in rows))
+    commits = sorted({units[_LAST_UNIT]["commit"][:7] for runs in sets for units in runs})
+    lines = [
+        "# Image synthesis",
+        "",
+        "`python benchmarks/synthesis.py`: one backbone per set and seed, its prior swapped; the docstring says what the "
+        "priors, the distances and the shares are. Means ± standard deviation over seeds, or over draws where there is one "
+        f"seed. Kernel distances times 1,000. Run at {', '.join(commits) or 'no commit yet'}.",
+    ]
+    for name in names:
+        priors = [
+            row["case"].split(", ", 1)[1] for row in rows if row["case"].startswith(f"{name}, ") and row["metric"] == "frechet"
+        ]
+        shown = [metric for metric in metrics if any((f"{name}, {prior}", metric) in found for prior in priors)]
+        bits = found.get((name, "bits_per_dimension"))
+        of = "" if bits is None else f", {bits['value']:.3g} bits per dimension, {bits['n']} seeds"
+        lines += ["", f"## {name}{of}", "", "| prior | " + " | ".join(m.replace("_", " ") for m in shown) + " |"]
+        lines.append("|---|" + "---|" * len(shown))
+        for prior in priors:
+            lines.append(
+                f"| {prior} | " + " | ".join(_cell(found.get((f"{name}, {prior}", metric))) for metric in shown) + " |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row | None) -> str:
+    if row is None or row["value"] is None:
+        return "" if row is None else row.get("why", "")
+    scale = 1000 if row["metric"] == "kernel" else 1
+    text = f"{scale * row['value']:.3g}" + ("" if row["sd"] is None else f" ± {scale * row['sd']:.1g}")
+    if row["goal"] is not None:
+        text += f" (goal {'≥' if row['better'] == 'higher' else '≤'} {row['goal']:g})"
+    return text
+
+
+if __name__ == "__main__":
+    main()
