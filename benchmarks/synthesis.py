@@ -160,7 +160,7 @@ def main() -> None:
             run = Synthesis(setting, name, options.data, runs, Log(log, key, f"{name} {seed}", options.units, device), seed)
             run.run()
             if seed == 0 and _LAST_UNIT in run.log.done:
-                image_panels(out / f"synthesis_{name}.png", run.panels(), columns=10)
+                image_panels(out / f"synthesis_{name}.png", run.panels())
     rows = [row for name, setting in settings.items() for row in rows_of(name, units_of(log, name, setting.seeds))]
     write_results(out / "synthesis.json", rows)
     (out / "synthesis.md").write_text(table(rows, [units_of(log, name, s.seeds) for name, s in settings.items()]))
@@ -230,7 +230,7 @@ class Synthesis(CaseRun):
         nearest = torch.cdist(made["joint"].flatten(1), train).argmin(1)
         images = {"real": self.reference[:_SHOWN], "reconstructions": self.reconstructed(self.others[:_SHOWN]).clamp(0, 1)}
         images |= {TITLES[name]: x for name, x in made.items()}
-        return images | {"the training images nearest to the joint prior's": self.train[nearest]}
+        return images | {"nearest to these in training": self.train[nearest]}
 
     def _draws(self) -> dict[str, Callable[[int, int], Tensor]]:
         """Prior -> (n, number of the draw) -> images."""

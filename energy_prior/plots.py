@@ -24,9 +24,11 @@ from torch import Tensor
 from energy_prior.checks.settings import check_count, check_path, require_extra
 from energy_prior.evaluate.detection import detection, labelled_ranks
 
+_MOST_PANELS = 6  # in a row
+
 
 def image_panels(path: str | os.PathLike[str], panels: Mapping[str, Tensor], *, columns: int = 8) -> None:
-    """Grids of images side by side, each under its title.
+    """Grids of images side by side, each under its title; more than six in several rows.
 
     Args:
         path: file to write; its suffix sets the format (.png, .pdf, .svg, …).
@@ -44,10 +46,12 @@ def image_panels(path: str | os.PathLike[str], panels: Mapping[str, Tensor], *, 
         ['samples.png']
     """
     file = check_path("path", path)
-    figure = _figure(3.4 * len(panels), 3.6)
+    rows = math.ceil(len(panels) / _MOST_PANELS)
+    across = math.ceil(len(panels) / rows)
+    figure = _figure(3.4 * across, 3.6 * rows)
     figure.get_layout_engine().set(wspace=0.06)
     for index, (title, images) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(1, len(panels), index)
+        axes = figure.add_subplot(rows, across, index)
         _show(axes, _grid(images, columns))
         axes.set_title(title)
     figure.savefig(file, dpi=150)

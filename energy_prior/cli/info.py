@@ -17,7 +17,7 @@ import torch
 from energy_prior import __version__
 from energy_prior.langevin import backends
 
-_EXTRAS = ("eval", "train", "examples", "hub")
+_EXTRAS = ("eval", "fid", "train", "examples", "hub")
 _BF16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names them, the last on ARM
 
 

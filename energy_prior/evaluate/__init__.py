@@ -3,8 +3,6 @@
 from energy_prior.evaluate.detection import Detection, DetectionTask, detection
 from energy_prior.evaluate.draws import effective_sample_size, two_sample_accuracy
 from energy_prior.evaluate.images import (
-    efficientnet_features,
-    efficientnet_probabilities,
     excess_ratio,
     frechet_distance,
     gap_closed,
@@ -12,10 +10,20 @@ from energy_prior.evaluate.images import (
     kernel_distance,
     precision_recall,
 )
+from energy_prior.evaluate.networks import (
+    efficientnet_features,
+    efficientnet_probabilities,
+    inception_features,
+    inception_probabilities,
+)
+from energy_prior.evaluate.samples import SampleReport, SampleTask, Spread
 
 __all__ = [
     "Detection",
     "DetectionTask",
+    "SampleReport",
+    "SampleTask",
+    "Spread",
     "detection",
     "effective_sample_size",
     "efficientnet_features",
@@ -23,6 +31,8 @@ __all__ = [
     "excess_ratio",
     "frechet_distance",
     "gap_closed",
+    "inception_features",
+    "inception_probabilities",
     "inception_score",
     "kernel_distance",
     "precision_recall",

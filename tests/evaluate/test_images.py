@@ -8,10 +8,7 @@ import torch
 from scipy.linalg import sqrtm
 
 from energy_prior import ArgumentError, ShapeError
-from energy_prior.cli.demo import load_demo_data
 from energy_prior.evaluate import (
-    efficientnet_features,
-    efficientnet_probabilities,
     excess_ratio,
     frechet_distance,
     gap_closed,
@@ -66,30 +63,6 @@ def test_excess_ratio() -> None:
         excess_ratio(2.0, 1.0, 1.0)
 
 
-def test_features_of_images() -> None:
-    """They tell digits from noise by far more than one half of the digits from the other; gray counts as three channels."""
-    digits = load_demo_data(1, 0).train
-    state = torch.get_rng_state()
-    real = efficientnet_features(digits[:400])
-    assert torch.equal(torch.get_rng_state(), state)
-    assert real.shape == (400, 1280)
-    assert real.dtype == torch.float32
-    torch.testing.assert_close(
-        efficientnet_features(digits[:5].expand(-1, 3, -1, -1), batch_size=2), real[:5], rtol=1e-3, atol=1e-4
-    )
-    near = frechet_distance(real[:200], real[200:])
-    far = frechet_distance(real[:200], efficientnet_features(torch.rand(200, 1, 8, 8)))
-    assert far > 5 * near
-    assert efficientnet_features(digits[:0]).shape == (0, 1280)
-    for wrong, error, words in (
-        (255 * digits[:2], ArgumentError, r"values in \[0, 1\], got some from 0 to 2"),
-        (digits[:2] * torch.nan, ArgumentError, "got some from nan"),
-        (digits[0], ShapeError, r"expected \(n, 1 or 3, height, width\), got \(1, 8, 8\)"),
-    ):
-        with pytest.raises(error, match=words):
-            efficientnet_features(wrong)
-
-
 def test_inception_score() -> None:
     """1 where all images look alike, the number of classes where each is of one for sure; else by its definition."""
     p = torch.tensor([[0.7, 0.3], [0.2, 0.8], [0.5, 0.5]])
@@ -105,17 +78,6 @@ def test_inception_score() -> None:
     ):
         with pytest.raises(error, match=words):
             inception_score(wrong)
-
-
-def test_classes_of_images() -> None:
-    """Those of the whole network, and of noise fewer than of digits."""
-    digits = load_demo_data(1, 0).train[:200]
-    probabilities = efficientnet_probabilities(efficientnet_features(digits))
-    torch.testing.assert_close(probabilities.sum(1), torch.ones(200))
-    noise = efficientnet_probabilities(efficientnet_features(torch.rand(200, 1, 8, 8)))
-    assert inception_score(probabilities) > inception_score(noise)
-    with pytest.raises(ShapeError, match=r"expected \(n, 1280\), those of efficientnet_features, got \(2, 3\)"):
-        efficientnet_probabilities(torch.zeros(2, 3))
 
 
 def test_kernel_distance_is_the_unbiased_estimate() -> None:

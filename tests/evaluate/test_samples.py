@@ -1,0 +1,132 @@
+"""`SampleTask`: its report against the functions that it is made of, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from energy_prior import ArgumentError, ShapeError
+from energy_prior.evaluate import SampleTask, gap_closed, inception_score, kernel_distance, precision_recall
+
+IMAGES = torch.rand(60, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def corners(images: Tensor) -> Tensor:
+    """Features of four pixels."""
+    return images[:, 0, :2, :2].flatten(1)
+
+
+def task(images: Tensor = IMAGES, **options: Any) -> SampleTask:
+    settings: dict[str, Any] = {"features": corners} | options
+    return SampleTask.halves(images, **settings)
+
+
+def of_brightness(share: float) -> Callable[[int], Tensor]:
+    noise = torch.Generator().manual_seed(2)
+    return lambda n: share * torch.rand(n, 1, 6, 6, generator=noise)
+
+
+def test_distances_are_to_images_that_are_not_reconstructed() -> None:
+    seen: list[Tensor] = []
+
+    def features(x: Tensor) -> Tensor:
+        seen.append(x)
+        return corners(x)
+
+    asked: list[Tensor] = []
+
+    def reconstruct(x: Tensor) -> Tensor:
+        asked.append(x)
+        return x / 2
+
+    report = task(features=features, batch_size=8).report({"dark": of_brightness(0.3)}, reconstruct, draws=2, progress=False)
+    reference, others = torch.cat(seen[:4]), torch.cat(seen[4:8])
+    assert {tuple(x.flatten().tolist()) for x in torch.cat([reference, others])} == {
+        tuple(x.flatten().tolist()) for x in IMAGES
+    }
+    assert torch.equal(torch.cat(asked), others)
+    assert torch.equal(torch.cat(seen[8:12]), others / 2)
+    assert (report.images, report.draws, report.network) == (30, 2, "your own")
+    real, dark = report.figures["real images"], report.figures["dark"]
+    assert real["kernel"] == (pytest.approx(kernel_distance(corners(others), corners(reference))), None)
+    assert (real["precision"][0], real["recall"][0]) == precision_recall(corners(reference), corners(others))  # type: ignore[index]
+    assert dark["frechet"].sd > 0  # type: ignore[union-attr]
+    assert dark["inception_score"] is None
+    classes = lambda f: f.softmax(1)  # noqa: E731
+    scored = task(probabilities=classes, network="four pixels").report({"dark": of_brightness(0.3)}, draws=1, progress=False)
+    found = scored.figures["real images"]["inception_score"]
+    assert found == (pytest.approx(inception_score(classes(corners(others)))), None)
+    assert "features of four pixels" in str(scored)
+
+
+def test_share_of_the_gap() -> None:
+    """Reconstructions are the images themselves, the generator's samples are dark, those of the joint prior half as dark."""
+    priors = {"generator": of_brightness(0.0), "joint": of_brightness(0.5)}
+    report = task().report(priors, lambda x: x, progress=False)
+    distances = [report.figures[kind]["frechet"].mean for kind in ("joint", "generator", "reconstructions")]  # type: ignore[union-attr]
+    assert report.gap_closed == {"joint": pytest.approx(gap_closed(*distances))}
+    assert 0.3 < report.gap_closed["joint"] < 0.9  # type: ignore[operator]
+    few = task(features=lambda x: x.flatten(1)).report(priors, lambda x: x, progress=False)  # 36 features of 30 images
+    assert few.figures["joint"]["frechet"] is None
+    assert "more images a side than there are features" in str(few)
+    kernels = [few.figures[kind]["kernel"].mean for kind in ("joint", "generator", "reconstructions")]  # type: ignore[union-attr]
+    assert few.gap_closed == {"joint": pytest.approx(gap_closed(*kernels))}
+    alike = {"generator": of_brightness(1.0), "joint": of_brightness(1.0)}
+    assert task().report(alike, lambda x: x, progress=False).gap_closed == {"joint": None}, "no gap beyond the spread"
+    assert task().report(priors, progress=False).gap_closed == {"joint": None}, "nothing says how large the gap is"
+
+
+def test_the_report_as_a_table_and_as_json() -> None:
+    report = task().report({"generator": of_brightness(0.0), "joint": of_brightness(0.5)}, lambda x: x, progress=False)
+    lines = str(report).splitlines()
+    assert len(lines) == 2 + 4
+    assert lines[-1].startswith("joint ")
+    assert lines[-1].endswith(f"{report.gap_closed['joint']:.3f}")
+    document = json.loads(json.dumps(report.document()))
+    assert document["joint"]["gap_closed"] == report.gap_closed["joint"]
+    assert document["generator"]["frechet"]["mean"] == report.figures["generator"]["frechet"].mean  # type: ignore[union-attr]
+    assert "gap_closed" not in document["generator"]
+
+
+def test_values_outside_the_range_are_clamped() -> None:
+    inside = task().report({"a": lambda n: torch.ones(n, 1, 6, 6)}, progress=False)
+    outside = task().report({"a": lambda n: torch.full((n, 1, 6, 6), 7.0)}, progress=False)
+    assert inside == outside
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (
+            lambda: task(IMAGES[:7]),
+            ShapeError,
+            r"images: expected \(n, channels, height, width\) of 8 or more, got \(7, 1, 6, 6\)",
+        ),
+        (lambda: task(IMAGES[0]), ShapeError, r"got \(1, 6, 6\)"),
+        (lambda: task(seed=-1), ArgumentError, "seed: expected a whole number of at least 0"),
+        (lambda: task(batch_size=0), ArgumentError, "batch_size: expected a whole number of at least 1"),
+        (lambda: SampleTask(IMAGES[:5], IMAGES[:6]), ShapeError, "as many images on either side, 4 or more"),
+        (lambda: task().report({}), ArgumentError, "priors: expected one or more"),
+        (lambda: task().report({"real images": of_brightness(1.0)}), ArgumentError, "of other names than 'real images'"),
+        (lambda: task().report({"a": of_brightness(1.0)}, draws=0), ArgumentError, "draws: expected a whole number"),
+        (
+            lambda: task().report({"a": lambda n: IMAGES[:3]}),
+            ShapeError,
+            r"a: expected images of shape \(30, 1, 6, 6\), got \(3,",
+        ),
+        (
+            lambda: task().report({"a": of_brightness(1.0)}, lambda x: x[:1]),
+            ShapeError,
+            "reconstruct: expected images of shape",
+        ),
+        (lambda: task(features=lambda x: x).report({"a": of_brightness(1.0)}), ArgumentError, r"features: expected \(n, d\)"),
+    ],
+)
+def test_bad_input(make: Callable[[], Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        make()
