@@ -59,6 +59,7 @@ from energy_prior.evaluate import (
     frechet_distance,
     inception_score,
     kernel_distance,
+    nearest,
     precision_recall,
 )
 from energy_prior.plots import image_panels
@@ -226,11 +227,9 @@ class Synthesis(CaseRun):
     def panels(self) -> dict[str, Tensor]:
         """Forty images of each kind, and the nearest training images of the joint prior's."""
         made = {name: draw(_SHOWN, 99).clamp(0, 1) for name, draw in self._draws().items() if name in TITLES}
-        train = self.train.flatten(1)
-        nearest = torch.cdist(made["joint"].flatten(1), train).argmin(1)
         images = {"real": self.reference[:_SHOWN], "reconstructions": self.reconstructed(self.others[:_SHOWN]).clamp(0, 1)}
         images |= {TITLES[name]: x for name, x in made.items()}
-        return images | {"nearest to these in training": self.train[nearest]}
+        return images | {"nearest to these in training": self.train[nearest(made["joint"], self.train)[0][:, 0]]}
 
     def _draws(self) -> dict[str, Callable[[int, int], Tensor]]:
         """Prior -> (n, number of the draw) -> images."""

@@ -48,11 +48,13 @@ def image_panels(path: str | os.PathLike[str], panels: Mapping[str, Tensor], *, 
     file = check_path("path", path)
     rows = math.ceil(len(panels) / _MOST_PANELS)
     across = math.ceil(len(panels) / rows)
-    figure = _figure(3.4 * across, 3.6 * rows)
+    grids = {title: _grid(images, columns) for title, images in panels.items()}
+    highest = max(grid.shape[0] / grid.shape[1] for grid in grids.values())
+    figure = _figure(3.4 * across, (3.4 * highest + 0.2) * rows)
     figure.get_layout_engine().set(wspace=0.06)
-    for index, (title, images) in enumerate(panels.items(), start=1):
+    for index, (title, grid) in enumerate(grids.items(), start=1):
         axes = figure.add_subplot(rows, across, index)
-        _show(axes, _grid(images, columns))
+        _show(axes, grid)
         axes.set_title(title)
     figure.savefig(file, dpi=150)
 
@@ -170,11 +172,12 @@ def score_histograms(
     figure = _figure(4.6 * columns, 2.6 * rows + 0.4)
     for index, (name, (inside, outside)) in enumerate(scores.items(), start=1):
         axes = figure.add_subplot(rows, columns, index)
-        both = torch.cat([inside, outside]).double().cpu()
+        inside, outside = (side.detach().double().cpu() for side in (inside, outside))
+        both = torch.cat([inside, outside])
         low, high = (float(q) for q in torch.quantile(both, torch.tensor([0.002, 0.998], dtype=both.dtype)))
         bins = torch.linspace(low, high, 41).tolist()
         for values, label, colour in ((inside, known, "tab:blue"), (outside, unknown, "tab:orange")):
-            clipped = values.double().cpu().clamp(low, high).numpy()
+            clipped = values.clamp(low, high).numpy()
             axes.hist(clipped, bins, density=True, alpha=0.6, color=colour, label=label)
         axes.set_title(f"{name}: AUROC {detection(inside, outside).auroc:.3f}", fontsize=10)
         axes.set_yticks([])

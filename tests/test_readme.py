@@ -35,6 +35,7 @@ BLOCKS = {
     ("docs/index.md", "python"): 1,
     ("docs/index.md", "shell"): 1,
     ("docs/public-models.md", "python"): 8,
+    ("docs/samples.md", "python"): 8,
     ("docs/sampling.md", "python"): 1,
     ("docs/sharing.md", "python"): 2,
     ("docs/threads.md", "python"): 1,
@@ -43,7 +44,7 @@ BLOCKS = {
 }
 """How many blocks of code there are; the tests here and in test_public_models.py run them, `benchmarks/docs.py` counts them."""
 
-NO_CODE = {("docs/index.md", "text"): 1}  # what the quickstart prints
+NO_CODE = {("docs/index.md", "text"): 1, ("docs/samples.md", "text"): 1}  # what is printed
 
 
 def test_every_block_is_known() -> None:
@@ -82,6 +83,19 @@ def test_quickstart(
     run_python(blocks("docs/index.md", "python"), {}, record_property, short)
     assert capsys.readouterr().out.count("% of the ") == 2
     assert [p.name for p in tmp_path.iterdir()] == ["samples.png"]
+
+
+def test_guide_to_better_samples(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    """Its blocks, one after the other: two tables and five pictures."""
+    monkeypatch.chdir(tmp_path)
+    short = {"input_noise=0.1)": "iterations=3, progress=False)", "fit(train)": "fit(train, iterations=3, progress=False)"}
+    short |= {"halves(held_out)": "halves(held_out[:16], features=lambda x: x.flatten(1))"}
+    run_python(blocks("docs/samples.md", "python"), {}, record_property, short)
+    assert capsys.readouterr().out.count("gap closed") == 2
+    pictures = {"samples.png", "neighbours.png", "layers-gaussian.png", "layers-joint.png", "energies.png"}
+    assert {p.name for p in tmp_path.iterdir()} == pictures
 
 
 def test_training_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record) -> None:

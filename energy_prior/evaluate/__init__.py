@@ -16,7 +16,7 @@ from energy_prior.evaluate.networks import (
     inception_features,
     inception_probabilities,
 )
-from energy_prior.evaluate.samples import SampleReport, SampleTask, Spread
+from energy_prior.evaluate.samples import SampleReport, SampleTask, Spread, nearest
 
 __all__ = [
     "Detection",
@@ -35,6 +35,7 @@ __all__ = [
     "inception_probabilities",
     "inception_score",
     "kernel_distance",
+    "nearest",
     "precision_recall",
     "two_sample_accuracy",
 ]

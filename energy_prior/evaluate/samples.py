@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["METRICS", "SampleReport", "SampleTask", "Spread"]
+__all__ = ["METRICS", "SampleReport", "SampleTask", "Spread", "nearest"]
 
 import math
 import statistics
@@ -23,10 +23,11 @@ from energy_prior.evaluate.networks import efficientnet_features, efficientnet_p
 METRICS = ("frechet", "kernel", "precision", "recall", "inception_score")
 """The figures of a set of images, in the order of the table."""
 
-_NAMES, _COLUMNS = 26, {  # of the table, and how wide they are
-    "Fréchet": 16, "kernel × 1000": 16, "precision": 12, "recall": 10, "inception score": 17, "gap closed": 13,
+_NAMES, _COLUMNS = 24, {  # of the table, and how wide they are
+    "Fréchet": 16, "kernel × 1000": 18, "precision": 17, "recall": 17, "inception score": 17, "gap closed": 12,
 }  # fmt: skip
 _REAL, _RECONSTRUCTIONS = "real images", "reconstructions"
+_AT_ONCE = 1000  # samples whose distances to all images are computed together
 _FEWEST = 4  # of a side: precision and recall look at three neighbours
 _SPREADS = 10  # a gap that is less than so many standard deviations of its ends is none to take shares of
 
@@ -37,6 +38,10 @@ class Spread(NamedTuple):
     Attributes:
         mean: their mean.
         sd: their standard deviation; None for one set.
+
+    Examples:
+        >>> Spread(mean=5.0, sd=0.5).sd
+        0.5
     """
 
     mean: float
@@ -63,9 +68,9 @@ class SampleReport:
         >>> figures = {name: {"frechet": s} for name, s in zip(("the generator's own", "joint"), spread)}
         >>> print(SampleReport(5000, 3, figures, {"joint": 0.9}, "Inception"))
         5000 images a side, 3 draws; features of Inception
-                                      Fréchet   kernel × 1000   precision    recall  inception score   gap closed
-        the generator's own            20 ± 1               –           –         –                –            –
-        joint                               5               –           –         –                –        0.900
+                                   Fréchet     kernel × 1000        precision           recall  inception score  gap closed
+        the generator's own         20 ± 1                 –                –                –                –           –
+        joint                            5                 –                –                –                –       0.900
     """
 
     images: int
@@ -103,8 +108,9 @@ class SampleTask:
     """Real images that samples are compared with; priors are functions of a number of images.
 
     Attributes:
-        reference: what everything is compared with, (n, 1 or 3, height, width), in [0, 1].
-        others: as many other real images, whose distance is the least to expect, and which are reconstructed, (n, …).
+        reference: images in [0, 1] that everything is compared with, (n, channels, height, width), 1 or 3 channels.
+        others: as many other real images in [0, 1], (n, channels, height, width), whose distance is the least to expect, and
+            which are reconstructed.
         features: images in [0, 1], (batch, …) -> features, (batch, d), of any unit.
         probabilities: features, (n, d) -> p(y | x) in [0, 1], (n, classes), for the inception score; None: there is none.
         network: what the features are of, for people.
@@ -145,7 +151,7 @@ class SampleTask:
         """A random half of some images to compare with, the other half for the rest.
 
         Args:
-            images: images that were not trained on, (n, 1 or 3, height, width), in [0, 1], n ≥ 8.
+            images: images in [0, 1] that were not trained on, (n, channels, height, width), 1 or 3 channels, n ≥ 8.
             seed: of the halves, ≥ 0.
             **options: features, probabilities, network, batch_size, device.
 
@@ -172,9 +178,10 @@ class SampleTask:
         Everything is clamped to [0, 1] first. Priors are compared fairly where they share one decoder, and decode alike.
 
         Args:
-            priors: name -> number of images, n, -> samples, (n, 1 or 3, height, width); the generator's own prior comes first.
-            reconstruct: images, (batch, …) -> what the model makes of them, (batch, …): the best that any prior can reach.
-                None: nothing says how large the gap is.
+            priors: name -> number of images, n, -> samples in [0, 1], (n, channels, height, width); the generator's own prior
+                comes first.
+            reconstruct: images in [0, 1], (batch, …) -> what the model makes of them, (batch, …): the best that any prior can
+                reach. None: nothing says how large the gap is.
             draws: sets of samples of each prior, ≥ 1, for means and spread.
             progress: show how far it is, where standard error is a terminal.
 
@@ -240,6 +247,38 @@ class SampleTask:
             "recall": recall,
             "inception_score": None if self.probabilities is None else inception_score(self.probabilities(other)),
         }
+
+
+def nearest(samples: Tensor, images: Tensor, *, count: int = 1) -> tuple[Tensor, Tensor]:
+    """The images that samples are nearest to, by Euclidean distance: do samples repeat the training set?
+
+    Args:
+        samples: drawn images, (n, …), or features of them.
+        images: images that were trained on, (m, …), m ≥ `count`, or features.
+        count: k ≥ 1 of each sample.
+
+    Returns:
+        Their numbers from 0 on, (n, k), whole numbers, nearest first, and their distances, (n, k), ≥ 0, of the same unit as the
+        images; on the device of the samples.
+
+    Raises:
+        ShapeError: if they differ in shape, or there are fewer images.
+
+    Examples:
+        >>> images = torch.rand(10, 1, 8, 8)
+        >>> numbers, distances = nearest(images[[7, 2]] + 0.01, images)
+        >>> numbers.flatten().tolist(), round(float(distances[0]), 2)  # of √64 · 0.01
+        ([7, 2], 0.08)
+    """
+    count = check_count("count", count)
+    if samples.shape[1:] != images.shape[1:] or len(images) < count:
+        got = f"{tuple(samples.shape)} and {tuple(images.shape)}"
+        raise ShapeError(f"samples, images: expected one shape, (n, …) and (m, …) with m of at least {count}, got {got}.")
+    rows = images.to(samples).flatten(1)
+    parts = [torch.cdist(x.flatten(1), rows).topk(count, largest=False) for x in samples.split(_AT_ONCE)]
+    if not parts:
+        return samples.new_zeros(0, count, dtype=torch.long), samples.new_zeros(0, count)
+    return torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts])
 
 
 def _spread(values: Sequence[float | None]) -> Spread | None:

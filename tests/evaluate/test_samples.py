@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from energy_prior import ArgumentError, ShapeError
-from energy_prior.evaluate import SampleTask, gap_closed, inception_score, kernel_distance, precision_recall
+from energy_prior.evaluate import SampleTask, gap_closed, inception_score, kernel_distance, nearest, precision_recall
 
 IMAGES = torch.rand(60, 1, 6, 6, generator=torch.Generator().manual_seed(1))
 
@@ -130,3 +130,17 @@ def test_values_outside_the_range_are_clamped() -> None:
 def test_bad_input(make: Callable[[], Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         make()
+
+
+def test_nearest_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("energy_prior.evaluate.samples._AT_ONCE", 2)
+    samples = IMAGES[[5, 9, 40]] + 0.001
+    numbers, distances = nearest(samples, IMAGES, count=3)
+    everything = torch.cdist(samples.flatten(1), IMAGES.flatten(1)).sort()
+    assert torch.equal(numbers, everything.indices[:, :3])
+    assert numbers[:, 0].tolist() == [5, 9, 40]
+    torch.testing.assert_close(distances, everything.values[:, :3], rtol=1e-3, atol=1e-3)  # products of large sets round
+    assert [x.shape for x in nearest(samples[:0], IMAGES)] == [(0, 1), (0, 1)]
+    for wrong in (IMAGES[:2], IMAGES[:, :, 1:]):
+        with pytest.raises(ShapeError, match="samples, images: expected one shape"):
+            nearest(samples, wrong, count=3)
