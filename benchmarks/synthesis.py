@@ -23,9 +23,12 @@ Distances are of EfficientNet-Lite0 features (no FID); of "mnist (classifier)", 
     gap_closed = (D(gaussian) − D(this prior)) / (D(gaussian) − D(reconstructions))
     frechet_excess_ratio = (D(this prior) − D(real)) / (D(gaussian) − D(real))
 
-D is the Fréchet distance, or the kernel distance where images are fewer than features. Every unit is a line of
+D is the Fréchet distance, or the kernel distance where images are fewer than features. Long chains, of 2,500 steps where a
+sample takes 60, are compared by (D(long) − D(real)) / (D(short) − D(real)), and on MNIST chains of 100,000 steps by how far the
+mean of Σ f drifts, in its standard deviations. "mnist_toy" runs examples/mnist_toy.py. Every unit is a line of
 docs/results/synthesis.partial.jsonl as it ends, with the commit and the device that it was run on; weights are in `--runs`. A
-set and seed that are done stay in the table when code has changed since. Writes docs/results/synthesis.json, .md and pictures.
+set and seed that are done stay in the table when code has changed since. Writes docs/results/synthesis.json and .md, and
+pictures of every set: its images, layers redrawn one after the other, the way from one image to another, and chains.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import backbones
+import mnist_toy
 import torch
 import torch.nn.functional as F
 from backbones import Case
@@ -62,9 +66,9 @@ from energy_prior.evaluate import (
     nearest,
     precision_recall,
 )
-from energy_prior.plots import image_panels
+from energy_prior.plots import chain_strip, image_panels
 
-_LAST_UNIT = "seconds"
+_LAST_UNIT, _TOY = "seconds", "example"
 _SHOWN = 40
 _SPREADS = 10  # a gap of fewer standard deviations is none
 FILES = ("synthesis", "case_runs", "deep_measures", "ratios")
@@ -85,6 +89,11 @@ GOALS: dict[tuple[str, str], tuple[float, str]] = {
     ("cifar10, joint", "gap_closed"): (0.60, "higher"),
     ("celeba64, joint", "gap_closed"): (0.60, "higher"),
     ("cifar10_joint, joint", "frechet_excess_ratio"): (0.5, "lower"),
+    ("mnist, long chains", "long_over_short"): (1.1, "lower"),
+    ("cifar10, long chains", "long_over_short"): (1.1, "lower"),
+    ("mnist, long chains", "drift"): (1.0, "lower"),
+    ("mnist, long chains", "lost"): (0.0, "lower"),
+    ("mnist_toy", "mmd_ratio_worst_layer"): (0.2, "lower"),
 }
 
 
@@ -99,6 +108,8 @@ class Setting(NamedTuple):
         proposals: of each draw of "ncp_resample".
         rules: settings of `fit` by which the joint prior is learned too.
         classifier: iterations of a classifier whose features are compared too; 0: there is none.
+        long: steps of long chains; 0: there are none.
+        endless: steps of the longest chains; 0: there are none.
     """
 
     make: Callable[[], Case]
@@ -108,6 +119,8 @@ class Setting(NamedTuple):
     proposals: int = 30
     rules: Mapping[str, dict[str, Any]] = MappingProxyType({})
     classifier: int = 0
+    long: int = 0
+    endless: int = 0
 
 
 _MNIST_RULES: dict[str, dict[str, Any]] = {
@@ -117,9 +130,9 @@ _MNIST_RULES: dict[str, dict[str, Any]] = {
     "joint": {"method": "joint", "iterations": 300},
 }
 SETS = {
-    "mnist": Setting(backbones.mnist, 3, proposals=1000, rules=_MNIST_RULES, classifier=4000),
+    "mnist": Setting(backbones.mnist, 3, proposals=1000, rules=_MNIST_RULES, classifier=4000, long=2500, endless=100_000),
     "fashion_mnist": Setting(backbones.fashion_mnist_small, 3),
-    "cifar10": Setting(backbones.cifar10_pyramid, 2),
+    "cifar10": Setting(backbones.cifar10_pyramid, 2, long=2500),
     "cifar10_joint": Setting(backbones.cifar10_joint, 2),
     "celeba64": Setting(backbones.celeba64, 1, Sizes(images=2000, draws=2, held=4000)),
     "church64": Setting(backbones.church64, 1, Sizes(images=300, draws=2, few=300, held=600)),
@@ -128,7 +141,9 @@ _SMALL = Sizes(images=100, draws=1, moments=200, few=50, held=400)
 _FEW: dict[str, Any] = {"iterations": 3, "batch_size": 32, "steps": 3, "posterior_steps": 3, "step_size": 0.3}
 QUICK = {
     "digits": Setting(backbones.digits, 1, _SMALL, 3, classifier=5),
-    "digits_ladder": Setting(backbones.digits_ladder, 1, _SMALL, 3, rules={r: s | _FEW for r, s in _MNIST_RULES.items()}),
+    "digits_ladder": Setting(
+        backbones.digits_ladder, 1, _SMALL, 3, long=20, endless=200, rules={r: s | _FEW for r, s in _MNIST_RULES.items()}
+    ),
 }
 
 
@@ -161,8 +176,15 @@ def main() -> None:
             run = Synthesis(setting, name, options.data, runs, Log(log, key, f"{name} {seed}", options.units, device), seed)
             run.run()
             if seed == 0 and _LAST_UNIT in run.log.done:
-                image_panels(out / f"synthesis_{name}.png", run.panels())
+                run.draw(out / f"synthesis_{name}")
+    if not options.table and not options.quick and (options.set is None or "mnist" in options.set):
+        key = code_key(Path(mnist_toy.__file__))
+        Log(log, key, "mnist_toy", options.units, device).unit(
+            _TOY, lambda: mnist_toy.run(f"{options.data}/mnist", runs / "mnist_toy")
+        )
     rows = [row for name, setting in settings.items() for row in rows_of(name, units_of(log, name, setting.seeds))]
+    if toy := whole(log, "mnist_toy", _TOY):
+        rows.append(_row("mnist_toy", "mmd_ratio_worst_layer", [toy[_TOY]["mmd_ratio_worst_layer"]], None, "lower"))
     write_results(out / "synthesis.json", rows)
     (out / "synthesis.md").write_text(table(rows, [units_of(log, name, s.seeds) for name, s in settings.items()]))
     print((out / "synthesis.md").read_text())
@@ -205,7 +227,8 @@ class Synthesis(CaseRun):
         """All units, in order.
 
         "backbone"; "joint energies", "lebm energies", "ncp energies" and "joint (RULE) energies"; "real 0",
-        "reconstructions 0", "best temperature"; "PRIOR i" of every prior for i = 0, 1, …; "seconds".
+        "reconstructions 0", "best temperature"; "PRIOR i" of every prior for i = 0, 1, …; "few real", "few short", "few long",
+        "endless"; "seconds".
         """
         unit, n = self.log.unit, self.sizes.images
         unit("backbone", self.backbone)
@@ -222,9 +245,58 @@ class Synthesis(CaseRun):
         for i in range(self.sizes.draws):
             for name, draw in draws.items():
                 unit(f"{name} {i}", lambda draw=draw, i=i: self._figures(draw(n, i)))
+        few, long, endless = self.sizes.few, self._setting.long, self._setting.endless
+        if long:
+            unit("few real", lambda: self.distance(self.others[:few]))
+            unit("few short", lambda: self.distance(self.sampled(self.learned("joint"), few, 90)))
+            unit("few long", lambda: self.distance(self.sampled(self.learned("joint"), few, 90, steps=long)))
+        if endless:
+            unit("endless", lambda: self._endless(endless))
         unit(_LAST_UNIT, lambda: self._seconds(draws))
 
-    def panels(self) -> dict[str, Tensor]:
+    def draw(self, start: Path) -> None:
+        """Writes its pictures, into files whose names begin so."""
+        prior, gaussian = self.learned("joint"), JointEBMPrior(self.vae)
+        image_panels(start.with_suffix(".png"), self._panels())
+        layers = range(1, len(self.vae.latent_shapes) + 1)
+        one = self.of_images(self.others[:1]).to(self.device)
+        panels: dict[str, Tensor] = {}
+        for title, model in {"Gaussian": gaussian, "joint": prior}.items():
+            for k in layers:
+                redrawn = model.vary(one, range(1, k + 1), _SHOWN // 2, rng=self.seeded(97))[0]
+                panels[f"{title}: layers 1 to {k} redrawn" if k > 1 else f"{title}: layer 1 redrawn"] = self._shown(redrawn)
+        image_panels(start.with_name(f"{start.name}_layers.png"), panels, columns=5)
+        ends = self.of_images(self.others[:10]).to(self.device)
+        ways = prior.interpolate(ends[:5], ends[5:], rng=self.seeded(98))
+        image_panels(
+            start.with_name(f"{start.name}_between.png"),
+            {"from one image to another": self._shown(ways.flatten(0, 1))},
+            columns=9,
+        )
+        steps = self._setting.long or self.sizes.few // 10
+        path = prior.trajectory(8, steps=steps, every=max(1, steps // 20), rng=self.seeded(99))
+        frames = [self._shown(prior.decode([z[i] for z in path.latents])) for i in range(len(path.steps))]
+        total = path.negative_energy.sum(2).cpu()
+        chain_strip(start.with_name(f"{start.name}_chain.png"), torch.stack(frames, 1), path.steps.cpu(), total)
+
+    def _shown(self, x: Tensor) -> Tensor:
+        """What a generator draws, as images to look at."""
+        return self.to_images(x).clamp(0, 1).cpu()
+
+    def _endless(self, steps: int) -> dict[str, Any]:
+        """Σ f along chains: of its mean over the last tenth from that over the second, in standard deviations; chains lost."""
+        path = self.learned("joint").trajectory(100, steps=steps, every=max(1, steps // 200), rng=self.seeded(96))
+        f = path.negative_energy.sum(2)
+        tenth = len(f) // 10
+        sound = torch.isfinite(f).all(0)
+        early, late = f[tenth : 2 * tenth, sound], f[-tenth:, sound]
+        return {
+            "drift": float((late.mean() - early.mean()).abs() / early.std()),
+            "lost": int((~sound).sum()),
+            "mean": float(late.mean()),
+        }
+
+    def _panels(self) -> dict[str, Tensor]:
         """Forty images of each kind, and the nearest training images of the joint prior's."""
         made = {name: draw(_SHOWN, 99).clamp(0, 1) for name, draw in self._draws().items() if name in TITLES}
         images = {"real": self.reference[:_SHOWN], "reconstructions": self.reconstructed(self.others[:_SHOWN]).clamp(0, 1)}
@@ -340,6 +412,12 @@ def rows_of(name: str, runs: Sequence[dict[str, dict[str, Any]]]) -> list[Row]:
         for kind in ("real", "reconstructions")
     ]
     rows += _of_features(name, runs, "frechet")
+    if "few long" in runs[0]:
+        floors, short, long = ([units[f"few {kind}"]["fd"] for units in runs] for kind in ("real", "short", "long"))
+        ratios = [(b - floor) / (a - floor) for floor, a, b in zip(floors, short, long, strict=True)]
+        rows.append(_row(f"{name}, long chains", "long_over_short", ratios, None, "lower"))
+    for metric in ("drift", "lost") if "endless" in runs[0] else ():
+        rows.append(_row(f"{name}, long chains", metric, [float(units["endless"][metric]) for units in runs], None, "lower"))
     if "frechet (classifier)" in runs[0]["real 0"]:
         rows += _of_features(f"{name} (classifier)", runs, "frechet (classifier)")
     return rows
@@ -395,7 +473,7 @@ def table(rows: Sequence[Row], sets: Sequence[Sequence[dict[str, dict[str, Any]]
     metrics = ("frechet", "gap_closed", "frechet_excess_ratio", "kernel", "precision", "recall", "inception_score_lite0")
     metrics = (*metrics, "seconds_per_1000_over_gaussian")
     found = {(row["case"], row["metric"]): row for row in rows}
-    names = list(dict.fromkeys(row["case"].split(", ")[0] for row in rows))
+    names = list(dict.fromkeys(row["case"].split(", ")[0] for row in rows if row["metric"] == "frechet"))
     commits = sorted({units[_LAST_UNIT]["commit"][:7] for runs in sets for units in runs})
     lines = [
         "# Image synthesis",
@@ -417,6 +495,9 @@ def table(rows: Sequence[Row], sets: Sequence[Sequence[dict[str, dict[str, Any]]
             lines.append(
                 f"| {prior} | " + " | ".join(_cell(found.get((f"{name}, {prior}", metric))) for metric in shown) + " |"
             )
+        lines += [""] * any(row["case"] == f"{name}, long chains" for row in rows)
+        lines += [f"- long chains, {row['metric']}: {_cell(row)}" for row in rows if row["case"] == f"{name}, long chains"]
+    lines += ["", *(f"{row['case']}, {row['metric']}: {_cell(row)}" for row in rows if row["case"] == "mnist_toy")]
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,7 @@
 """Figures: of images, of draws, of scores that detect what is unknown, and the protocols that these are measured by."""
 
 from energy_prior.evaluate.detection import Detection, DetectionTask, detection
-from energy_prior.evaluate.draws import effective_sample_size, two_sample_accuracy
+from energy_prior.evaluate.draws import effective_sample_size, maximum_mean_discrepancy, two_sample_accuracy
 from energy_prior.evaluate.images import (
     excess_ratio,
     frechet_distance,
@@ -35,6 +35,7 @@ __all__ = [
     "inception_probabilities",
     "inception_score",
     "kernel_distance",
+    "maximum_mean_discrepancy",
     "nearest",
     "precision_recall",
     "two_sample_accuracy",

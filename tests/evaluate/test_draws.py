@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from energy_prior import ShapeError
-from energy_prior.evaluate import effective_sample_size, two_sample_accuracy
+from energy_prior import ArgumentError, ShapeError
+from energy_prior.evaluate import effective_sample_size, maximum_mean_discrepancy, two_sample_accuracy
 
 
 def test_two_sample_accuracy_on_pairs_that_differ_and_that_do_not() -> None:
@@ -40,3 +42,21 @@ def test_chains_that_stay_apart_are_worth_little() -> None:
     assert float(effective_sample_size(x)) < 3
     with pytest.raises(ShapeError, match="series: expected shape"):
         effective_sample_size(torch.zeros(3, 2, 1))
+
+
+def test_maximum_mean_discrepancy_of_known_gaussians() -> None:
+    """Of N(0, I) and N(m, I) it is (h²/(h² + 2))^{d/2} (2 − 2 exp(−‖m‖²/(2 (h² + 2)))), squared."""
+    g = torch.Generator().manual_seed(0)
+    a, b, h = torch.randn(3000, 2, generator=g), torch.randn(2500, 2, generator=g) + torch.tensor([0.6, 0.8]), 1.5
+    expected = h**2 / (h**2 + 2) * (2 - 2 * math.exp(-1 / (2 * (h**2 + 2))))
+    assert maximum_mean_discrepancy(a, b, bandwidth=h) == pytest.approx(math.sqrt(expected), rel=0.05)
+    assert maximum_mean_discrepancy(a, torch.randn(2500, 2, generator=g)) < 0.02
+    assert maximum_mean_discrepancy(a, b) == pytest.approx(maximum_mean_discrepancy(3 * a + 5, 3 * b + 5)), (
+        "h follows the scale"
+    )
+    assert maximum_mean_discrepancy(torch.ones(3, 1), torch.ones(4, 1)) == 0
+    for wrong in (a[:1], a[:, :1], a[0]):
+        with pytest.raises(ShapeError, match="a, b: expected two matrices"):
+            maximum_mean_discrepancy(wrong, b)
+    with pytest.raises(ArgumentError, match="bandwidth: expected a finite number above 0"):
+        maximum_mean_discrepancy(a, b, bandwidth=0.0)
