@@ -29,6 +29,7 @@ _NAMES, _COLUMNS = 24, {  # of the table, and how wide they are
 _REAL, _RECONSTRUCTIONS = "real images", "reconstructions"
 _AT_ONCE = 1000  # samples whose distances to all images are computed together
 _FEWEST = 4  # of a side: precision and recall look at three neighbours
+_NEAR, _MOST_OUTSIDE = 0.25, 0.25  # a decoder's mean may leave [0, 1] a little, and a draw of p(x | z) more
 _SPREADS = 10  # a gap that is less than so many standard deviations of its ends is none to take shares of
 
 
@@ -62,11 +63,12 @@ class SampleReport:
             by the Fréchet distance, or by the kernel distance where there is none; None where that gap is below ten standard
             deviations, or there are no reconstructions.
         network: what the features are of, for people.
+        features: how many there are of an image.
 
     Examples:
         >>> spread = Spread(20.0, 1.0), Spread(5.0, None)
         >>> figures = {name: {"frechet": s} for name, s in zip(("the generator's own", "joint"), spread)}
-        >>> print(SampleReport(5000, 3, figures, {"joint": 0.9}, "Inception"))
+        >>> print(SampleReport(5000, 3, figures, {"joint": 0.9}, "Inception", 2048))
         5000 images a side, 3 draws; features of Inception
                                    Fréchet     kernel × 1000        precision           recall  inception score  gap closed
         the generator's own         20 ± 1                 –                –                –                –           –
@@ -78,6 +80,7 @@ class SampleReport:
     figures: dict[str, dict[str, Spread | None]]
     gap_closed: dict[str, float | None]
     network: str
+    features: int
 
     def __str__(self) -> str:
         """The table."""
@@ -90,7 +93,7 @@ class SampleReport:
             row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, _COLUMNS.values(), strict=True))
             lines.append(f"{name:<{_NAMES}}{row}")
         if any("frechet" in found and found["frechet"] is None for found in self.figures.values()):
-            lines.append("Fréchet distances need more images a side than there are features.")
+            lines.append(f"Fréchet distances need more than {self.features} images a side; kernel distances do not.")
         return "\n".join(lines)
 
     def document(self) -> dict[str, Any]:
@@ -100,7 +103,8 @@ class SampleReport:
             for name, found in self.figures.items()
         }
         closed = {name: {**figures[name], "gap_closed": share} for name, share in self.gap_closed.items()}
-        return {"images": self.images, "draws": self.draws, "network": self.network, **figures, **closed}
+        head = {"images": self.images, "draws": self.draws, "network": self.network, "features": self.features}
+        return {**head, **figures, **closed}
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,10 @@ class SampleTask:
         if len(shapes) > 1 or self.reference.ndim != 4 or len(self.reference) < _FEWEST:
             got = " and ".join(map(str, (tuple(self.reference.shape), tuple(self.others.shape))))
             raise ShapeError(f"reference, others: expected as many images on either side, {_FEWEST} or more, got {got}.")
+        for name, images in (("reference", self.reference), ("others", self.others)):
+            low, high = (float(v) for v in images.aminmax())
+            if not 0 <= low <= high <= 1:
+                raise ArgumentError(f"{name}: expected values in [0, 1], got some from {low:.4g} to {high:.4g}. Scale them.")
 
     @classmethod
     def halves(cls, images: Tensor, *, seed: int = 0, **options: Any) -> Self:
@@ -219,7 +227,7 @@ class SampleTask:
         }
         first, *rest = priors
         closed = {name: _share(found, first, name) for name in rest}
-        return SampleReport(n, draws, found, closed, self.network)
+        return SampleReport(n, draws, found, closed, self.network, reference.shape[1])
 
     def _features(self, name: str, make: Callable[[int, int], Tensor]) -> Tensor:
         """Features of as many images as there are in the reference, some at a time."""
@@ -230,6 +238,12 @@ class SampleTask:
             if tuple(images.shape) != (count, *self.reference.shape[1:]):
                 wanted = (count, *self.reference.shape[1:])
                 raise ShapeError(f"{name}: expected images of shape {wanted}, got {tuple(images.shape)}.")
+            outside = ((images < -_NEAR) | (images > 1 + _NEAR)).double().mean()
+            if not float(outside) <= _MOST_OUTSIDE:
+                raise ArgumentError(
+                    f"{name}: expected images in [0, 1], and {float(outside):.0%} of the values are far outside. Scale them: "
+                    "of a model of images in [−1, 1], `lambda n: (prior.sample(n) + 1) / 2`."
+                )
             part = self.features(images.detach().to(self.device).clamp(0, 1)).detach().cpu()
             if part.ndim != 2 or len(part) != count or not part.is_floating_point():
                 raise ArgumentError(

@@ -73,7 +73,7 @@ def test_share_of_the_gap() -> None:
     assert 0.3 < report.gap_closed["joint"] < 0.9  # type: ignore[operator]
     few = task(features=lambda x: x.flatten(1)).report(priors, lambda x: x, progress=False)  # 36 features of 30 images
     assert few.figures["joint"]["frechet"] is None
-    assert "more images a side than there are features" in str(few)
+    assert "Fréchet distances need more than 36 images a side" in str(few)
     kernels = [few.figures[kind]["kernel"].mean for kind in ("joint", "generator", "reconstructions")]  # type: ignore[union-attr]
     assert few.gap_closed == {"joint": pytest.approx(gap_closed(*kernels))}
     alike = {"generator": of_brightness(1.0), "joint": of_brightness(1.0)}
@@ -95,7 +95,7 @@ def test_the_report_as_a_table_and_as_json() -> None:
 
 def test_values_outside_the_range_are_clamped() -> None:
     inside = task().report({"a": lambda n: torch.ones(n, 1, 6, 6)}, progress=False)
-    outside = task().report({"a": lambda n: torch.full((n, 1, 6, 6), 7.0)}, progress=False)
+    outside = task().report({"a": lambda n: torch.full((n, 1, 6, 6), 1.2)}, progress=False)
     assert inside == outside
 
 
@@ -110,6 +110,18 @@ def test_values_outside_the_range_are_clamped() -> None:
         (lambda: task(IMAGES[0]), ShapeError, r"got \(1, 6, 6\)"),
         (lambda: task(seed=-1), ArgumentError, "seed: expected a whole number of at least 0"),
         (lambda: task(batch_size=0), ArgumentError, "batch_size: expected a whole number of at least 1"),
+        (lambda: task(255 * IMAGES), ArgumentError, r"reference: expected values in \[0, 1\], got some from .* to 25\d"),
+        (lambda: task(IMAGES * torch.nan), ArgumentError, "got some from nan to nan"),
+        (
+            lambda: task().report({"a": lambda n: 2 * torch.rand(n, 1, 6, 6) - 1}),
+            ArgumentError,
+            "a: .* far outside. Scale them",
+        ),
+        (
+            lambda: task().report({"a": lambda n: torch.rand(n, 1, 6, 6) * torch.nan}),
+            ArgumentError,
+            "features: expected finite",
+        ),
         (lambda: SampleTask(IMAGES[:5], IMAGES[:6]), ShapeError, "as many images on either side, 4 or more"),
         (lambda: task().report({}), ArgumentError, "priors: expected one or more"),
         (lambda: task().report({"real images": of_brightness(1.0)}), ArgumentError, "of other names than 'real images'"),
