@@ -54,6 +54,7 @@ class Job(NamedTuple):
     protocol: str
     seed: int
     quick: bool = False
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--data", help="MNIST, as `energy_prior.data.load_images` reads it; needed but for --quick and --table")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--development", action="store_true", help="the runs that settings are chosen by, one seed")
+    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
     parser.add_argument("--table", action="store_true", help="run nothing, write the table of the runs that are there")
     parser.add_argument("--quick", action="store_true", help="see that it runs; writes nothing into docs/results")
     options = parser.parse_args()
@@ -81,6 +83,7 @@ def main() -> None:
         out = Path(tempfile.mkdtemp())
         data = made_up(out / "data")
         jobs = [Job(data, d, p, 0, quick=True) for d, p in ((1, "zenati"), (4, "test_split"))]
+    jobs = [job._replace(device=options.device) for job in jobs]
     log = out / "anomaly_mnist.partial.jsonl"
     if not options.table:
         key = code_key(*(ROOT / "examples" / name for name in ("anomaly_mnist.py", "detecting.py")))
@@ -96,7 +99,8 @@ def main() -> None:
 def run(job: Job) -> dict[str, Any]:
     """Figures of one run."""
     torch.set_num_threads(1)
-    return example["run"](job.data, job.digit, job.protocol, job.seed, quick=job.quick, progress=False)
+    found = example["run"](job.data, job.digit, job.protocol, job.seed, quick=job.quick, device=job.device, progress=False)
+    return found | {"on_gpu": float(job.device != "cpu")}
 
 
 def made_up(folder: Path) -> str:

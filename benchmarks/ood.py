@@ -70,6 +70,7 @@ class Job(NamedTuple):
     data: str
     known: str
     seed: int
+    device: str
 
 
 def main() -> None:
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder with the image sets; needed but for --table")
     parser.add_argument("--known", choices=tuple(KNOWN), action="append", help="only this one; may be given several times")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
     parser.add_argument("--table", action="store_true", help="run nothing, write the table of the runs that are there")
     options = parser.parse_args()
     if not (options.data or options.table):
@@ -85,7 +87,8 @@ def main() -> None:
     out = ROOT / "docs" / "results"
     log = out / "ood.partial.jsonl"
     if not options.table:
-        jobs = [Job(options.data, name, s) for s in range(3) for name in options.known or KNOWN if s < KNOWN[name].seeds]
+        asked = [(name, seed) for seed in range(3) for name in options.known or KNOWN if seed < KNOWN[name].seeds]
+        jobs = [Job(options.data, name, seed, options.device) for name, seed in asked]
         named = {f"{job.known}, seed {job.seed}": job for job in jobs}
         key = code_key(*(ROOT / "examples" / name for name in ("ood.py", "detecting.py")))
         for name, result in run_missing(named, run, log, key, options.workers):
@@ -102,7 +105,9 @@ def run(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     known, data = KNOWN[job.known], Path(job.data)
     unknown = [(name, str(data / folder), quality) for name, folder, quality in known.unknown]
-    return example["run"](str(data / known.folder), unknown, job.seed, size=known.size, name=job.known, progress=False)
+    shared: dict[str, Any] = {"size": known.size, "name": job.known, "device": job.device, "progress": False}
+    found = example["run"](str(data / known.folder), unknown, job.seed, **shared)
+    return {case: figures | {"on_gpu": float(job.device != "cpu")} for case, figures in found.items()}
 
 
 def rows_of(runs: Sequence[dict[str, dict[str, float]]]) -> list[Row]:

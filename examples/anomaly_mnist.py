@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import add_options
+from command_line import add_options, default_device
 from detecting import draw, neighbours
 from torch import Tensor
 
@@ -35,17 +35,26 @@ PROTOCOLS = ("zenati", "test_split", "development")
 def main() -> None:
     """Reads the command line and runs the example."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, data="ylecun/mnist", out="runs/anomaly_mnist", device=False)
+    add_options(parser, data="ylecun/mnist", out="runs/anomaly_mnist")
     parser.add_argument("--digit", type=int, default=4, choices=range(10), help="held out of training")
     parser.add_argument("--protocol", default="zenati", choices=PROTOCOLS, help="what is trained and tested on")
     options = parser.parse_args()
     torch.set_num_threads(1)  # the nets are small: more threads gain little
-    figures = run(options.data, options.digit, options.protocol, options.seed, quick=options.quick, out=options.out)
+    shared: dict[str, Any] = {"quick": options.quick, "out": options.out, "device": options.device or default_device()}
+    figures = run(options.data, options.digit, options.protocol, options.seed, **shared)
     print(json.dumps(figures, indent=2))
 
 
 def run(
-    data: str, digit: int, protocol: str, seed: int, *, quick: bool = False, out: Path | None = None, progress: bool = True
+    data: str,
+    digit: int,
+    protocol: str,
+    seed: int,
+    *,
+    quick: bool = False,
+    out: Path | None = None,
+    device: str = "cpu",
+    progress: bool = True,
 ) -> dict[str, float]:
     """Trains on the known digits, scores, draws if there is a folder; returns every figure of every score by its name."""
     torch.manual_seed(seed)
@@ -56,18 +65,19 @@ def run(
     shared: dict[str, Any] = {"rng": rng, "progress": progress}
 
     # 1. A ladder VAE of the known digits, its weights chosen by the ELBO of held-out ones.
-    vae = LadderVAE((1, 28, 28), latent_dims=(16, 8), hidden=512)
+    vae = LadderVAE((1, 28, 28), latent_dims=(16, 8), hidden=512).to(device)
     fit_elbo(vae, images, validation=held[:1000], learning_rate=1e-3, iterations=60 if quick else 4000, log_every=20, **shared)
 
     # 2. Its joint prior, calibrated on held-out known digits.
-    prior = JointEBMPrior(vae, [MLPEnergy(shape, hidden=(256, 256)) for shape in vae.latent_shapes])
+    prior = JointEBMPrior(vae, [MLPEnergy(shape, hidden=(256, 256)) for shape in vae.latent_shapes]).to(device)
     fit: dict[str, Any] = {"iterations": 30 if quick else 3000, "batch_size": 64 if quick else 512, "energy_penalty": 5e-4}
     prior.fit(images, "nce", **fit, **shared)
     prior.calibrate(held)
 
     # 3. What it has to beat: the same VAE without energies, with one on the top layer alone, and neighbours in pixels.
-    gaussian = JointEBMPrior(vae)
+    gaussian = JointEBMPrior(vae).to(device)
     top = JointEBMPrior(vae, [FlatEnergy(vae.latent_shapes[0]), MLPEnergy(vae.latent_shapes[1], hidden=(256, 256))])
+    top.to(device)
     top.fit(images, "nce", **fit, **shared)
     scores: dict[str, Callable[[Tensor], Any]] = {
         "": prior.anomaly_score,

@@ -49,7 +49,7 @@ def draw(
     plots.score_histograms(out / "histograms.png", histograms, **labels)
     panels = {}
     for name, x in ((known, inside), (unknown, outside)):
-        order = prior.anomaly_score(x).argsort()
+        order = prior.anomaly_score(x).cpu().argsort()
         panels |= {f"{name}, least anomalous": x[order[:40]], f"{name}, most anomalous": x[order[-40:]]}
     plots.image_panels(out / "extremes.png", panels)
     plots.explanation(out / "explanation.png", outside, prior.explain(outside).surprises())

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import user_path
+from command_line import default_device, user_path
 from detecting import draw, neighbours
 from PIL import Image
 from torch import Tensor
@@ -39,10 +39,12 @@ def main() -> None:
     parser.add_argument("--known", required=True, help="the set to train on")
     parser.add_argument("--unknown", required=True, help="the other one; its split is test, or train where it has no other")
     parser.add_argument("--jpeg", type=int, help="quality at which the unknown images are compressed first")
+    parser.add_argument("--device", default=None, help="cpu, cuda, …; default: a GPU if there is one")
     options = parser.parse_args()
     torch.set_num_threads(1)
     unknown = [(Path(options.unknown).name, options.unknown, options.jpeg)]
-    found = run(options.known, unknown, options.seed, quick=options.quick, out=options.out)
+    shared: dict[str, Any] = {"quick": options.quick, "out": options.out, "device": options.device or default_device()}
+    found = run(options.known, unknown, options.seed, **shared)
     print(json.dumps(found, indent=2))
 
 
@@ -55,6 +57,7 @@ def run(
     name: str | None = None,
     quick: bool = False,
     out: Path | None = None,
+    device: str = "cpu",
     progress: bool = True,
 ) -> dict[str, dict[str, float]]:
     """Trains on a set, and scores it against others.
@@ -67,6 +70,7 @@ def run(
         name: of the known set in the cases; None: that of its folder.
         quick: small nets and few iterations.
         out: folder of the pictures, of the first pair; None: none are drawn.
+        device: where the model is.
         progress: show it.
 
     Returns:
@@ -96,13 +100,14 @@ def run(
         fit = {"iterations": 1000, "batch_size": 128, "method": "denoising"}
     if quick:
         length, fit = length | {"iterations": 20, "batch_size": 64}, fit | {"iterations": 10, "batch_size": 64}
+    vae = vae.to(device)
     fit_elbo(vae, train, validation=held[:1000], log_every=max(1, length["iterations"] // 20), **length, **shared)
-    prior = JointEBMPrior(vae)
+    prior = JointEBMPrior(vae).to(device)
     prior.fit(train, **fit, **shared)
     prior.calibrate(held)
 
     # 2. Its scores, those of the same VAE without energies, and neighbours in pixels.
-    gaussian, few = JointEBMPrior(vae), 10 if quick else 1000
+    gaussian, few = JointEBMPrior(vae).to(device), 10 if quick else 1000
     k = layers_redrawn(prior, held[:few], rng)
     chain: dict[str, Any] = {"num_samples": 1 if quick else 2, "rng": rng}
     scores: dict[str, Callable[[Tensor], Any]] = {

@@ -89,7 +89,7 @@ CASES = [
 def test_quick(script: str, size: int, channels: int, files: set[str], tmp_path: Path) -> None:
     data = labelled(tmp_path / "set", size, channels)
     extra = ["--unknown", str(write_parquet(tmp_path / "other", images(20, 30, 3, 1), "test"))] if channels == 3 else []
-    device = [] if script in ("mnist_toy.py", "anomaly_mnist.py") else ["--device", "cpu"]
+    device = [] if script == "mnist_toy.py" else ["--device", "cpu"]
     run(script, ["--data", str(data), "--out", str(tmp_path / "out"), "--quick", *device, *extra])
     assert files <= {p.name for p in (tmp_path / "out").iterdir()}
     results = json.loads((tmp_path / "out" / "results.json").read_text())
