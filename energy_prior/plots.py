@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor
 
 from energy_prior.checks.settings import check_count, check_path, require_extra
+from energy_prior.errors import ArgumentError, ShapeError
 from energy_prior.evaluate.detection import detection, labelled_ranks
 
 _MOST_PANELS = 6  # in a row
@@ -35,6 +36,9 @@ def image_panels(path: str | os.PathLike[str], panels: Mapping[str, Tensor], *, 
         panels: title -> images in [0, 1], (n, channels, height, width), 1 or 3 channels.
         columns: images per row of a grid.
 
+    Raises:
+        ArgumentError, ShapeError: if there is no panel, or one has no images.
+
     Examples:
         >>> import os, tempfile
         >>> from energy_prior import load_example
@@ -46,6 +50,12 @@ def image_panels(path: str | os.PathLike[str], panels: Mapping[str, Tensor], *, 
         ['samples.png']
     """
     file = check_path("path", path)
+    if not panels:
+        raise ArgumentError("panels: expected one or more, got none.")
+    for title, images in panels.items():
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+            got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ShapeError(f"panels[{title!r}]: expected a tensor of images, (n, 1 or 3, height, width), got {got}.")
     rows = math.ceil(len(panels) / _MOST_PANELS)
     across = math.ceil(len(panels) / rows)
     grids = {title: _grid(images, columns) for title, images in panels.items()}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+
+from energy_prior import ArgumentError, ShapeError
 
 
 def test_plots_write_readable_pictures(tmp_path: Any) -> None:
@@ -25,3 +28,19 @@ def test_plots_write_readable_pictures(tmp_path: Any) -> None:
         picture = imread(tmp_path / f"{name}.png")
         assert picture.shape[2] == 4
         assert picture.std() > 0.05, "not blank"
+
+
+@pytest.mark.parametrize(
+    ("panels", "words"),
+    [
+        ({}, "panels: expected one or more, got none"),
+        ({"a": torch.rand(3, 5, 7)}, r"panels\['a'\]: expected a tensor of images.*got \(3, 5, 7\)"),
+        ({"a": torch.rand(0, 1, 5, 7)}, r"got \(0, 1, 5, 7\)"),
+        ({"a": torch.rand(2, 1, 5, 7).numpy()}, "got ndarray"),
+    ],
+)
+def test_panels_of_no_images(panels: Any, words: str, tmp_path: Any) -> None:
+    from energy_prior import plots
+
+    with pytest.raises((ArgumentError, ShapeError), match=words):
+        plots.image_panels(tmp_path / "a.png", panels)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from energy_prior.checks.settings import check_positive, require_extra
-from energy_prior.errors import ShapeError
+from energy_prior.errors import ArgumentError, ShapeError
 
 _FOR_MEDIAN, _AT_ONCE = 1000, 1000  # draws
 
@@ -61,17 +61,22 @@ def maximum_mean_discrepancy(a: Tensor, b: Tensor, *, bandwidth: float | None = 
 
     Raises:
         ShapeError: if they are not two matrices with the same d and two rows or more.
+        ArgumentError: if a value is not finite, or the bandwidth is not above 0.
 
     Examples:
         >>> a, b = torch.randn(500, 2), torch.randn(500, 2)
         >>> maximum_mean_discrepancy(a, b) < 0.1 < maximum_mean_discrepancy(a, b + 1)
         True
     """
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ShapeError(
             f"a, b: expected two matrices (n, d) and (m, d) of two rows or more, got {tuple(a.shape)} and {tuple(b.shape)}."
         )
     a, b = a.detach().cpu().double(), b.detach().cpu().double()
+    for name, draws in {"a": a, "b": b}.items():
+        if not bool(torch.isfinite(draws).all()):
+            raise ArgumentError(f"{name}: expected finite values, got NaN or infinity.")
     if bandwidth is None:
         bandwidth = max(float(torch.pdist(a[:_FOR_MEDIAN]).median()), 1e-12)
     scale = 2 * check_positive("bandwidth", bandwidth) ** 2

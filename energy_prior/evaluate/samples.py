@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import Self
 
-from energy_prior.checks.settings import check_count
-from energy_prior.errors import ArgumentError, ShapeError
+from energy_prior.checks.arguments import is_array
+from energy_prior.checks.settings import check_count, check_device
+from energy_prior.errors import ArgumentError, DataWarning, ShapeError, warn
 from energy_prior.evaluate.images import frechet_distance, gap_closed, inception_score, kernel_distance, precision_recall
 from energy_prior.evaluate.networks import efficientnet_features, efficientnet_probabilities
 
@@ -117,7 +118,7 @@ class SampleTask:
             which are reconstructed.
         features: images in [0, 1], (batch, …) -> features, (batch, d), of any unit.
         probabilities: features, (n, d) -> p(y | x) in [0, 1], (n, classes), for the inception score; None: there is none.
-        network: what the features are of, for people.
+        network: what the features are of, for people; None: "EfficientNet-Lite0 (no FID)", or "your own" of other features.
         device: where features are computed, and where images that are reconstructed are; None: where the images are.
         batch_size: images at a time, ≥ 1.
 
@@ -136,23 +137,26 @@ class SampleTask:
     others: Tensor
     features: Callable[[Tensor], Tensor] = efficientnet_features
     probabilities: Callable[[Tensor], Tensor] | None = efficientnet_probabilities
-    network: str = "EfficientNet-Lite0 (no FID)"
+    network: str | None = None
     batch_size: int = 250
     device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
         check_count("batch_size", self.batch_size)
-        if self.features is not efficientnet_features and self.probabilities is efficientnet_probabilities:
-            object.__setattr__(self, "probabilities", None)  # of other features
-            object.__setattr__(self, "network", "your own" if self.network == type(self).network else self.network)
-        shapes = {tuple(x.shape) for x in (self.reference, self.others)}
-        if len(shapes) > 1 or self.reference.ndim != 4 or len(self.reference) < _FEWEST:
-            got = " and ".join(map(str, (tuple(self.reference.shape), tuple(self.others.shape))))
+        _check_calls({"features": self.features, "probabilities": self.probabilities or efficientnet_probabilities})
+        default = self.features is efficientnet_features
+        settled: dict[str, Any] = {"reference": _real("reference", self.reference), "others": _real("others", self.others)}
+        settled["network"] = self.network or ("EfficientNet-Lite0 (no FID)" if default else "your own")
+        if not default and self.probabilities is efficientnet_probabilities:
+            settled["probabilities"] = None  # of other features
+        if self.device is not None:
+            check_device("device", str(self.device))
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+        shapes = [tuple(x.shape) for x in (self.reference, self.others)]
+        if shapes[0] != shapes[1] or len(self.reference) < _FEWEST:
+            got = " and ".join(map(str, shapes))
             raise ShapeError(f"reference, others: expected as many images on either side, {_FEWEST} or more, got {got}.")
-        for name, images in (("reference", self.reference), ("others", self.others)):
-            low, high = (float(v) for v in images.aminmax())
-            if not 0 <= low <= high <= 1:
-                raise ArgumentError(f"{name}: expected values in [0, 1], got some from {low:.4g} to {high:.4g}. Scale them.")
 
     @classmethod
     def halves(cls, images: Tensor, *, seed: int = 0, **options: Any) -> Self:
@@ -164,11 +168,12 @@ class SampleTask:
             **options: features, probabilities, network, batch_size, device.
 
         Raises:
-            ShapeError: if there are fewer.
+            ShapeError: if there are fewer, or they are no images.
+            ArgumentError: if a value is not in [0, 1], or a setting is impossible.
         """
-        if images.ndim != 4 or len(images) < 2 * _FEWEST:
-            wanted = f"(n, channels, height, width) of {2 * _FEWEST} or more"
-            raise ShapeError(f"images: expected {wanted}, got {tuple(images.shape)}.")
+        images = _real("images", images)
+        if len(images) < 2 * _FEWEST:
+            raise ShapeError(f"images: expected {2 * _FEWEST} or more, got {len(images)}.")
         rng = torch.Generator().manual_seed(check_count("seed", seed, least=0))
         order, half = torch.randperm(len(images), generator=rng), len(images) // 2
         return cls(images[order[:half]], images[order[half : 2 * half]], **options)
@@ -198,9 +203,11 @@ class SampleTask:
             MissingExtraError: if the network of the default features is not installed.
         """
         draws = check_count("draws", draws)
-        taken = {_REAL, _RECONSTRUCTIONS} & set(priors)
-        if not priors or taken:
-            raise ArgumentError(f"priors: expected one or more, of other names than {_REAL!r}, got {list(priors)}.")
+        if not isinstance(priors, Mapping) or not priors or {_REAL, _RECONSTRUCTIONS} & set(priors):
+            names = f"other names than {_REAL!r} and {_RECONSTRUCTIONS!r}"
+            got = list(priors) if isinstance(priors, Mapping) else type(priors).__name__
+            raise ArgumentError(f"priors: expected a dict of one or more functions, with {names}, got {got}.")
+        _check_calls({**{f"priors[{name!r}]": sample for name, sample in priors.items()}, "reconstruct": reconstruct or len})
         n, bar = (
             len(self.reference),
             tqdm(total=draws * len(priors) + 2, desc="report", unit="set", disable=None if progress else True),
@@ -221,33 +228,44 @@ class SampleTask:
         for name, sample in priors.items():
             sets[name] = [figures(name, lambda _, count, sample=sample: sample(count)) for _ in range(draws)]
         bar.close()
+        for name, several in sets.items():
+            if len(several) > 1 and all(entry == several[0] for entry in several):
+                warn(
+                    f"priors[{name!r}]: all {draws} draws are the same images, so that ± 0 says nothing. Is it seeded anew?",
+                    DataWarning,
+                )
         found = {
             name: {metric: _spread([entry[metric] for entry in several]) for metric in METRICS}
             for name, several in sets.items()
         }
         first, *rest = priors
         closed = {name: _share(found, first, name) for name in rest}
-        return SampleReport(n, draws, found, closed, self.network, reference.shape[1])
+        return SampleReport(n, draws, found, closed, str(self.network), reference.shape[1])
 
     def _features(self, name: str, make: Callable[[int, int], Tensor]) -> Tensor:
         """Features of as many images as there are in the reference, some at a time."""
         n, parts = len(self.reference), []
         for start in range(0, n, self.batch_size):
             count = min(self.batch_size, n - start)
-            images = make(start, count)
+            images = _images(name, make(start, count))
             if tuple(images.shape) != (count, *self.reference.shape[1:]):
                 wanted = (count, *self.reference.shape[1:])
                 raise ShapeError(f"{name}: expected images of shape {wanted}, got {tuple(images.shape)}.")
-            outside = ((images < -_NEAR) | (images > 1 + _NEAR)).double().mean()
-            if not float(outside) <= _MOST_OUTSIDE:
+            images = images.to(self.device).float()
+            if not bool(torch.isfinite(images).all()):
+                raise ArgumentError(f"{name}: expected finite images, and some of these {count} have NaN or infinity.")
+            outside = float(((images < -_NEAR) | (images > 1 + _NEAR)).double().mean())
+            if outside > _MOST_OUTSIDE:
+                low, high = (float(v) for v in images.aminmax())
                 raise ArgumentError(
-                    f"{name}: expected images in [0, 1], and {float(outside):.0%} of the values are far outside. Scale them: "
-                    "of a model of images in [−1, 1], `lambda n: (prior.sample(n) + 1) / 2`."
+                    f"{name}: expected images in [0, 1], and {outside:.0%} of the values are far outside, from {low:.6g} to "
+                    f"{high:.6g}. Scale them, of a model of images in [−1, 1] by lambda n: (prior.sample(n) + 1) / 2, and "
+                    "reconstructions by lambda x: (prior.reconstruct(2 * x - 1) + 1) / 2."
                 )
-            part = self.features(images.detach().to(self.device).clamp(0, 1)).detach().cpu()
-            if part.ndim != 2 or len(part) != count or not part.is_floating_point():
+            part = _tensor("features", self.features(images.clamp(0, 1))).cpu()
+            if part.ndim != 2 or len(part) != count or not part.shape[1] or not part.is_floating_point():
                 raise ArgumentError(
-                    f"features: expected (n, d) of floating-point numbers, got {tuple(part.shape)}, {part.dtype}."
+                    f"features: expected ({count}, d) of floating-point numbers, got {tuple(part.shape)}, {part.dtype}."
                 )
             parts.append(part)
         return torch.cat(parts)
@@ -259,8 +277,14 @@ class SampleTask:
             "kernel": kernel_distance(other, reference),
             "precision": precision,
             "recall": recall,
-            "inception_score": None if self.probabilities is None else inception_score(self.probabilities(other)),
+            "inception_score": None if self.probabilities is None else inception_score(self._probabilities(other)),
         }
+
+    def _probabilities(self, features: Tensor) -> Tensor:
+        found = _tensor("probabilities", (self.probabilities or efficientnet_probabilities)(features))
+        if len(found) != len(features):
+            raise ShapeError(f"probabilities: expected ({len(features)}, classes), got {tuple(found.shape)}.")
+        return found
 
 
 def nearest(samples: Tensor, images: Tensor, *, count: int = 1) -> tuple[Tensor, Tensor]:
@@ -277,6 +301,7 @@ def nearest(samples: Tensor, images: Tensor, *, count: int = 1) -> tuple[Tensor,
 
     Raises:
         ShapeError: if they differ in shape, or there are fewer images.
+        ArgumentError: if a value is not finite.
 
     Examples:
         >>> images = torch.rand(10, 1, 8, 8)
@@ -285,14 +310,55 @@ def nearest(samples: Tensor, images: Tensor, *, count: int = 1) -> tuple[Tensor,
         ([7, 2], 0.08)
     """
     count = check_count("count", count)
-    if samples.shape[1:] != images.shape[1:] or len(images) < count:
+    samples, images = _tensor("samples", samples), _tensor("images", images)
+    if samples.ndim < 2 or samples.shape[1:] != images.shape[1:] or len(images) < count:
         got = f"{tuple(samples.shape)} and {tuple(images.shape)}"
         raise ShapeError(f"samples, images: expected one shape, (n, …) and (m, …) with m of at least {count}, got {got}.")
+    samples = samples if samples.is_floating_point() else samples.float()
     rows = images.to(samples).flatten(1)
+    for name, values in {"samples": samples, "images": rows}.items():
+        if not bool(torch.isfinite(values).all()):
+            raise ArgumentError(f"{name}: expected finite values, got NaN or infinity.")
     parts = [torch.cdist(x.flatten(1), rows).topk(count, largest=False) for x in samples.split(_AT_ONCE)]
     if not parts:
         return samples.new_zeros(0, count, dtype=torch.long), samples.new_zeros(0, count)
     return torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts])
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """What a user or a function of theirs gave, if it is a tensor or an array."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if is_array(value):
+        return torch.as_tensor(value)
+    raise ShapeError(f"{name}: expected a tensor or an array, got {type(value).__name__}.")
+
+
+def _images(name: str, value: Any) -> Tensor:
+    images = _tensor(name, value)
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ShapeError(f"{name}: expected images, (n, 1 or 3, height, width), got {tuple(images.shape)}.")
+    return images
+
+
+def _real(name: str, value: Any) -> Tensor:
+    """Images in [0, 1]."""
+    images = _images(name, value)
+    low, high = (float(v) for v in images.aminmax()) if images.numel() else (0.0, 1.0)
+    if math.isnan(low) or math.isnan(high):
+        raise ArgumentError(f"{name}: expected finite images, got NaN. Leave out what could not be read.")
+    if not 0 <= low <= high <= 1 or not images.is_floating_point():
+        raise ArgumentError(
+            f"{name}: expected floating-point values in [0, 1], got {images.dtype} from {low:.7g} to {high:.7g}. Scale them: "
+            "x / 255 of 8-bit images, (x + 1) / 2 of images in [−1, 1]."
+        )
+    return images
+
+
+def _check_calls(functions: Mapping[str, Any]) -> None:
+    for name, function in functions.items():
+        if not callable(function):
+            raise ArgumentError(f"{name}: expected a function, got {type(function).__name__}.")
 
 
 def _spread(values: Sequence[float | None]) -> Spread | None:

@@ -58,5 +58,8 @@ def test_maximum_mean_discrepancy_of_known_gaussians() -> None:
     for wrong in (a[:1], a[:, :1], a[0]):
         with pytest.raises(ShapeError, match="a, b: expected two matrices"):
             maximum_mean_discrepancy(wrong, b)
+    for name, pair in {"a": (a * torch.nan, b), "b": (a, b / 0)}.items():
+        with pytest.raises(ArgumentError, match=f"{name}: expected finite values"):
+            maximum_mean_discrepancy(*pair)
     with pytest.raises(ArgumentError, match="bandwidth: expected a finite number above 0"):
         maximum_mean_discrepancy(a, b, bandwidth=0.0)

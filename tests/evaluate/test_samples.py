@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from energy_prior import ArgumentError, ShapeError
+from energy_prior import ArgumentError, DataWarning, ShapeError
 from energy_prior.evaluate import SampleTask, gap_closed, inception_score, kernel_distance, nearest, precision_recall
 
 IMAGES = torch.rand(60, 1, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -66,7 +66,7 @@ def test_distances_are_to_images_that_are_not_reconstructed() -> None:
 
 def test_share_of_the_gap() -> None:
     """Reconstructions are the images themselves, the generator's samples are dark, those of the joint prior half as dark."""
-    priors = {"generator": of_brightness(0.0), "joint": of_brightness(0.5)}
+    priors = {"generator": of_brightness(0.05), "joint": of_brightness(0.5)}
     report = task().report(priors, lambda x: x, progress=False)
     distances = [report.figures[kind]["frechet"].mean for kind in ("joint", "generator", "reconstructions")]  # type: ignore[union-attr]
     assert report.gap_closed == {"joint": pytest.approx(gap_closed(*distances))}
@@ -82,7 +82,7 @@ def test_share_of_the_gap() -> None:
 
 
 def test_the_report_as_a_table_and_as_json() -> None:
-    report = task().report({"generator": of_brightness(0.0), "joint": of_brightness(0.5)}, lambda x: x, progress=False)
+    report = task().report({"generator": of_brightness(0.05), "joint": of_brightness(0.5)}, lambda x: x, progress=False)
     lines = str(report).splitlines()
     assert len(lines) == 2 + 4
     assert lines[-1].startswith("joint ")
@@ -94,49 +94,82 @@ def test_the_report_as_a_table_and_as_json() -> None:
 
 
 def test_values_outside_the_range_are_clamped() -> None:
-    inside = task().report({"a": lambda n: torch.ones(n, 1, 6, 6)}, progress=False)
-    outside = task().report({"a": lambda n: torch.full((n, 1, 6, 6), 1.2)}, progress=False)
+    inside = task().report({"a": lambda n: torch.ones(n, 1, 6, 6)}, draws=1, progress=False)
+    outside = task().report({"a": lambda n: torch.full((n, 1, 6, 6), 1.2)}, draws=1, progress=False)
     assert inside == outside
+
+
+def test_draws_that_are_the_same_are_said_to_be() -> None:
+    with pytest.warns(DataWarning, match=r"priors\['fixed'\]: all 3 draws are the same images"):
+        task().report({"fixed": lambda n: IMAGES[:n]}, progress=False)
+
+
+def test_arrays_are_images_too() -> None:
+    priors = {"a": lambda n: IMAGES[:n].numpy()}
+    report = SampleTask.halves(IMAGES.numpy(), features=lambda x: corners(x).numpy()).report(priors, draws=1, progress=False)  # type: ignore[arg-type,return-value]
+    assert report == task().report({"a": lambda n: IMAGES[:n]}, draws=1, progress=False)
+
+
+halves: Any = SampleTask.halves
+
+
+def report(*arguments: Any, **settings: Any) -> Any:
+    return task().report(*arguments, **settings)
 
 
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (
-            lambda: task(IMAGES[:7]),
-            ShapeError,
-            r"images: expected \(n, channels, height, width\) of 8 or more, got \(7, 1, 6, 6\)",
-        ),
-        (lambda: task(IMAGES[0]), ShapeError, r"got \(1, 6, 6\)"),
+        (lambda: task(IMAGES[:7]), ShapeError, "images: expected 8 or more, got 7"),
+        (lambda: task(IMAGES[0]), ShapeError, r"images: expected images, \(n, 1 or 3, height, width\), got \(1, 6, 6\)"),
+        (lambda: task(IMAGES.expand(-1, 2, -1, -1)), ShapeError, r"got \(60, 2, 6, 6\)"),
+        (lambda: halves("a"), ShapeError, "images: expected a tensor or an array, got str"),
         (lambda: task(seed=-1), ArgumentError, "seed: expected a whole number of at least 0"),
         (lambda: task(batch_size=0), ArgumentError, "batch_size: expected a whole number of at least 1"),
-        (lambda: task(255 * IMAGES), ArgumentError, r"reference: expected values in \[0, 1\], got some from .* to 25\d"),
-        (lambda: task(IMAGES * torch.nan), ArgumentError, "got some from nan to nan"),
-        (
-            lambda: task().report({"a": lambda n: 2 * torch.rand(n, 1, 6, 6) - 1}),
-            ArgumentError,
-            "a: .* far outside. Scale them",
-        ),
-        (
-            lambda: task().report({"a": lambda n: torch.rand(n, 1, 6, 6) * torch.nan}),
-            ArgumentError,
-            "features: expected finite",
-        ),
+        (lambda: task(device="nowhere"), ArgumentError, "device nowhere: not available here"),
+        (lambda: task(features=3), ArgumentError, "features: expected a function, got int"),
+        (lambda: task(255 * IMAGES), ArgumentError, r"images: expected floating-point values in \[0, 1\], got .* x / 255"),
+        (lambda: task((255 * IMAGES).to(torch.uint8)), ArgumentError, "got torch.uint8 from"),
+        (lambda: task(1.0005 * IMAGES.round()), ArgumentError, "from 0 to 1.0005"),
+        (lambda: task(IMAGES * torch.nan), ArgumentError, "images: expected finite images, got NaN"),
         (lambda: SampleTask(IMAGES[:5], IMAGES[:6]), ShapeError, "as many images on either side, 4 or more"),
-        (lambda: task().report({}), ArgumentError, "priors: expected one or more"),
-        (lambda: task().report({"real images": of_brightness(1.0)}), ArgumentError, "of other names than 'real images'"),
-        (lambda: task().report({"a": of_brightness(1.0)}, draws=0), ArgumentError, "draws: expected a whole number"),
+        (lambda: report({}), ArgumentError, "priors: expected a dict of one or more functions"),
+        (lambda: report([len]), ArgumentError, "priors: .* got list"),
         (
-            lambda: task().report({"a": lambda n: IMAGES[:3]}),
+            lambda: report({"reconstructions": len}),
+            ArgumentError,
+            "other names than 'real images' and 'reconstructions'",
+        ),
+        (lambda: report({"a": IMAGES}), ArgumentError, r"priors\['a'\]: expected a function, got Tensor"),
+        (lambda: report({"a": of_brightness(1.0)}, 3), ArgumentError, "reconstruct: expected a function, got int"),
+        (lambda: report({"a": of_brightness(1.0)}, draws=0), ArgumentError, "draws: expected a whole number"),
+        (
+            lambda: report({"a": lambda n: IMAGES[:3]}),
             ShapeError,
             r"a: expected images of shape \(30, 1, 6, 6\), got \(3,",
         ),
+        (lambda: report({"a": lambda n: None}), ShapeError, "a: expected a tensor or an array, got NoneType"),
+        (lambda: report({"a": lambda n: (IMAGES,)}), ShapeError, "a: expected a tensor or an array, got tuple"),
+        (lambda: report({"a": lambda n: 2 * IMAGES[:n] - 1}), ArgumentError, r"a: .* far outside, from -.* Scale them"),
+        (lambda: report({"a": lambda n: IMAGES[:n] * torch.nan}), ArgumentError, "a: expected finite images"),
         (
-            lambda: task().report({"a": of_brightness(1.0)}, lambda x: x[:1]),
+            lambda: report({"a": of_brightness(1.0)}, lambda x: x[:1]),
             ShapeError,
             "reconstruct: expected images of shape",
         ),
-        (lambda: task(features=lambda x: x).report({"a": of_brightness(1.0)}), ArgumentError, r"features: expected \(n, d\)"),
+        (lambda: report({"a": of_brightness(1.0)}, lambda x: x / 0), ArgumentError, "reconstruct: expected finite"),
+        (lambda: task(features=lambda x: x).report({"a": of_brightness(1.0)}), ArgumentError, r"features: expected \(30, d\)"),
+        (lambda: task(features=lambda x: None).report({"a": of_brightness(1.0)}), ShapeError, "features: expected a tensor"),
+        (
+            lambda: task(features=lambda x: torch.zeros(len(x), 0)).report({"a": of_brightness(1.0)}),
+            ArgumentError,
+            r"features: expected \(30, d\) of floating-point numbers, got \(30, 0\)",
+        ),
+        (
+            lambda: task(probabilities=lambda f: f[1:].softmax(1)).report({"a": of_brightness(1.0)}),
+            ShapeError,
+            r"probabilities: expected \(30, classes\), got \(29, 4\)",
+        ),
     ],
 )
 def test_bad_input(make: Callable[[], Any], error: type[Exception], words: str) -> None:
@@ -156,3 +189,7 @@ def test_nearest_images(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (IMAGES[:2], IMAGES[:, :, 1:]):
         with pytest.raises(ShapeError, match="samples, images: expected one shape"):
             nearest(samples, wrong, count=3)
+    bytes_ = (255 * IMAGES).to(torch.uint8)
+    assert nearest(bytes_[:2], bytes_)[0].flatten().tolist() == [0, 1]
+    with pytest.raises(ArgumentError, match="images: expected finite values"):
+        nearest(samples, IMAGES / 0)
