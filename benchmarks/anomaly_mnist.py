@@ -130,7 +130,7 @@ def rows_of(done: dict[str, dict[str, float]]) -> list[Row]:
         for metric in runs[0]:
             goal = PAPER.get(int(digit)) if protocol == "zenati" and metric == "auprc" else None
             better = "lower" if metric.startswith("fpr") else "higher"
-            rows.append(mean_row(case, metric, [r[metric] for r in runs], goal, better))
+            rows.append(mean_row(case, metric, [r[metric] for r in runs if metric in r], goal, better))
     return rows
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +24,11 @@ from energy_prior import JointEBMPrior, fit_elbo
 from energy_prior._util import not_none
 from energy_prior.checkpoint import fingerprint
 from energy_prior.cli.demo import load_demo_data
-from energy_prior.evaluate import efficientnet_features, frechet_distance
+from energy_prior.evaluate import efficientnet_features, frechet_distance, kernel_distance
 from energy_prior.topdown import TopDown
 
+Energies = Callable[[Sequence[torch.Size]], Iterable[nn.Module]]
+"""Latent shapes -> an energy per layer."""
 TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0)
 """Of which the Gaussian prior's best is chosen."""
 
@@ -76,7 +78,9 @@ class Log:
 
     def __init__(self, path: Path, key: str, case: str, units: str, device: torch.device) -> None:
         self.path, self.key, self.case, self.units, self.device = path, key, case, re.compile(units), device
+        self.commit = provenance()["commit"]  # now: what runs is the code of this moment
         self.matched = False
+        self.asked: list[str] = []
         path.parent.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -86,24 +90,31 @@ class Log:
 
     def unit(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
         """Runs a unit whose result is not there, if it is one of those that may be run."""
+        self.asked.append(name)
         mine = self.units.fullmatch(name) is not None
         self.matched |= mine
         if mine and name not in self.done:
             begin = time.perf_counter()
             result = run()
-            result |= {"seconds": round(time.perf_counter() - begin), "commit": provenance()["commit"]}
+            result |= {"seconds": round(time.perf_counter() - begin), "commit": self.commit}
             result |= {"device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"}
             line = {"key": self.key, "case": self.case, "unit": name, "result": result}
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(self.case, name, result, flush=True)
 
+    def last(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
+        """The unit that ends a case: it is only run once all that were asked for before it are done."""
+        self.matched |= self.units.fullmatch(name) is not None
+        if set(self.asked) <= set(self.done):
+            self.unit(name, run)
+
 
 class CaseRun:
     """A backbone, energies on it, and images and distances. Weights are files in `folder`.
 
     Of the training images the last `sizes.held` are held out: `reference`, which all distances are to, and `others`, which are
-    reconstructed and what the temperature is chosen on.
+    reconstructed, and on which the backbone's iteration and the temperature are chosen.
 
     Args:
         case: what is trained, and how.
@@ -117,7 +128,8 @@ class CaseRun:
     def __init__(self, case: Case, images: Tensor, folder: Path, log: Log, sizes: Sizes, seed: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.case, self.folder, self.log, self.sizes, self.device = case, folder, log, sizes, log.device
-        self.batch, self._seed = 1000 if self.device.type == "cuda" else 250, seed
+        self.batch, self.seed = 1000 if self.device.type == "cuda" else 250, seed
+        self._priors: dict[str, JointEBMPrior] = {}
         self.train, held = images[: -sizes.held], images[-sizes.held :]
         self.reference, self.others = held[: sizes.images], held[sizes.images : 2 * sizes.images]
         self.vae = case.generator.to(self.device)
@@ -139,19 +151,24 @@ class CaseRun:
         self.vae.load_state_dict(weights)
         self.vae.eval()
 
-    def learn(
-        self, name: str, settings: dict[str, Any], energies: Sequence[nn.Module] | nn.ModuleList | None = None
-    ) -> dict[str, Any]:
-        """A run of `fit`. Its seconds are those of its last part, after iteration `resumed_at`."""
-        prior = JointEBMPrior(copy.deepcopy(self.vae), energies)
+    def learn(self, name: str, settings: dict[str, Any], energies: Energies | None = None) -> dict[str, Any]:
+        """A run of `fit`, with energies of a kind. Its seconds are those of its last part, after iteration `resumed_at`."""
+        torch.manual_seed(1000 * self.seed + 7)  # of the energies' first weights
+        prior = JointEBMPrior(copy.deepcopy(self.vae), self._energies(energies))
         result = prior.fit(self.of_images(self.train), run_dir=self.folder / name, rng=self.seeded(1), **settings)
         prior.save(self.folder / f"{name}.safetensors")
         last = {name: round(value, 4) for name, value in result.history[-1].items()}
         return {"method": result.method, "last": last, "resumed_at": result.resumed_at, "warnings": result.warnings}
 
-    def learned(self, name: str, energies: Sequence[nn.Module] | nn.ModuleList | None = None) -> JointEBMPrior:
-        """The prior of such a run, with a generator of its own: the joint rules train it too."""
-        return JointEBMPrior.load(self.made(f"{name}.safetensors", f"{name} energies"), copy.deepcopy(self.vae), energies)
+    def learned(self, name: str, energies: Energies | None = None) -> JointEBMPrior:
+        """The prior of such a run, with a generator of its own: the joint rules train it too. It is read once."""
+        if name not in self._priors:
+            file, generator = self.made(f"{name}.safetensors", f"… energies of {name}"), copy.deepcopy(self.vae)
+            self._priors[name] = JointEBMPrior.load(file, generator, self._energies(energies))
+        return self._priors[name]
+
+    def _energies(self, make: Energies | None) -> list[nn.Module] | None:
+        return None if make is None else [energy.to(self.device) for energy in make(self.vae.latent_shapes)]
 
     def made(self, file: str, unit: str) -> Path:
         """A file that a unit before made."""
@@ -163,7 +180,8 @@ class CaseRun:
         """Of the Gaussian prior, on images that nothing else is compared with."""
         count = min(2 * self.sizes.few, len(self.others))
         chosen_on = self.features(self.others[:count])
-        found = {t: frechet_distance(self.features(self.gaussian(count, 50, t)), chosen_on) for t in TEMPERATURES}
+        distance = frechet_distance if count > chosen_on.shape[1] else kernel_distance
+        found = {t: distance(self.features(self.gaussian(count, 50, t)), chosen_on) for t in TEMPERATURES}
         return {"temperature": min(found, key=lambda t: found[t]), "distances": found}
 
     @functools.cached_property
@@ -179,7 +197,7 @@ class CaseRun:
     @functools.cached_property
     def posterior(self) -> Tensor:
         """The posterior's noise of training images, a row each."""
-        torch.manual_seed(1000 * self._seed + 2)
+        torch.manual_seed(1000 * self.seed + 2)
         return flat(noise_of(self.vae, self.of_images(self.train[: self.sizes.moments]).to(self.device))).cpu()
 
     def distance(self, x: Tensor) -> dict[str, Any]:
@@ -234,4 +252,4 @@ class CaseRun:
 
     def seeded(self, number: int) -> torch.Generator:
         """A stream of random numbers, the same for a number and the run's seed."""
-        return torch.Generator().manual_seed(1000 * self._seed + number)
+        return torch.Generator().manual_seed(1000 * self.seed + number)

@@ -79,8 +79,10 @@ def main() -> None:
         out = runs = Path(tempfile.mkdtemp())
         makers, sizes = QUICK, Sizes(images=100, draws=2, moments=200, classifier=20, components=2, few=50, long=40, held=400)
     here, log = Path(__file__), out / "deep_latents.partial.jsonl"
+    files = [here.with_name(f"{file}.py") for file in FIGURES]
+    keys = {name: code_key(*files, also=inspect.getsource(make)) for name, make in makers.items()}  # of the code as it is now
     for name, make in makers.items():
-        key = code_key(*(here.with_name(f"{file}.py") for file in FIGURES), also=inspect.getsource(make))
+        key = keys[name]
         torch.manual_seed(0)
         case = make()
         images = load_images(Path(options.data) / case.data).images if case.data else digits(case.generator.x_shape)
@@ -132,7 +134,7 @@ class DeepRun(CaseRun):
             unit("few real", lambda: self.distance(self.others[:few]))
             unit("few short", lambda: self.distance(self.sampled(self.learned("energies"), few, 90)))
             unit("few long", lambda: self.distance(self.sampled(self.learned("energies"), few, 90, steps=self.sizes.long)))
-        unit(_LAST_UNIT, self._two_sample)
+        self.log.last(_LAST_UNIT, self._two_sample)
 
     def panels(self) -> dict[str, Tensor]:
         """Forty images of each kind, the last of them frames of five chains of the joint prior."""
@@ -234,7 +236,9 @@ def table(rows: Sequence[Row], last: dict[str, dict[str, Any]]) -> str:
         goal = "" if row["goal"] is None else f"{'≤' if row['better'] == 'lower' else '≥'} {row['goal']:g}"
         sd = "" if row["sd"] is None else f"{row['sd']:.2g}"
         lines.append(f"| {row['case']} | {row['metric']} | {row['value']:.4g} | {sd} | {goal} |")
-    at = ", ".join(f"{case} at commit {unit['commit'][:7]}, {unit.get('device', 'CPU')}" for case, unit in last.items())
+    at = ", ".join(
+        f"{case} at commit {(unit['commit'] or 'unknown')[:7]}, {unit.get('device', 'CPU')}" for case, unit in last.items()
+    )
     return "\n".join([*lines, "", f"Run: {at}."]) + "\n"
 
 

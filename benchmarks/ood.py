@@ -115,7 +115,7 @@ def rows_of(runs: Sequence[dict[str, dict[str, float]]]) -> list[Row]:
     rows: list[Row] = []
     for case in dict.fromkeys(case for found in runs for case in found):
         several = [found[case] for found in runs if case in found]
-        for metric in several[0]:
+        for metric in [m for m in several[0] if all(m in r for r in several)]:
             better = "lower" if metric.startswith("fpr") else "higher"
             rows.append(mean_row(case, metric, [r[metric] for r in several], GOALS.get((case, metric)), better))
         if case.endswith("_train"):

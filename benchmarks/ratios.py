@@ -35,7 +35,7 @@ class GroupRatio(nn.Module):
         return (noise[0] * self.energy.net(noise, level)).flatten(1).sum(1)
 
     @classmethod
-    def of_every_layer(cls, shapes: Sequence[Sequence[int]]) -> list[nn.Module]:
+    def of_every_layer(cls, shapes: Sequence[torch.Size]) -> list[nn.Module]:
         """(r_1, …, r_L) of layers of these shapes."""
         return [cls(f) for f in denoising_energies(shapes)]
 
@@ -69,7 +69,7 @@ def minimise(loss: Callable[[], Tensor], weights: Sequence[Tensor], iterations: 
     optimiser = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations, 0.1 * LEARNING_RATE)
     last = torch.zeros(())
-    for _ in range(iterations):
+    for t in range(1, iterations + 1):
         last = loss()
         optimiser.zero_grad()
         last.backward()
@@ -78,7 +78,7 @@ def minimise(loss: Callable[[], Tensor], weights: Sequence[Tensor], iterations: 
         schedule.step()
         with torch.no_grad():
             for a, w in zip(average, weights, strict=True):
-                a.lerp_(w, 1 - EMA)
+                a.lerp_(w, 1 - min(EMA, (1 + t) / (10 + t)))
     with torch.no_grad():
         for a, w in zip(average, weights, strict=True):
             w.copy_(a)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from command_line import add_options, default_device
-from detecting import draw, neighbours
+from detecting import draw, neighbours, on
 from torch import Tensor
 
 from energy_prior import FlatEnergy, JointEBMPrior, LadderVAE, MLPEnergy, fit_elbo
@@ -69,15 +69,15 @@ def run(
     fit_elbo(vae, images, validation=held[:1000], learning_rate=1e-3, iterations=60 if quick else 4000, log_every=20, **shared)
 
     # 2. Its joint prior, calibrated on held-out known digits.
-    prior = JointEBMPrior(vae, [MLPEnergy(shape, hidden=(256, 256)) for shape in vae.latent_shapes]).to(device)
+    prior = JointEBMPrior(vae, [MLPEnergy(shape, hidden=(256, 256)).to(device) for shape in vae.latent_shapes])
     fit: dict[str, Any] = {"iterations": 30 if quick else 3000, "batch_size": 64 if quick else 512, "energy_penalty": 5e-4}
     prior.fit(images, "nce", **fit, **shared)
-    prior.calibrate(held)
+    prior.calibrate(held.to(device))
 
     # 3. What it has to beat: the same VAE without energies, with one on the top layer alone, and neighbours in pixels.
-    gaussian = JointEBMPrior(vae).to(device)
-    top = JointEBMPrior(vae, [FlatEnergy(vae.latent_shapes[0]), MLPEnergy(vae.latent_shapes[1], hidden=(256, 256))])
-    top.to(device)
+    gaussian = JointEBMPrior(vae)
+    energies = [FlatEnergy(vae.latent_shapes[0]), MLPEnergy(vae.latent_shapes[1], hidden=(256, 256))]
+    top = JointEBMPrior(vae, [energy.to(device) for energy in energies])
     top.fit(images, "nce", **fit, **shared)
     scores: dict[str, Callable[[Tensor], Any]] = {
         "": prior.anomaly_score,
@@ -88,6 +88,7 @@ def run(
         "lebm": top.anomaly_score,
         "knn": neighbours(images),
     }
+    scores = {name: score if name == "knn" else on(device, score) for name, score in scores.items()}
     figures = {str(row["metric"]): float(row["value"]) for row in task.rows(scores)}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -148,7 +148,7 @@ def run(
         before.sample, len(known), batch_size=500, seed=seed, prior="generator", accelerator=accelerator
     )
     energies = [MLPEnergy((128,), hidden=(200, 200, 200)), MLPEnergy((100,), hidden=(100, 100))]
-    prior = JointEBMPrior(generator, energies).to(place)
+    prior = JointEBMPrior(generator, [energy.to(place) for energy in energies])
     size: dict[str, Any] = {"iterations": 6, "steps": 5, "posterior_steps": 5} if quick else {
         "iterations": 40_000, "steps": 60, "posterior_steps": 40, "checkpoint_every": 1000, "sample_every": 2000
     }  # fmt: skip

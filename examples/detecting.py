@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["draw", "neighbours"]
+__all__ = ["draw", "neighbours", "on"]
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +16,11 @@ from energy_prior import JointEBMPrior, plots
 from energy_prior.evaluate import DetectionTask
 
 Score = Callable[[Tensor], Any]
+
+
+def on(device: str, score: Score) -> Score:
+    """A score whose images are moved to where its model is."""
+    return lambda x: score(x.to(device))
 
 
 def neighbours(images: Tensor, k: int = 5) -> Score:
@@ -39,8 +44,9 @@ def draw(
         count: images of each side in the other pictures.
     """
     labels: dict[str, Any] = {"known": known, "unknown": unknown}
+    score = on(str(prior.device), prior.anomaly_score)
     plots.detection_curves(out / "curves.png", {title: task.scores(score) for title, score in shown.items()}, **labels)
-    inside, outside = task.known[:count], task.unknown[:count]
+    inside, outside = task.known[:count].to(prior.device), task.unknown[:count].to(prior.device)
     rng = torch.Generator().manual_seed(0)
     histograms = {}
     for k in range(min(4, len(prior.energies) + 1)):
@@ -49,7 +55,7 @@ def draw(
     plots.score_histograms(out / "histograms.png", histograms, **labels)
     panels = {}
     for name, x in ((known, inside), (unknown, outside)):
-        order = prior.anomaly_score(x).cpu().argsort()
+        order = score(x).argsort()
         panels |= {f"{name}, least anomalous": x[order[:40]], f"{name}, most anomalous": x[order[-40:]]}
     plots.image_panels(out / "extremes.png", panels)
     plots.explanation(out / "explanation.png", outside, prior.explain(outside).surprises())

@@ -75,7 +75,7 @@ def run(
     elbo = fit_elbo(vae, images, validation=validation, learning_rate=1e-3, run_dir=out / "elbo", **length, **shared)
 
     # 3. The joint prior: three ratio estimates, each against samples of the prior before it; the VAE stays as it is.
-    prior = JointEBMPrior(vae, [MLPEnergy(shape, hidden=(256, 256)) for shape in vae.latent_shapes]).to(place)
+    prior = JointEBMPrior(vae, [MLPEnergy(shape, hidden=(256, 256)).to(place) for shape in vae.latent_shapes])
     size: dict[str, Any] = {"iterations": 5400, "batch_size": 1024, "persistent": 8192, "energy_penalty": 5e-4}
     if quick:
         size = {"iterations": 30, "batch_size": 128, "persistent": 256}

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from command_line import default_device, user_path
-from detecting import draw, neighbours
+from detecting import draw, neighbours, on
 from PIL import Image
 from torch import Tensor
 
@@ -102,13 +102,13 @@ def run(
         length, fit = length | {"iterations": 20, "batch_size": 64}, fit | {"iterations": 10, "batch_size": 64}
     vae = vae.to(device)
     fit_elbo(vae, train, validation=held[:1000], log_every=max(1, length["iterations"] // 20), **length, **shared)
-    prior = JointEBMPrior(vae).to(device)
+    prior = JointEBMPrior(vae)
     prior.fit(train, **fit, **shared)
-    prior.calibrate(held)
+    prior.calibrate(held.to(device))
 
     # 2. Its scores, those of the same VAE without energies, and neighbours in pixels.
-    gaussian, few = JointEBMPrior(vae).to(device), 10 if quick else 1000
-    k = layers_redrawn(prior, held[:few], rng)
+    gaussian, few = JointEBMPrior(vae), 10 if quick else 1000
+    k = layers_redrawn(prior, held[:few].to(device), rng)
     chain: dict[str, Any] = {"num_samples": 1 if quick else 2, "rng": rng}
     scores: dict[str, Callable[[Tensor], Any]] = {
         "": prior.anomaly_score,
@@ -122,6 +122,8 @@ def run(
         "joint_elbo": lambda x: prior.anomaly_score(x, "elbo", rng=rng),
         "importance": lambda x: prior.anomaly_score(x, "log_likelihood", rng=rng),
     }
+    scores = {title: score if title == "knn" else on(device, score) for title, score in scores.items()}
+    costly = {title: on(device, score) for title, score in costly.items()}
     found: dict[str, dict[str, float]] = {}
     name = name or Path(known).name
     tasks = [DetectionTask.in_and_out(f"{name}/{name}_train", train, test, train, seed=seed)]

@@ -96,7 +96,7 @@ def _run(options: argparse.Namespace) -> int:
             "real": shown,
             "reconstructions": prior.reconstruct(shown.to(prior.device, prior.dtype), rng=rngs[0]),
             "Gaussian prior": prior.sample(len(shown), prior="generator", rng=rngs[1]),
-            "joint prior": prior.sample(len(shown), rng=rngs[2]),
+            "joint prior": prior.sample(len(shown), rng=rngs[2], **chain),
         }
         plots.image_panels(out / "samples.png", {title: x.clamp(0, 1).cpu() for title, x in panels.items()})
     print(json.dumps(report.document()) if options.json else report)

@@ -105,10 +105,10 @@ class SampleReport:
         }
         closed = {name: {**figures[name], "gap_closed": share} for name, share in self.gap_closed.items()}
         head = {"images": self.images, "draws": self.draws, "network": self.network, "features": self.features}
-        return {**head, **figures, **closed}
+        return {**head, "figures": {**figures, **closed}}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SampleTask:
     """Real images that samples are compared with; priors are functions of a number of images.
 
@@ -193,9 +193,9 @@ class SampleTask:
         Args:
             priors: name -> number of images, n, -> samples in [0, 1], (n, channels, height, width); the generator's own prior
                 comes first.
-            reconstruct: images in [0, 1], (batch, …) -> what the model makes of them, (batch, …): the best that any prior can
-                reach. None: nothing says how large the gap is.
-            draws: sets of samples of each prior, ≥ 1, for means and spread.
+            reconstruct: images in [0, 1], (batch, …) -> what the model makes of them, (batch, …), which is about as good as
+                samples can be. None: nothing says how large the gap is.
+            draws: sets of samples of each prior, ≥ 1, for means and spread; with one there is no spread to hold a gap against.
             progress: show how far it is, where standard error is a terminal.
 
         Raises:
@@ -210,7 +210,12 @@ class SampleTask:
         _check_calls({**{f"priors[{name!r}]": sample for name, sample in priors.items()}, "reconstruct": reconstruct or len})
         n, bar = (
             len(self.reference),
-            tqdm(total=draws * len(priors) + 2, desc="report", unit="set", disable=None if progress else True),
+            tqdm(
+                total=draws * len(priors) + 1 + (reconstruct is not None),
+                desc="report",
+                unit="set",
+                disable=None if progress else True,
+            ),
         )
         reference = self._features("reference", lambda start, count: self.reference[start : start + count])
 
@@ -319,7 +324,9 @@ def nearest(samples: Tensor, images: Tensor, *, count: int = 1) -> tuple[Tensor,
     for name, values in {"samples": samples, "images": rows}.items():
         if not bool(torch.isfinite(values).all()):
             raise ArgumentError(f"{name}: expected finite values, got NaN or infinity.")
-    parts = [torch.cdist(x.flatten(1), rows).topk(count, largest=False) for x in samples.split(_AT_ONCE)]
+    exact = "donot_use_mm_for_euclid_dist"  # products round, and what is a copy would be at a distance
+    distances = (torch.cdist(x.flatten(1), rows, compute_mode=exact) for x in samples.split(_AT_ONCE))
+    parts = [found.topk(count, largest=False) for found in distances]
     if not parts:
         return samples.new_zeros(0, count, dtype=torch.long), samples.new_zeros(0, count)
     return torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts])

@@ -33,7 +33,7 @@ from energy_prior.training.config import FitConfig
 from energy_prior.training.state import Either, Optional, Such, positive
 
 _STEP_GAIN = 0.1
-_SMALLEST_STEP = 1e-4
+_SMALLEST_STEP = 1e-8  # a posterior is as narrow as its likelihood
 _LEAST_TUNING, _MOST_TUNING = 8, 64  # chains, and one for every two thousand of the run's draws in between
 _TUNING_SHARE = 2000
 _USUAL_PERSISTENT = 4  # batches

@@ -50,7 +50,7 @@ def test_the_command(
     assert main([*words, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document == json.loads((tmp_path / "report" / "report.json").read_text())
-    assert document["joint prior"]["kernel"]["sd"] > 0
+    assert document["figures"]["joint prior"]["kernel"]["sd"] > 0
     assert main([*words, "--draws", "two"]) == 2
     assert "--draws: expected a whole number, got 'two'" in capsys.readouterr().err
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runs import TwoLayers, X, make
+from runs import TwoLayers, X, make, task_of
 from torch import Tensor
 
-from energy_prior import ArgumentError, JointEBMPrior
+from energy_prior import ArgumentError, JointEBMPrior, LadderVAE
 from energy_prior.langevin import Target
 from energy_prior.training import FitConfig, chains
 from energy_prior.training.chains import TrainingChains, tuned_step_size
@@ -52,6 +52,17 @@ def test_restarted_chains_begin_at_ancestral_draws(restart: float, monkeypatch: 
     first = chains.prior(8, 1)[0].sort(0).values
     second = chains.prior(8, 1)[0].sort(0).values
     assert torch.equal(first, second) == (restart == 0.0)
+
+
+def test_posterior_chains_find_the_step_of_a_narrow_likelihood() -> None:
+    torch.manual_seed(0)
+    prior = JointEBMPrior(LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8, sigma=1e-4))
+    prior.train_jointly()
+    chains = task_of(prior, "joint", posterior_steps=20).chains
+    for _ in range(20):
+        chains.posterior(X[:16])
+    assert chains.posterior_step_size < 1e-4
+    assert float(chains.figures()["posterior_acceptance"]) > 0.4
 
 
 def test_posterior_draws_and_tuning_leave_autocast() -> None:
