@@ -188,11 +188,11 @@ class MissingExtraError(EnergyPriorError, ImportError):
     """An optional dependency is not installed; the message names the `pip install` that brings it.
 
     Examples:
-        >>> import sys
+        >>> import sys, torch
         >>> from unittest.mock import patch
         >>> from energy_prior import plots
         >>> with patch.dict(sys.modules, {"matplotlib.figure": None}):  # as where it is not installed
-        ...     plots.image_panels("samples.png", {})  # doctest: +ELLIPSIS
+        ...     plots.image_panels("samples.png", {"noise": torch.rand(4, 1, 8, 8)})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
         energy_prior.errors.MissingExtraError: matplotlib.figure is not installed; ... pip install "energy-prior[examples]".
