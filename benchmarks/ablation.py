@@ -168,7 +168,7 @@ def _markdown(rows: Sequence[Row], verdicts: dict[str, list[str]], cases: Sequen
     lines = [
         "# What each safeguard of training is worth",
         "",
-        "`python benchmarks/ablation.py`: ratio to the start (as in [stability](stability.md), smaller is better), mean and "
+        "`python benchmarks/ablation.py`: ratio to the start (as in the table of stability, smaller is better), mean and "
         f"standard deviation of {table[f'{cases[0]}, all', 'ratio']['n']} seeds. Safeguards are left out one after the other, "
         "the least active first; one that stays out is out in all lines below it.",
         "",
