@@ -30,6 +30,23 @@ def test_plots_write_readable_pictures(tmp_path: Any) -> None:
         assert picture.std() > 0.05, "not blank"
 
 
+def test_panels_are_as_high_as_the_highest_grid_and_wrap(tmp_path: Any) -> None:
+    from matplotlib.image import imread
+
+    from energy_prior import plots
+
+    def size(**panels: int) -> tuple[int, ...]:
+        images = {name: torch.rand(count, 1, 8, 8) for name, count in panels.items()}
+        plots.image_panels(tmp_path / "a.png", images, columns=4)
+        return imread(tmp_path / "a.png").shape[:2]
+
+    low, high, both = size(a=4, b=4), size(a=16, b=16), size(a=4, b=16)
+    assert both == high
+    assert high[0] > 2 * low[0]
+    seven = size(**{f"panel {i}": 4 for i in range(7)})
+    assert seven == pytest.approx((2 * low[0], 2 * low[1]), abs=2), "two rows of four"
+
+
 @pytest.mark.parametrize(
     ("panels", "words"),
     [

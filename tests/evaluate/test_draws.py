@@ -55,6 +55,9 @@ def test_maximum_mean_discrepancy_of_known_gaussians() -> None:
         "h follows the scale"
     )
     assert maximum_mean_discrepancy(torch.ones(3, 1), torch.ones(4, 1)) == 0
+    near, far = torch.tensor([[0.0], [2.0]]), torch.tensor([[5.0], [7.0]])  # a draw is not compared with itself
+    between = (2 * math.exp(-12.5) + math.exp(-24.5) + math.exp(-4.5)) / 4
+    assert maximum_mean_discrepancy(near, far, bandwidth=1.0) == pytest.approx(math.sqrt(2 * math.exp(-2) - 2 * between))
     for wrong in (a[:1], a[:, :1], a[0]):
         with pytest.raises(ShapeError, match="a, b: expected two matrices"):
             maximum_mean_discrepancy(wrong, b)

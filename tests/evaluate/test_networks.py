@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -115,6 +116,16 @@ def test_weights_are_downloaded_once_and_the_way_without_a_network_is_named(weig
     assert asked == [stand_in.URL_INCEPTION_V3] * 2
 
 
+class Call:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
 def test_files_that_are_no_weights_of_inception(weights: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.pth"
     with pytest.raises(ArgumentError, match="there is no file .*wrong.pth"):
@@ -122,9 +133,10 @@ def test_files_that_are_no_weights_of_inception(weights: Path, tmp_path: Path) -
     torch.save({"a": torch.zeros(2)}, wrong)
     with pytest.raises(ArgumentError, match="expected a file of torch-fidelity's Inception weights"):
         inception_features(torch.rand(2, 3, 8, 8), weights=wrong)
-    torch.save(Path, wrong)  # code, not weights
+    torch.save(Call(tmp_path / "run"), wrong)  # code, not weights
     with pytest.raises(ArgumentError, match="expected a file of torch-fidelity's Inception weights"):
         inception_features(torch.rand(2, 3, 8, 8), weights=wrong)
+    assert not (tmp_path / "run").exists()
     for content in (b"", b"text", weights.read_bytes()[:1000]):
         wrong.write_bytes(content)
         with pytest.raises(ArgumentError, match="expected a file of torch-fidelity's Inception weights"):
