@@ -181,6 +181,8 @@ def main() -> None:
         parser.error("--seed, --units: no seed or unit is called so; the units are in the docstring of Synthesis.run")
     rows = [row for name, setting in settings.items() for row in rows_of(name, units_of(log, name, setting.seeds))]
     rows += toy_rows(log)
+    if not rows:
+        raise SystemExit(f"No set is done yet, by {log}.")  # a table of nothing would replace one that is there
     write_results(out / "synthesis.json", rows)
     (out / "synthesis.md").write_text(table(rows, [units_of(log, name, s.seeds) for name, s in settings.items()]))
     print((out / "synthesis.md").read_text())
