@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["CaseRun", "Log", "Sizes", "digits", "whole"]
+__all__ = ["CaseRun", "Log", "Sizes", "digits", "read_options", "whole"]
 
+import argparse
 import copy
 import functools
 import json
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from backbones import Case
 from deep_measures import flat, layers_of, noise_of
-from results import provenance
+from results import ROOT, provenance
 from torch import Tensor, nn
 
 from energy_prior import JointEBMPrior, fit_elbo
@@ -44,6 +45,23 @@ class Sizes(NamedTuple):
     few: int = 1000
     long: int = 1000
     held: int = 10_000
+
+
+def read_options(parser: argparse.ArgumentParser) -> Any:
+    """The command line with the options that benchmarks of cases share added: data, device, runs, units, table and quick."""
+    parser.add_argument("--data", help="folder with the image sets; needed but for --quick and --table")
+    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
+    parser.add_argument("--runs", default=str(ROOT / "runs"), help="folder for weights")
+    parser.add_argument("--units", default=".*", help="regular expression: only units whose name it is; those before are done")
+    parser.add_argument("--table", action="store_true", help="run nothing, write the table of what is done")
+    parser.add_argument("--quick", action="store_true", help="see that it runs; writes nothing into docs/results")
+    options = parser.parse_args()
+    if not (options.data or options.quick or options.table):
+        parser.error("--data: the folder with the image sets is needed")
+    options.device = torch.device(options.device)
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    return options
 
 
 def digits(shape: Sequence[int]) -> Tensor:
@@ -147,7 +165,7 @@ class CaseRun:
 
     def load_backbone(self) -> None:
         """Takes its weights from their file."""
-        weights = torch.load(self.made("backbone.pt", "backbone"), weights_only=True, map_location=self.device)
+        weights = torch.load(self.made("backbone.pt", "'backbone'"), weights_only=True, map_location=self.device)
         self.vae.load_state_dict(weights)
         self.vae.eval()
 
@@ -163,7 +181,7 @@ class CaseRun:
     def learned(self, name: str, energies: Energies | None = None) -> JointEBMPrior:
         """The prior of such a run, with a generator of its own: the joint rules train it too. It is read once."""
         if name not in self._priors:
-            file, generator = self.made(f"{name}.safetensors", f"… energies of {name}"), copy.deepcopy(self.vae)
+            file, generator = self.made(f"{name}.safetensors", f"that learns {name!r}"), copy.deepcopy(self.vae)
             self._priors[name] = JointEBMPrior.load(file, generator, self._energies(energies))
         return self._priors[name]
 
@@ -173,7 +191,7 @@ class CaseRun:
     def made(self, file: str, unit: str) -> Path:
         """A file that a unit before made."""
         if not (path := self.folder / file).exists():
-            raise SystemExit(f"{path} is not there: the unit {unit!r} has to be run first, with this --runs")
+            raise SystemExit(f"{path} is not there: the unit {unit} has to be run first, with this --runs")
         return path
 
     def best_temperature(self) -> dict[str, Any]:

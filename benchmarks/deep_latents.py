@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from backbones import CASES, QUICK
-from case_runs import CaseRun, Log, Sizes, digits, whole
+from case_runs import CaseRun, Log, Sizes, digits, read_options, whole
 from deep_measures import GaussianMixture, layers_of
 from results import ROOT, Row, code_key, mean_row, write_results
 from torch import Tensor
@@ -60,19 +60,8 @@ GOALS: dict[tuple[str, str], tuple[float, str]] = {
 def main() -> None:
     """Runs what is missing, prints and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder with the image sets; needed but for --quick")
     parser.add_argument("--case", choices=tuple(CASES), action="append", help="only this one; may be given several times")
-    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
-    parser.add_argument("--runs", default=str(ROOT / "runs"), help="folder for weights and pictures")
-    parser.add_argument("--units", default=".*", help="regular expression: only units whose name it is; those before are done")
-    parser.add_argument("--table", action="store_true", help="run nothing, write the table of the cases that are done")
-    parser.add_argument("--quick", action="store_true", help="see that it runs; writes nothing into docs/results")
-    options = parser.parse_args()
-    if not (options.data or options.quick or options.table):
-        parser.error("--data: the folder with cifar10 and fashion_mnist is needed")
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
+    options = read_options(parser)
     out, runs = ROOT / "docs" / "results", Path(options.runs)
     makers, sizes = {name: CASES[name] for name in ([] if options.table else options.case or CASES)}, Sizes()
     if options.quick:
@@ -86,7 +75,7 @@ def main() -> None:
         torch.manual_seed(0)
         case = make()
         images = load_images(Path(options.data) / case.data).images if case.data else digits(case.generator.x_shape)
-        run = DeepRun(case, images, runs / f"deep-{name}-{key}", Log(log, key, name, options.units, device), sizes)
+        run = DeepRun(case, images, runs / f"deep-{name}-{key}", Log(log, key, name, options.units, options.device), sizes)
         run.run()
         if not run.log.matched:
             parser.error(f"--units: no unit of {name} is {options.units!r}; its units are in the docstring of DeepRun.run")
@@ -163,7 +152,7 @@ class DeepRun(CaseRun):
         return dataclasses.asdict(found)
 
     def _two_sample(self) -> dict[str, Any]:
-        files = [self.made(f"joint-{i}.pt", f"joint {i}") for i in range(self.sizes.draws)]
+        files = [self.made(f"joint-{i}.pt", f"'joint {i}'") for i in range(self.sizes.draws)]
         chains = torch.cat([torch.load(file, weights_only=True) for file in files])[: self.sizes.moments]
         posterior = self.posterior[: len(chains)]
         torch.manual_seed(3)
@@ -198,7 +187,7 @@ def rows_of(case: str, found: dict[str, dict[str, Any]]) -> list[Row]:
         return mean_row(case, metric, values, goal, better)
 
     def closed(kind: str) -> list[float]:
-        return [(gaussian - fd) / (gaussian - reconstructions) for fd in distances(kind)]
+        return [(gaussian - fd) / (gaussian - reconstructions) for fd in distances(kind)]  # --quick may have no gap
 
     before = found["mismatch"]
     rows = [row("tilt_nats", [before["tilt"]]), row("told_apart_before", [before["accuracy"]])]

@@ -51,7 +51,7 @@ import mnist_toy
 import torch
 import torch.nn.functional as F
 from backbones import Case
-from case_runs import CaseRun, Log, Sizes, digits
+from case_runs import CaseRun, Log, Sizes, digits, read_options
 from deep_measures import noise_of
 from features import train_classifier
 from ratios import GroupRatio, learn_group_ratios
@@ -73,13 +73,9 @@ from energy_prior.plots import chain_strip, image_panels
 
 _SHOWN = 40
 FILES = (
-    "benchmarks/synthesis",
-    "benchmarks/case_runs",
-    "benchmarks/backbones",
-    "benchmarks/deep_measures",
-    "benchmarks/ratios",
+    *("benchmarks/synthesis", "benchmarks/case_runs", "benchmarks/backbones", "benchmarks/deep_measures", "benchmarks/ratios"),
+    *("examples/features", "examples/cifar10"),
 )
-FILES = (*FILES, "examples/features", "examples/cifar10")
 """What figures depend on, beside the package."""
 TITLES = {
     "gaussian": "Gaussian prior",
@@ -144,20 +140,9 @@ QUICK = {
 def main() -> None:
     """Runs what is missing, prints and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder with the image sets; needed but for --quick and --table")
     parser.add_argument("--set", choices=tuple(SETS), action="append", help="only this one; may be given several times")
     parser.add_argument("--seed", type=int, help="only this one")
-    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
-    parser.add_argument("--runs", default=str(ROOT / "runs"), help="folder for weights")
-    parser.add_argument("--units", default=".*", help="regular expression: only units whose name it is; those before are done")
-    parser.add_argument("--table", action="store_true", help="run nothing, write the table of what is done")
-    parser.add_argument("--quick", action="store_true", help="see that it runs; writes nothing into docs/results")
-    options = parser.parse_args()
-    if not (options.data or options.quick or options.table):
-        parser.error("--data: the folder with the image sets is needed")
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
+    options = read_options(parser)
     out, runs, settings = ROOT / "docs" / "results", Path(options.runs), SETS
     if options.quick:
         out = runs = Path(tempfile.mkdtemp())
@@ -167,7 +152,7 @@ def main() -> None:
     matched = options.table
     for name, seed in [] if options.table else [(set_, seed) for set_ in asked for seed in range(settings[set_].seeds)]:
         if options.seed in (None, seed):
-            its_log = Log(log, key, f"{name} {seed}", options.units, device)
+            its_log = Log(log, key, f"{name} {seed}", options.units, options.device)
             run = Synthesis(settings[name], name, options.data, runs, its_log, seed)
             run.run()
             matched |= run.log.matched
@@ -378,7 +363,7 @@ class Synthesis(CaseRun):
     @functools.cached_property
     def _classifier(self) -> nn.Module:
         net = self._new_classifier(0)
-        net.load_state_dict(torch.load(self.made("classifier.pt", "classifier"), weights_only=True))
+        net.load_state_dict(torch.load(self.made("classifier.pt", "'classifier'"), weights_only=True))
         return net
 
     def _seconds(self, draws: dict[str, Callable[[int, int], Tensor]]) -> dict[str, Any]:

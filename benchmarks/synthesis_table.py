@@ -12,9 +12,12 @@ from typing import Any
 from case_runs import whole
 from results import Row, mean_row
 
+from energy_prior.evaluate import excess_ratio, gap_closed
+
 LAST_UNIT, TOY = "seconds", "example"
 _SPREADS = 10  # a gap of fewer standard deviations is none
-FIGURES = ("frechet", "kernel", "precision", "recall", "inception_score_lite0")
+FIGURES = ("kernel", "precision", "recall", "inception_score_lite0")
+"""Beside the Fréchet distance and the shares of it."""
 GOALS: dict[tuple[str, str], tuple[float, str]] = {
     ("mnist (classifier), joint", "gap_closed"): (0.93, "higher"),
     ("fashion_mnist, joint", "gap_closed"): (0.80, "higher"),
@@ -52,7 +55,7 @@ def rows_of(name: str, runs: Sequence[dict[str, dict[str, Any]]]) -> list[Row]:
     rows += _of_features(name, runs, "frechet")
     if "few long" in runs[0]:
         floors, short, long = ([units[f"few {kind}"]["kernel"] for units in runs] for kind in ("real", "short", "long"))
-        ratios = [(b - floor) / (a - floor) for floor, a, b in zip(floors, short, long, strict=True)]
+        ratios = [excess_ratio(b, a, floor) for floor, a, b in zip(floors, short, long, strict=True)]
         rows.append(_row(f"{name}, long chains", "long_over_short", ratios, None, "lower"))
     for metric in ("lost", "drift") if "endless" in runs[0] else ():
         values = [units["endless"][metric] for units in runs if units["endless"][metric] is not None]
@@ -72,7 +75,7 @@ def _of_features(name: str, runs: Sequence[dict[str, dict[str, Any]]], metric: s
         rows.append(_row(case, "frechet", *_drawn(runs, prior, metric), "lower"))
         rows += [_share(case, share, runs, prior, metric) for share in ("gap_closed", "frechet_excess_ratio")]
         if metric == "frechet":
-            rows += [_row(case, m, *_drawn(runs, prior, m), "lower" if m == "kernel" else "higher") for m in FIGURES[1:]]
+            rows += [_row(case, m, *_drawn(runs, prior, m), "lower" if m == "kernel" else "higher") for m in FIGURES]
             slower = [units[LAST_UNIT][prior] for units in runs]
             rows.append(mean_row(case, "seconds_per_1000_over_gaussian", slower, None, "lower"))
     return rows
@@ -95,22 +98,21 @@ def _share(case: str, share: str, runs: Sequence[dict[str, dict[str, Any]]], pri
     """What a prior closes, or leaves, of a distance; none where the gap is within the spread."""
     if metric == "frechet" and runs[0]["real 0"]["few"]:
         metric = "kernel"
+    mends, better = (gap_closed, "higher") if share == "gap_closed" else (excess_ratio, "lower")
     floor = "reconstructions" if share == "gap_closed" else "real"
     own, spread = _drawn(runs, prior, metric)
     start, wide = _drawn(runs, "gaussian", metric)
     end, _ = _drawn(runs, floor, metric)
     gaps = [a - b for a, b in zip(start, end, strict=True)]
-    better = "higher" if share == "gap_closed" else "lower"
     if min(gaps) <= _SPREADS * (wide or 0.0):
         return Row(case=case, metric=share, value=None, sd=None, n=0, goal=None, better=better, why="no gap beyond the spread")
-    values = [(a - x if share == "gap_closed" else x - b) / gap for a, b, x, gap in zip(start, end, own, gaps, strict=True)]
+    values = [mends(x, a, b) for x, a, b in zip(own, start, end, strict=True)]
     return _row(case, share, values, None if spread is None else spread / statistics.fmean(gaps), better)
 
 
 def table(rows: Sequence[Row], sets: Sequence[Sequence[dict[str, dict[str, Any]]]]) -> str:
     """A table per set in Markdown."""
-    metrics = ("frechet", "gap_closed", "frechet_excess_ratio", "kernel", "precision", "recall", "inception_score_lite0")
-    metrics = (*metrics, "seconds_per_1000_over_gaussian")
+    metrics = ("frechet", "gap_closed", "frechet_excess_ratio", *FIGURES, "seconds_per_1000_over_gaussian")
     found = {(row["case"], row["metric"]): row for row in rows}
     names = list(dict.fromkeys(row["case"].split(", ")[0] for row in rows if row["metric"] == "frechet"))
     ran = {(units[LAST_UNIT]["commit"] or "unknown")[:7] + ", " + units[LAST_UNIT]["device"] for runs in sets for units in runs}

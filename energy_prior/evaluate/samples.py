@@ -143,7 +143,7 @@ class SampleTask:
 
     def __post_init__(self) -> None:
         check_count("batch_size", self.batch_size)
-        _check_calls({"features": self.features, "probabilities": self.probabilities or efficientnet_probabilities})
+        _check_calls({"features": self.features}, probabilities=self.probabilities)
         default = self.features is efficientnet_features
         settled: dict[str, Any] = {"reference": _real("reference", self.reference), "others": _real("others", self.others)}
         settled["network"] = self.network or ("EfficientNet-Lite0 (no FID)" if default else "your own")
@@ -207,16 +207,9 @@ class SampleTask:
             names = f"other names than {_REAL!r} and {_RECONSTRUCTIONS!r}"
             got = list(priors) if isinstance(priors, Mapping) else type(priors).__name__
             raise ArgumentError(f"priors: expected a dict of one or more functions, with {names}, got {got}.")
-        _check_calls({**{f"priors[{name!r}]": sample for name, sample in priors.items()}, "reconstruct": reconstruct or len})
-        n, bar = (
-            len(self.reference),
-            tqdm(
-                total=draws * len(priors) + 1 + (reconstruct is not None),
-                desc="report",
-                unit="set",
-                disable=None if progress else True,
-            ),
-        )
+        _check_calls({f"priors[{name!r}]": sample for name, sample in priors.items()}, reconstruct=reconstruct)
+        total = draws * len(priors) + 1 + (reconstruct is not None)
+        bar = tqdm(total=total, desc="report", unit="set", disable=None if progress else True)
         reference = self._features("reference", lambda start, count: self.reference[start : start + count])
 
         def others(start: int, count: int) -> Tensor:
@@ -245,7 +238,7 @@ class SampleTask:
         }
         first, *rest = priors
         closed = {name: _share(found, first, name) for name in rest}
-        return SampleReport(n, draws, found, closed, str(self.network), reference.shape[1])
+        return SampleReport(len(self.reference), draws, found, closed, str(self.network), reference.shape[1])
 
     def _features(self, name: str, make: Callable[[int, int], Tensor]) -> Tensor:
         """Features of as many images as there are in the reference, some at a time."""
@@ -282,14 +275,16 @@ class SampleTask:
             "kernel": kernel_distance(other, reference),
             "precision": precision,
             "recall": recall,
-            "inception_score": None if self.probabilities is None else inception_score(self._probabilities(other)),
+            "inception_score": self._score(other),
         }
 
-    def _probabilities(self, features: Tensor) -> Tensor:
-        found = _tensor("probabilities", (self.probabilities or efficientnet_probabilities)(features))
+    def _score(self, features: Tensor) -> float | None:
+        if self.probabilities is None:
+            return None
+        found = _tensor("probabilities", self.probabilities(features))
         if len(found) != len(features):
             raise ShapeError(f"probabilities: expected ({len(features)}, classes), got {tuple(found.shape)}.")
-        return found
+        return inception_score(found)
 
 
 def nearest(samples: Tensor, images: Tensor, *, count: int = 1) -> tuple[Tensor, Tensor]:
@@ -362,8 +357,9 @@ def _real(name: str, value: Any) -> Tensor:
     return images
 
 
-def _check_calls(functions: Mapping[str, Any]) -> None:
-    for name, function in functions.items():
+def _check_calls(functions: Mapping[str, Any], **optional: Any) -> None:
+    """Functions, and those that may be None."""
+    for name, function in {**functions, **{name: f for name, f in optional.items() if f is not None}}.items():
         if not callable(function):
             raise ArgumentError(f"{name}: expected a function, got {type(function).__name__}.")
 
