@@ -19,7 +19,6 @@ TERMS = ("reconstruction", "rate", "negative_energy", "norms")
 """Of the score, in the order of columns."""
 
 _LEVELS = 512
-_FOLDS = 5
 _TAIL = 0.05
 """Share of the known observations that the exponential tail of a term is fitted to."""
 
@@ -44,15 +43,14 @@ class PassTerms:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A score, and the surprise −log P_t(x) at each of its terms: the score is the root of the sum of their squares.
+    """A score, and the surprise −log P_t(x) at each of its terms, of which the score is the sum.
 
     Attributes:
         score: (batch,), nats; higher = more anomalous.
         reconstruction: surprise at how badly x is reconstructed, (batch,), nats, ≥ 0.
         rate: surprise at how far the posterior is from the generator's prior, (batch,), nats, ≥ 0.
         negative_energy: surprise at how improbable the latents are by the energies, (batch,), nats, ≥ 0.
-        norms: surprise at how much there is in x that is not reconstructed, and in the latents, (batch,), nats, ≥ 0; large
-            where it is unusually little, too.
+        norms: surprise at how little there is in x that is not reconstructed, and in the latents, (batch,), nats, ≥ 0.
 
     Examples:
         >>> from energy_prior import load_example
@@ -75,38 +73,38 @@ class Explanation:
 class Calibration(nn.Module):
     """Distributions of the terms on known observations, and the score by them.
 
-        A(x) = √(Σ_t (log P_t(x))²),   t = reconstruction, rate, negative energy, norms
+        A(x) = −Σ_t log P_t(x),   t = reconstruction, rate, negative energy, norms
 
     P_t(x) is the share of known observations whose term t is at least that of x. Up to the 95% quantile q it is counted,
-    beyond it is 0.05 exp(−(t − q)/m), with the mean excess m over q. The term of the norms is their Mahalanobis distance from
-    the known ones, which is large on both sides: an image can be *too* easy. The others count on one side alone, so that a
-    term that is better than usual does not hide one that is worse. After LPath (statistics of a VAE's likelihood path) and
-    tail-based detectors (COPOD); the squares lie between Fisher's sum and the largest term. Everything is a buffer.
+    beyond it is 0.05 exp(−(t − q)/m), with the mean excess m over q. The term of the norms is √(Σ_j min(z_j, 0)²), of their
+    logarithms in standard deviations z_j from the mean of the known ones: an image can be *too* easy. Every term counts on one
+    side alone, so that one that is better than usual does not hide one that is worse. After LPath (statistics of a VAE's
+    likelihood path) and tail-based detectors (COPOD), with the sum of Fisher's method. Everything is a buffer.
 
     Args:
         layers: L.
         like: a tensor of any shape, (…), and any unit, whose dtype and device the buffers get.
 
     Attributes:
-        table: quantiles of each term at evenly spaced levels, (4, levels): nats, of the norms squared distances of no unit.
+        table: quantiles of each term at evenly spaced levels, (4, levels): nats, of the norms no unit.
         excess: mean excess m of each term over its 95% quantile, (4,), in the same units: nats, or no unit.
         scores: quantiles of the score itself at these levels, (levels,), nats.
         centre: mean of the logarithms of the norms, (L + 1,), no unit.
-        whitening: inverse root of their covariance, (L + 1, L + 1), no unit.
+        spread: their standard deviations, (L + 1,), no unit.
         count: number of observations that it knows, (), whole number.
 
     Examples:
         >>> from energy_prior import load_example
         >>> calibration = load_example().calibration
         >>> int(calibration.count), round(calibration.threshold(0.95), 2)
-        (300, 4.78)
+        (300, 7.77)
     """
 
     table: Tensor
     excess: Tensor
     scores: Tensor
     centre: Tensor
-    whitening: Tensor
+    spread: Tensor
     count: Tensor
 
     def __init__(self, layers: int, like: Tensor) -> None:
@@ -116,7 +114,7 @@ class Calibration(nn.Module):
         self.register_buffer("excess", torch.ones(len(TERMS), dtype=dtype, device=device))
         self.register_buffer("scores", torch.zeros(_LEVELS, dtype=dtype, device=device))
         self.register_buffer("centre", torch.zeros(1 + layers, dtype=dtype, device=device))
-        self.register_buffer("whitening", torch.zeros(1 + layers, 1 + layers, dtype=dtype, device=device))
+        self.register_buffer("spread", torch.ones(1 + layers, dtype=dtype, device=device))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=like.device))
 
     @property
@@ -129,36 +127,28 @@ class Calibration(nn.Module):
         for buffer in self.buffers():
             buffer.zero_()
         self.excess.fill_(1.0)
+        self.spread.fill_(1.0)
 
     def set_from(self, terms: PassTerms) -> None:
         """Learns the distributions of known observations.
-
-        The distances of the norms are each from the mean and covariance of the others, by fifths of the observations: from its
-        own it would be too near, and new observations would seem far.
 
         Args:
             terms: those of n ≥ 2 known observations.
         """
         norms = terms.norms.double()
-        n = len(norms)
-        centre, whitening = _gaussian(norms)
-        part = torch.arange(n, device=norms.device) % _FOLDS
-        distances = _distance(norms, centre, whitening)
-        if n >= 2 * _FOLDS:
-            for fold in range(_FOLDS):
-                distances[part == fold] = _distance(norms[part == fold], *_gaussian(norms[part != fold]))
-        columns = torch.stack([*_one_sided(terms), distances], dim=1)
+        self.centre.copy_(norms.mean(0))
+        self.spread.copy_(norms.std(0).clamp_min(1e-6 * (1 + self.centre.abs())))
+        columns = self._columns(terms)
         levels = _levels(columns)
         table = torch.quantile(columns, levels, dim=0).T.to(self.table)
         start = columns.quantile(1 - _TAIL, dim=0)
         over = columns > start
         mean = ((columns - start) * over).sum(0) / over.sum(0).clamp_min(1)
         excess = torch.where(mean > _rounding(start), mean, torch.ones_like(mean)).to(self.excess)
-        scores = _score(_surprises(columns, table, excess)).quantile(levels)
-        found = {"table": table, "excess": excess, "scores": scores, "centre": centre, "whitening": whitening}
-        for name, value in found.items():
-            getattr(self, name).copy_(value)
-        self.count.fill_(n)
+        self.table.copy_(table)
+        self.excess.copy_(excess)
+        self.scores.copy_(_surprises(columns, table, excess).sum(1).quantile(levels))
+        self.count.fill_(len(norms))
 
     def explain(self, terms: PassTerms) -> Explanation:
         """A(x) and what it is made of.
@@ -166,9 +156,15 @@ class Calibration(nn.Module):
         Args:
             terms: those of the observations.
         """
-        distances = _distance(terms.norms.double(), self.centre.double(), self.whitening.double())
-        surprises = _surprises(torch.stack([*_one_sided(terms), distances], dim=1), self.table, self.excess)
-        return Explanation(*(t.to(self.table.dtype) for t in (_score(surprises), *surprises.unbind(1))))
+        surprises = _surprises(self._columns(terms), self.table, self.excess)
+        return Explanation(*(t.to(self.table.dtype) for t in (surprises.sum(1), *surprises.unbind(1))))
+
+    def _columns(self, terms: PassTerms) -> Tensor:
+        """The terms, each higher where it is more unusual, (batch, 4)."""
+        centre = self.centre.double()
+        below = ((terms.norms.double() - centre + _rounding(centre)) / self.spread.double()).clamp_max(0)
+        one_sided = (terms.reconstruction, terms.rate, terms.negative_energy)
+        return torch.stack([*(t.double() for t in one_sided), below.square().sum(1).sqrt()], dim=1)
 
     def threshold(self, quantile: float) -> float:
         """A that a share of the known observations does not exceed, nats.
@@ -178,26 +174,6 @@ class Calibration(nn.Module):
         """
         scores = self.scores.double()
         return float(_interpolated(scores.new_tensor(quantile), _levels(scores), scores))
-
-
-def _one_sided(terms: PassTerms) -> list[Tensor]:
-    return [t.double() for t in (terms.reconstruction, terms.rate, terms.negative_energy)]
-
-
-def _gaussian(norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, and inverse root of the covariance, drawn towards independent norms where there are few observations."""
-    centre = norms.mean(0)
-    spread = norms.std(0).clamp_min(1e-6 * (1 + centre.abs()))
-    n, d = norms.shape
-    covariance = torch.cov(((norms - centre) / spread).T).reshape(d, d)
-    ridge = (d + 1) / (n + d + 1)
-    covariance = (1 - ridge) * covariance + ridge * torch.eye(d, dtype=norms.dtype, device=norms.device)
-    return centre, torch.linalg.inv(torch.linalg.cholesky(covariance)) / spread
-
-
-def _distance(norms: Tensor, centre: Tensor, whitening: Tensor) -> Tensor:
-    """Squared Mahalanobis distance, (batch,)."""
-    return ((norms - centre) @ whitening.T).square().sum(1)
 
 
 def _surprises(columns: Tensor, table: Tensor, excess: Tensor) -> Tensor:
@@ -210,10 +186,6 @@ def _surprises(columns: Tensor, table: Tensor, excess: Tensor) -> Tensor:
         inside = _interpolated(value, quantiles, -torch.log1p(-levels)).clamp_max(-math.log(_TAIL))
         found.append(torch.where(value > start, -math.log(_TAIL) + (value - start) / scale, inside))
     return torch.stack(found, dim=1)
-
-
-def _score(surprises: Tensor) -> Tensor:
-    return surprises.square().sum(1).sqrt()
 
 
 def _levels(like: Tensor) -> Tensor:

@@ -616,7 +616,7 @@ class JointEBMPrior(nn.Module):
     ) -> Tensor:
         """How unlike the training data each observation is, (batch,), nats; higher = more anomalous.
 
-            "tails"            √(Σ_t (log P_t(x))²), nats: how far out in the tails of known observations (`calibrate`) x is by
+            "tails"            −Σ_t log P_t(x), nats: how far out in the tails of known observations (`calibrate`) x is by
                                four terms t of one pass (`docs/method.md`). It is ours, depends on no random
                                numbers where there is `infer`, and is the default once the prior is calibrated
             "log_joint"        −L^{>0} = −E[log p_β0(x|z) + log p_β(z) + Σ_i f_i(z_i)], nats (Cui, Wu and Han, CVPR 2023); the

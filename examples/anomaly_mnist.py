@@ -65,7 +65,7 @@ def run(
     shared: dict[str, Any] = {"rng": rng, "progress": progress}
 
     # 1. A ladder VAE of the known digits, its weights chosen by the ELBO of held-out ones.
-    vae = LadderVAE((1, 28, 28), latent_dims=(16, 8), hidden=512).to(device)
+    vae = LadderVAE((1, 28, 28), latent_dims=(12, 6), hidden=512).to(device)
     fit_elbo(vae, images, validation=held[:1000], learning_rate=1e-3, iterations=60 if quick else 4000, log_every=20, **shared)
 
     # 2. Its joint prior, calibrated on held-out known digits.
