@@ -83,6 +83,27 @@ def test_far_tails_stay_finite_with_gradients() -> None:
     assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("size", [30.0, 300.0, 1e4])
+def test_gradients_are_finite_whatever_a_network_gives(size: float) -> None:
+    """Scales beyond what float32 holds are infinitely wide logistics, not NaN in every gradient of the batch."""
+    parameters = (size * torch.randn(4, 50, 3, 3, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    x = torch.randint(0, 256, (4, 3, 3, 3), generator=torch.Generator().manual_seed(1)) / 127.5 - 1
+    log_p = DiscretizedLogisticMixture.from_channels(parameters).log_prob(x)
+    assert bool(log_p.isfinite().all())
+    assert bool(torch.autograd.grad(log_p.sum(), parameters)[0].isfinite().all())
+
+
+def test_narrow_bins_are_exact() -> None:
+    """log(1 − e^{−w}) on both sides of where its series takes over, against float64."""
+    log_scale = torch.linspace(-1, 12, 200, dtype=torch.float64)[:, None, None, None, None]
+    x, zero = torch.full((200, 1, 1, 1), 0.3, dtype=torch.float64), torch.zeros(200, 1, 1, 1, 1, dtype=torch.float64)
+    log_p = DiscretizedLogisticMixture(zero[:, :, 0], zero, log_scale).log_prob(x)
+    low, high = ((0.3 + sign / 255) * torch.exp(-log_scale.flatten()) for sign in (-1, 1))
+    width = high - low
+    exact = torch.special.expit(high).log() + torch.special.expit(-low).log() + torch.log(-torch.expm1(-width))
+    torch.testing.assert_close(log_p, exact, rtol=1e-12, atol=1e-12)
+
+
 def test_top_takes_the_tail_from_where_it_is_told() -> None:
     """A model that counts the last two levels as the highest gives both the mass above the lower one's bin."""
     below = torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64)
