@@ -61,7 +61,6 @@ def _unbounded(prior: JointEBMPrior) -> None:
 
 
 SAFEGUARDS = (
-    Safeguard("penalty on the energies", settings=(("energy_penalty", 0.0),)),
     Safeguard("saturation of the energies", prepare=_unbounded),
     Safeguard("restarts of persistent chains", settings=(("restart_probability", 0.0),)),
     Safeguard("averaged weights", settings=(("ema_decay", 0.0),)),

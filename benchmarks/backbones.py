@@ -74,7 +74,7 @@ def mnist() -> Case:
     """Vectors of 16 and 8 units: the model and the energies' training of examples/mnist.py."""
     vae = LadderVAE((1, 28, 28), latent_dims=(16, 8), hidden=512)
     energies = {"method": "multi_stage_nce", "stages": 3, "steps": 60, "iterations": 5400, "batch_size": 1024}
-    energies |= {"persistent": 8192, "energy_penalty": 5e-4}
+    energies |= {"persistent": 8192}
     return Case("mnist", vae, {"iterations": 10_000, "learning_rate": 1e-3, "log_every": 500}, energies)
 
 

@@ -114,7 +114,7 @@ class Setting(NamedTuple):
 
 
 _MNIST_RULES: dict[str, dict[str, Any]] = {
-    "nce": {"method": "nce", "iterations": 5400, "batch_size": 1024, "energy_penalty": 5e-4},
+    "nce": {"method": "nce", "iterations": 5400, "batch_size": 1024},
     "two_stage": {"method": "two_stage", "iterations": 3000},
     "variational": {"method": "variational", "iterations": 1500},
     "joint": {"method": "joint", "iterations": 300},

@@ -70,7 +70,7 @@ def run(
 
     # 2. Its joint prior, calibrated on held-out known digits.
     prior = JointEBMPrior(vae, [MLPEnergy(shape, hidden=(256, 256)).to(device) for shape in vae.latent_shapes])
-    fit: dict[str, Any] = {"iterations": 30 if quick else 3000, "batch_size": 64 if quick else 512, "energy_penalty": 5e-4}
+    fit: dict[str, Any] = {"iterations": 30 if quick else 3000, "batch_size": 64 if quick else 512}
     prior.fit(images, "nce", **fit, **shared)
     prior.calibrate(held.to(device))
 

@@ -76,7 +76,7 @@ def run(
 
     # 3. The joint prior: three ratio estimates, each against samples of the prior before it; the VAE stays as it is.
     prior = JointEBMPrior(vae, [MLPEnergy(shape, hidden=(256, 256)).to(place) for shape in vae.latent_shapes])
-    size: dict[str, Any] = {"iterations": 5400, "batch_size": 1024, "persistent": 8192, "energy_penalty": 5e-4}
+    size: dict[str, Any] = {"iterations": 5400, "batch_size": 1024, "persistent": 8192}
     if quick:
         size = {"iterations": 30, "batch_size": 128, "persistent": 256}
     fit = prior.fit(images, "multi_stage_nce", stages=3, steps=60, run_dir=out / "fit", **size, **shared)

@@ -93,7 +93,7 @@ def run(
     if channels == 1:
         vae: Any = LadderVAE(images.shape[1:], latent_dims=(16, 8), hidden=512)
         length: dict[str, Any] = {"iterations": 4000, "learning_rate": 1e-3}
-        fit: dict[str, Any] = {"iterations": 3000, "batch_size": 512, "method": "nce", "energy_penalty": 5e-4}
+        fit: dict[str, Any] = {"iterations": 3000, "batch_size": 512, "method": "nce"}
     else:
         vae = ResidualVAE(images.shape[1:], groups=(2, 1, 1), channels=8 if quick else 24, latent_channels=8, downsample=2)
         length = {"iterations": 3500, "batch_size": 64}

@@ -27,7 +27,7 @@ SCORES = ("tails", "log_joint", "negative_energy", "reconstruction")
 """The anomaly scores that the demo reports."""
 
 # Where the fits differ from the defaults of `FitConfig`: few images ask for a strong weight decay.
-_NCE: dict[str, Any] = {"learning_rate": 1e-3, "batch_size": 1024, "weight_decay": 0.1, "energy_penalty": 5e-3}
+_NCE: dict[str, Any] = {"learning_rate": 1e-3, "batch_size": 1024, "weight_decay": 0.1}
 _ML: dict[str, Any] = {"learning_rate": 1e-3, "persistent": 2048, "restart_probability": 0.05, "ema_decay": 0.98}
 
 

@@ -14,7 +14,6 @@ __all__ = [
     "RunConfig",
     "denoising",
     "elbo",
-    "energy_penalty",
     "fit_elbo",
     "fit_energies",
     "generator_likelihood",
@@ -32,7 +31,6 @@ from energy_prior.training.hooks import FitHooks
 from energy_prior.training.loop import Callback
 from energy_prior.training.objectives import (
     denoising,
-    energy_penalty,
     generator_likelihood,
     maximum_likelihood,
     noise_contrastive,

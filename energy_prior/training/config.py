@@ -113,9 +113,6 @@ class FitConfig(RunConfig):
         checkpoint_every: iterations between checkpoints in `run_dir`, ≥ 1.
         tensorboard: write the history and sample grids to `run_dir`/tensorboard as well (extra "train").
         progress: show how far the run is: a bar where standard error is a terminal, else a line every 10 seconds at most.
-        energy_penalty: c ≥ 0 of the penalty c·E[(Σ_i f_i)²] over posterior and prior draws: energies are only defined up
-            to a constant, and this keeps it, and their magnitude, near 0. Where a layer has more than 128 units, f counts in
-            proportion less. 0: no such penalty.
         ema_decay: d in [0, 1) of the running average of the weights, a ← d a + (1 − d) w, which is what the prior uses;
             early on d is at most (1 + t)/(10 + t); None: 0.999 for "denoising", else 0.99. The joint rules average the
             generator's weights as well.
@@ -146,7 +143,6 @@ class FitConfig(RunConfig):
     """
 
     weight_decay: float = 1e-4
-    energy_penalty: float = 1e-3
     ema_decay: float | None = None
     max_energy: float = 1e3
     steps: int = 20
@@ -170,7 +166,6 @@ class FitConfig(RunConfig):
             )
         self._keep_unless_none(_share, "restart_probability")
         self._keep(check_positive, "max_energy", "generator_learning_rate")
-        self._keep(check_not_negative, "energy_penalty")
         if self.backend not in get_args(StepBackend):
             raise ArgumentError(f"backend: expected one of {get_args(StepBackend)}, got {shown(self.backend)}.")
         self._keep_unless_none(check_positive, "step_size")

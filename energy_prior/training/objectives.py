@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["denoising", "energy_penalty", "generator_likelihood", "maximum_likelihood", "noise_contrastive"]
+__all__ = ["denoising", "generator_likelihood", "maximum_likelihood", "noise_contrastive"]
 
 from collections.abc import Sequence
 
@@ -99,17 +99,3 @@ def generator_likelihood(
     """
     positive = log_likelihood + log_prior_positive - (0.0 if log_q is None else log_q)
     return log_prior_negative.mean() - positive.mean()
-
-
-def energy_penalty(positive: Tensor, negative: Tensor) -> Tensor:
-    """E₊[(Σ f_i)²] + E₋[(Σ f_i)²], (), nats squared: keeps energies, which have no absolute zero, near 0.
-
-    Args:
-        positive: Σ_i f_i at posterior draws, (batch,), nats.
-        negative: Σ_i f_i at prior draws, (batch,), nats.
-
-    Examples:
-        >>> energy_penalty(torch.tensor([1.0, -1.0]), torch.tensor([2.0, 0.0]))
-        tensor(3.)
-    """
-    return positive.square().mean() + negative.square().mean()

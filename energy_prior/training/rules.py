@@ -29,7 +29,6 @@ from energy_prior.training.hooks import FitHooks
 from energy_prior.training.loop import Group
 from energy_prior.training.objectives import (
     denoising,
-    energy_penalty,
     generator_likelihood,
     maximum_likelihood,
     noise_contrastive,
@@ -44,7 +43,7 @@ _SOUND_DRAWS = 64
 _REFRESH = 10  # persistent chains of a stage run on by this part of `steps`: their target stands still
 _PICTURES = 64
 _LOOKED_AT = 16
-_SMALL_LAYER = 128  # units; what holds |f| back is for layers up to this, and is wider for larger ones
+_SMALL_LAYER = 128  # units; `max_energy` is for layers up to this, and is wider for larger ones
 _NUMBERS = 2**28  # that draws for it hold at most, unless fewer than the least draws fit
 
 
@@ -124,7 +123,7 @@ class FitTask:
             raise DivergenceError(str(error), layer=error.layer, step=0) from error
 
     def loss(self, x: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Objective plus penalty of one batch, and figures."""
+        """Objective of one batch, and figures."""
         try:
             return self._loss(x, iteration)
         except DivergenceError as error:  # of a chain, or of infer
@@ -255,13 +254,9 @@ class FitTask:
             log_prior = self.model.log_prior(z_prior).sum(1)
             loss = loss + generator_likelihood(log_likelihood, descent.log_priors().sum(1), log_prior, draw.log_q)
             figures["log_likelihood"] = log_likelihood.mean()
-        f_penalised = f_posterior
-        if z_posterior[0].requires_grad:  # the penalty is the energies' alone, not the inference model's
-            f_penalised = self.model.negative_energy([z.detach() for z in z_posterior])
-        penalty = energy_penalty(f_penalised.sum(1) / self._size, total_prior / self._size)
-        figures |= diagnostics.energy_figures(self.energies, (f_penalised, f_prior))
+        figures |= diagnostics.energy_figures(self.energies, (f_posterior, f_prior))
         figures |= {"loss": loss, "energy_posterior": total_posterior.mean(), "energy_prior": total_prior.mean()}
-        return loss + self.config.energy_penalty * penalty, figures | self.chains.figures()
+        return loss, figures | self.chains.figures()
 
     def _denoise(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of "denoising" and figures, of posterior draws."""

@@ -64,7 +64,6 @@ def test_numbers_of_any_kind_become_pythons_own(config: type[RunConfig], kind: s
         ({"learning_rate": True}, "learning_rate: expected a finite number above 0"),
         ({"restart_probability": 1.5}, r"restart_probability: expected a share in \[0, 1\]"),
         ({"ema_decay": 1}, r"ema_decay: expected a number in \[0, 1\)"),
-        ({"energy_penalty": -1.0}, "energy_penalty: expected a finite number of at least 0"),
         ({"persistent": -1}, "persistent: expected a whole number of at least 0"),
     ],
 )

@@ -11,7 +11,7 @@ from ladders import LinearLadder, gaussian
 from torch import Tensor, nn
 
 from energy_prior.topdown import TopDown
-from energy_prior.training import energy_penalty, generator_likelihood, maximum_likelihood, noise_contrastive
+from energy_prior.training import generator_likelihood, maximum_likelihood, noise_contrastive
 
 
 def test_noise_contrastive_is_the_logistic_loss() -> None:
@@ -150,7 +150,3 @@ def test_the_variational_surrogate_has_the_gradient_of_the_bound() -> None:
         generator_weights(ladder) | {f"w{i}": p for i, p in enumerate(ladder.w)} | {f"v{i}": p for i, p in enumerate(ladder.v)}
     )
     check_gradients(bound, loss, weights)
-
-
-def test_energy_penalty() -> None:
-    assert float(energy_penalty(torch.tensor([1.0, 3.0]), torch.tensor([2.0]))) == pytest.approx(9.0)
