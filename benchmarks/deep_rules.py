@@ -1,7 +1,9 @@
 """What each learning rule does for one model with deep latents, after half an hour; and chains with and without waymarks.
 
-    python benchmarks/deep_rules.py --data DATA    # hours on one core; goes on where it stopped
-    python benchmarks/deep_rules.py --quick        # see that it runs, on scikit-learn's digits
+    python benchmarks/deep_rules.py --data DATA                  # hours on one core; goes on where it stopped
+    python benchmarks/deep_rules.py --data DATA --device cuda    # minutes
+    python benchmarks/deep_rules.py --table                      # only the table, of what is done
+    python benchmarks/deep_rules.py --quick                      # see that it runs, on scikit-learn's digits
 
 The backbone, the images and the distances are those of `deep_latents.py`, case `cifar10_pyramid`, but of 1,000 images:
 
@@ -13,10 +15,9 @@ The backbone, the images and the distances are those of `deep_latents.py`, case 
     telescoped                 ratios between neighbouring waymarks, told apart one by one:
                                f(ε; t_k) = Σ_{j ≥ k} g(ε; t_j) (Rhodes, Xu and Gutmann, NeurIPS 2020); chains as in "denoising"
 
-All have the networks of "denoising".
-
-Every unit is a line of docs/results/deep_rules.partial.jsonl as it ends; weights are in `--runs`, the backbone's and those of
-"denoising" where `deep_latents.py` keeps them. Writes docs/results/deep_rules.json and .md.
+All have the networks of "denoising". Every unit is a line of docs/results/deep_rules.partial.jsonl as it ends; weights are in
+`--runs`, the backbone's and those of "denoising" where `deep_latents.py` keeps them. Writes docs/results/deep_rules.json and
+.md.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from backbones import CASES, QUICK
-from case_runs import CaseRun, Log, Sizes, digits
+from case_runs import CaseRun, Log, Sizes, digits, read_options, whole
 from deep_latents import FIGURES, DeepRun
 from deep_measures import noise_of
 from measure import ratio_table
@@ -42,9 +43,16 @@ from torch import Tensor, nn
 from energy_prior import DenoisingEnergy, JointEBMPrior, denoising_energies
 from energy_prior.data import load_images
 from energy_prior.energies import waymark
+from energy_prior.evaluate import gap_closed
 
 _WAYMARKS = 10
 _BATCH = 128
+CHAINS: dict[str, dict[str, Any]] = {
+    "denoising": {},
+    "denoising_flow_alone": {"steps": 1},
+    "denoising_steps_alone": {"waymarks": 0},
+}
+"""Options of chains under the energies of "denoising"."""
 RULES: dict[str, dict[str, Any]] = {
     "nce": {"method": "nce", "iterations": 4000, "batch_size": 128},
     "two_stage": {"method": "two_stage", "iterations": 400, "batch_size": 64},
@@ -57,37 +65,35 @@ TELESCOPED = 3000
 def main() -> None:
     """Runs what is missing, prints and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder with cifar10; needed but for --quick")
-    parser.add_argument("--runs", default=str(ROOT / "runs"), help="folder for weights")
-    parser.add_argument("--quick", action="store_true", help="see that it runs; writes nothing into docs/results")
-    options = parser.parse_args()
-    if not (options.data or options.quick):
-        parser.error("--data: the folder with cifar10 is needed")
+    options = read_options(parser)
     out, runs = ROOT / "docs" / "results", Path(options.runs)
     name, make, sizes = "cifar10_pyramid", CASES["cifar10_pyramid"], Sizes()
     if options.quick:
         out = runs = Path(tempfile.mkdtemp())
         name, make = "digits", QUICK["digits"]
         sizes = Sizes(images=100, draws=0, moments=200, classifier=20, components=2, few=50, long=40, held=400)
-    torch.manual_seed(0)
-    case = make()
-    images = load_images(Path(options.data) / case.data).images if case.data else digits(case.generator.x_shape)
-    files = [Path(__file__).with_name(f"{file}.py") for file in FIGURES]
-    key = code_key(*files, also=inspect.getsource(make))
-    shared = Log(out / "deep_latents.partial.jsonl", key, name, "backbone|shorter energies", torch.device("cpu"))
-    run = DeepRun(case, images, runs / f"deep-{name}-{key}", shared, sizes)
-    run.run()
-    log = Log(
-        out / "deep_rules.partial.jsonl",
-        code_key(*files, *(Path(__file__).with_name(name) for name in ("deep_rules.py", "ratios.py"))),
-        name,
-        ".*",
-        torch.device("cpu"),
-    )
-    measure(run, log, 3 if options.quick else None)
-    rows = rows_of(log.done)
+    log = out / "deep_rules.partial.jsonl"
+    if not options.table:
+        torch.manual_seed(0)
+        case = make()
+        images = load_images(Path(options.data) / case.data).images if case.data else digits(case.generator.x_shape)
+        files = [Path(__file__).with_name(f"{file}.py") for file in FIGURES]
+        key = code_key(*files, also=inspect.getsource(make))
+        shared = Log(out / "deep_latents.partial.jsonl", key, name, "backbone|shorter energies", options.device)
+        run = DeepRun(case, images, runs / f"deep-{name}-{key}", shared, sizes)
+        run.run()
+        own = code_key(*files, *(Path(__file__).with_name(name) for name in ("deep_rules.py", "ratios.py")))
+        measure(run, Log(log, own, name, options.units, options.device), 3 if options.quick else None)
+    found = whole(log, name, "gaussian")
+    if not found:
+        raise SystemExit(f"Nothing is done yet, by {log}.")
+    rows = rows_of(found)
     write_results(out / "deep_rules.json", rows)
-    text = "`python benchmarks/deep_rules.py`, of 1,000 images: its docstring says what the rules are. Shares of the gap."
+    ran = sorted({(result["commit"] or "unknown")[:7] + ", " + result["device"] for result in found.values()})
+    text = (
+        "`python benchmarks/deep_rules.py`, of 1,000 images: its docstring says what the rules are. Shares of the gap between "
+        f"the Gaussian prior and reconstructions. Run at {'; '.join(ran)}."
+    )
     (out / "deep_rules.md").write_text(ratio_table("Learning rules on deep latents", text, rows))
     print((out / "deep_rules.md").read_text())
 
@@ -103,12 +109,7 @@ def measure(run: CaseRun, log: Log, iterations: int | None) -> None:
     n = run.sizes.few
     log.unit("reconstructions", lambda: run.distance(run.reconstructed(run.others[:n])))
     log.unit("gaussian", lambda: run.distance(run.gaussian(n, 90)))
-    chains: dict[str, dict[str, Any]] = {
-        "denoising": {},
-        "denoising_flow_alone": {"steps": 1},
-        "denoising_steps_alone": {"waymarks": 0},
-    }
-    for name, chain in chains.items():
+    for name, chain in CHAINS.items():
         log.unit(name, lambda chain=chain: run.distance(run.sampled(run.learned("shorter"), n, 90, **chain)))
     for name, settings in RULES.items():
         differ = settings if iterations is None else settings | {"iterations": iterations}
@@ -118,13 +119,13 @@ def measure(run: CaseRun, log: Log, iterations: int | None) -> None:
     log.unit("telescoped energies", lambda: _telescope(run, file, iterations or TELESCOPED))
 
     def telescoped() -> dict[str, Any]:
-        prior = JointEBMPrior(run.vae, [Telescoped(f) for f in denoising_energies(run.vae.latent_shapes)])
-        prior.energies.load_state_dict(torch.load(file, weights_only=True))
+        prior = JointEBMPrior(run.vae, [Telescoped(f).to(run.device) for f in denoising_energies(run.vae.latent_shapes)])
+        prior.energies.load_state_dict(torch.load(file, weights_only=True, map_location=run.device))
         rng = torch.Generator().manual_seed(90)
         batches = [
             prior.sample(min(run.batch, n - at), waymarks=_WAYMARKS, backend="eager", rng=rng) for at in range(0, n, run.batch)
         ]
-        return run.distance(torch.cat(batches))
+        return run.distance(torch.cat(batches).cpu())
 
     log.unit("telescoped", telescoped)
 
@@ -161,15 +162,15 @@ class Telescoped(nn.Module):
 def _telescope(run: CaseRun, file: Path, iterations: int) -> dict[str, Any]:
     """Learns to tell draws of each waymark from draws of the next."""
     torch.manual_seed(1)
-    energies: list[Any] = [*denoising_energies(run.vae.latent_shapes)]
+    energies: list[Any] = [f.to(run.device) for f in denoising_energies(run.vae.latent_shapes)]
     plain = [Telescoped(f) for f in energies]
-    rows = noise_of(run.vae, run.train[: run.sizes.moments])
+    rows = noise_of(run.vae, run.train[: run.sizes.moments].to(run.device))
     for i, f in enumerate(energies):
         f.set_from([rows[i]], [])
     weights = [w for f in plain for w in f.parameters() if w.requires_grad]
 
     def loss() -> Tensor:
-        clean = noise_of(run.vae, run.train[torch.randint(len(run.train), (_BATCH,))])
+        clean = noise_of(run.vae, run.train[torch.randint(len(run.train), (_BATCH,))].to(run.device))
         added = [torch.randn_like(e) for e in clean]
         k = torch.randint(_WAYMARKS, (_BATCH,)).to(clean[0])
         here, following = (_logit(plain, _noised(clean, added, at), k) for at in (k, k + 1))
@@ -194,13 +195,17 @@ def _logit(energies: Sequence[Telescoped], noise: tuple[Tensor, ...], number: Te
 
 
 def rows_of(found: dict[str, dict[str, Any]]) -> list[Row]:
-    """The share of the gap that each closes."""
+    """The share of the gap that each closes, of those that are done."""
     gaussian, reconstructions = found["gaussian"]["fd"], found["reconstructions"]["fd"]
     rows: list[Row] = []
-    for name, result in found.items():
-        if "fd" in result and name not in ("gaussian", "reconstructions"):
-            closed = (gaussian - result["fd"]) / (gaussian - reconstructions)
-            rows.append(mean_row("cifar10_pyramid", f"gap_closed_{name}", [closed], None, "higher"))
+    for name in (*CHAINS, *RULES, "telescoped"):
+        case, metric = "cifar10_pyramid", f"gap_closed_{name}"
+        if name in found and gaussian > reconstructions:
+            closed = gap_closed(found[name]["fd"], gaussian, reconstructions)
+            rows.append(mean_row(case, metric, [closed], None, "higher"))
+        else:
+            why = "no gap" if name in found else "not measured: not run yet"
+            rows.append(Row(case=case, metric=metric, value=None, sd=None, n=0, goal=None, better="higher", why=why))
     return rows
 
 
