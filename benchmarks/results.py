@@ -115,8 +115,18 @@ def code_key(*files: Path, also: str = "") -> str:
             body = getattr(node, "body", None)
             if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
                 node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
-        total.update(ast.dump(tree).encode())
+        total.update(_dumped(tree).encode())
     return total.hexdigest()[:16]
+
+
+def _dumped(node: object) -> str:
+    """Like `ast.dump`, the same by every Python: without fields that are empty, which newer ones have more of."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_dumped, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
+    return f"{type(node).__name__}({', '.join(f'{name}={_dumped(value)}' for name, value in fields)})"
 
 
 def run_missing(
