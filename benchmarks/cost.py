@@ -20,6 +20,9 @@
 - `effective_samples_per_second_over_plain_loop`: there, of Σf in three times 60 compiled steps of size 0.5, over those of a
   loop (Euler's) with the full sampler in every step. `the_same_at_equal_acceptance`: each with steps of the size at which MALA
   would accept 95% (the loop 240); `step_size_over_plain_loop`: the ratio of those sizes.
+- `full_size …`: `examples/two_stage.py --one-update`, on images of noise: the peak of its memory, and seconds of either stage
+  with its one update (the generator's validation of 24 images, and what the energies set of themselves before theirs,
+  included).
 - `keeping_memory_over_default`: seconds of an iteration of `fit(method="denoising")` on maps of 14 × 14 and 7 × 7, a batch of
   128, where the C library is told to keep what is freed (`KEEPING`), over those with its defaults.
 
@@ -70,6 +73,11 @@ GOALS: dict[tuple[str, str], float | None] = {
     ("nvae_2x8", "step_size_over_plain_loop"): None,
     ("import", "flop_counter_and_triton_imported"): 0.0,
     ("deep_fit", "keeping_memory_over_default"): None,
+    **{
+        (f"full_size {setting}", metric): None
+        for setting in ("lsun_church_64", "celeba_hq_256")
+        for metric in ("peak_gib", "generator_seconds", "energies_seconds")
+    },
 }
 HIGHER = {
     ("nvae_2x8", "effective_samples_per_second_over_plain_loop"),
@@ -139,6 +147,16 @@ def full_size(quick: bool, before: str | None) -> dict[tuple[str, str], float]:
     """The memory that a model of full size needs."""
     peak = apart(__file__, "--child", "full", *(["--quick"] if quick else []), give_back=True)
     return {("vdvae_full", "fit_peak_gib"): peak / 2**20}
+
+
+def examples(quick: bool, before: str | None) -> dict[tuple[str, str], float]:
+    """What an update of the full-size settings of examples/two_stage.py takes."""
+    figures: dict[tuple[str, str], float] = {}
+    for setting in ("lsun_church_64", "celeba_hq_256"):
+        found = apart(__file__, "--child", f"two_stage {setting}", *(["--quick"] if quick else []), give_back=True)
+        metrics = ("peak_gib", "generator_seconds", "energies_seconds")
+        figures |= {(f"full_size {setting}", metric): value for metric, value in zip(metrics, found, strict=True)}
+    return figures
 
 
 def compiling(quick: bool, before: str | None) -> dict[tuple[str, str], float]:
@@ -223,6 +241,7 @@ CASES: dict[str, Callable[[bool, str | None], dict[tuple[str, str], float]]] = {
     "scores": scores,
     "fit": fitting,
     "full_size": full_size,
+    "examples": examples,
     "compile": compiling,
     "moving": moving,
     "import": importing,
@@ -353,19 +372,42 @@ def full_size_memory(quick: bool) -> int:
     return added_memory(run)
 
 
+def two_stage_update(setting: str, quick: bool) -> tuple[float, float, float]:
+    """GiB that one update of each stage and eight samples add, and the seconds of the stages."""
+    from PIL import Image  # the extra "examples"
+
+    sys.path.insert(0, str(ROOT / "examples"))
+    import two_stage
+
+    size = two_stage.SETTINGS[setting]
+    results: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        images, out = Path(folder) / "train", Path(folder) / "out"
+        images.mkdir()
+        pixels = torch.randint(256, (24 + max(size.batch_size, size.energy_batch), size.side, size.side, 3)).to(torch.uint8)
+        for i, x in enumerate(pixels.numpy()):
+            Image.fromarray(x).save(images / f"{i}.png")
+        options = {"setting": setting, "data": folder, "out": out, "quick": quick, "one_update": True, "device": "cpu"}
+        options |= {"seed": 0, "nvae": None, "nvae_code": None, "export": 0}
+        added = added_memory(lambda: results.update(two_stage.run(argparse.Namespace(**options))))
+    return added / 2**20, results["elbo_seconds"], results["energies_seconds"]
+
+
 def imported(quick: bool) -> int:
     """How many modules of triton and torch's FLOP counter a fresh import brings."""
     code = "import sys, energy_prior; print(sum(m.split('.')[0] == 'triton' or 'flop_counter' in m for m in sys.modules))"
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)  # noqa: S603
 
 
-CHILDREN: dict[str, Callable[[bool], float | tuple[float, float]]] = {
+CHILDREN: dict[str, Callable[[bool], float | tuple[float, ...]]] = {
     "score 16": lambda quick: score_seconds(16, quick),
     "score 1000": lambda quick: score_seconds(100 if quick else 1000, quick),
     "many": lambda quick: score_memory(16 if quick else 64, quick),
     "one": lambda quick: score_memory(1, quick),
     "overhead": fit_overhead,
     "full": full_size_memory,
+    "two_stage lsun_church_64": lambda quick: two_stage_update("lsun_church_64", quick),
+    "two_stage celeba_hq_256": lambda quick: two_stage_update("celeba_hq_256", quick),
     "compile": compile_seconds,
     "iteration": iteration_seconds,
     "import": imported,

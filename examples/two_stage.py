@@ -4,6 +4,7 @@
     python examples/two_stage.py celeba_hq_256                             # from the Hugging Face hub, streamed
     python examples/two_stage.py lsun_church_64 --data path/to/images --nvae checkpoint.pt --nvae-code path/to/NVAE
     python examples/two_stage.py cifar10 --data path/to/cifar10 --quick    # minutes on a CPU, to see that it runs
+    python examples/two_stage.py celeba_hq_256 --one-update                # full size: does it fit, how long is an update?
 
     accelerate launch --multi_gpu --num_processes 2 --mixed_precision bf16 examples/two_stage.py celeba_hq_256
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +76,7 @@ def main() -> None:
     add_options(parser, data=None, out=None)
     parser.add_argument("--nvae", type=user_path, help="checkpoint of an NVAE, in place of a generator that is trained here")
     parser.add_argument("--nvae-code", type=user_path, help="folder of NVAE's own code, which builds the model")
+    parser.add_argument("--one-update", action="store_true", help="full size, but one update of each stage and eight samples")
     parser.add_argument("--export", type=int, default=0, metavar="N", help="write N samples of either prior as PNG files")
     options = parser.parse_args()
     if bool(options.nvae) != bool(options.nvae_code):
@@ -88,12 +91,13 @@ def main() -> None:
 def run(options: argparse.Namespace, accelerator: Any = None) -> dict[str, Any]:
     """Trains, compares, draws; returns what results.json holds."""
     setting, quick = SETTINGS[options.setting], options.quick
+    short = quick or options.one_update
     source, out = options.data or setting.hub, options.out or Path("runs") / options.setting
     place = accelerator.device if accelerator else torch.device(options.device)
     out.mkdir(parents=True, exist_ok=True)
 
     # 1. Data in [0, 1]. The first images are held out; the others are read as a stream, as large sets do not fit into memory.
-    held_out = 24 if quick else 1000
+    held_out = 24 if short else 1000
     validation = load_images(source, "train", size=setting.side, channels=3, limit=held_out, streaming=True).images.to(place)
     where = {"rank": accelerator.process_index, "world": accelerator.num_processes} if accelerator else {}
 
@@ -111,28 +115,29 @@ def run(options: argparse.Namespace, accelerator: Any = None) -> dict[str, Any]:
     else:
         generator = ResidualVAE((3, setting.side, setting.side), **(setting.generator | (QUICK if quick else {}))).to(place)
         length: dict[str, Any] = {"iterations": setting.iterations, "log_every": 1000, "validation_draws": 1}
-        if quick:
-            length = {"iterations": 6, "log_every": 3, "validation_draws": 1}
-        images = stream(setting.batch_size)
+        if short:
+            length = {"iterations": 6 if quick else 1, "log_every": 3, "validation_draws": 1}
+        images, begin = stream(setting.batch_size), time.monotonic()
         elbo = fit_elbo(generator, images, validation=validation, learning_rate=5e-4, run_dir=out / "elbo", **length, **shared)
-        results["validation_elbo"] = elbo.validation_elbo
+        results |= {"validation_elbo": elbo.validation_elbo, "elbo_seconds": time.monotonic() - begin}
 
     # 3. The energies on the frozen generator.
     prior = JointEBMPrior(generator).to(place)
     size: dict[str, Any] = {"iterations": 6500, "checkpoint_every": 500}
-    if quick:
-        size = {"iterations": 4, "step_size": 0.3}  # tuning it would take most of the time
-    batches = stream(setting.energy_batch)
+    if short:
+        size = {"iterations": 4 if quick else 1, "step_size": 0.3}  # tuning it would take most of the time
+    batches, begin = stream(setting.energy_batch), time.monotonic()
     fit = prior.fit(batches, "denoising", run_dir=out / "denoising", **size, **shared)
+    results["energies_seconds"] = time.monotonic() - begin
 
     # 4. Samples of both priors, and a long chain with its energy profile.
-    count = max(8 if quick else 64, options.export)
+    count = max(8 if short else 64, options.export)
 
     def samples(which: Literal["generator", "joint"]) -> Tensor:
         return map_batches(prior.sample, count, batch_size=32, seed=options.seed, prior=which, accelerator=accelerator)
 
     drawn = {"gaussian": samples("generator"), "joint": samples("joint")}
-    chain = prior.trajectory(8, steps=20 if quick else 1000, every=5 if quick else 50, rng=rng)
+    chain = prior.trajectory(8, steps=20 if short else 1000, every=5 if short else 50, rng=rng)
     results |= {
         "step_size": fit.step_size,
         "acceptance": float(chain.acceptance[1:].mean()),
