@@ -30,8 +30,8 @@ sample takes 60, are compared by the excess of the kernel distance of 1,000 imag
 on MNIST chains of 100,000 steps by how far the mean of Σ f drifts, in its standard deviations. "mnist_toy" runs
 examples/mnist_toy.py. Every unit is a line of docs/results/synthesis.partial.jsonl as it ends, with the commit and the device
 that it was run on; weights are in `--runs`. A set and seed that are done stay in the table when code has changed since. Writes
-docs/results/synthesis.json and .md, and pictures of every set: its images, layers redrawn one after the other, the way from
-one image to another, and chains.
+docs/results/synthesis.json and .md, and pictures of every set, of the first seed that is done: its images, layers redrawn one
+after the other, the way from one image to another, and chains.
 """
 
 from __future__ import annotations
@@ -156,8 +156,9 @@ def main() -> None:
             run = Synthesis(settings[name], name, options.data, runs, its_log, seed)
             run.run()
             matched |= run.log.matched
-            if seed == 0 and LAST_UNIT in run.log.done:
-                run.draw(out / f"synthesis_{name}")
+            picture = out / f"synthesis_{name}.png"
+            if LAST_UNIT in run.log.done and (seed == 0 or not picture.exists()):
+                run.draw(picture.with_suffix(""))
     if not options.table and not options.quick and options.seed is None and "mnist" in asked:
         toy = Log(log, code_key(Path(mnist_toy.__file__)), "mnist_toy", options.units, torch.device("cpu"))
         toy.unit(TOY, lambda: mnist_toy.run(f"{options.data}/mnist", runs / "mnist_toy"))
