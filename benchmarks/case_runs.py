@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CaseRun", "Log", "Sizes", "digits", "read_options", "whole"]
+__all__ = ["CaseRun", "Log", "Sizes", "digits", "most", "read_options", "whole"]
 
 import argparse
 import copy
@@ -81,6 +81,14 @@ def whole(path: Path, case: str, last: str) -> dict[str, dict[str, Any]]:
     lines = _lines(path, case)
     key = next((line["key"] for line in reversed(lines) if line["unit"] == last), None)
     return {line["unit"]: line["result"] for line in lines if line["key"] == key}
+
+
+def most(path: Path, case: str) -> dict[str, dict[str, Any]]:
+    """Units of a case by the code of which most are done."""
+    by_key: dict[str, dict[str, dict[str, Any]]] = {}
+    for line in _lines(path, case):
+        by_key.setdefault(line["key"], {})[line["unit"]] = line["result"]
+    return max(by_key.values(), key=len, default={})
 
 
 class Log:

@@ -1,7 +1,7 @@
 """What each learning rule does for one model with deep latents, after half an hour; and chains with and without waymarks.
 
     python benchmarks/deep_rules.py --data DATA                  # hours on one core; goes on where it stopped
-    python benchmarks/deep_rules.py --data DATA --device cuda    # minutes
+    python benchmarks/deep_rules.py --data DATA --device cuda    # on a GPU
     python benchmarks/deep_rules.py --table                      # only the table, of what is done
     python benchmarks/deep_rules.py --quick                      # see that it runs, on scikit-learn's digits
 
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from backbones import CASES, QUICK
-from case_runs import CaseRun, Log, Sizes, digits, read_options, whole
+from case_runs import CaseRun, Log, Sizes, digits, most, read_options
 from deep_latents import FIGURES, DeepRun
 from deep_measures import noise_of
 from measure import ratio_table
@@ -83,10 +83,13 @@ def main() -> None:
         run = DeepRun(case, images, runs / f"deep-{name}-{key}", shared, sizes)
         run.run()
         own = code_key(*files, *(Path(__file__).with_name(name) for name in ("deep_rules.py", "ratios.py")))
-        measure(run, Log(log, own, name, options.units, options.device), 3 if options.quick else None)
-    found = whole(log, name, "gaussian")
-    if not found:
-        raise SystemExit(f"Nothing is done yet, by {log}.")
+        done = Log(log, own, name, options.units, options.device)
+        measure(run, done, 3 if options.quick else None)
+        if not done.matched:
+            parser.error('--units: no unit is called so; they are the names in the docstring, and those with " energies"')
+    found = most(log, name)
+    if not {"gaussian", "reconstructions"} <= set(found):
+        raise SystemExit(f'There is no table yet: the units "gaussian" and "reconstructions" are not in {log}.')
     rows = rows_of(found)
     write_results(out / "deep_rules.json", rows)
     ran = sorted({(result["commit"] or "unknown")[:7] + ", " + result["device"] for result in found.values()})

@@ -115,7 +115,8 @@ def table(rows: Sequence[Row], sets: Sequence[Sequence[dict[str, dict[str, Any]]
     metrics = ("frechet", "gap_closed", "frechet_excess_ratio", *FIGURES, "seconds_per_1000_over_gaussian")
     found = {(row["case"], row["metric"]): row for row in rows}
     names = list(dict.fromkeys(row["case"].split(", ")[0] for row in rows if row["metric"] == "frechet"))
-    ran = {(units[LAST_UNIT]["commit"] or "unknown")[:7] + ", " + units[LAST_UNIT]["device"] for runs in sets for units in runs}
+    results = [result for runs in sets for units in runs for result in units.values()]
+    ran = {(result["commit"] or "unknown")[:7] + ", " + result["device"] for result in results}
     lines = [
         "# Image synthesis",
         "",

@@ -31,7 +31,7 @@ class PassTerms:
         reconstruction: −log p_β0(x | z), (batch,), nats.
         rate: log q_ω(z | x) − log p_β(z), (batch,), nats; without `infer`, −log p_β(z).
         negative_energy: −Σ_i f_i(z_i), (batch,), nats.
-        norms: log ‖x − x̂‖² of the likelihood's mean x̂ (or log p_β0(x | z), where it has none) and log ‖ε_i‖² of every layer,
+        norms: log ‖x − x̂‖² of the likelihood's mean x̂ (or −log p_β0(x | z), where it has none) and log ‖ε_i‖² of every layer,
             (batch, 1 + L): how much there is in an image, and in what was made of it.
     """
 
@@ -136,18 +136,19 @@ class Calibration(nn.Module):
             terms: those of n ≥ 2 known observations.
         """
         norms = terms.norms.double()
-        self.centre.copy_(norms.mean(0))
-        self.spread.copy_(norms.std(0).clamp_min(1e-6 * (1 + self.centre.abs())))
-        columns = self._columns(terms)
+        centre = norms.mean(0).to(self.centre)
+        spread = norms.std(0).clamp_min(1e-6 * (1 + centre.abs())).to(self.spread)
+        columns = _columns(terms, centre, spread)
         levels = _levels(columns)
         table = torch.quantile(columns, levels, dim=0).T.to(self.table)
         start = columns.quantile(1 - _TAIL, dim=0)
         over = columns > start
         mean = ((columns - start) * over).sum(0) / over.sum(0).clamp_min(1)
         excess = torch.where(mean > _rounding(start), mean, torch.ones_like(mean)).to(self.excess)
-        self.table.copy_(table)
-        self.excess.copy_(excess)
-        self.scores.copy_(_surprises(columns, table, excess).sum(1).quantile(levels))
+        scores = _surprises(columns, table, excess).sum(1).quantile(levels)
+        found = {"table": table, "excess": excess, "scores": scores, "centre": centre, "spread": spread}
+        for name, value in found.items():
+            getattr(self, name).copy_(value)
         self.count.fill_(len(norms))
 
     def explain(self, terms: PassTerms) -> Explanation:
@@ -156,15 +157,8 @@ class Calibration(nn.Module):
         Args:
             terms: those of the observations.
         """
-        surprises = _surprises(self._columns(terms), self.table, self.excess)
+        surprises = _surprises(_columns(terms, self.centre, self.spread), self.table, self.excess)
         return Explanation(*(t.to(self.table.dtype) for t in (surprises.sum(1), *surprises.unbind(1))))
-
-    def _columns(self, terms: PassTerms) -> Tensor:
-        """The terms, each higher where it is more unusual, (batch, 4)."""
-        centre = self.centre.double()
-        below = ((terms.norms.double() - centre + _rounding(centre)) / self.spread.double()).clamp_max(0)
-        one_sided = (terms.reconstruction, terms.rate, terms.negative_energy)
-        return torch.stack([*(t.double() for t in one_sided), below.square().sum(1).sqrt()], dim=1)
 
     def threshold(self, quantile: float) -> float:
         """A that a share of the known observations does not exceed, nats.
@@ -174,6 +168,14 @@ class Calibration(nn.Module):
         """
         scores = self.scores.double()
         return float(_interpolated(scores.new_tensor(quantile), _levels(scores), scores))
+
+
+def _columns(terms: PassTerms, centre: Tensor, spread: Tensor) -> Tensor:
+    """The terms, each higher where it is more unusual, (batch, 4)."""
+    centre = centre.double()
+    below = ((terms.norms.double() - centre + _rounding(centre)) / spread.double()).clamp_max(0)
+    one_sided = (terms.reconstruction, terms.rate, terms.negative_energy)
+    return torch.stack([*(t.double() for t in one_sided), below.square().sum(1).sqrt()], dim=1)
 
 
 def _surprises(columns: Tensor, table: Tensor, excess: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ PRIOR = Kind("energy-prior", "JointEBMPrior.save", "Save the prior again, or use
 RUN = Kind("energy-prior run", "a run with a run_dir", "Name another run_dir to begin anew.")
 GENERATOR = Kind("energy-prior generator", "`energy-prior train` or `save_pretrained`", "Write it again, or use another copy.")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _DIGITS = 9  # of a version number that can be one
 _DIGEST_PART = 2**24
 _ADDRESS = re.compile(r"0x[0-9a-f]+")

@@ -200,7 +200,7 @@ def pass_terms(model: JointModel, x: Tensor, posterior_chain: ChainSettings) -> 
         terms = _finite(ScoreTerms(likelihood.log_prob(x), descent.log_priors(), energies, draw.log_q))
         norms = [_log_norm(e) for e in noise]
         rate = -terms.log_prior.sum(1) if terms.log_q is None else terms.log_q.sum(1) - terms.log_prior.sum(1)
-        error = terms.log_likelihood
+        error = -terms.log_likelihood
         with contextlib.suppress(NotImplementedError):  # how torch.distributions says that there is no mean; or it is NaN
             mean = likelihood.mean
             error = _log_norm(x - mean) if bool(torch.isfinite(mean).all()) else error

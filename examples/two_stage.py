@@ -4,7 +4,7 @@
     python examples/two_stage.py celeba_hq_256                             # from the Hugging Face hub, streamed
     python examples/two_stage.py lsun_church_64 --data path/to/images --nvae checkpoint.pt --nvae-code path/to/NVAE
     python examples/two_stage.py cifar10 --data path/to/cifar10 --quick    # minutes on a CPU, to see that it runs
-    python examples/two_stage.py celeba_hq_256 --one-update                # full size: does it fit, how long is an update?
+    python examples/two_stage.py celeba_hq_256 --one-update                # full size: does an update fit, and how long?
 
     accelerate launch --multi_gpu --num_processes 2 --mixed_precision bf16 examples/two_stage.py celeba_hq_256
 
@@ -76,11 +76,13 @@ def main() -> None:
     add_options(parser, data=None, out=None)
     parser.add_argument("--nvae", type=user_path, help="checkpoint of an NVAE, in place of a generator that is trained here")
     parser.add_argument("--nvae-code", type=user_path, help="folder of NVAE's own code, which builds the model")
-    parser.add_argument("--one-update", action="store_true", help="full size, but one update of each stage and eight samples")
+    parser.add_argument("--one-update", action="store_true", help="full size, one update of each stage, eight samples")
     parser.add_argument("--export", type=int, default=0, metavar="N", help="write N samples of either prior as PNG files")
     options = parser.parse_args()
     if bool(options.nvae) != bool(options.nvae_code):
         parser.error("--nvae and --nvae-code go together")
+    if options.quick and options.one_update:
+        parser.error("--quick is of a small model, --one-update of the full size: give one of them")
     options.device = options.device or default_device()
     with launched_accelerator(cpu=options.device == "cpu") as accelerator:  # None unless `accelerate launch` started this
         results = run(options, accelerator)
@@ -95,6 +97,7 @@ def run(options: argparse.Namespace, accelerator: Any = None) -> dict[str, Any]:
     source, out = options.data or setting.hub, options.out or Path("runs") / options.setting
     place = accelerator.device if accelerator else torch.device(options.device)
     out.mkdir(parents=True, exist_ok=True)
+    kept = None if options.one_update else out  # for checkpoints
 
     # 1. Data in [0, 1]. The first images are held out; the others are read as a stream, as large sets do not fit into memory.
     held_out = 24 if short else 1000
@@ -118,7 +121,8 @@ def run(options: argparse.Namespace, accelerator: Any = None) -> dict[str, Any]:
         if short:
             length = {"iterations": 6 if quick else 1, "log_every": 3, "validation_draws": 1}
         images, begin = stream(setting.batch_size), time.monotonic()
-        elbo = fit_elbo(generator, images, validation=validation, learning_rate=5e-4, run_dir=out / "elbo", **length, **shared)
+        shared["run_dir"] = kept and kept / "elbo"
+        elbo = fit_elbo(generator, images, validation=validation, learning_rate=5e-4, **length, **shared)
         results |= {"validation_elbo": elbo.validation_elbo, "elbo_seconds": time.monotonic() - begin}
 
     # 3. The energies on the frozen generator.
@@ -126,8 +130,9 @@ def run(options: argparse.Namespace, accelerator: Any = None) -> dict[str, Any]:
     size: dict[str, Any] = {"iterations": 6500, "checkpoint_every": 500}
     if short:
         size = {"iterations": 4 if quick else 1, "step_size": 0.3}  # tuning it would take most of the time
+    shared["run_dir"] = kept and kept / "denoising"
     batches, begin = stream(setting.energy_batch), time.monotonic()
-    fit = prior.fit(batches, "denoising", run_dir=out / "denoising", **size, **shared)
+    fit = prior.fit(batches, "denoising", **size, **shared)
     results["energies_seconds"] = time.monotonic() - begin
 
     # 4. Samples of both priors, and a long chain with its energy profile.

@@ -169,16 +169,21 @@ class WithoutMean(LadderVAE):
     infer = None  # type: ignore[assignment]
 
     def likelihood(self, state: Tensor) -> Any:
-        base, nan = super().likelihood(state), self.nan
+        base = torch.distributions.Normal(super().likelihood(state).mean, 0.5)
+        return meanless(torch.distributions.Independent(base, 1), self.nan)
 
-        class NoMean(torch.distributions.Independent):
-            @property
-            def mean(self) -> Tensor:
-                if nan:
-                    return torch.full_like(base.mean, torch.nan)  # as that of Cauchy is
-                raise NotImplementedError
 
-        return NoMean(torch.distributions.Normal(base.mean, 0.5), 1)
+def meanless(base: Any, nan: bool = False) -> Any:
+    """The same distribution without a mean, or with one of NaN, as that of Cauchy is."""
+
+    class NoMean(torch.distributions.Independent):
+        @property
+        def mean(self) -> Tensor:
+            if nan:
+                return torch.full_like(base.mean, torch.nan)
+            raise NotImplementedError
+
+    return NoMean(base.base_dist, base.reinterpreted_batch_ndims)
 
 
 @pytest.mark.parametrize("nan", [False, True])
@@ -220,7 +225,8 @@ def test_too_few_observations() -> None:
 
 
 @pytest.mark.slow
-def test_what_is_too_easy_is_seen() -> None:
+@pytest.mark.parametrize("has_mean", [True, False])
+def test_what_is_too_easy_is_seen(has_mean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noisy images are known, smooth ones unknown: they are more probable, so −L^{>0} is upside down."""
     g = torch.Generator().manual_seed(0)
 
@@ -230,6 +236,9 @@ def test_what_is_too_easy_is_seen() -> None:
     torch.manual_seed(0)
     vae = LadderVAE((36,), latent_dims=(4, 2), hidden=32)
     fit_elbo(vae, images(2000, 0.15), validation=images(200, 0.15), iterations=300, progress=False)
+    if not has_mean:
+        plain = vae.likelihood
+        monkeypatch.setattr(vae, "likelihood", lambda state: meanless(plain(state)))
     prior = JointEBMPrior(vae)
     prior.calibrate(images(500, 0.15))
     usual, easy = images(300, 0.15), images(300, 0.02)

@@ -121,7 +121,7 @@ def test_future_version_and_damaged_configuration(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, path, metadata=header | {"format_version": "1"})
     with pytest.raises(CheckpointError, match="format 1, of an unreleased version.*Fit the prior again"):
         JointEBMPrior.load(path, prior.generator)
-    save_file({"weight": torch.zeros(2)}, path, metadata=header | {"format_version": "2"})
+    save_file({"weight": torch.zeros(2)}, path, metadata=header | {"format_version": "3"})
     with pytest.raises(CheckpointError, match="is damaged"):
         JointEBMPrior.load(path, prior.generator)
 
@@ -347,7 +347,7 @@ def test_numbers_beyond_single_precision_are_finite(tmp_path: Path) -> None:
 def test_what_safetensors_has_and_torch_may_not(tmp_path: Path, dtype: str, shape: list[int]) -> None:
     """Whatever torch says of such tensors: the file is damaged, by its digest if by nothing else."""
     entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, 0 if 0 in shape else 12 if dtype == "U16" else 4]}
-    header = {"a": entry, "__metadata__": {"format": "energy-prior", "format_version": "2", "config": "{}", "digest": ""}}
+    header = {"a": entry, "__metadata__": {"format": "energy-prior", "format_version": "3", "config": "{}", "digest": ""}}
     text = json.dumps(header).encode()
     (tmp_path / "p").write_bytes(struct.pack("<Q", len(text)) + text + bytes(entry["data_offsets"][1]))  # type: ignore[index]
     with pytest.raises(CheckpointError, match="/p' is (damaged|not a whole safetensors file)"):

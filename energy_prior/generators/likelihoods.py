@@ -23,7 +23,7 @@ from energy_prior.checks.settings import check_count, check_positive, real_numbe
 from energy_prior.errors import ArgumentError, ShapeError
 
 _NARROW = 1e-4
-"""Width of a bin in units of the scale below which the series of log(1 − e^{−width}) is exact to rounding."""
+"""Width of a bin in units of the scale, below which the series of log(1 − e^{−width}) is exact to rounding."""
 
 
 class DiscretizedLogistic(Distribution):
@@ -82,7 +82,8 @@ class DiscretizedLogistic(Distribution):
         if self._validate_args:
             self._validate_sample(value)
         edge = self.step / 2
-        log_p = _log_bin(value, self.loc, self.scale.log(), self.step, self.low + edge, self.high - edge)
+        pair = self.scale.reciprocal(), self.scale.log()
+        log_p = _log_bin(value, self.loc, *pair, self.step, self.low + edge, self.high - edge)
         return torch.logaddexp(log_p, torch.full_like(log_p, math.log(self.floor))) if self.floor else log_p
 
     @torch.no_grad()
@@ -231,7 +232,7 @@ class DiscretizedLogisticMixture(Distribution):
             c1, c2, c3 = self.coefficients.unbind(2)
             red, green = x[:, :, 0], x[:, :, 1]
             loc = loc + torch.stack([torch.zeros_like(c1), c1 * red, c2 * red + c3 * green], 2)
-        bins = _log_bin(x, loc, self.log_scale, self.step, self.bottom, self.top)
+        bins = _log_bin(x, loc, torch.exp(-self.log_scale), self.log_scale, self.step, self.bottom, self.top)
         return torch.logsumexp(bins.sum(2) + self.logits.log_softmax(1), 1).flatten(1).sum(1)
 
     @torch.no_grad()
@@ -318,17 +319,16 @@ def _check_edge(name: str, value: Any, default: float) -> float:
     return number
 
 
-def _log_bin(value: Tensor, loc: Tensor, log_scale: Tensor, step: float, bottom: float, top: float) -> Tensor:
+def _log_bin(value: Tensor, loc: Tensor, inverse: Tensor, log_scale: Tensor, step: float, bottom: float, top: float) -> Tensor:
     """log of the logistic's mass in the bin of width `step` around `value`; below `bottom` and above `top` with the whole tail.
 
     In log space throughout: F(u) − F(l) = F(u) F(−l) (1 − e^{l − u}) for every l < u; so gradients stay finite, too, however
     wide the logistic is.
     """
-    inverse = torch.exp(-log_scale)
     upper = (value + step / 2 - loc) * inverse
     lower = (value - step / 2 - loc) * inverse
     width = step * inverse  # u − l
-    narrow = math.log(step) - log_scale - width / 2 + width.square() / 24  # log(1 − e^{−width}) where rounding would spoil it
+    narrow = math.log(step) - log_scale - width / 2 + width.square() / 24  # also where width rounds to 0
     log_mass = torch.where(width < _NARROW, narrow, torch.log(-torch.expm1(-width.clamp_min(_NARROW))))
     inside = F.logsigmoid(upper) + F.logsigmoid(-lower) + log_mass
     return torch.where(value < bottom, F.logsigmoid(upper), torch.where(value > top, F.logsigmoid(-lower), inside))

@@ -92,15 +92,16 @@ def early_warnings(entry: dict[str, float], config: FitConfig) -> dict[str, str]
     if entry["max_energy"] > _HIGH_ENERGY * config.max_energy:
         found["energy"] = (
             f"an energy has reached {entry['max_energy']:.3g} nats, and at max_energy = {config.max_energy:g} the run stops. "
-            "Energies of a good prior are within ±30. Lower learning_rate, or raise weight_decay."
+            "Energies of a good prior are within ±30. Lower learning_rate; with chains, raise steps."
         )
     if entry.get("saturation", 0.0) > _HIGH_SATURATION:
         found["saturation"] = (
             f"the energies of a layer are at {entry['saturation']:.0%} of their saturation on average, and at {_SATURATED:.0%} "
-            "the run stops: energies that saturate learn nothing more. Lower learning_rate, or raise weight_decay."
+            "the run stops: energies that saturate learn nothing more. Lower learning_rate; with chains, leave step_size "
+            "out or raise steps."
         )
     if entry.get("acceptance", 1.0) < _LOW_ACCEPTANCE:
-        change = "Lower learning_rate, or raise weight_decay"
+        change = "Lower learning_rate"
         if config.step_size:
             change = "Leave step_size out, so that it is tuned"
         found["acceptance"] = (
@@ -177,7 +178,7 @@ def _likely_cause(method: Method, config: FitConfig, figures: dict[str, Tensor],
     if "gradient_norm_generator" in figures and not bool(torch.isfinite(figures["gradient_norm_generator"][row])):
         return "Lower generator_learning_rate, or train the generator longer by itself (fit_elbo) first."
     return (
-        "Lower learning_rate or raise weight_decay"
+        "Lower learning_rate"
         + ("; raise steps or set persistent, for better prior draws" if method not in ("nce", "multi_stage_nce") else "")
         + "; with custom energies, use a smooth activation and start from f = 0."
     )

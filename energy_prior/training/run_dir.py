@@ -155,10 +155,10 @@ class RunFolder:
 
     def _check_identity(self, identity: dict[str, Any]) -> None:
         """Raises `ArgumentError` if a checkpoint is of another run."""
-        changed = [name for name in self._identity if identity.get(name) != self._identity[name]]
+        changed = [name for name in self._identity | identity if identity.get(name) != self._identity.get(name)]
         if changed:
             was = {name: shown(identity.get(name)) for name in changed[:4]}
-            what = "; ".join(f"{name} was {old}, now {shown(self._identity[name])}" for name, old in was.items())
+            what = "; ".join(f"{name} was {old}, now {shown(self._identity.get(name))}" for name, old in was.items())
             raise ArgumentError(
                 f"run_dir: {str(self.path)!r} holds a run that cannot go on like this: {what}. Use the same settings, data and "
                 "model, or name another run_dir to begin anew."

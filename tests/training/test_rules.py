@@ -166,7 +166,7 @@ def test_each_stage_corrects_the_prior_before_it(monkeypatch: pytest.MonkeyPatch
     ladder = PairsLadder((2, 2), x_dim=4, seed=1)
     data = torch.distributions.MultivariateNormal(*ladder.tilted()).sample((2000,))
     prior = JointEBMPrior(ladder, [QuadraticEnergy(torch.zeros(2, 2).double(), torch.zeros(2).double()) for _ in range(2)])
-    settings = FAST | {"iterations": 90, "stages": 3, "log_every": 1}
+    settings: Any = FAST | {"iterations": 90, "stages": 3, "log_every": 1}
     result: FitResult = prior.fit(data, "multi_stage_nce", **settings)
     assert len(seen) == 60
     assert len(dict.fromkeys(identity for identity, _ in seen)) == 2

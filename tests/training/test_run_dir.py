@@ -314,6 +314,19 @@ def test_a_state_that_is_not_of_this_run(change: Any, words: str, stopped: Path,
     assert all(torch.equal(before[name], value) for name, value in everything(prior).items())
 
 
+def test_a_setting_that_there_was(tmp_path: Path) -> None:
+    """A run that an older version began with a setting that is gone does not go on without it."""
+    make().fit(X, "nce", **SETTINGS, run_dir=tmp_path, rng=seeded())
+
+    def older(document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        document["identity"]["energy_penalty"] = 0.05
+
+    file = tmp_path / "checkpoint-00000014" / "rank0.safetensors"
+    signed(file, older)
+    with pytest.raises(ArgumentError, match="cannot go on like this: energy_penalty was 0.05, now None"):
+        make().fit(X, "nce", **SETTINGS, run_dir=tmp_path, rng=seeded())
+
+
 def test_a_state_that_is_not_of_these_chains(tmp_path: Path) -> None:
     """The last checkpoint of "two_stage" has chains that persist."""
     make().fit(X, "two_stage", **SETTINGS, run_dir=tmp_path, rng=seeded())
