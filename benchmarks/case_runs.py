@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from backbones import Case
 from deep_measures import flat, layers_of, noise_of
-from results import ROOT, provenance
+from results import ROOT, commit
 from torch import Tensor, nn
 
 from energy_prior import JointEBMPrior, fit_elbo
@@ -104,7 +104,7 @@ class Log:
 
     def __init__(self, path: Path, key: str, case: str, units: str, device: torch.device) -> None:
         self.path, self.key, self.case, self.units, self.device = path, key, case, re.compile(units), device
-        self.commit = provenance()["commit"]  # now: what runs is the code of this moment
+        self.commit = commit()  # now: what runs is the code of this moment
         self.matched = False
         self.asked: list[str] = []
         path.parent.mkdir(parents=True, exist_ok=True)

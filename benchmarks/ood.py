@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from results import ROOT, Row, code_key, logged_runs, mean_row, run_missing, write_results
+from results import ROOT, Row, code_key, commits, logged_runs, mean_row, run_missing, write_results
 
 sys.path.insert(0, str(ROOT / "examples"))  # for what the example imports
 example: Any = runpy.run_path(str(ROOT / "examples" / "ood.py"))  # by its path: it has the name of this file
@@ -95,7 +95,7 @@ def main() -> None:
             print(name, {case: round(figures["auroc"], 3) for case, figures in result.items()}, flush=True)
     rows = rows_of(list(logged_runs(log).values()))
     write_results(out / "ood.json", rows)
-    (out / "ood.md").write_text(table(rows))
+    (out / "ood.md").write_text(table(rows, commits(log)))
     picture(out / "ood.png", rows)
     print((out / "ood.md").read_text())
 
@@ -124,15 +124,16 @@ def rows_of(runs: Sequence[dict[str, dict[str, float]]]) -> list[Row]:
     return rows
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The figures in Markdown."""
+def table(rows: Sequence[Row], ran: str) -> str:
+    """The figures in Markdown; `ran`: the commits."""
     lines = [
         "# Out-of-distribution detection",
         "",
         "`python benchmarks/ood.py`: known/unknown, means over seeds (± standard deviation). `auroc` and `fpr80` are of the "
         'default score, "tails". LLR, `joint_elbo` and `importance` are of at most 1,000 images a side. `llr_gaussian` is of '
         "the same VAE without energies, `…_mean` with skipped layers at their means. `log_likelihood`: its ELBO, 8 draws; "
-        "`joint_elbo` the joint prior's, `importance` its bound, 16 draws. Against `_train`, training images, 0.5 is right.",
+        "`joint_elbo` the joint prior's, `importance` its bound, 16 draws. Against `_train`, training images, 0.5 is right. "
+        f"Run at {ran}.",
         "",
         "| case | seeds | " + " | ".join(SHOWN) + " |",
         "|---" * (2 + len(SHOWN)) + "|",

@@ -6,6 +6,8 @@ __all__ = [
     "ROOT",
     "Row",
     "code_key",
+    "commit",
+    "commits",
     "logged_runs",
     "machine",
     "mean_row",
@@ -58,14 +60,18 @@ def mean_row(case: str, metric: str, values: Sequence[float], goal: float | None
 
 def provenance() -> dict[str, Any]:
     """Where and with what the figures were made."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
     return {
         "command": " ".join(["python", *(_as_seen_from_root(a) for a in sys.argv)]),
-        "commit": commit or None,
+        "commit": commit(),
         "machine": machine(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES},
     }
+
+
+def commit() -> str | None:
+    """That of the code here; None where there is no repository."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None  # noqa: S603
 
 
 def machine() -> str:
@@ -148,6 +154,7 @@ def run_missing(
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {line["job"]: line["result"] for line in lines if line["key"] == key and line["job"] in jobs}
     print(f"{len(done)} runs are there, {len(jobs) - len(done)} to do", flush=True)
+    here = commit()  # now: what runs is the code of this moment
     yield from done.items()
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # of the workers: more threads than cores only stall
     context = multiprocessing.get_context("spawn")
@@ -156,7 +163,7 @@ def run_missing(
         for future in concurrent.futures.as_completed(futures):
             name, result = futures[future], future.result()
             with log.open("a") as file:
-                file.write(json.dumps({"key": key, "job": name, "result": result}) + "\n")
+                file.write(json.dumps({"key": key, "commit": here, "job": name, "result": result}) + "\n")
             yield name, result
 
 
@@ -166,7 +173,16 @@ def logged_runs(log: Path) -> dict[str, dict[str, Any]]:
     Raises:
         SystemExit: if there are none: a table of nothing would replace the one that is there.
     """
+    return {name: line["result"] for name, line in _logged(log).items()}
+
+
+def commits(log: Path) -> str:
+    """Of the code that these were made by, for a table."""
+    return ", ".join(sorted({(line.get("commit") or "unknown")[:7] for line in _logged(log).values()}))
+
+
+def _logged(log: Path) -> dict[str, dict[str, Any]]:
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     if not lines:
         raise SystemExit(f"There are no runs in {log}.")
-    return {line["job"]: line["result"] for line in lines}
+    return {line["job"]: line for line in lines}
