@@ -132,7 +132,7 @@ def load_run(folder: str | os.PathLike[str], factory: str | None = None) -> Join
     Examples:
         >>> from importlib.resources import files
         >>> load_run(str(files("energy_prior") / "pretrained" / "digits"))  # a run's "out"
-        JointEBMPrior(LadderVAE; z_1 (16,) MLPEnergy, z_2 (8,) MLPEnergy; space="noise", step_size=0.194)
+        JointEBMPrior(LadderVAE; z_1 (16,) MLPEnergy, z_2 (8,) MLPEnergy; space="noise", step_size=0.191)
     """
     return read_run(folder, factory)[0]
 
