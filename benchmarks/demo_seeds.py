@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from results import ROOT, Row, code_key, mean_row, run_missing, write_results
+from results import ROOT, Row, code_key, commit, mean_row, run_missing, write_results
 
 from energy_prior.cli.demo import SCORES, DemoSettings, run_demo
 
@@ -107,8 +107,8 @@ def _markdown(reports: Sequence[dict[str, Any]], rows: Sequence[Row]) -> str:
         "# The demo over seeds and digits",
         "",
         f"`python benchmarks/demo_seeds.py`: {len(reports)} runs of `energy-prior demo`, default settings, seeds "
-        f"{sorted({r['seed'] for r in reports})}. Settings and the default score were chosen with digits 0, 2 and 6 unknown on "
-        "seeds 100–104.",
+        f"{sorted({r['seed'] for r in reports})}. Settings were chosen with digits 0, 2 and 6 unknown on seeds 100–104, the "
+        f"default score on other images. Run at {(commit() or 'unknown')[:7]}.",
         "",
         "| figure (mean over all runs) | value | sd | goal |",
         "|---|---|---|---|",
