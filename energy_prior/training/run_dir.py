@@ -158,7 +158,8 @@ class RunFolder:
         changed = [name for name in self._identity | identity if identity.get(name) != self._identity.get(name)]
         if changed:
             was = {name: shown(identity.get(name)) for name in changed[:4]}
-            what = "; ".join(f"{name} was {old}, now {shown(self._identity.get(name))}" for name, old in was.items())
+            now = {name: shown(self._identity.get(name)) for name in was}
+            what = "; ".join(f"{shortened(name)} was {old}, now {now[name]}" for name, old in was.items())
             raise ArgumentError(
                 f"run_dir: {str(self.path)!r} holds a run that cannot go on like this: {what}. Use the same settings, data and "
                 "model, or name another run_dir to begin anew."
