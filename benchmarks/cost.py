@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import subprocess
@@ -60,6 +61,8 @@ from energy_prior.langevin import ChainSettings, Target, sample_target
 from energy_prior.langevin.proposal import Scheme
 from energy_prior.process import frozen
 
+FULL_SIZE = ("lsun_church_64", "celeba_hq_256")
+FULL_SIZE_METRICS = ("added_gib", "elbo_seconds", "energies_seconds")
 GOALS: dict[tuple[str, str], float | None] = {
     ("scores, 16 images", "over_before"): 0.40,
     ("scores, 1000 images", "over_before"): 1.05,
@@ -74,11 +77,7 @@ GOALS: dict[tuple[str, str], float | None] = {
     ("nvae_2x8", "step_size_over_plain_loop"): None,
     ("import", "flop_counter_and_triton_imported"): 0.0,
     ("deep_fit", "keeping_memory_over_default"): None,
-    **{
-        (f"full_size {setting}", metric): None
-        for setting in ("lsun_church_64", "celeba_hq_256")
-        for metric in ("peak_gib", "generator_seconds", "energies_seconds")
-    },
+    **{(f"full_size {setting}", metric): None for setting in FULL_SIZE for metric in FULL_SIZE_METRICS},
 }
 HIGHER = {
     ("nvae_2x8", "effective_samples_per_second_over_plain_loop"),
@@ -153,10 +152,9 @@ def full_size(quick: bool, before: str | None) -> dict[tuple[str, str], float]:
 def examples(quick: bool, before: str | None) -> dict[tuple[str, str], float]:
     """What an update of the full-size settings of examples/two_stage.py takes."""
     figures: dict[tuple[str, str], float] = {}
-    for setting in ("lsun_church_64", "celeba_hq_256"):
+    for setting in FULL_SIZE:
         found = apart(__file__, "--child", f"two_stage {setting}", *(["--quick"] if quick else []), give_back=True)
-        metrics = ("peak_gib", "generator_seconds", "energies_seconds")
-        figures |= {(f"full_size {setting}", metric): value for metric, value in zip(metrics, found, strict=True)}
+        figures |= {(f"full_size {setting}", metric): value for metric, value in zip(FULL_SIZE_METRICS, found, strict=True)}
     return figures
 
 
@@ -410,8 +408,7 @@ CHILDREN: dict[str, Callable[[bool], float | tuple[float, ...]]] = {
     "one": lambda quick: score_memory(1, quick),
     "overhead": fit_overhead,
     "full": full_size_memory,
-    "two_stage lsun_church_64": lambda quick: two_stage_update("lsun_church_64", quick),
-    "two_stage celeba_hq_256": lambda quick: two_stage_update("celeba_hq_256", quick),
+    **{f"two_stage {name}": functools.partial(two_stage_update, name) for name in FULL_SIZE},
     "compile": compile_seconds,
     "iteration": iteration_seconds,
     "import": imported,

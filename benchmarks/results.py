@@ -129,6 +129,8 @@ def _dumped(node: object) -> str:
     """Like `ast.dump`, the same by every Python: without fields that are empty, which newer ones have more of."""
     if isinstance(node, list):
         return f"[{', '.join(map(_dumped, node))}]"
+    if isinstance(node, ast.JoinedStr):  # some Pythons end it with an empty piece
+        return f"JoinedStr({_dumped([v for v in node.values if not (isinstance(v, ast.Constant) and v.value == '')])})"
     if not isinstance(node, ast.AST):
         return repr(node)
     fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])

@@ -97,7 +97,10 @@ def run(options: argparse.Namespace, accelerator: Any = None) -> dict[str, Any]:
     source, out = options.data or setting.hub, options.out or Path("runs") / options.setting
     place = accelerator.device if accelerator else torch.device(options.device)
     out.mkdir(parents=True, exist_ok=True)
-    kept = None if options.one_update else out  # for checkpoints
+
+    def folder(name: str) -> Path | None:
+        """For checkpoints."""
+        return None if options.one_update else out / name
 
     # 1. Data in [0, 1]. The first images are held out; the others are read as a stream, as large sets do not fit into memory.
     held_out = 24 if short else 1000
@@ -121,19 +124,21 @@ def run(options: argparse.Namespace, accelerator: Any = None) -> dict[str, Any]:
         if short:
             length = {"iterations": 6 if quick else 1, "log_every": 3, "validation_draws": 1}
         images, begin = stream(setting.batch_size), time.monotonic()
-        shared["run_dir"] = kept and kept / "elbo"
-        elbo = fit_elbo(generator, images, validation=validation, learning_rate=5e-4, **length, **shared)
-        results |= {"validation_elbo": elbo.validation_elbo, "elbo_seconds": time.monotonic() - begin}
+        length |= {"learning_rate": 5e-4, "run_dir": folder("elbo")}
+        elbo = fit_elbo(generator, images, validation=validation, **length, **shared)
+        results["validation_elbo"] = elbo.validation_elbo
+        if options.one_update:
+            results["elbo_seconds"] = time.monotonic() - begin
 
     # 3. The energies on the frozen generator.
     prior = JointEBMPrior(generator).to(place)
     size: dict[str, Any] = {"iterations": 6500, "checkpoint_every": 500}
     if short:
         size = {"iterations": 4 if quick else 1, "step_size": 0.3}  # tuning it would take most of the time
-    shared["run_dir"] = kept and kept / "denoising"
     batches, begin = stream(setting.energy_batch), time.monotonic()
-    fit = prior.fit(batches, "denoising", **size, **shared)
-    results["energies_seconds"] = time.monotonic() - begin
+    fit = prior.fit(batches, "denoising", run_dir=folder("denoising"), **size, **shared)
+    if options.one_update:
+        results["energies_seconds"] = time.monotonic() - begin
 
     # 4. Samples of both priors, and a long chain with its energy profile.
     count = max(8 if short else 64, options.export)

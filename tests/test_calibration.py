@@ -62,6 +62,15 @@ def test_norms_count_where_they_are_small() -> None:
     assert float(found[3]) < 0.3, "what is large is no surprise: −log of the share that is not small, at most"
 
 
+def test_calibration_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration = calibrated(known())
+    before = {name: value.clone() for name, value in calibration.named_buffers()}
+    monkeypatch.setattr(torch, "quantile", lambda *args, **options: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        calibration.set_from(known(seed=1))
+    assert all(torch.equal(before[name], value) for name, value in calibration.named_buffers())
+
+
 def test_half_of_the_known_are_below_the_threshold_of_a_half() -> None:
     calibration = calibrated(known())
     others = calibration.explain(known(seed=1)).score
@@ -69,9 +78,11 @@ def test_half_of_the_known_are_below_the_threshold_of_a_half() -> None:
         assert float((others <= calibration.threshold(quantile)).double().mean()) == pytest.approx(quantile, abs=0.02)
 
 
-@pytest.mark.parametrize(("n", "layers"), [(200, 2), (200, 8), (400, 30)])
-def test_few_observations_of_many_layers(n: int, layers: int) -> None:
-    """A twentieth of new known observations is above the threshold of 95%, though their norms are in 1 + L dimensions."""
+@pytest.mark.parametrize(
+    ("n", "layers", "share"), [(50, 2, 0.1), (100, 2, 0.07), (200, 2, 0.06), (200, 8, 0.06), (400, 30, 0.055), (1000, 2, 0.05)]
+)
+def test_few_observations_of_many_layers(n: int, layers: int, share: float) -> None:
+    """About a twentieth of new known observations is above the threshold of 95%, more where few were calibrated on."""
     g = torch.Generator().manual_seed(0)
     root = torch.randn(1 + layers, 1 + layers, dtype=torch.float64, generator=g)
 
@@ -84,7 +95,7 @@ def test_few_observations_of_many_layers(n: int, layers: int) -> None:
         calibration = Calibration(layers, LIKE)
         calibration.set_from(some(n))
         flagged.append(float((calibration.explain(some(4000)).score > calibration.threshold(0.95)).double().mean()))
-    assert sum(flagged) / 20 == pytest.approx(0.05, abs=0.025)
+    assert sum(flagged) / 20 == pytest.approx(share, abs=0.02)
 
 
 def test_rounding_of_equal_terms_surprises_nobody() -> None:

@@ -98,8 +98,6 @@ class FitTask:
         self.previous: nn.ModuleList | None = None
         self.warned: dict[str, str] = {}
         self.learned: bool = False
-        units = max(shape.numel() for shape in model.generator.latent_shapes)
-        self._size = max(1.0, units / _SMALL_LAYER)
         recordable = self.method == "denoising" and all(map(_recordable, self.energies))
         self._waymark_loss = RecordedLoss(self._of_noise, self.weights) if recordable else self._of_noise
 
@@ -109,7 +107,10 @@ class FitTask:
 
         Energies with waymarks are bounded per unit, and their closed part alone may be of hundreds of nats.
         """
-        size = self._size * _SMALL_LAYER if have_waymarks(self.energies) else self._size
+        units = max(shape.numel() for shape in self.model.generator.latent_shapes)
+        size = max(units, _SMALL_LAYER)
+        if not have_waymarks(self.energies):
+            size /= _SMALL_LAYER
         return dataclasses.replace(self.config, max_energy=self.config.max_energy * size)
 
     def begin(self) -> None:

@@ -11,13 +11,25 @@ from ladders import GaussianLadder, PairsLadder, QuadraticEnergy, gaussian, kl
 from runs import X, make, seeded, task_of
 from torch import Tensor, nn
 
-from energy_prior import DivergenceError, JointEBMPrior, MLPEnergy
+from energy_prior import DivergenceError, JointEBMPrior, LadderVAE, MLPEnergy, TrainingWarning
 from energy_prior.training import FitResult, Method
 from energy_prior.training.chains import TrainingChains
 
 
 def constant(value: float, units: int = 3) -> list[nn.Module]:
     return [QuadraticEnergy(torch.zeros(d, d), torch.zeros(d), value) for d in (units, 2)]
+
+
+@pytest.mark.parametrize(("units", "largest"), [(128, 50.0), (192, 75.0), (256, 100.0)])
+def test_the_largest_energy_grows_with_large_layers(units: int, largest: float) -> None:
+    """`max_energy` is for up to 128 units, and in proportion more for larger layers."""
+    warned = pytest.warns(TrainingWarning, match=f"at max_energy = {largest:g} the run stops")
+    for factor, expected in ((0.99, warned), (1.01, pytest.raises(DivergenceError, match="nats"))):
+        vae = LadderVAE((1, 4, 4), latent_dims=(units, 2), hidden=8)
+        task = task_of(JointEBMPrior(vae, constant(factor * largest, units)), "nce", max_energy=50.0)
+        figures = {name: value.detach()[None] for name, value in task.loss(X[:16], 1)[1].items()}
+        with expected:
+            task.look(1, figures)
 
 
 @pytest.mark.parametrize(("iterations", "expected"), [(2, 256), (2000, 640), (20_000, 2048)])
