@@ -119,7 +119,8 @@ def two_sample_accuracy(
     unit = [((t - mean) / spread).cpu().numpy() for t in (train_a, train_b, test_a, test_b)]
     labels = torch.cat([torch.ones(len(train_a)), torch.zeros(len(train_b))]).numpy()
     net = perceptron((hidden, hidden), alpha=1e-3, batch_size=min(256, len(labels)), max_iter=epochs, random_state=seed)
-    with warnings.catch_warnings():
+    one_thread = require_extra("threadpoolctl", "eval").threadpool_limits(1)  # more only stall, beside other programs
+    with one_thread, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Stochastic Optimizer: Maximum iterations")
         net.fit(torch.cat([torch.as_tensor(unit[0]), torch.as_tensor(unit[1])]).numpy(), labels)
     return 0.5 * float(net.predict(unit[2]).mean() + (1 - net.predict(unit[3])).mean())

@@ -105,6 +105,9 @@ def test_draws_outside_the_support_are_named() -> None:
         prior.log_joint(x)
     with pytest.raises(DivergenceError, match=r"values of z_1 are outside the support of p\(z_1 \| z_\(>1\)\), a Uniform"):
         prior.mismatch(x)
+    for method in ("nce", "two_stage"):
+        with pytest.raises(DivergenceError, match="in iteration 1: [0-9]+ values of z_[12] are outside the support"):
+            JointEBMPrior(Outside("uniform")).fit(x, method, iterations=2, step_size=0.3, progress=False)
 
 
 @pytest.mark.parametrize("call", ["sample", "sample_latents", "trajectory"])
