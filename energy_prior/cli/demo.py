@@ -68,9 +68,9 @@ class DemoSettings:
     seed: int = 0
     device: str = "cpu"
     vae_iterations: int = 2500
-    nce_iterations: int = 1500
+    nce_iterations: int = 1000
     ml_iterations: int = 200
-    draws: int = 10
+    draws: int = 5
     repeats: int = 5
     progress: bool = True
 
