@@ -6,12 +6,15 @@
 The cases are those of `stability.py` where its plain loop fails, and two where it does not, three seeds each. A safeguard stays
 out, for all that come after it too, if no run diverges without it and no case's mean ratio is above that with all of them by
 more than one standard deviation (over the seeds, with all of them). Redundant safeguards each look useless alone: so they go
-cumulatively. DATA: as there. Writes docs/results/ablation.json and .md.
+cumulatively. The first case that speaks against leaving one out ends its runs: the shortest come first. DATA: as there.
+
+Writes docs/results/ablation.json and .md. Lines of safeguards that are not in the code any more stay there as they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,14 +30,17 @@ from energy_prior.training import Method
 Cases = tuple[tuple[str, Method, int], ...]
 CASES: Cases = (
     ("digits", "variational", 1050),
-    ("mnist", "variational", 1425),
+    ("digits", "two_stage", 3000),
     ("mnist", "joint", 300),
+    ("mnist", "variational", 1425),
+    ("mnist", "two_stage", 3000),
     ("cifar10", "variational", 500),
     ("cifar10", "joint", 500),
-    ("digits", "two_stage", 3000),
-    ("mnist", "two_stage", 3000),
 )
-"""Problem, rule and iterations."""
+"""Problem, rule and iterations, the shortest first."""
+Runs = dict[str, list[dict[str, Any]]]
+"""Case -> its runs."""
+
 SEEDS = range(3)
 NONE = 1e30
 
@@ -86,64 +92,58 @@ def main() -> None:
     quick: Cases = (("digits", "variational", 12), ("digits", "two_stage", 12))
     cases = quick if options.quick else CASES
     seeds = range(1) if options.quick else SEEDS
-    grid: list[tuple[str, Method, int, int]] = [(p, m, n, s) for p, m, n in cases for s in seeds]
 
-    def runs(without: tuple[str, ...]) -> list[dict[str, Any]]:
-        """Of every case and seed, without these."""
-        label = " + ".join(without) or "all"
-        todo = {
-            f"{p} {m} {s} without {label}": (Job(p, m, s, n, False, options.data, options.quick), without)
-            for p, m, n, s in grid
-        }
+    def runs(case: tuple[str, Method, int], without: tuple[str, ...]) -> list[dict[str, Any]]:
+        """Of every seed, without these."""
+        (p, m, n), label = case, " + ".join(without) or "all"
+        todo = {f"{p} {m} {s} without {label}": (Job(p, m, s, n, False, options.data, options.quick), without) for s in seeds}
         done = dict(run_missing(todo, run, log, key, 1 if options.quick else options.workers))
         return [done[name] for name in todo]
 
-    whole = runs(())
-    rows, removed = _rows("all", whole), ()
-    verdicts: dict[str, list[str]] = {}
+    whole = {_label(case): runs(case, ()) for case in cases}
+    rows, removed = _rows(f"all {len(SAFEGUARDS)}", whole), ()
     for guard in SAFEGUARDS:
-        tried = runs((*removed, guard.name))
-        verdicts[guard.name] = _against(tried, whole)
+        tried, against = {}, ""
+        for case in cases:
+            tried[_label(case)] = runs(case, (*removed, guard.name))
+            if against := _against(_label(case), tried, whole):
+                break
         rows += _rows(f"without {guard.name}", tried)
-        out_of_it = float(not verdicts[guard.name])
-        rows.append(Row(case=guard.name, metric="stays_out", value=out_of_it, sd=None, n=1, goal=None, better="higher"))
-        print(f"{guard.name}: {'; '.join(verdicts[guard.name]) or 'stays out'}", flush=True)
-        if not verdicts[guard.name]:
+        row = Row(case=guard.name, metric="stays_out", value=float(not against), sd=None, n=1, goal=None, better="higher")
+        if against:
+            row["why"] = against
+        rows.append(row)
+        print(f"{guard.name}: {against or 'stays out'}", flush=True)
+        if not against:
             removed = (*removed, guard.name)
-    write_results(out / "ablation.json", rows)
-    (out / "ablation.md").write_text(_markdown(rows, verdicts, [f"{p} {m}" for p, m, _ in cases]))
+    file = out / "ablation.json"
+    made = {row["case"] for row in rows}
+    rows = [row for row in (json.loads(file.read_text())["rows"] if file.exists() else []) if row["case"] not in made] + rows
+    write_results(file, rows)
+    (out / "ablation.md").write_text(markdown(rows))
     print((out / "ablation.md").read_text())
     log.unlink()
 
 
-def _by_case(runs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    cases: dict[str, list[dict[str, Any]]] = {}
-    for result in runs:
-        cases.setdefault(f"{result['problem']} {result['method']}", []).append(result)
-    return cases
+def _label(case: tuple[str, Method, int]) -> str:
+    return f"{case[0]} {case[1]}"
 
 
-def _against(tried: Sequence[dict[str, Any]], whole: Sequence[dict[str, Any]]) -> list[str]:
-    """What speaks against leaving it out."""
-    found = []
-    for (case, own), base in zip(_by_case(tried).items(), _by_case(whole).values(), strict=True):
-        if diverged := sum(r["diverged"] for r in own):
-            found.append(f"{case}: {diverged} of {len(own)} diverged")
-            continue
-        if any(r["diverged"] for r in base):
-            found.append(f"{case}: diverged with all of them")
-            continue
-        ratios = [r["ratio"] for r in base]
-        sd = statistics.stdev(ratios) if len(ratios) > 1 else 0.0
-        worse = statistics.fmean(r["ratio"] for r in own) - statistics.fmean(ratios)
-        if worse > sd:
-            found.append(f"{case}: {worse:+.2g}, sd {sd:.2g}")
-    return found
+def _against(case: str, tried: Runs, whole: Runs) -> str:
+    """What a case says against leaving a safeguard out; empty if nothing."""
+    if diverged := sum(r["diverged"] for r in tried[case]):
+        return f"{case}: {diverged} of {len(tried[case])} diverged"
+    if any(r["diverged"] for r in whole[case]):
+        return f"{case}: diverged with all of them"
+    ratios = [r["ratio"] for r in whole[case]]
+    sd = statistics.stdev(ratios) if len(ratios) > 1 else 0.0
+    worse = statistics.fmean(r["ratio"] for r in tried[case]) - statistics.fmean(ratios)
+    return f"{case}: {worse:+.2g}, sd {sd:.2g}" if worse > sd else ""
 
 
-def _rows(name: str, runs: Sequence[dict[str, Any]]) -> list[Row]:
+def _rows(name: str, runs: Runs) -> list[Row]:
     rows: list[Row] = []
-    for case, own in _by_case(runs).items():
+    for case, own in runs.items():
         diverged = float(sum(r["diverged"] for r in own))
         label = f"{case}, {name}"
         rows.append(Row(case=label, metric="diverged", value=diverged, sd=None, n=len(own), goal=None, better="lower"))
@@ -154,10 +154,15 @@ def _rows(name: str, runs: Sequence[dict[str, Any]]) -> list[Row]:
     return rows
 
 
-def _markdown(rows: Sequence[Row], verdicts: dict[str, list[str]], cases: Sequence[str]) -> str:
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of all rows, in their order."""
     table = {(row["case"], row["metric"]): row for row in rows}
+    named = [row["case"].split(", ", 1) for row in rows if row["metric"] == "ratio"]
+    cases = [_label(case) for case in CASES if any(_label(case) == c for c, _ in named)]
 
     def cell(case: str, name: str) -> str:
+        if (f"{case}, {name}", "ratio") not in table:
+            return "–"
         ratio, diverged = table[f"{case}, {name}", "ratio"], table[f"{case}, {name}", "diverged"]
         if diverged["value"]:
             return f"{diverged['value']:.0f} of {diverged['n']} diverged"
@@ -168,18 +173,16 @@ def _markdown(rows: Sequence[Row], verdicts: dict[str, list[str]], cases: Sequen
         "# What each safeguard of training is worth",
         "",
         "`python benchmarks/ablation.py`: ratio to the start (as in the table of stability, smaller is better), mean and "
-        f"standard deviation of {table[f'{cases[0]}, all', 'ratio']['n']} seeds. Safeguards are left out one after the other, "
-        "the least active first; one that stays out is out in all lines below it.",
+        f"standard deviation of {max(row['n'] for row in rows)} seeds. Safeguards are left out one after the other, the least "
+        "active first; one that stays out is out in all lines below it. –: not run, as another case had spoken against it.",
         "",
-        "| without | " + " | ".join(cases) + " | stays out |",
+        "| safeguards | " + " | ".join(cases) + " | stays out |",
         "|---|" + "---|" * (len(cases) + 1),
-        "| (all safeguards) | " + " | ".join(cell(case, "all") for case in cases) + " | |",
     ]
-    for name, against in verdicts.items():
-        cells = " | ".join(cell(case, f"without {name}") for case in cases)
-        lines.append(f"| {name} | {cells} | {'no' if against else 'yes'} |")
-    lines += ["", "What speaks against leaving one out:", ""]
-    lines += [f"- {name}: {'; '.join(against)}." for name, against in verdicts.items() if against] or ["- nothing."]
+    for name in dict.fromkeys(name for _, name in named):
+        verdict = table.get((name.removeprefix("without "), "stays_out"))
+        last = "" if verdict is None else "yes" if verdict["value"] else f"no: {verdict.get('why', '')}"
+        lines.append(f"| {name} | " + " | ".join(cell(case, name) for case in cases) + f" | {last} |")
     return "\n".join(lines) + "\n"
 
 
