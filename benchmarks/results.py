@@ -178,9 +178,10 @@ def logged_runs(log: Path) -> dict[str, dict[str, Any]]:
     return {name: line["result"] for name, line in _logged(log).items()}
 
 
-def commits(log: Path) -> str:
-    """Of the code that these were made by, for a table."""
-    return ", ".join(sorted({(line.get("commit") or "unknown")[:7] for line in _logged(log).values()}))
+def commits(log: Path, start: str = "") -> str:
+    """Of the code that these were made by, for a table: all, or those whose name starts so."""
+    lines = (line for name, line in _logged(log).items() if name.startswith(start))
+    return ", ".join(sorted({(line.get("commit") or "unknown")[:7] for line in lines}))
 
 
 def _logged(log: Path) -> dict[str, dict[str, Any]]:

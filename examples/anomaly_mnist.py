@@ -1,6 +1,6 @@
 """MNIST with one digit held out of training: how well the anomaly scores of a joint prior find it.
 
-    python examples/anomaly_mnist.py --data path/to/mnist --digit 4    # parquet files or image folders; ten minutes, one core
+    python examples/anomaly_mnist.py --data path/to/mnist --digit 4    # parquet files or image folders; a quarter of an hour, one core
     python examples/anomaly_mnist.py --data ylecun/mnist --protocol test_split
     python examples/anomaly_mnist.py --data path/to/mnist --quick      # a minute, to see that it runs
 
@@ -66,7 +66,9 @@ def run(
 
     # 1. A ladder VAE of the known digits, its weights chosen by the ELBO of held-out ones.
     vae = LadderVAE((1, 28, 28), latent_dims=(12, 6), hidden=512).to(device)
-    fit_elbo(vae, images, validation=held[:1000], learning_rate=1e-3, iterations=60 if quick else 4000, log_every=20, **shared)
+    fit_elbo(
+        vae, images, validation=held[:1000], learning_rate=1e-3, iterations=60 if quick else 12_000, log_every=20, **shared
+    )
 
     # 2. Its joint prior, calibrated on held-out known digits.
     prior = JointEBMPrior(vae, [MLPEnergy(shape, hidden=(256, 256)).to(device) for shape in vae.latent_shapes])
