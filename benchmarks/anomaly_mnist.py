@@ -143,8 +143,8 @@ def table(rows: Sequence[Row], ran: Callable[[str], str]) -> str:
         "`python benchmarks/anomaly_mnist.py`, means over seeds (± standard deviation). `auprc` and `auroc` are of the default "
         'score, "tails"; AUPRC by the trapezoid rule, higher is better. Settings were chosen in the cases "development", on '
         'the training split. "zenati" pools both splits, so it tests on images of that split too: for the digits marked * the '
-        "unknown ones among them were looked at when settings were chosen; those of 1, 4, 5, 7 and 9 never were. The last column: "
-        "the commit of the recipe.",
+        "unknown ones among them were looked at when settings were chosen; those of 1, 4, 5, 7 and 9 never were. The last "
+        "column is the commit of the recipe.",
     ]
     for protocol in ("zenati", "test_split", "development"):
         cases = [case for case in dict.fromkeys(row["case"] for row in rows) if case.startswith(protocol)]

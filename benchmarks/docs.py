@@ -1,7 +1,7 @@
 """Which share of the code in README and the docs do tests run? And is the site whole?
 
-    python benchmarks/docs.py            # ten minutes on one core: the tests of blocks, and a build of the site
-    python benchmarks/docs.py --quick    # without the slow tests; writes nothing into docs/results
+    python benchmarks/docs.py            # minutes on one core: the tests of blocks, and a build of the site
+    python benchmarks/docs.py --check    # the same, but writes nothing, and fails where a goal is missed
 
 A block counts where a test that passed has run it, from its first line to its last, as written but for the texts that the test
 replaces because they would take minutes, a GPU or a download. Blocks in Python, shell and YAML count, whatever file of the
@@ -17,7 +17,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 from results import ROOT, Row, write_results
@@ -43,11 +42,11 @@ class Recorder:
 def main() -> None:
     """Runs the tests, builds the site, prints and writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="without the slow tests; writes nothing into docs/results")
-    quick = parser.parse_args().quick
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail where a goal is missed")
+    check = parser.parse_args().check
     os.chdir(ROOT)
     recorder = Recorder()
-    pytest.main(["-q", "-m", "not slow" if quick else "", "-p", "no:cacheprovider", *FILES], plugins=[recorder])
+    pytest.main(["-q", "-m", "", "-p", "no:cacheprovider", *FILES], plugins=[recorder])
     wanted = [block.name for block in all_blocks() if block.kind in CODE]
     for name in wanted:
         if name not in recorder.run:
@@ -62,8 +61,10 @@ def main() -> None:
     ]
     for row in rows:
         print(row["metric"], row["value"])
-    out = Path(tempfile.mkdtemp()) if quick else ROOT / "docs" / "results"
-    write_results(out / "docs.json", rows)
+    if not check:
+        write_results(ROOT / "docs" / "results" / "docs.json", rows)
+    elif any(row["value"] != row["goal"] for row in rows if row["goal"] is not None):
+        sys.exit("Blocks of code are not run, or the site has warnings.")
 
 
 def _row(case: str, metric: str, value: float, goal: float | None = None, better: str = "higher") -> Row:

@@ -1,6 +1,6 @@
 """MNIST with one digit held out of training: how well the anomaly scores of a joint prior find it.
 
-    python examples/anomaly_mnist.py --data path/to/mnist --digit 4    # parquet files or image folders; a quarter of an hour, one core
+    python examples/anomaly_mnist.py --data path/to/mnist --digit 4    # parquet files or image folders; 15 minutes
     python examples/anomaly_mnist.py --data ylecun/mnist --protocol test_split
     python examples/anomaly_mnist.py --data path/to/mnist --quick      # a minute, to see that it runs
 

@@ -176,7 +176,7 @@ def test_adapter_guide(
     names: dict[str, Any] = {"images": data.train[:64]}
     chosen = blocks("docs/adapters.md", "python")
     short = SHORT_FIT | {"iterations=2000)": "iterations=3, progress=False)"}
-    run_python([*chosen[:8], chosen[-1]], names, record_property, short)
+    run_python([block for block in chosen if "ConvolvedNormal" not in block.code], names, record_property, short)
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "shapes, types and layer order agree with latent_shapes"
     assert any(
