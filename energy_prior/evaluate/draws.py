@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["effective_sample_size", "maximum_mean_discrepancy", "two_sample_accuracy"]
 
+import threading
 import warnings
 
 import torch
@@ -13,6 +14,7 @@ from energy_prior.checks.settings import check_positive, require_extra
 from energy_prior.errors import ArgumentError, ShapeError
 
 _FOR_MEDIAN, _AT_ONCE = 1000, 1000  # draws
+_ALONE = threading.Lock()  # the number of BLAS's threads is the process's
 
 
 def effective_sample_size(series: Tensor) -> Tensor:
@@ -119,8 +121,8 @@ def two_sample_accuracy(
     unit = [((t - mean) / spread).cpu().numpy() for t in (train_a, train_b, test_a, test_b)]
     labels = torch.cat([torch.ones(len(train_a)), torch.zeros(len(train_b))]).numpy()
     net = perceptron((hidden, hidden), alpha=1e-3, batch_size=min(256, len(labels)), max_iter=epochs, random_state=seed)
-    one_thread = require_extra("threadpoolctl", "eval").threadpool_limits(1)  # more only stall, beside other programs
-    with one_thread, warnings.catch_warnings():
+    limited = require_extra("threadpoolctl", "eval").threadpool_limits
+    with _ALONE, limited(1, "blas"), warnings.catch_warnings():  # more threads only stall beside other programs
         warnings.filterwarnings("ignore", message="Stochastic Optimizer: Maximum iterations")
         net.fit(torch.cat([torch.as_tensor(unit[0]), torch.as_tensor(unit[1])]).numpy(), labels)
     return 0.5 * float(net.predict(unit[2]).mean() + (1 - net.predict(unit[3])).mean())

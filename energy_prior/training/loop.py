@@ -201,8 +201,7 @@ class _Loop:
         self.weights = [p for group in task.groups for p in group.parameters]
         self.device = self.weights[0].device
         self.optimizer = torch.optim.AdamW(
-            [{"params": list(g.parameters), "lr": g.learning_rate, "weight_decay": g.weight_decay} for g in task.groups],
-            fused=self.device.type == "cpu" or None,  # an update of a small model takes a sixth less; None: as torch chooses
+            [{"params": list(g.parameters), "lr": g.learning_rate, "weight_decay": g.weight_decay} for g in task.groups]
         )
         self.record = RunRecord()
         self.window: list[dict[str, Tensor]] = []

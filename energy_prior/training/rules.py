@@ -233,8 +233,8 @@ class FitTask:
         self._enter_stage(iteration)
         draw = self._posterior(x)
         if iteration == 1:
-            with torch.no_grad(), frozen(self.model.generator):
-                self.model.noise([z[:_LOOKED_AT] for z in draw.latents])  # raises where q leaves the support of p
+            with full_precision(x.device), torch.no_grad(), frozen(self.model.generator):
+                self.model.noise([z.detach() for z in draw.latents])  # raises where q leaves the support of p
         z_posterior, z_prior = draw.latents, self._prior_draws(len(x))
         f_posterior, f_prior = self.model.negative_energy(z_posterior), self.model.negative_energy(z_prior)
         total_posterior, total_prior = f_posterior.sum(1), f_prior.sum(1)
