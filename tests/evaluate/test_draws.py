@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from sklearn.neural_network import MLPClassifier
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from energy_prior import ArgumentError, ShapeError
 from energy_prior.evaluate import effective_sample_size, maximum_mean_discrepancy, two_sample_accuracy
@@ -22,6 +25,26 @@ def test_two_sample_accuracy_on_pairs_that_differ_and_that_do_not() -> None:
     assert same == pytest.approx(0.5, abs=0.04)
     best = float(torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor(0.5**0.5)))  # of two unit Gaussians √2 apart
     assert apart == pytest.approx(best, abs=0.03)
+
+
+def test_two_sample_accuracy_takes_one_thread_and_gives_the_others_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def threads() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    seen: list[set[int]] = []
+    fit = MLPClassifier.fit
+
+    def spy(self: MLPClassifier, x: Any, y: Any) -> MLPClassifier:
+        seen.append(threads())
+        return fit(self, x, y)
+
+    monkeypatch.setattr(MLPClassifier, "fit", spy)
+    draws = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    with threadpool_limits(2, "blas"):
+        two_sample_accuracy(draws, draws, draws, draws, epochs=1)
+        after = threads()
+    assert seen == [{1}]
+    assert after == {2}
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from energy_prior import ArgumentError, JointEBMPrior, LadderVAE, fit_elbo
 from energy_prior.langevin import JointDensity
+from energy_prior.model import JointModel
 from energy_prior.training import METHODS, Method, launched_accelerator, map_batches
 from energy_prior.training.distributed import Engine
 
@@ -82,16 +83,20 @@ def test_mixed_precision_leaves_the_chains_alone(method: Method, monkeypatch: py
         num_processes=1, process_index=0, mixed_precision="bf16", autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16)
     )
     seen: list[bool] = []
-    original = JointDensity.evaluate
 
-    def spy(self: JointDensity, position: Any, **how: Any) -> Any:
-        seen.append(torch.is_autocast_enabled("cpu"))
-        return original(self, position, **how)
+    def spied(original: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(*args: Any, **how: Any) -> Any:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return original(*args, **how)
 
-    monkeypatch.setattr(JointDensity, "evaluate", spy)
+        return spy
+
+    monkeypatch.setattr(JointDensity, "evaluate", spied(JointDensity.evaluate))
+    monkeypatch.setattr(JointModel, "noise", spied(JointModel.noise))  # by which the support of p is looked at, too
     prior = make_for(method)
     settings: dict[str, Any] = {"iterations": 4, "steps": 4, "posterior_steps": 2, "stages": 2, "progress": False}
     result = prior.fit(X, method, accelerator=accelerator, **settings)
+    assert seen
     assert not any(seen)
     assert all(math.isfinite(value) for value in result.history[-1].values())
     assert all(p.dtype == torch.float32 for p in prior.parameters())
