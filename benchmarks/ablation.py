@@ -67,10 +67,10 @@ def _unbounded(prior: JointEBMPrior) -> None:
 
 
 SAFEGUARDS = (
-    Safeguard("saturation of the energies", prepare=_unbounded),
     Safeguard("restarts of persistent chains", settings=(("restart_probability", 0.0),)),
     Safeguard("averaged weights", settings=(("ema_decay", 0.0),)),
     Safeguard("tuned step size (0.3)", settings=(("step_size", 0.3),)),
+    Safeguard("saturation of the energies", prepare=_unbounded),
 )
 """The least active first."""
 

@@ -20,6 +20,10 @@
 - `effective_samples_per_second_over_plain_loop`: there, of Σf in three times 60 compiled steps of size 0.5, over those of a
   loop (Euler's) with the full sampler in every step. `the_same_at_equal_acceptance`: each with steps of the size at which MALA
   would accept 95% (the loop 240); `step_size_over_plain_loop`: the ratio of those sizes.
+- `block_schedule_over_full_steps`: there, effective samples of Σf per second of chains that after each step of all layers make
+  m steps of the k layers nearest the data alone, whose pass down is a part of it, over those of full steps alone; the best of
+  k and m in `BLOCKS`, each with steps of the size that is accepted 95% of the time. Seconds are those of long chains of each
+  kind: going from one to the other is free here.
 - `full_size …`: `examples/two_stage.py --one-update`, on images of noise: what it adds to a process's memory, a chain of 20
   steps of eight samples included, and seconds of either stage with its one update (with the generator's validation of 24
   images, and what the energies set of themselves before theirs).
@@ -57,9 +61,10 @@ from energy_prior import ConvEnergy, JointEBMPrior, LadderVAE, ResidualVAE
 from energy_prior._util import not_none
 from energy_prior.adapters import NVAEAdapter, VDVAEAdapter
 from energy_prior.evaluate import effective_sample_size
-from energy_prior.langevin import ChainSettings, Target, sample_target
+from energy_prior.langevin import ChainDraw, ChainSettings, Target, sample_target
 from energy_prior.langevin.proposal import Scheme
 from energy_prior.process import frozen
+from energy_prior.topdown import TopDown
 
 FULL_SIZE = ("lsun_church_64", "celeba_hq_256")
 FULL_SIZE_METRICS = ("added_gib", "elbo_seconds", "energies_seconds")
@@ -75,6 +80,7 @@ GOALS: dict[tuple[str, str], float | None] = {
     ("nvae_2x8", "effective_samples_per_second_over_plain_loop"): 1.6,
     ("nvae_2x8", "the_same_at_equal_acceptance"): None,
     ("nvae_2x8", "step_size_over_plain_loop"): None,
+    ("nvae_2x8", "block_schedule_over_full_steps"): None,
     ("import", "flop_counter_and_triton_imported"): 0.0,
     ("deep_fit", "keeping_memory_over_default"): None,
     **{(f"full_size {setting}", metric): None for setting in FULL_SIZE for metric in FULL_SIZE_METRICS},
@@ -83,11 +89,14 @@ HIGHER = {
     ("nvae_2x8", "effective_samples_per_second_over_plain_loop"),
     ("nvae_2x8", "the_same_at_equal_acceptance"),
     ("nvae_2x8", "step_size_over_plain_loop"),
+    ("nvae_2x8", "block_schedule_over_full_steps"),
 }
 """Figures that are better where they are larger; a goal is the least that they should be."""
 KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 MEMORY = 2**28
 ROUNDS, LONG = 3, 240
+BLOCKS = ((1, 1), (1, 8), (2, 4), (4, 1), (4, 3), (8, 1))
+"""Layers nearest the data, and their steps after each step of all layers."""
 
 
 def main() -> None:
@@ -222,6 +231,41 @@ def _step_at_95(target: Target, scheme: Scheme, looks: int) -> float:
     return s
 
 
+def in_blocks(quick: bool, before: str | None) -> dict[tuple[str, str], float]:
+    """Whether steps of the layers nearest the data, which cost less, pay between steps of all layers."""
+    prior, rounds, looks = with_energies(nvae_style(quick)), 4 if quick else LONG, 1 if quick else 8
+    full = Target(prior.generator, list(prior.energies), "noise", BATCH)
+    layers = len(full.free)
+
+    def target_of(z: tuple[Tensor, ...], free: int) -> Target:
+        held = {i: z[i - 1] for i in range(free + 1, layers + 1)}
+        return dataclasses.replace(full, held=held, topdown=TopDown(full.generator, BATCH, held))
+
+    def step(z: tuple[Tensor, ...] | None, target: Target, step_size: float, steps: int = 1) -> ChainDraw:
+        settings = ChainSettings(steps=steps, step_size=step_size, backend="eager")
+        return sample_target(target, settings, default_step_size=step_size, start=z, trace=True)
+
+    with torch.no_grad(), frozen(prior, prior.generator):
+        start = step(None, full, 0.2, 2 if quick else LONG).latents
+        kinds = sorted({layers, *(k for k, _ in BLOCKS if k < layers)})
+        sizes = {k: _step_at_95(target_of(start, k), "crank_nicolson", looks) for k in kinds}
+        seconds = alternate(
+            {f"{k}": functools.partial(step, start, target_of(start, k), sizes[k], 40) for k in kinds}, ROUNDS
+        )
+        ratios = {}
+        for k, m in ((1, 0), *((k, m) for k, m in BLOCKS if k < layers)):
+            z, sums = start, list[Tensor]()
+            for _ in range(rounds):
+                z = step(z, full, sizes[layers]).latents
+                z = step(z, target_of(z, k), sizes[k], m).latents if m else z
+                sums.append(torch.stack([f(own) for f, own in zip(prior.energies, z, strict=True)]).sum(0))
+            effective = float(effective_sample_size(torch.stack(sums)[:, :, None]))
+            ratios[k, m] = effective / (1 + m * seconds(f"{k}", f"{layers}"))
+            print(f"{k} layers, {m} steps: {ratios[k, m] / ratios[1, 0]:.2f} (step {sizes[k]:.2f})", flush=True)
+    best = max(value for (_, m), value in ratios.items() if m)
+    return {("nvae_2x8", "block_schedule_over_full_steps"): best / ratios[1, 0]}
+
+
 def importing(quick: bool, before: str | None) -> dict[tuple[str, str], float]:
     """What the import pulls in."""
     return {("import", "flop_counter_and_triton_imported"): apart(__file__, "--child", "import")}
@@ -243,6 +287,7 @@ CASES: dict[str, Callable[[bool, str | None], dict[tuple[str, str], float]]] = {
     "examples": examples,
     "compile": compiling,
     "moving": moving,
+    "blocks": in_blocks,
     "import": importing,
     "allocator": allocating,
 }
