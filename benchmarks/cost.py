@@ -95,7 +95,8 @@ HIGHER = {
 KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 MEMORY = 2**28
 ROUNDS, LONG = 3, 240
-BLOCKS = ((1, 1), (1, 8), (2, 4), (4, 1), (4, 3), (8, 1))
+BLOCK_ROUNDS = 100
+BLOCKS = ((1, 4), (2, 2), (4, 1), (8, 1))
 """Layers nearest the data, and their steps after each step of all layers."""
 
 
@@ -233,7 +234,7 @@ def _step_at_95(target: Target, scheme: Scheme, looks: int) -> float:
 
 def in_blocks(quick: bool, before: str | None) -> dict[tuple[str, str], float]:
     """Whether steps of the layers nearest the data, which cost less, pay between steps of all layers."""
-    prior, rounds, looks = with_energies(nvae_style(quick)), 4 if quick else LONG, 1 if quick else 8
+    prior, rounds, looks = with_energies(nvae_style(quick)), 4 if quick else BLOCK_ROUNDS, 1 if quick else 5
     full = Target(prior.generator, list(prior.energies), "noise", BATCH)
     layers = len(full.free)
 
@@ -246,12 +247,10 @@ def in_blocks(quick: bool, before: str | None) -> dict[tuple[str, str], float]:
         return sample_target(target, settings, default_step_size=step_size, start=z, trace=True)
 
     with torch.no_grad(), frozen(prior, prior.generator):
-        start = step(None, full, 0.2, 2 if quick else LONG).latents
+        start = step(None, full, 0.2, 2 if quick else BLOCK_ROUNDS).latents
         kinds = sorted({layers, *(k for k, _ in BLOCKS if k < layers)})
         sizes = {k: _step_at_95(target_of(start, k), "crank_nicolson", looks) for k in kinds}
-        seconds = alternate(
-            {f"{k}": functools.partial(step, start, target_of(start, k), sizes[k], 40) for k in kinds}, ROUNDS
-        )
+        seconds = alternate({f"{k}": functools.partial(step, start, target_of(start, k), sizes[k], 40) for k in kinds}, ROUNDS)
         ratios = {}
         for k, m in ((1, 0), *((k, m) for k, m in BLOCKS if k < layers)):
             z, sums = start, list[Tensor]()

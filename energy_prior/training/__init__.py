@@ -21,6 +21,7 @@ __all__ = [
     "map_batches",
     "maximum_likelihood",
     "noise_contrastive",
+    "without_affine_force",
 ]
 
 from energy_prior.training.config import METHODS, FitConfig, Method, RunConfig
@@ -34,4 +35,5 @@ from energy_prior.training.objectives import (
     generator_likelihood,
     maximum_likelihood,
     noise_contrastive,
+    without_affine_force,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["denoising", "generator_likelihood", "maximum_likelihood", "noise_contrastive"]
+__all__ = ["denoising", "generator_likelihood", "maximum_likelihood", "noise_contrastive", "without_affine_force"]
 
 from collections.abc import Sequence
 
@@ -99,3 +99,33 @@ def generator_likelihood(
     """
     positive = log_likelihood + log_prior_positive - (0.0 if log_q is None else log_q)
     return log_prior_negative.mean() - positive.mean()
+
+
+def without_affine_force(latents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same latents, for f at reparameterised posterior draws: its force on them loses what moves or scales them all alike.
+
+    Of ∇f, the gradient that comes back, each unit loses its regression on (1, z_ij) over the batch. It would gain nothing:
+    units moved and scaled with the decoder, and f making up for it, leave p(x) as it is. And it has no rest: f follows the
+    draws, the draws follow f, and chains that are behind make both grow exponentially (`docs/method.md`). What places and
+    scales the draws is log p_β.
+
+    Args:
+        latents: (z_1, …, z_L), z_i of shape (batch, *latent_shape).
+
+    Returns:
+        (z_1, …, z_L) of the same values, z_i of shape (batch, *latent_shape).
+
+    Examples:
+        >>> z = torch.tensor([[-1.0], [0.0], [1.0]], requires_grad=True)
+        >>> (freed,) = without_affine_force([z])
+        >>> (freed * torch.tensor([[2.0], [5.0], [6.0]])).sum().backward()  # (2, 5, 6) is 13/3 + 2 z and a rest
+        >>> freed.flatten().tolist(), z.grad.flatten()
+        ([-1.0, 0.0, 1.0], tensor([-0.3333,  0.6667, -0.3333]))
+    """
+    freed = []
+    for z in latents:
+        mean = z.mean(0)
+        centred = (z - mean).detach()
+        slope = (z * centred).sum(0) / centred.square().sum(0).clamp_min(torch.finfo(z.dtype).tiny)
+        freed.append(z - (mean - mean.detach()) - (slope - slope.detach()) * centred)
+    return tuple(freed)

@@ -11,7 +11,7 @@ from ladders import LinearLadder, gaussian
 from torch import Tensor, nn
 
 from energy_prior.topdown import TopDown
-from energy_prior.training import generator_likelihood, maximum_likelihood, noise_contrastive
+from energy_prior.training import generator_likelihood, maximum_likelihood, noise_contrastive, without_affine_force
 
 
 def test_noise_contrastive_is_the_logistic_loss() -> None:
@@ -150,3 +150,28 @@ def test_the_variational_surrogate_has_the_gradient_of_the_bound() -> None:
         generator_weights(ladder) | {f"w{i}": p for i, p in enumerate(ladder.w)} | {f"v{i}": p for i, p in enumerate(ladder.v)}
     )
     check_gradients(bound, loss, weights)
+
+
+def test_the_affine_force_of_each_unit_is_taken_away() -> None:
+    """What is left of a unit's gradient is the rest of its least-squares fit to (1, z), whatever the layer's shape."""
+    latents = [(3 * torch.randn(50, *shape, dtype=torch.float64) + 7).requires_grad_() for shape in ((4,), (2, 3, 3))]
+    force = [torch.randn_like(z) + 2 - 0.5 * z.detach() for z in latents]
+    freed = without_affine_force(latents)
+    sum((z * g).sum() for z, g in zip(freed, force, strict=True)).backward()  # type: ignore[union-attr]
+    for z, same, g in zip(latents, freed, force, strict=True):
+        assert torch.equal(same, z)
+        assert z.grad is not None
+        for unit, got, given in zip(z.detach().flatten(1).T, z.grad.flatten(1).T, g.flatten(1).T, strict=True):
+            columns = torch.stack([torch.ones_like(unit), unit], 1)
+            fitted = columns @ torch.linalg.lstsq(columns, given[:, None]).solution
+            torch.testing.assert_close(got, given - fitted[:, 0])
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_draws_that_do_not_differ_get_no_force(rows: int) -> None:
+    z = torch.full((rows, 2), 3.0, requires_grad=True)
+    (freed,) = without_affine_force([z])
+    freed.sum().backward()
+    assert torch.equal(freed, z)
+    assert z.grad is not None
+    assert not z.grad.any()
