@@ -96,6 +96,7 @@ KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2
 MEMORY = 2**28
 ROUNDS, LONG = 3, 240
 BLOCK_ROUNDS = 100
+"""Steps of all layers that a schedule of blocks is judged by."""
 BLOCKS = ((1, 4), (2, 2), (4, 1), (8, 1))
 """Layers nearest the data, and their steps after each step of all layers."""
 
@@ -251,7 +252,7 @@ def in_blocks(quick: bool, before: str | None) -> dict[tuple[str, str], float]:
         kinds = sorted({layers, *(k for k, _ in BLOCKS if k < layers)})
         sizes = {k: _step_at_95(target_of(start, k), "crank_nicolson", looks) for k in kinds}
         seconds = alternate({f"{k}": functools.partial(step, start, target_of(start, k), sizes[k], 40) for k in kinds}, ROUNDS)
-        ratios = {}
+        per_second = {}
         for k, m in ((1, 0), *((k, m) for k, m in BLOCKS if k < layers)):
             z, sums = start, list[Tensor]()
             for _ in range(rounds):
@@ -259,10 +260,10 @@ def in_blocks(quick: bool, before: str | None) -> dict[tuple[str, str], float]:
                 z = step(z, target_of(z, k), sizes[k], m).latents if m else z
                 sums.append(torch.stack([f(own) for f, own in zip(prior.energies, z, strict=True)]).sum(0))
             effective = float(effective_sample_size(torch.stack(sums)[:, :, None]))
-            ratios[k, m] = effective / (1 + m * seconds(f"{k}", f"{layers}"))
-            print(f"{k} layers, {m} steps: {ratios[k, m] / ratios[1, 0]:.2f} (step {sizes[k]:.2f})", flush=True)
-    best = max(value for (_, m), value in ratios.items() if m)
-    return {("nvae_2x8", "block_schedule_over_full_steps"): best / ratios[1, 0]}
+            per_second[k, m] = effective / (1 + m * seconds(f"{k}", f"{layers}"))
+            print(f"{k} layers, {m} steps: {per_second[k, m] / per_second[1, 0]:.2f} (step {sizes[k]:.2f})", flush=True)
+    best = max(value for (_, m), value in per_second.items() if m)
+    return {("nvae_2x8", "block_schedule_over_full_steps"): best / per_second[1, 0]}
 
 
 def importing(quick: bool, before: str | None) -> dict[tuple[str, str], float]:

@@ -237,7 +237,8 @@ class FitTask:
             with full_precision(x.device), torch.no_grad(), frozen(self.model.generator):
                 self.model.noise([z.detach() for z in draw.latents])  # raises where q leaves the support of p
         z_posterior, z_prior = draw.latents, self._prior_draws(len(x))
-        f_posterior = self.model.negative_energy(without_affine_force(z_posterior) if self.joint else z_posterior)
+        learns_q = draw.log_q is not None
+        f_posterior = self.model.negative_energy(without_affine_force(z_posterior) if learns_q else z_posterior)
         f_prior = self.model.negative_energy(z_prior)
         total_posterior, total_prior = f_posterior.sum(1), f_prior.sum(1)
         figures: dict[str, Tensor] = {}
