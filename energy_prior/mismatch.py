@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["CLASSIFIER_STEPS", "LEAST_DRAWS", "SATURATED", "LayerMismatch", "Mismatch", "measure", "mismatch_of", "tell_apart"]
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,6 +29,7 @@ LEAST_DRAWS = 32
 """Fewer observations say nothing of the posterior's moments."""
 
 _FAR = 25.0  # nats
+_SURE = 3.0  # standard errors
 _BATCH = 128
 _LOOK_EVERY = 20
 _LEAST_STRIDED = 12  # height from which the classifier halves the maps at once
@@ -70,13 +72,14 @@ class Mismatch:
             draws that it has not seen, in [0, 1]; ½: no difference found.
         joint_accuracy: the same with draws of the joint prior; None where that was not asked for.
         draws: posterior draws.
+        joint_draws: draws of the joint prior; 0 where `joint_accuracy` is None.
 
     Examples:
         >>> from energy_prior.mismatch import LayerMismatch
         >>> layer = LayerMismatch(units=16, mean=0.69, variance=1.18, smallest=0.83, largest=1.46, kl=4.5)
-        >>> found = Mismatch((layer,), tilt=8.2, accuracy=0.875, joint_accuracy=0.52, draws=1000)  # as of prior.mismatch(x)
-        >>> found.far
-        False
+        >>> found = Mismatch((layer,), 8.2, accuracy=0.875, joint_accuracy=0.52, draws=1000, joint_draws=1000)
+        >>> found.far, found.worse
+        (False, False)
         >>> print(found)
         layer    units  rms mean  variance  eigenvalues of C     KL at least
             1       16     0.690     1.180  0.83 to 1.46           4.5 nats
@@ -90,6 +93,7 @@ class Mismatch:
     accuracy: float
     joint_accuracy: float | None
     draws: int
+    joint_draws: int = 0
 
     @property
     def far(self) -> bool:
@@ -98,6 +102,19 @@ class Mismatch:
         "denoising" is the rule then. Few draws show less than there is: of a thousand units take thousands.
         """
         return self.accuracy > SATURATED or self.tilt > _FAR
+
+    @property
+    def worse(self) -> bool:
+        """Whether the joint prior is farther from the posterior than the generator's own prior is.
+
+        Its draws are told apart more often, by more than three standard errors: the accuracies' sampling errors, of the third
+        of the draws that tests.
+        """
+        if self.joint_accuracy is None:
+            return False
+        tests, joint_tests = self.draws // 3, self.joint_draws // 3
+        error = math.sqrt((3 / tests + 1 / joint_tests) / 16)  # a rate has a variance of at most 1/4n, and four make the two
+        return self.joint_accuracy > self.accuracy + _SURE * error
 
     def __str__(self) -> str:
         lines = ["layer    units  rms mean  variance  eigenvalues of C     KL at least"]
@@ -110,7 +127,9 @@ class Mismatch:
             f"at least {self.tilt:,.0f} nats; {reach}."
         )
         if self.joint_accuracy is not None:
-            lines.append(f"Posterior and the joint prior: told apart in {self.joint_accuracy:.1%}.")
+            lines.append(
+                f"Posterior and the joint prior: told apart in {self.joint_accuracy:.1%}{', more than before' * self.worse}."
+            )
         return "\n".join(lines)
 
 
@@ -167,7 +186,9 @@ def measure(posterior: Sequence[Tensor], joint: Sequence[Tensor] | None = None, 
         mean, variance = e.mean(0).square().mean().sqrt(), e.var(0).mean()
         layers.append(LayerMismatch(e[0].numel(), float(mean), float(variance), min(low, 1.0), max(high, 1.0), at_posterior))
     accuracy = tell_apart(posterior, prior, steps)
-    return Mismatch(tuple(layers), tilt, accuracy, None if joint is None else tell_apart(posterior, joint, steps), n)
+    if joint is None:
+        return Mismatch(tuple(layers), tilt, accuracy, None, n)
+    return Mismatch(tuple(layers), tilt, accuracy, tell_apart(posterior, joint, steps), n, len(joint[0]))
 
 
 def tell_apart(first: Sequence[Tensor], second: Sequence[Tensor], steps: int = CLASSIFIER_STEPS) -> float:

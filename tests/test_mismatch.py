@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from runs import Shifted, X, make, seeded
-from torch import Tensor
+from torch import Tensor, nn
 
-from energy_prior import ArgumentError, JointEBMPrior, ShapeError
-from energy_prior.mismatch import measure, tell_apart
+from energy_prior import ArgumentError, JointEBMPrior, ShapeError, TrainingWarning
+from energy_prior.mismatch import Mismatch, measure, tell_apart
 from energy_prior.training import FitConfig, Method, fit
 
 N = 2000
@@ -117,6 +117,42 @@ def test_looking_how_far_it_is_changes_no_run() -> None:
         prior.fit(list(X.split(16)), method, iterations=3, step_size=0.2, rng=seeded(), progress=False)
         weights.append(torch.cat([p.flatten() for p in prior.parameters()]))
     assert torch.equal(*weights)
+
+
+class Slanted(nn.Module):
+    """f = 3 Σ z, whatever is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(()))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return 3 * z.sum(1) + 0 * self.unused
+
+
+def test_a_run_that_made_the_prior_worse_says_so() -> None:
+    data = torch.zeros(256, 1)
+    prior = JointEBMPrior(Shifted(0.0, 3), [Slanted()])
+    with pytest.warns(TrainingWarning, match=r'it made the prior worse.*prior="generator"'):
+        result = prior.fit(data, "nce", iterations=100, batch_size=16, step_size=0.2, progress=False)
+    assert result.mismatch is not None
+    assert result.mismatch.worse
+    assert "worse" in result.warnings[-1]
+    assert "more than before" in str(result.mismatch)
+
+
+def test_denoising_of_a_posterior_that_is_near_names_the_rule_to_take() -> None:
+    found = measure([torch.randn(96, 3)], [torch.randn(96, 3) + 3], steps=20)
+    assert found.worse
+    assert 'use "nce"' in fit._went_away("fit (denoising)", "denoising", found)
+    assert 'use "nce"' not in fit._went_away("fit (nce)", "nce", found)
+
+
+@pytest.mark.parametrize(("draws", "joint_draws", "worse"), [(300, 300, False), (3000, 3000, True), (3000, 60, False)])
+def test_worse_by_more_than_the_error_of_these_draws(draws: int, joint_draws: int, worse: bool) -> None:
+    assert Mismatch((), 0.0, 0.6, 0.7, draws, joint_draws).worse is worse
+    assert not Mismatch((), 0.0, 0.7, 0.6, draws, joint_draws).worse
+    assert not Mismatch((), 0.0, 0.7, None, draws).worse
 
 
 def test_a_run_too_short_for_stages_has_none() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from energy_prior._util import first_line
 from energy_prior.checkpoint import digest, fingerprint
 from energy_prior.checks.settings import check_path, check_settings
-from energy_prior.errors import ArgumentError, CheckpointError, DivergenceError, GeneratorError
+from energy_prior.errors import ArgumentError, CheckpointError, DivergenceError, GeneratorError, TrainingWarning, warn
 from energy_prior.langevin import ChainSettings
 from energy_prior.langevin.cost import evaluation_cost
 from energy_prior.mismatch import CLASSIFIER_STEPS, LEAST_DRAWS, Mismatch, mismatch_of
@@ -186,6 +186,9 @@ def fit_energies(
             if config.iterations >= _SHORT:
                 say(f"{task.name}: comparing draws of posterior and prior", begun, shown=shown)
                 mismatch = _mismatch(learned, batches, config, engine, rule)
+                if mismatch is not None and mismatch.worse:
+                    task.warned["worse"] = _went_away(task.name, rule, mismatch)
+                    warn(task.warned["worse"], TrainingWarning)
     return FitResult(
         method=rule,
         config=config,
@@ -303,6 +306,22 @@ def _mismatch(
             steps = min(CLASSIFIER_STEPS, max(_LEAST_STEPS, config.iterations // 10))
             found = mismatch_of(model, x, of_posterior, of_joint, size, draws, steps)
     return engine.objects(found)[0]
+
+
+def _went_away(name: str, rule: Method, found: Mismatch) -> str:
+    """What to do about a joint prior that is worse than the generator's own."""
+    if rule == "denoising" and not found.far:
+        remedy = (
+            'The posterior is near, and "denoising" is for those that are far: build the prior with energies=[MLPEnergy(shape) '
+            'for shape in generator.latent_shapes] (ConvEnergy for maps) and use "nce".'
+        )
+    else:
+        remedy = "Train for more iterations, or with a smaller learning_rate, from new energies."
+    return (
+        f"{name}: it made the prior worse. A classifier tells posterior draws from the joint prior's in "
+        f"{found.joint_accuracy:.1%}, from the generator's own in {found.accuracy:.1%}. {remedy} "
+        'prior.sample(n, prior="generator") gives the generator\'s own samples.'
+    )
 
 
 def _affordable_draws(model: JointModel, config: FitConfig, batch_size: int, method: Method) -> int:
