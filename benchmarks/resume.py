@@ -1,4 +1,4 @@
-"""Twenty runs killed with SIGKILL at random moments, then started again: are their weights those of an unkilled run?
+"""Two dozen runs killed with SIGKILL at random moments, then started again: are their weights those of an unkilled run?
 
     python benchmarks/resume.py            # about ten minutes on two cores
     python benchmarks/resume.py --quick    # one rule

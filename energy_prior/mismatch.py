@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from energy_prior._util import resized
+from energy_prior.checks.arguments import checked_infer
 from energy_prior.energies.quadratic import Quadratic
 from energy_prior.langevin import ChainSettings
-from energy_prior.model import JointModel
+from energy_prior.model import NEVER_SPLIT, JointModel
+from energy_prior.protocol import find_infer
 
 SATURATED = 0.99
 """Accuracy above which a classifier makes too few errors to learn a log ratio from."""
@@ -30,9 +32,13 @@ LEAST_DRAWS = 32
 
 _FAR = 25.0  # nats
 _SURE = 3.0  # standard errors
+_MOST_AT_ONCE = 256
 _BATCH = 128
+_LEAST_BATCH, _NUMBERS = 8, 2**24  # and what the classifier's maps of a batch hold, unless fewer rows than the least fit
 _LOOK_EVERY = 20
 _LEAST_STRIDED = 12  # height from which the classifier halves the maps at once
+_LARGEST_MAP = 32  # larger ones it sees as means
+_FULL = 2048  # units with a covariance of all of them
 
 
 class LayerMismatch(NamedTuple):
@@ -45,7 +51,8 @@ class LayerMismatch(NamedTuple):
         smallest: smallest eigenvalue of the covariance, shrunk towards I; 1 for the prior.
         largest: the largest one.
         kl: E_q[log N(ε_i; m, C)/N(ε_i; 0, I)], nats, on other draws than those that m and C are of: KL(q ‖ N(0, I)) is at least
-            this, up to the error of its estimate, and what a Gaussian does not show comes on top.
+            this, up to the error of its estimate, and what a Gaussian does not show comes on top; 0 where these draws are too
+            few to show any.
 
     Examples:
         >>> layer = LayerMismatch(units=16, mean=0.69, variance=1.18, smallest=0.83, largest=1.46, kl=4.5)  # of a `Mismatch`
@@ -138,9 +145,10 @@ def mismatch_of(
     x: Tensor,
     posterior: ChainSettings,
     joint: ChainSettings | None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     joint_draws: int | None = None,
     steps: int = CLASSIFIER_STEPS,
+    max_memory: float = 2.0**30,
 ) -> Mismatch:
     """The mismatch of a model's posterior draws at observations.
 
@@ -149,10 +157,19 @@ def mismatch_of(
         x: observations, (n, *x_shape), n ≥ 32, one posterior draw each.
         posterior: settings of the posterior's chain, for generators without `infer`.
         joint: settings of the joint prior's chain; None: only the generator's own prior is compared with.
-        batch_size: observations and chains at a time.
+        batch_size: observations and chains at a time; None: 256, or as many as `max_memory` allows, but 16.
         joint_draws: draws of the joint prior, 6 … n; None: n.
         steps: updates of the classifiers.
+        max_memory: bytes that a pass through the generator may need, > 0.
     """
+    if batch_size is None:
+        infer = find_infer(model.generator) is not None
+
+        def one_pass(rows: int) -> None:
+            model.noise(checked_infer(model.generator, x[:rows]).latents if infer else model.ancestral(rows))
+
+        batch_size = int(max_memory / max(model.memory_of(one_pass, "noise", infer, like=x), 1.0))
+        batch_size = min(_MOST_AT_ONCE, max(NEVER_SPLIT, batch_size))
     of_posterior = [model.noise(model.posterior_draw(batch, posterior).latents) for batch in x.split(batch_size)]
     if joint is None:
         return measure(_joined(of_posterior), steps=steps)
@@ -184,7 +201,8 @@ def measure(posterior: Sequence[Tensor], joint: Sequence[Tensor] | None = None, 
         tilt += at_posterior - at_prior
         low, high = (float(v) for v in closed.variances.aminmax())
         mean, variance = e.mean(0).square().mean().sqrt(), e.var(0).mean()
-        layers.append(LayerMismatch(e[0].numel(), float(mean), float(variance), min(low, 1.0), max(high, 1.0), at_posterior))
+        found = float(mean), float(variance), min(low, 1.0), max(high, 1.0), max(at_posterior, 0.0)
+        layers.append(LayerMismatch(e[0].numel(), *found))
     accuracy = tell_apart(posterior, prior, steps)
     if joint is None:
         return Mismatch(tuple(layers), tilt, accuracy, None, n)
@@ -216,7 +234,7 @@ def tell_apart(first: Sequence[Tensor], second: Sequence[Tensor], steps: int = C
         with torch.no_grad():
             right = []
             for side, start, sign in zip(sides, starts, (1, -1), strict=True):
-                rows = torch.arange(len(start[1]), device=start[1].device).split(4 * _BATCH)
+                rows = torch.arange(len(start[1]), device=start[1].device).split(4 * net.batch)
                 logits = torch.cat([net([e[r] for e in side[2]], start[1][r]) for r in rows])
                 right.append(float((sign * logits > 0).float().mean()))
     return 0.5 * (right[0] + right[1])
@@ -247,7 +265,7 @@ def _trained(sides: Sequence[Sequence[Tensor]], starts: Sequence[Tensor], steps:
                 now = float(loss([torch.arange(k, device=device) for k in kept]))
             if now < best:
                 best, state = now, copy.deepcopy(net.state_dict())
-        rows = [k + torch.randint(len(start) - k, (_BATCH,), device=device) for start, k in zip(starts, kept, strict=True)]
+        rows = [k + torch.randint(len(start) - k, (net.batch,), device=device) for start, k in zip(starts, kept, strict=True)]
         optimizer.zero_grad()
         loss(rows).backward()
         optimizer.step()
@@ -269,18 +287,24 @@ class _GaussianRatio:
 def _gaussian(noise: Tensor) -> Quadratic:
     """log N(ε; m, C)/N(ε; 0, I) with the moments of these draws."""
     with noise.device:
-        closed = Quadratic(noise.shape[1:]).to(noise)
+        closed = Quadratic(noise.shape[1:], full=_FULL).to(noise)
     closed.set_moments(noise)
     return closed
 
 
 class _Classifier(nn.Module):
-    """A logit of all layers added to a given one: convolutions over their maps and squares, pooled, and a perceptron."""
+    """A logit of all layers added to a given one: convolutions over their maps and squares, pooled, and a perceptron.
+
+    Attributes:
+        batch: rows that go through together.
+    """
 
     def __init__(self, shapes: Sequence[torch.Size], width: int = 32) -> None:
         super().__init__()
         maps = [s for s in shapes if len(s) == 3]
-        self._size = max(((s[1], s[2]) for s in maps), default=(1, 1))
+        self._size = max(((min(s[1], _LARGEST_MAP), min(s[2], _LARGEST_MAP)) for s in maps), default=(1, 1))
+        numbers = 2 * sum(s[0] for s in maps) * self._size[0] * self._size[1]
+        self.batch = max(_LEAST_BATCH, min(_BATCH, _NUMBERS // max(numbers, 1)))
         vectors = sum(s.numel() for s in shapes if len(s) != 3)
         features = 2 * vectors
         if maps:

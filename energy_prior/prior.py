@@ -97,7 +97,8 @@ class JointEBMPrior(nn.Module):
     Args:
         generator: any `HierarchicalGenerator`; `check_generator` tests one. Of `torch.compile(model)` it is the model inside.
         energies: one module per layer for z_1, …, z_L, f_i(z_i) -> (batch,), higher = more probable; None: networks fitted
-            to the latent shapes, f = 0 until trained.
+            to the latent shapes, f = 0 until trained, which a first `fit` without a method exchanges for those of
+            `denoising_energies` where the posterior is far.
         space: coordinates of the chains, "noise" (ε with z = T_β(ε): unit scale at every layer) or "latent".
 
     Attributes:
@@ -159,6 +160,7 @@ class JointEBMPrior(nn.Module):
         self._families = probe.families
         self.calibration = Calibration(len(modules), reference)
         self.register_buffer("step_size", torch.tensor(_FIRST_STEP_SIZE, dtype=reference.dtype, device=reference.device))
+        self._chosen = energies is None
         self._fitted_on: str | None = None
         self._trained_on: frozenset[bytes] = frozenset()
         self._built = True
@@ -346,7 +348,7 @@ class JointEBMPrior(nn.Module):
             Observations, (batch, *x_shape).
         """
         _check_decode(decode)
-        x, settings = self._observations(x), ChainSettings.of(posterior or {})
+        x, settings = self._observations(x), _of_posterior(posterior)
         with self._computing(rng) as model:
             return model.decode(model.posterior_draw(x, settings).latents, decode, settings.max_memory)
 
@@ -390,7 +392,7 @@ class JointEBMPrior(nn.Module):
         a, b, settings = self._observations(a), self._observations(b), ChainSettings.of({"steps": 10, **chain})
         if len(a) != len(b):
             raise ShapeError(f"b: expected as many observations as a has, {len(a)}, got {len(b)}.")
-        of_posterior = ChainSettings.of(posterior or {})
+        of_posterior = _of_posterior(posterior)
         with self._computing(rng) as model:
             ends = [model.posterior_draw(x, of_posterior).latents for x in (a, b)]
             z = between(model, ends[0], ends[1], frames, settings)
@@ -430,7 +432,7 @@ class JointEBMPrior(nn.Module):
         """
         _check_decode(decode)
         n, chosen = check_count("n", n), check_layers("layers", layers, len(self.energies))
-        x, settings, of_posterior = self._observations(x), ChainSettings.of(chain), ChainSettings.of(posterior or {})
+        x, settings, of_posterior = self._observations(x), ChainSettings.of(chain), _of_posterior(posterior)
         with self._computing(rng) as model:
             z = varied(model, model.posterior_draw(x, of_posterior).latents, chosen, n, settings)
             return model.decode(z, decode, settings.max_memory).unflatten(0, (len(x), n))
@@ -523,7 +525,7 @@ class JointEBMPrior(nn.Module):
             **chain: options of the prior's chain.
         """
         k, num_samples = check_k(k, len(self.energies)), check_count("num_samples", num_samples)
-        x, settings, of_posterior = self._observations(x), _of_skipped(skipped, chain), ChainSettings.of(posterior or {})
+        x, settings, of_posterior = self._observations(x), _of_skipped(skipped, chain), _of_posterior(posterior)
         with self._computing(rng) as model:
             return scores.log_joint(model, x, k, num_samples, settings, of_posterior)
 
@@ -552,7 +554,7 @@ class JointEBMPrior(nn.Module):
             **chain: options of the prior's chain.
         """
         k, num_samples = check_k(k, len(self.energies)), check_count("num_samples", num_samples)
-        x, settings, of_posterior = self._observations(x), _of_skipped(skipped, chain), ChainSettings.of(posterior or {})
+        x, settings, of_posterior = self._observations(x), _of_skipped(skipped, chain), _of_posterior(posterior)
         with self._computing(rng) as model:
             return scores.llr_scores(model, x, [k], num_samples, settings, of_posterior)[:, 0]
 
@@ -577,7 +579,7 @@ class JointEBMPrior(nn.Module):
             **chain: options of the prior's chain.
         """
         num_samples = check_count("num_samples", num_samples)
-        x, settings, of_posterior = self._observations(x), _of_skipped(skipped, chain), ChainSettings.of(posterior or {})
+        x, settings, of_posterior = self._observations(x), _of_skipped(skipped, chain), _of_posterior(posterior)
         with self._computing(rng) as model:
             return scores.llr_scores(model, x, range(1, len(self.energies) + 1), num_samples, settings, of_posterior)
 
@@ -601,7 +603,7 @@ class JointEBMPrior(nn.Module):
             `log_likelihood`, (batch,); `log_prior`, `negative_energy` and, with `infer`, `log_q`, (batch, L) each, nats.
         """
         num_samples = check_count("num_samples", num_samples)
-        x, settings = self._observations(x), ChainSettings.of(posterior or {})
+        x, settings = self._observations(x), _of_posterior(posterior)
         with self._computing(rng) as model:
             return scores.score_terms(model, x, num_samples, settings)
 
@@ -649,7 +651,7 @@ class JointEBMPrior(nn.Module):
         num_samples = check_count("num_samples", num_samples)
         if method == "tails":
             return self.explain(x, rng=rng, posterior=posterior).score
-        x, settings = self._observations(x), ChainSettings.of(posterior or {})
+        x, settings = self._observations(x), _of_posterior(posterior)
         with self._computing(rng) as model:
             score, pool = ANOMALY_SCORES[method]
             return -scores.expected_score(model, x, score, num_samples, settings, pool)
@@ -665,7 +667,7 @@ class JointEBMPrior(nn.Module):
         Raises:
             ArgumentError: if the prior is not calibrated.
         """
-        x, settings = self._observations(x), ChainSettings.of(posterior or {})
+        x, settings = self._observations(x), _of_posterior(posterior)
         self._check_calibrated()
         with self._computing(rng) as model:
             return self.calibration.explain(scores.pass_terms(model, x, settings))
@@ -682,7 +684,7 @@ class JointEBMPrior(nn.Module):
             rng: random number generator, for generators without `infer`.
             posterior: options of the posterior's chain, for generators without `infer`.
         """
-        x, settings = self._observations(x), ChainSettings.of(posterior or {})
+        x, settings = self._observations(x), _of_posterior(posterior)
         if len(x) < 2:
             raise ShapeError("x: expected two or more observations to calibrate on, got one.")
         if known := self._trained_on and self._trained_on.intersection(row_digests(x)):
@@ -751,8 +753,9 @@ class JointEBMPrior(nn.Module):
                 with one under "x", "image", "images", "pixel_values", "img", "data", "input" or "inputs", or with one alone
                 of the right shape. Arrays are converted to the model's dtype and device.
             method: the learning rule; None: "denoising" where all energies have waymarks, as those of deep models have by
-                default, else "nce", or "multi_stage_nce" where posterior and prior are told apart so well that "nce" would
-                saturate.
+                default, else "nce". Where posterior and prior are told apart so well that "nce" would saturate, energies that
+                the prior has by default, and that have learned nothing, are exchanged for those of `denoising_energies`;
+                others learn by "multi_stage_nce".
             config: settings; None: the defaults of `energy_prior.FitConfig`.
             run_dir: folder for checkpoints of the whole run, TensorBoard and sample grids. The same call after a kill goes
                 on from the last checkpoint, with the weights that it would have had. None: nothing is written.
@@ -784,11 +787,15 @@ class JointEBMPrior(nn.Module):
             self._fitted_on = fingerprint(self.generator)
             self._trained_on |= row_digests(data, most=512)
 
+        def exchange(energies: nn.ModuleList) -> None:
+            super(JointEBMPrior, self).__setattr__("energies", energies)  # else a prior keeps those that it was built with
+
         hooks = FitHooks(
             started=self.train_jointly,
             learned=learned,
             save=self.save,
             sample=lambda n, step_size: self.sample(n, step_size=step_size),
+            exchange=exchange if self._chosen else None,
         )
         result = fit_energies(
             self.model,
@@ -832,12 +839,13 @@ class JointEBMPrior(nn.Module):
         Raises:
             ArgumentError, ShapeError: if an argument does not fit; the message says how.
         """
-        x, settings, of_posterior = self._observations(x), ChainSettings.of(chain), ChainSettings.of(posterior or {})
+        x, settings, of_posterior = self._observations(x), ChainSettings.of(chain), _of_posterior(posterior)
         _check_prior(prior, None, chain)
         if len(x) < LEAST_DRAWS:
             raise ShapeError(f"x: expected at least {LEAST_DRAWS} observations, got {len(x)}: fewer show no moments.")
         with self._computing(rng) as model:
-            return mismatch_of(model, x, of_posterior, settings if prior == "joint" else None)
+            of_joint = settings if prior == "joint" else None
+            return mismatch_of(model, x, of_posterior, of_joint, max_memory=settings.max_memory)
 
     def tune_step_size(
         self,
@@ -1169,9 +1177,10 @@ def _check_prior(prior: str, more: object, chain: ChainOptions) -> None:
     """Whether `prior` is known, and takes these options of a chain and what `more` there is."""
     if prior not in ("joint", "generator"):
         raise ArgumentError(f'prior: expected "joint" or "generator", got {prior!r}.')
-    if prior == "generator" and (more or chain):
+    if prior == "generator" and (more or set(chain) - {"max_memory"}):
         raise ArgumentError(
-            'prior="generator" is ancestral: it takes neither `given`, `start`, `noise`, a `method` nor options of a chain.'
+            'prior="generator" is ancestral: it takes max_memory of the options of a chain, and neither `given`, `start`, '
+            "`noise` nor a `method`."
         )
 
 
@@ -1190,6 +1199,14 @@ def _check_method(method: str, proposals: int | None, more: object, chain: Chain
 
 def _of_generator(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name.startswith("generator.")}
+
+
+def _of_posterior(options: ChainOptions | None) -> ChainSettings:
+    """Settings of the posterior's chain, from the argument `posterior`."""
+    try:
+        return ChainSettings.of({} if options is None else options)
+    except ArgumentError as error:
+        raise ArgumentError(f"posterior: {str(error).removeprefix('options: ')}") from None
 
 
 def _of_skipped(skipped: Skipped, chain: ChainOptions) -> ChainSettings | None:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from runs import Shifted, X, make, seeded
 from torch import Tensor, nn
 
-from energy_prior import ArgumentError, JointEBMPrior, ShapeError, TrainingWarning
+from energy_prior import (
+    ArgumentError,
+    DenoisingEnergy,
+    JointEBMPrior,
+    LadderVAE,
+    MLPEnergy,
+    ShapeError,
+    TrainingWarning,
+    mismatch,
+)
 from energy_prior.mismatch import Mismatch, measure, tell_apart
 from energy_prior.training import FitConfig, Method, fit
 
 N = 2000
+QUIET: dict[str, Any] = {"step_size": 0.2, "progress": False}
 
 
 def test_figures_of_a_known_gaussian() -> None:
@@ -100,14 +113,60 @@ def test_bad_arguments() -> None:
         prior.mismatch(X, prior="other")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("far", "method"), [(2.0, "multi_stage_nce"), (0.3, "nce")])
+@pytest.mark.parametrize(("far", "method"), [(2.0, "denoising"), (0.3, "nce")])
 @pytest.mark.parametrize("loader", [True, False])
-def test_without_a_method_the_distance_chooses_the_rule(far: float, method: str, loader: bool) -> None:
+def test_without_a_method_the_distance_chooses_rule_and_energies(far: float, method: str, loader: bool) -> None:
     data = torch.zeros(512, 1)
     prior = JointEBMPrior(Shifted(far, 40))
     result = prior.fit(list(data.split(256)) if loader else data, iterations=3, step_size=0.2, progress=False)
     assert result.method == method
     assert result.mismatch is None, "too short a run"
+    assert isinstance(prior.energies[0], MLPEnergy if method == "nce" else DenoisingEnergy)
+
+
+@pytest.mark.slow
+def test_the_rule_that_is_chosen_reaches_a_posterior_that_is_far() -> None:
+    torch.manual_seed(0)
+    found = JointEBMPrior(Shifted(2.0, 40)).fit(torch.zeros(512, 1), iterations=200, batch_size=128, **QUIET).mismatch
+    assert found is not None
+    assert found.far
+    assert found.joint_accuracy is not None
+    assert found.joint_accuracy < 0.75
+
+
+def test_energies_that_are_given_or_have_learned_are_not_exchanged(tmp_path: Path) -> None:
+    brief: dict[str, Any] = QUIET | {"iterations": 3}
+    data = torch.zeros(512, 1)
+    given = JointEBMPrior(Shifted(2.0, 40), [MLPEnergy((40,), (8,))])
+    assert given.fit(data, **brief).method == "multi_stage_nce"
+    learned = JointEBMPrior(Shifted(2.0, 40))
+    learned.fit(data, "nce", **brief)
+    assert learned.fit(data, **brief).method == "multi_stage_nce"
+    by_default = JointEBMPrior(Shifted(2.0, 40))
+    by_default.fit(data, **brief)
+    assert by_default.fit(data, **brief).method == "denoising", "its own by now"
+    by_default.save(tmp_path / "prior.safetensors")
+    again = JointEBMPrior.load(tmp_path / "prior.safetensors", by_default.generator)
+    assert isinstance(again.energies[0], DenoisingEnergy)
+
+
+def test_energies_that_were_exchanged_are_those_of_the_run(tmp_path: Path) -> None:
+    """Random numbers come from `rng`, and a run that was stopped goes on with them."""
+    often: dict[str, Any] = QUIET | {"iterations": 6, "log_every": 1, "checkpoint_every": 1}
+
+    def run(folder: str, stop: float = math.inf) -> Tensor:
+        def interrupt(entry: dict[str, float]) -> None:
+            if entry["iteration"] >= stop:
+                raise KeyboardInterrupt
+
+        prior = JointEBMPrior(Shifted(2.0, 40))
+        with contextlib.suppress(KeyboardInterrupt):
+            prior.fit(torch.zeros(512, 1), run_dir=tmp_path / folder, rng=seeded(), callback=interrupt, **often)
+        return torch.cat([p.detach().flatten() for p in prior.parameters()])
+
+    whole = run("whole")
+    assert not torch.equal(run("stopped", 3), whole)
+    assert torch.equal(run("stopped"), whole)
 
 
 def test_looking_how_far_it_is_changes_no_run() -> None:
@@ -144,8 +203,50 @@ def test_a_run_that_made_the_prior_worse_says_so() -> None:
 def test_denoising_of_a_posterior_that_is_near_names_the_rule_to_take() -> None:
     found = measure([torch.randn(96, 3)], [torch.randn(96, 3) + 3], steps=20)
     assert found.worse
-    assert 'use "nce"' in fit._went_away("fit (denoising)", "denoising", found)
-    assert 'use "nce"' not in fit._went_away("fit (nce)", "nce", found)
+    assert 'use "nce"' in fit._what_went_wrong("denoising", found, "")
+    assert 'use "nce"' not in fit._what_went_wrong("nce", found, "")
+
+
+def test_a_comparison_that_fails_after_a_run_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6 GiB.")
+
+    monkeypatch.setattr(fit, "mismatch_of", too_large)
+    with pytest.warns(TrainingWarning, match=r"could not be compared \(CUDA out of memory"):
+        result = make().fit(X, "nce", iterations=100, batch_size=8, step_size=0.2, progress=False)
+    assert result.mismatch is None
+    assert result.step_size == 0.2
+    with pytest.raises(torch.OutOfMemoryError):
+        make().fit(X, iterations=100, batch_size=8, step_size=0.2, progress=False)  # before it, nothing is lost
+
+
+def test_models_of_many_units_are_compared_by_few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "_MOST_NUMBERS", 40 * 40)
+    few = {"iterations": 100, "batch_size": 16, "step_size": 0.2, "progress": False}
+    found = JointEBMPrior(Shifted(0.3, 40)).fit(torch.zeros(256, 1), "nce", **few).mismatch
+    assert found is not None
+    assert found.draws == 40
+
+
+def test_the_classifier_of_large_maps_takes_few_rows_and_small_maps() -> None:
+    net = mismatch._Classifier([torch.Size([600, 64, 64]), torch.Size([600, 32, 32])])
+    assert net.batch == 8
+    assert net._size == (32, 32)
+    assert mismatch._Classifier([torch.Size([8, 16, 16])]).batch == 128
+    logits = mismatch._Classifier([torch.Size([2, 64, 64])])([torch.randn(2, 2, 64, 64)], torch.zeros(2))
+    assert logits.shape == (2,)
+
+
+def test_rows_at_once_are_as_many_as_fit_into_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior, rows = make(), list[int]()
+    original = LadderVAE.infer
+    monkeypatch.setattr(LadderVAE, "infer", lambda self, x, **k: (rows.append(len(x)), original(self, x, **k))[1])
+    data = X.repeat(50, 1, 1, 1)[:300]
+    prior.mismatch(data, prior="generator")
+    assert max(rows) == 256
+    rows.clear()
+    prior.mismatch(data, prior="generator", max_memory=1.0)
+    assert max(rows) == 16
 
 
 @pytest.mark.parametrize(("draws", "joint_draws", "worse"), [(300, 300, False), (3000, 3000, True), (3000, 60, False)])

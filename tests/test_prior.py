@@ -354,8 +354,10 @@ def test_a_generator_without_infer_scores_by_langevin() -> None:
     prior = JointEBMPrior(NoInfer(), ladder.energies)  # type: ignore[arg-type]
     x = torch.randn(3, 3, dtype=torch.float64)
     assert torch.isfinite(prior.llr_score(x, 1, steps=20, posterior={"steps": 10})).all()
-    with pytest.raises(ValueError, match="steps: expected"):
+    with pytest.raises(ValueError, match="posterior: steps: expected"):
         prior.anomaly_score(x, posterior={"steps": -1})
+    with pytest.raises(ValueError, match="posterior: expected a dict whose every name is an option of a chain.*got int"):
+        prior.anomaly_score(x, posterior=5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no infer"):
         prior.sample_posterior(x, method="infer")
 

@@ -74,7 +74,7 @@ def test_few_that_count_are_said() -> None:
         ({"proposals": 50}, 'proposals: method="langevin" has none, got 50'),
         ({"method": "resample", "steps": 5}, "runs no chain: it takes max_memory of the options"),
         ({"method": "resample", "given": {2: torch.zeros(4, 2).double()}}, "neither `given`, `start` nor `noise`"),
-        ({"method": "resample", "prior": "generator"}, 'prior="generator" is ancestral: it takes neither `given`, `start`'),
+        ({"method": "resample", "prior": "generator"}, 'prior="generator" is ancestral: it takes max_memory'),
     ],
 )
 def test_what_it_does_not_take(options: dict[str, Any], words: str) -> None:

@@ -25,11 +25,12 @@ class Quadratic(nn.Module):
     At α = 1 it is the log ratio of the refitted Gaussian to the prior, below that of the noised one, α ε + σ n.
     It is 0 until `set_moments`. All of it are buffers, which no rule trains.
 
-    A layer of more than 4,096 units has one C of its channels for all positions, with a mean for each.
+    A map of more than `full` units has one C of its channels for all positions, with a mean for each.
 
     Args:
         latent_shape: shape of ε without the batch.
         rank: largest number of directions, ≥ 1.
+        full: units of a map up to which C is of all of them, ≥ 1; setting it takes time in proportion to their cube.
 
     Shape: (batch, *latent_shape) -> (batch,), nats.
     """
@@ -38,10 +39,10 @@ class Quadratic(nn.Module):
     vectors: Tensor
     variances: Tensor
 
-    def __init__(self, latent_shape: Sequence[int], rank: int = _RANK) -> None:
+    def __init__(self, latent_shape: Sequence[int], rank: int = _RANK, full: int = _FULL) -> None:
         super().__init__()
         size = math.prod(latent_shape)
-        self._block = size if size <= _FULL else int(latent_shape[0])  # units whose covariance is not 0
+        self._block = size if size <= full else int(latent_shape[0])  # units whose covariance is not 0
         rank = min(rank, self._block)
         self.register_buffer("mean", torch.zeros(size // self._block, self._block))
         self.register_buffer("vectors", torch.zeros(self._block, rank))

@@ -20,14 +20,16 @@ from energy_prior.langevin import (
     USUAL_ACCEPTANCE,
     ChainResult,
     ChainSettings,
+    RandomNoise,
     backends,
     choose_backend,
     sample_target,
     tune_step_size,
 )
+from energy_prior.langevin.waymarks import cross
 from energy_prior.model import JointModel
 from energy_prior.process import frozen, full_precision
-from energy_prior.protocol import find_infer
+from energy_prior.protocol import find_infer, have_waymarks
 from energy_prior.topdown import ancestral
 from energy_prior.training.config import FitConfig
 from energy_prior.training.state import Either, Optional, Such, positive
@@ -79,27 +81,45 @@ class TrainingChains:
         with _fixed(self.model, self._device):
             return ancestral(self.model.generator, n).latents
 
+    def starts(self, n: int) -> tuple[Tensor, ...]:
+        """Where chains start, (z_1, …, z_L): ancestral draws, across the waymarks of energies that have some."""
+        if not have_waymarks(self.model.energies):
+            return self.ancestral(n)
+        with _fixed(self.model, self._device):
+            density = self.model.target(n).density()
+            noise = RandomNoise(density.topdown.shapes, density.topdown.reference).normal(0)
+            return density.topdown.descend(cross(density, noise, ChainSettings().waymarks), "noise").latents
+
     def prior(self, n: int, steps: int) -> tuple[Tensor, ...]:
-        """Draws of the joint prior after `steps` Langevin steps: of persistent chains, or from an ancestral start."""
+        """Draws of the joint prior after `steps` Langevin steps: of persistent chains, or from where chains start."""
         self._choose_backend(n, steps)
         total = _USUAL_PERSISTENT * n if self.config.persistent is None else self.config.persistent
         if not total:
-            return self.run(self.ancestral(n), steps)
+            return self.run(self.starts(n), steps)
         if n > total:
             raise ArgumentError(f"persistent: expected 0 or at least as many chains as a batch has, {n}, got {total}.")
         missing = total - (0 if self.persistent is None else len(self.persistent[0]))
         if missing > 0:  # all of them at first; some, where a loader's first batch was its small last one
-            new = self.run(self.ancestral(missing), self.config.steps)
+            new = self.run(self.starts(missing), self.config.steps)
             old = self.persistent
             self.persistent = new if old is None else tuple(torch.cat(pair) for pair in zip(old, new, strict=True))
         kept = not_none(self.persistent)
         rows = torch.randperm(len(kept[0]), device=self._device)[:n]
         again = torch.rand(n, device=self._device) < (self.config.restart_probability or 0.0)
-        start = [torch.where(per_row(again, old), new, old[rows]) for new, old in zip(self.ancestral(n), kept, strict=True)]
-        draws = self.run(start, steps)
+        draws = self.run(self._restarted([old[rows] for old in kept], again), steps)
         for old, z in zip(kept, draws, strict=True):
             old[rows] = z
         return draws
+
+    def _restarted(self, latents: list[Tensor], again: Tensor) -> Sequence[Tensor]:
+        """These latents, those of the rows `again`, (n,), from where chains start."""
+        if not have_waymarks(self.model.energies):
+            return [torch.where(per_row(again, z), new, z) for new, z in zip(self.ancestral(len(again)), latents, strict=True)]
+        rows = again.nonzero().squeeze(1)  # these alone: a crossing costs as much as a chain
+        if len(rows):
+            for z, new in zip(latents, self.starts(len(rows)), strict=True):
+                z[rows] = new
+        return latents
 
     def posterior(self, x: Tensor) -> tuple[Tensor, ...]:
         """Langevin draws of p(z | x), from a draw of q_ω where there is one, else ancestral."""

@@ -104,8 +104,9 @@ class FitConfig(RunConfig):
         batch_size: posterior draws, and as many prior draws, per update, process and accumulation step, ≥ 1; None: 256, or
             all observations if there are fewer.
         learning_rate: of the energies' AdamW, > 0, after a linear warm-up of 100 iterations, or a tenth of them if fewer, and
-            with cosine decay to a tenth of it; None: 2e-3 for "denoising", else 1e-3, and 1e-3 · √(2000/iterations), up to
-            3e-3, where there are fewer than 2000 iterations to get anywhere in.
+            with cosine decay to a tenth of it; None: 2e-3 for "denoising", 1e-4 for maximum likelihood of energies with
+            waymarks, which goes on from there, else 1e-3, and 1e-3 · √(2000/iterations), up to 3e-3, where there are fewer
+            than 2000 iterations to get anywhere in.
         weight_decay: of the energies' AdamW, ≥ 0.
         accumulate: batches whose gradients are averaged into one update, ≥ 1.
         log_every: iterations between looks at the run, each with an entry in the history, warnings of what may go wrong and
@@ -171,11 +172,12 @@ class FitConfig(RunConfig):
         self._keep_unless_none(check_positive, "step_size")
         self._keep_unless_none(_decay, "ema_decay")
 
-    def for_method(self, method: Method) -> FitConfig:
+    def for_method(self, method: Method, *, waymarks: bool = False) -> FitConfig:
         """With the method's own restart probability, and the learning rate of so long a run, where none was given.
 
         Args:
             method: the learning rule.
+            waymarks: whether the energies have waymarks.
 
         Raises:
             ArgumentError: if there are more stages than iterations.
@@ -183,7 +185,11 @@ class FitConfig(RunConfig):
         if method == "multi_stage_nce" and self.stages > self.iterations:
             raise ArgumentError(f"stages: expected at most iterations = {self.iterations}, got {self.stages}.")
         restarted = 0.05 if method == "multi_stage_nce" else 0.3
-        rate = 2e-3 if method == "denoising" else 1e-3 * min(max(math.sqrt(2000 / self.iterations), 1.0), 3.0)
+        rate = 1e-3 * min(max(math.sqrt(2000 / self.iterations), 1.0), 3.0)
+        if waymarks and method in LANGEVIN_METHODS:
+            rate = 1e-4
+        elif method == "denoising":
+            rate = 2e-3
         return dataclasses.replace(
             self,
             restart_probability=restarted if self.restart_probability is None else self.restart_probability,

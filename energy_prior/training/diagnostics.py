@@ -14,13 +14,15 @@ from energy_prior.errors import DivergenceError
 from energy_prior.evaluate import effective_sample_size
 from energy_prior.mismatch import SATURATED
 from energy_prior.training.chains import TrainingChains
-from energy_prior.training.config import FitConfig, Method
+from energy_prior.training.config import LANGEVIN_METHODS, FitConfig, Method
 
 _FEW_WEIGHTS = 0.005
-_HIGH_ENERGY = 0.2
+_HIGH_ENERGY = 0.5
 _HIGH_SATURATION = 0.5
 _SATURATED = 0.75
 _LOW_ACCEPTANCE = 0.5
+_WIDE_GAP = 0.025
+_LEAST_APART = 1000.0
 
 
 def weight_share(logits: Tensor) -> Tensor:
@@ -62,10 +64,17 @@ def energy_figures(energies: Iterable[nn.Module], draws: Sequence[Tensor]) -> di
     return figures
 
 
-def history_entry(figures: dict[str, Tensor], chains: TrainingChains) -> dict[str, float]:
-    """An entry of the history from a window of figures, (iterations,) each."""
-    apart = ("largest_", "saturation_", "told_apart")
-    last = {name: float(value[-1]) for name, value in figures.items() if not name.startswith(apart)}
+def history_entry(figures: dict[str, Tensor], chains: TrainingChains, apart: list[float]) -> dict[str, float]:
+    """An entry of the history from a window of figures, (iterations,) each.
+
+    Args:
+        figures: of the window.
+        chains: of the run.
+        apart: how many draws the ratio estimate has told apart, of how many, in the windows before; brought up to now. Of
+            those before only so many count that there are a thousand.
+    """
+    others = ("largest_", "saturation_", "told_apart")
+    last = {name: float(value[-1]) for name, value in figures.items() if not name.startswith(others)}
     last["gap"] = last["energy_posterior"] - last["energy_prior"]
     last["max_energy"] = max(float(value.max()) for value in _by_layer(figures, "largest_").values())
     if saturation := _by_layer(figures, "saturation_"):
@@ -73,9 +82,11 @@ def history_entry(figures: dict[str, Tensor], chains: TrainingChains) -> dict[st
     for name in ("acceptance", "weight_ess"):
         if name in figures:
             last[name] = float(figures[name].mean())
-    if "told_apart" in figures:  # with one draw more on either side: a few draws that are all told apart show little
+    if "told_apart" in figures:
         draws = float(figures["told_apart_draws"].sum())
-        last["told_apart"] = (float(figures["told_apart"].mean()) * draws + 1) / (draws + 2)
+        share = min(max(_LEAST_APART - draws, 0.0) / max(apart[1], 1.0), 1.0)
+        apart[:] = apart[0] * share + float(figures["told_apart"].mean()) * draws, apart[1] * share + draws
+        last["told_apart"] = (apart[0] + 1) / (apart[1] + 2)  # one more on either side: a few that are all right show little
     if "acceptance" in figures:
         last["step_size"] = chains.step_size
         path = chains.last.negative_energy if chains.last else None
@@ -86,19 +97,31 @@ def history_entry(figures: dict[str, Tensor], chains: TrainingChains) -> dict[st
     return last
 
 
-def early_warnings(entry: dict[str, float], config: FitConfig) -> dict[str, str]:
-    """What may soon go wrong, in plain words, by kind."""
+def early_warnings(entry: dict[str, float], method: Method, config: FitConfig) -> dict[str, str]:
+    """What may soon go wrong, in plain words, by kind.
+
+    Args:
+        entry: of the history.
+        method: the learning rule.
+        config: its settings.
+    """
     found: dict[str, str] = {}
     if entry["max_energy"] > _HIGH_ENERGY * config.max_energy:
         found["energy"] = (
             f"an energy has reached {entry['max_energy']:.3g} nats, and at max_energy = {config.max_energy:g} the run stops. "
-            "Energies of a good prior are within ±30. Lower learning_rate; with chains, raise steps."
+            "Lower learning_rate; with chains, raise steps."
         )
     if entry.get("saturation", 0.0) > _HIGH_SATURATION:
         found["saturation"] = (
             f"the energies of a layer are at {entry['saturation']:.0%} of their saturation on average, and at {_SATURATED:.0%} "
             "the run stops: energies that saturate learn nothing more. Lower learning_rate; with chains, leave step_size "
             "out or raise steps."
+        )
+    if method in LANGEVIN_METHODS and entry["gap"] > _WIDE_GAP * config.max_energy:
+        found["gap"] = (
+            f"Σf is {entry['gap']:.3g} nats higher at posterior draws than at the chains' draws of the prior: the chains do "
+            "not follow the energies, which grow without learning. Lower learning_rate or raise steps; of a posterior that is "
+            'far (prior.mismatch), learn by "denoising" first.'
         )
     if entry.get("acceptance", 1.0) < _LOW_ACCEPTANCE:
         change = "Lower learning_rate"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from energy_prior._util import first_line
 from energy_prior.checkpoint import digest, fingerprint
 from energy_prior.checks.settings import check_path, check_settings
+from energy_prior.energies import denoising_energies
 from energy_prior.errors import ArgumentError, CheckpointError, DivergenceError, GeneratorError, TrainingWarning, warn
 from energy_prior.langevin import ChainSettings
 from energy_prior.langevin.cost import evaluation_cost
@@ -35,14 +36,14 @@ from energy_prior.training.hooks import FitHooks
 from energy_prior.training.loop import Callback, check_callback, check_state_is_tensors, description, run_loop
 from energy_prior.training.progress import say
 from energy_prior.training.rules import FitTask
-from energy_prior.training.turns import Turns, being_trained, plain_gradients
+from energy_prior.training.turns import Turns, being_trained, plain_gradients, same_stream_after
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _SHORT = 100  # iterations: what fewer gained is not worth the draws
 _LEAST_COMPARED, _MOST_COMPARED = 512, 2048  # draws of posterior and prior, and the numbers that they hold in between
-_NUMBERS = 2**19
+_NUMBERS, _MOST_NUMBERS = 2**19, 2**25  # beyond which they are fewer than the least
 _ONE_IN = 40  # of the run's posterior draws so many are compared, unless that is less than the least
 _LEAST_STEPS = 40  # of a classifier
 _LEAST_JOINT = 128  # draws of the joint prior that show anything, and what they may cost: a share of the run, or operations
@@ -62,8 +63,9 @@ class FitResult:
         step_size: the Langevin step size that the prior uses from now on: tuned, or that of the settings.
         resumed_at: the iteration after which a run that had been stopped went on; None if it did not.
         mismatch: how far the posterior is from the generator's prior and from what was learned, on at most 2,048
-            observations of the data (`JointEBMPrior.mismatch` takes others); without `joint_accuracy` where its chains would
-            cost more than a few per cent of the run; None for runs of fewer than 100 iterations.
+            observations of the data (`JointEBMPrior.mismatch` takes others), of fewer where a layer's latents are large;
+            without `joint_accuracy` where its chains would cost more than a few per cent of the run; None for runs of fewer
+            than 100 iterations or on fewer than 32 observations, and where the comparison fails, which a warning says.
 
     Examples:
         >>> from energy_prior import JointEBMPrior, LadderVAE
@@ -124,7 +126,7 @@ def fit_energies(
     """
     rule = check_method(("denoising" if have_waymarks(model.energies) else "nce") if method is None else method)
     settled = _settings(config, settings or {})
-    config = settled.for_method(rule)
+    config = settled.for_method(rule, waymarks=have_waymarks(model.energies))
     check_callback(callback)
     folder = None if run_dir is None else check_path("run_dir", run_dir)
     engine, begun = Engine(accelerator), time.monotonic()
@@ -146,8 +148,13 @@ def fit_energies(
             if batches.whole is not None:
                 engine.agree("data", batches.fingerprint())
             with turns.turn():
-                if method is None and not have_waymarks(energies):
-                    rule = _rule_that_reaches(model, batches, settled, engine)
+                if method is None and not have_waymarks(energies) and _is_far(model, batches, settled, engine):
+                    rule = "multi_stage_nce"
+                    if hooks.exchange is not None and _is_zero(model, reference.device):
+                        rule, energies = "denoising", _denoising(model, engine)
+                        stack.enter_context(being_trained("energies", _trainable(energies)))
+                        hooks.exchange(energies)
+                        model, learning[0] = dataclasses.replace(model, energies=energies), energies
                     config = settled.for_method(rule)
                 start = fingerprint(generator)
                 if rule == "multi_stage_nce":
@@ -185,10 +192,10 @@ def fit_energies(
             learned, mismatch = dataclasses.replace(model, step_size=step_size), None
             if config.iterations >= _SHORT:
                 say(f"{task.name}: comparing draws of posterior and prior", begun, shown=shown)
-                mismatch = _mismatch(learned, batches, config, engine, rule)
-                if mismatch is not None and mismatch.worse:
-                    task.warned["worse"] = _went_away(task.name, rule, mismatch)
-                    warn(task.warned["worse"], TrainingWarning)
+                mismatch, failed = _mismatch(learned, batches, config, engine, rule)
+                if said := _what_went_wrong(rule, mismatch, failed):
+                    task.warned["mismatch"] = f"{task.name}: {said}"
+                    warn(task.warned["mismatch"], TrainingWarning)
     return FitResult(
         method=rule,
         config=config,
@@ -261,20 +268,36 @@ def _tuned(model: JointModel, config: FitConfig, engine: Engine, reference: Tens
     return tuned if engine.world == 1 else float(engine.mean([reference.new_tensor(tuned)])[0])
 
 
-def _rule_that_reaches(model: JointModel, batches: Batches, config: FitConfig, engine: Engine) -> Method:
-    """The rule for energies without waymarks where none is named: "nce", unless its estimate would be saturated."""
+def _is_far(model: JointModel, batches: Batches, config: FitConfig, engine: Engine) -> bool:
+    """Whether the estimate of "nce" would be saturated; not asked for runs that are shorter than there are stages."""
     if config.iterations < config.stages:
-        return "nce"
+        return False
     state = batches.state()
-    found = _mismatch(model, batches, config, engine)
+    found, _ = _mismatch(model, batches, config, engine)
     batches.load_state(state)
-    return "multi_stage_nce" if found is not None and found.far else "nce"
+    return found is not None and found.far
+
+
+def _is_zero(model: JointModel, device: torch.device) -> bool:
+    """Whether f has not been learned: it is 0."""
+    with torch.no_grad(), frozen(model.generator, *model.energies), same_stream_after(device):
+        return not bool(model.negative_energy(model.ancestral(2)).any())
+
+
+def _denoising(model: JointModel, engine: Engine) -> nn.ModuleList:
+    """Energies for a posterior that is far, the same in every process, where those of the model are."""
+    energies = denoising_energies(model.generator.latent_shapes).to(_trainable(model.energies)[0])
+    state = engine.objects({name: value.cpu() for name, value in energies.state_dict().items()})[0]
+    energies.load_state_dict(state)
+    return energies
 
 
 def _mismatch(
     model: JointModel, batches: Batches, config: FitConfig, engine: Engine, learned_by: Method | None = None
-) -> Mismatch | None:
+) -> tuple[Mismatch | None, str]:
     """How far the posterior of some observations is, always the same ones of a tensor; the same figures in every process.
+
+    After a run, which has succeeded, there is none where this fails, but why it did.
 
     Args:
         model: generator and energies.
@@ -287,7 +310,7 @@ def _mismatch(
     units = sum(shape.numel() for shape in model.generator.latent_shapes)
     size = config.batch_size or config.usual_batch
     wanted = min(_MOST_COMPARED, max(_LEAST_COMPARED, _NUMBERS // units))
-    wanted = min(wanted, max(_LEAST_JOINT, config.iterations * size // _ONE_IN))
+    wanted = min(wanted, max(_LEAST_JOINT, config.iterations * size // _ONE_IN), max(LEAST_DRAWS, _MOST_NUMBERS // units))
     if batches.whole is not None:
         rows = torch.randperm(len(batches.whole), generator=rng, device="cpu")[:wanted]
         x = batches.whole[rows.to(batches.whole.device)].to(batches.device)
@@ -297,19 +320,33 @@ def _mismatch(
         while sum(map(len, several)) < min(wanted, max(LEAST_DRAWS, 2 * size)):
             several.append(next(batches))
         x = torch.cat(several)[:wanted]
-    found = None
+    found, failed = None, ""
     if len(x) >= LEAST_DRAWS:
         of_posterior = ChainSettings(steps=config.posterior_steps)
-        with reproducible(rng, x.device), full_precision(x.device), torch.no_grad(), frozen(model.generator, *model.energies):
-            draws = 0 if learned_by is None else min(len(x), _affordable_draws(model, config, size, learned_by))
-            of_joint = ChainSettings() if draws >= min(_LEAST_JOINT, len(x)) else None
-            steps = min(CLASSIFIER_STEPS, max(_LEAST_STEPS, config.iterations // 10))
-            found = mismatch_of(model, x, of_posterior, of_joint, size, draws, steps)
-    return engine.objects(found)[0]
+        try:
+            with (
+                reproducible(rng, x.device),
+                full_precision(x.device),
+                torch.no_grad(),
+                frozen(model.generator, *model.energies),
+            ):
+                draws = 0 if learned_by is None else min(len(x), _affordable_draws(model, config, size, learned_by))
+                of_joint = ChainSettings() if draws >= min(_LEAST_JOINT, len(x)) else None
+                steps = min(CLASSIFIER_STEPS, max(_LEAST_STEPS, config.iterations // 10))
+                found = mismatch_of(model, x, of_posterior, of_joint, size, draws, steps)
+        except (DivergenceError, MemoryError, RuntimeError) as error:  # a lack of memory too
+            if learned_by is None:
+                raise
+            failed = first_line(error)
+    return engine.objects((found, failed))[0]
 
 
-def _went_away(name: str, rule: Method, found: Mismatch) -> str:
-    """What to do about a joint prior that is worse than the generator's own."""
+def _what_went_wrong(rule: Method, found: Mismatch | None, failed: str) -> str:
+    """What the comparison after a run says, with what to do; "" where nothing did."""
+    if failed:
+        return f"draws of posterior and prior could not be compared ({failed}), and the result has no mismatch."
+    if found is None or not found.worse:
+        return ""
     if rule == "denoising" and not found.far:
         remedy = (
             'The posterior is near, and "denoising" is for those that are far: build the prior with energies=[MLPEnergy(shape) '
@@ -318,7 +355,7 @@ def _went_away(name: str, rule: Method, found: Mismatch) -> str:
     else:
         remedy = "Train for more iterations, or with a smaller learning_rate, from new energies."
     return (
-        f"{name}: it made the prior worse. A classifier tells posterior draws from the joint prior's in "
+        "it made the prior worse. A classifier tells posterior draws from the joint prior's in "
         f"{found.joint_accuracy:.1%}, from the generator's own in {found.accuracy:.1%}. {remedy} "
         'prior.sample(n, prior="generator") gives the generator\'s own samples.'
     )

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,7 @@ class FitHooks:
             for the old ones is void. Not called where nothing was learned yet.
         save: writes the object to a file: the last good average of a run that has diverged.
         sample: number n and step size -> observations under the energies as they are, (n, *x_shape), for pictures.
+        exchange: other energies take the place of those that the library had chosen; None: they stay.
 
     Examples:
         >>> from energy_prior import load_example
@@ -39,3 +40,4 @@ class FitHooks:
     learned: Callable[[], object]
     save: Callable[[Path], object]
     sample: Callable[[int, float], Tensor]
+    exchange: Callable[[nn.ModuleList], object] | None = None

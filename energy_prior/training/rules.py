@@ -18,7 +18,7 @@ from energy_prior.energies import LAST_LEVEL, DenoisingEnergy, Energy, waymark
 from energy_prior.errors import DivergenceError, TrainingWarning, warn
 from energy_prior.model import JointModel, PosteriorDraw
 from energy_prior.process import frozen, full_precision
-from energy_prior.protocol import find_infer, have_waymarks, reads_noise
+from energy_prior.protocol import find_infer, reads_noise
 from energy_prior.topdown import TopDown
 from energy_prior.training import diagnostics
 from energy_prior.training.batches import Batches
@@ -35,7 +35,7 @@ from energy_prior.training.objectives import (
     without_affine_force,
 )
 from energy_prior.training.recorded import RecordedLoss
-from energy_prior.training.state import Each, Optional, Such, named_like, whole
+from energy_prior.training.state import Each, Optional, Such, named_like, number, whole
 from energy_prior.training.turns import same_stream_after
 
 _LEAST_DRAWS = 2048  # for what is not learned, unless a hundredth of the run's are fewer; but always so many:
@@ -98,6 +98,7 @@ class FitTask:
         self.stage: int = 0
         self.previous: nn.ModuleList | None = None
         self.warned: dict[str, str] = {}
+        self.told_apart: list[float] = [0.0, 0.0]
         self.learned: bool = False
         recordable = self.method == "denoising" and all(map(_recordable, self.energies))
         self._waymark_loss = RecordedLoss(self._of_noise, self.weights) if recordable else self._of_noise
@@ -106,11 +107,11 @@ class FitTask:
     def _watched(self) -> FitConfig:
         """The settings with `max_energy` for a layer of this size.
 
-        Energies with waymarks are bounded per unit, and their closed part alone may be of hundreds of nats.
+        "denoising" learns ∇f, and f at draws of the prior, far from where it learns, may be of hundreds of nats.
         """
         units = max(shape.numel() for shape in self.model.generator.latent_shapes)
         size = max(units, _SMALL_LAYER)
-        if not have_waymarks(self.energies):
+        if self.method != "denoising":
             size /= _SMALL_LAYER
         return dataclasses.replace(self.config, max_energy=self.config.max_energy * size)
 
@@ -144,8 +145,8 @@ class FitTask:
         # the figures are of weights before the window's last update: what was latest until now is known to be good
         self.good, self.latest = self.latest, self._snapshot()
         self.learned = True
-        entry = diagnostics.history_entry(figures, self.chains)
-        for kind, message in diagnostics.early_warnings(entry, self._watched).items():
+        entry = diagnostics.history_entry(figures, self.chains, self.told_apart)
+        for kind, message in diagnostics.early_warnings(entry, self.method, self._watched).items():
             if kind not in self.warned:
                 self.warned[kind] = f"Iteration {first + len(figures['loss']) - 1} of {self.name}: {message}"
                 warn(self.warned[kind], TrainingWarning)
@@ -155,7 +156,7 @@ class FitTask:
         """Takes the last average as good, once its energies are seen to be sound on draws of the generator's prior."""
         _copy([*self.weights, *self.buffers], self.latest)
         with same_stream_after(self.weights[0].device):
-            z = self.chains.ancestral(_SOUND_DRAWS)
+            z = self.chains.ancestral(min(_SOUND_DRAWS, self.config.batch_size or self.config.usual_batch))
         with torch.no_grad(), frozen(*self.model.energies):
             f = self.model.negative_energy(z)
         figures = diagnostics.energy_figures(self.energies, [f])
@@ -178,7 +179,7 @@ class FitTask:
         return x if low >= 0 and high <= 1 else (x - low) / max(high - low, 1e-12)
 
     def state(self) -> dict[str, Any]:
-        """Running average, buffers, chains, stage and what was warned of."""
+        """Running average, buffers, chains, stage, what was told apart and what was warned of."""
         state: dict[str, Any] = {
             "average": self.average,
             "good": self.good,
@@ -186,6 +187,7 @@ class FitTask:
             "chains": self.chains.state(),
             "stage": self.stage,
             "warned": self.warned,
+            "told_apart": self.told_apart,
         }
         if self.previous is not None:
             state["previous"] = dict(self.previous.state_dict())
@@ -200,6 +202,7 @@ class FitTask:
             "chains": self.chains.state_like(),
             "stage": whole(self.config.stages),
             "warned": Each(dict, Such(lambda v: isinstance(v, str), "text")),
+            "told_apart": Each(list, number, least=2),
             "previous": Optional(named_like(self.energies)),
         }
 
@@ -209,7 +212,7 @@ class FitTask:
         self._start()
         self.good, self.latest = state["good"], self._snapshot()
         self.chains.load_state(state["chains"])
-        self.warned, self.stage = dict(state["warned"]), state["stage"]
+        self.warned, self.stage, self.told_apart = dict(state["warned"]), state["stage"], list(state["told_apart"])
         self.learned = True
         if "previous" in state:
             self._previous_stage().load_state_dict(state["previous"])
@@ -269,7 +272,8 @@ class FitTask:
         """The loss of "denoising" and figures, of posterior draws."""
         with full_precision(x.device), torch.no_grad(), frozen(self.model.generator):
             clean = self.model.noise(self._posterior(x).latents)
-        return self._waymark_loss(clean)
+        loss, figures = self._waymark_loss(clean)
+        return loss, figures | self.chains.figures()
 
     def _of_noise(self, clean: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of "denoising" and figures, f at the first waymark of a few draws; `clean`: noise of posterior draws."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from runs import TwoLayers, X, make, task_of
 from torch import Tensor
 
-from energy_prior import ArgumentError, JointEBMPrior, LadderVAE
+from energy_prior import ArgumentError, JointEBMPrior, LadderVAE, denoising_energies
 from energy_prior.langevin import Target
 from energy_prior.training import FitConfig, chains
 from energy_prior.training.chains import TrainingChains, tuned_step_size
@@ -52,6 +54,27 @@ def test_restarted_chains_begin_at_ancestral_draws(restart: float, monkeypatch: 
     first = chains.prior(8, 1)[0].sort(0).values
     second = chains.prior(8, 1)[0].sort(0).values
     assert torch.equal(first, second) == (restart == 0.0)
+
+
+@pytest.mark.parametrize("persistent", [0, 64])
+def test_chains_of_energies_with_waymarks_start_across_them(persistent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, also those that start again: the posterior's noise is N(3, I), far from N(0, I)."""
+    torch.manual_seed(0)
+    prior = JointEBMPrior(LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8), denoising_energies([(3,), (2,)], channels=8))
+    for energy, units in zip(prior.energies, (3, 2), strict=True):
+        energy.set_from([torch.randn(256, units) + 3], [])  # type: ignore[operator]
+    began: list[Tensor] = []
+
+    def noted(self: TrainingChains, start: Sequence[Tensor], steps: int) -> tuple[Tensor, ...]:
+        began.append(torch.cat(prior.model.noise(start), 1).detach())
+        return tuple(start)
+
+    monkeypatch.setattr(TrainingChains, "run", noted)
+    chains = TrainingChains(prior.model, FitConfig(persistent=persistent, restart_probability=0.5), X)
+    for _ in range(3):
+        chains.prior(64, 5)
+    assert all(float((noise.mean(0) - 3).abs().max()) < 0.7 for noise in began)
+    assert len({float(noise.sum()) for noise in began}) == len(began), "some start anew each time"
 
 
 def test_posterior_chains_find_the_step_of_a_narrow_likelihood() -> None:

@@ -177,3 +177,29 @@ def test_other_energies_are_refused_and_learn_by_nce() -> None:
     with pytest.raises(ArgumentError, match='"denoising" needs energies with waymarks, and f_1 is MLPEnergy'):
         plain.fit(data, "denoising", **BRIEF)
     assert plain.fit(data, **BRIEF).method == "nce"
+
+
+@pytest.mark.slow
+def test_maximum_likelihood_goes_on_from_it() -> None:
+    """By chains that start across the waymarks: the gap stays near 0, and the prior comes closer."""
+    torch.manual_seed(0)
+    sign = torch.where(torch.rand(400, 1, 1, 1) < 0.5, 1.0, -1.0)
+    data = sign * torch.linspace(0.5, 2.0, 16).reshape(1, 1, 4, 4)
+    prior = JointEBMPrior(MapUnderVector())
+    before = prior.fit(data, "denoising", iterations=300, batch_size=64, rng=seeded(2), **QUIET).mismatch
+    result = prior.fit(data, "two_stage", iterations=100, batch_size=64, rng=seeded(3), **QUIET)
+    assert before is not None
+    assert result.mismatch is not None
+    assert before.joint_accuracy is not None
+    assert result.mismatch.joint_accuracy is not None
+    assert result.mismatch.joint_accuracy < before.joint_accuracy - 0.02
+    assert all(abs(entry["gap"]) < 10 for entry in result.history)
+
+
+def test_a_run_says_what_its_posterior_chains_accept() -> None:
+    """Where the generator has no inference model."""
+    torch.manual_seed(0)
+    prior = JointEBMPrior(MapUnderVector())
+    assert "posterior_acceptance" not in prior.fit(images(100)[:, :, 2:6, 2:6], "denoising", **BRIEF).history[-1]
+    monkeyed = JointEBMPrior(type("NoInfer", (MapUnderVector,), {"infer": None})())
+    assert "posterior_acceptance" in monkeyed.fit(images(100)[:, :, 2:6, 2:6], "denoising", **BRIEF).history[-1]

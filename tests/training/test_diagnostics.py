@@ -16,19 +16,19 @@ def test_the_largest_energy_of_a_window() -> None:
     figures = {name: torch.zeros(3) for name in ("loss", "energy_posterior", "energy_prior")}
     figures |= {"largest_1": torch.tensor([1.0, 5.0, 2.0]), "largest_2": torch.tensor([3.0, 0.0, 0.0])}
     chains = task_of(prior, "nce").chains
-    assert "saturation" not in history_entry(figures, chains)  # energies of one's own
+    assert "saturation" not in history_entry(figures, chains, [0.0, 0.0])  # energies of one's own
     figures |= {"saturation_1": torch.tensor([0.1, 0.1, 0.1]), "saturation_2": torch.tensor([0.0, 0.6, 0.0])}
-    got = history_entry(figures, chains)
+    got = history_entry(figures, chains, [0.0, 0.0])
     assert got["max_energy"] == 5.0
     assert got["saturation"] == pytest.approx(0.2)
 
 
 def test_energies_on_their_way_to_saturation_are_told() -> None:
     entry = {"max_energy": 70.0, "saturation": 0.6}
-    said = early_warnings(entry, FitConfig())
+    said = early_warnings(entry, "nce", FitConfig())
     assert set(said) == {"saturation"}
     assert "at 60% of their saturation on average, and at 75% the run stops" in said["saturation"]
-    assert early_warnings(entry | {"saturation": 0.4}, FitConfig()) == {}
+    assert early_warnings(entry | {"saturation": 0.4}, "nce", FitConfig()) == {}
 
 
 @pytest.mark.parametrize("side", ["posterior", "prior"])
@@ -51,10 +51,37 @@ def test_a_few_draws_that_are_all_told_apart_are_no_saturated_estimate() -> None
     figures = {name: torch.zeros(2) for name in ("loss", "energy_posterior", "energy_prior", "largest_1")}
     chains = task_of(make(), "nce").chains
     for draws, told in ((8.0, False), (128.0, True)):
-        entry = history_entry(figures | {"told_apart": torch.ones(2), "told_apart_draws": torch.full((2,), draws)}, chains)
+        window = figures | {"told_apart": torch.ones(2), "told_apart_draws": torch.full((2,), draws)}
+        entry = history_entry(window, chains, [0.0, 0.0])
         assert entry["told_apart"] == pytest.approx((2 * draws + 1) / (2 * draws + 2))
-        assert ("told_apart" in early_warnings(entry, FitConfig())) == told
+        assert ("told_apart" in early_warnings(entry, "nce", FitConfig())) == told
         assert "told_apart_draws" not in entry
+
+
+def test_a_saturated_estimate_is_told_however_few_draws_a_look_has() -> None:
+    """Looks of 64 draws: the first two say little, those that follow enough; a thousand new draws replace those before."""
+    figures = {name: torch.zeros(1) for name in ("loss", "energy_posterior", "energy_prior", "largest_1")}
+    chains, apart = task_of(make(), "nce").chains, [0.0, 0.0]
+
+    def look(share: float, draws: float) -> float:
+        window = figures | {"told_apart": torch.full((1,), share), "told_apart_draws": torch.full((1,), draws)}
+        return history_entry(window, chains, apart)["told_apart"]
+
+    told = [look(1.0, 64.0) for _ in range(20)]
+    assert told[0] == pytest.approx(65 / 66)
+    assert told[1] == pytest.approx(129 / 130)
+    assert told == sorted(told)
+    assert apart == pytest.approx([1000.0, 1000.0])
+    assert look(0.5, 1000.0) == pytest.approx(501 / 1002)
+
+
+def test_chains_that_do_not_follow_the_energies_are_told() -> None:
+    entry = {"max_energy": 70.0, "gap": 26.0}
+    said = early_warnings(entry, "two_stage", FitConfig())
+    assert set(said) == {"gap"}
+    assert "26 nats higher at posterior draws" in said["gap"]
+    assert early_warnings(entry, "nce", FitConfig()) == {}, "its draws of the prior are the generator's"
+    assert early_warnings(entry | {"gap": 24.0}, "two_stage", FitConfig()) == {}
 
 
 def test_a_saturated_ratio_estimate_is_told_with_the_rule_to_use_instead() -> None:
