@@ -12,8 +12,8 @@
 - `added_peak_over_max_memory`: what `llr_score(x, 1)` of 64 images there adds to a process's memory above one row's, over its
   `max_memory`.
 - `fit_overhead`: (wall − iterations)/wall of `fit(method="nce")`, an NVAE of 2 × 2 groups, 200 iterations of 64.
-- `fit_peak_gib`: what 5 iterations of `fit` of 8, `sample` and `llr_score` of 8 images add to a process with a VDVAE of
-  CIFAR-10's size (43 layers).
+- `fit_peak_gib`: what 5 iterations of `fit` of 8, `sample` and `llr_score` of 8 images, and `mismatch` of as many as a longer
+  `fit` compares at its end, add to a process with a VDVAE of CIFAR-10's size (43 layers).
 - `cold_compile_over_before`: seconds of the first compiled call of a process with an empty cache of torch's, less those of an
   eager one, over the same at the commit `--before`: four steps of 16 chains of an NVAE of 2 × 8 groups, energies of z_i.
 - `warm_compile_seconds_over_eager_call`: the first compiled call of a second process with that cache, over an eager one.
@@ -406,12 +406,13 @@ def full_size_memory(quick: bool) -> int:
     model = VDVAEStyle(16, ((1, 1, None), (8, 1, 1), (32, 1, 8))) if quick else VDVAEStyle()
     generator = VDVAEAdapter(model.eval())
     prior = JointEBMPrior(generator)
-    x = torch.rand(64, 3, 32, 32)
+    x = torch.rand(81, 3, 32, 32)  # 2**25 numbers of its latents
 
     def run() -> None:
         prior.fit(x, iterations=5, batch_size=8, progress=False)
         prior.sample(8)
         prior.llr_score(x[:8], 1)
+        prior.mismatch(x, prior="generator")
 
     return added_memory(run)
 
