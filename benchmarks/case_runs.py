@@ -177,10 +177,17 @@ class CaseRun:
         self.vae.load_state_dict(weights)
         self.vae.eval()
 
-    def learn(self, name: str, settings: dict[str, Any], energies: Energies | None = None) -> dict[str, Any]:
-        """A run of `fit`, with energies of a kind. Its seconds are those of its last part, after iteration `resumed_at`."""
+    def learn(
+        self, name: str, settings: dict[str, Any], energies: Energies | None = None, after: str | None = None
+    ) -> dict[str, Any]:
+        """A run of `fit`, with energies of a kind, that goes on from another run where there is one to go on from.
+
+        Its seconds are those of its last part, after iteration `resumed_at`.
+        """
         torch.manual_seed(1000 * self.seed + 7)  # of the energies' first weights
         prior = JointEBMPrior(copy.deepcopy(self.vae), self._energies(energies))
+        if after is not None:
+            prior.load_state_dict(self.learned(after).state_dict())
         result = prior.fit(self.of_images(self.train), run_dir=self.folder / name, rng=self.seeded(1), **settings)
         prior.save(self.folder / f"{name}.safetensors")
         last = {name: round(value, 4) for name, value in result.history[-1].items()}

@@ -11,7 +11,7 @@ The backbone, the images and the distances are those of `deep_latents.py`, case 
     denoising_flow_alone       its energies; chains of one step after the waymarks
     denoising_steps_alone      its energies; the default's steps from N(0, I), without waymarks
     nce                        one ratio between the posterior and the prior; chains without waymarks
-    two_stage                  maximum likelihood by short chains from the prior; chains without waymarks
+    two_stage                  its energies, then 400 iterations of maximum likelihood; the default chains
     telescoped                 ratios between neighbouring waymarks, told apart one by one:
                                f(ε; t_k) = Σ_{j ≥ k} g(ε; t_j) (Rhodes, Xu and Gutmann, NeurIPS 2020); chains as in "denoising"
 
@@ -53,11 +53,11 @@ CHAINS: dict[str, dict[str, Any]] = {
     "denoising_steps_alone": {"waymarks": 0},
 }
 """Options of chains under the energies of "denoising"."""
-RULES: dict[str, dict[str, Any]] = {
-    "nce": {"method": "nce", "iterations": 4000, "batch_size": 128},
-    "two_stage": {"method": "two_stage", "iterations": 400, "batch_size": 64},
+RULES: dict[str, tuple[dict[str, Any], str | None, dict[str, Any]]] = {
+    "nce": ({"method": "nce", "iterations": 4000, "batch_size": 128}, None, {"waymarks": 0}),
+    "two_stage": ({"method": "two_stage", "iterations": 400, "batch_size": 64}, "shorter", {}),
 }
-"""Settings of `fit`, each about half an hour on one core."""
+"""Settings of `fit`, about half an hour on one core; the run before it; options of chains."""
 TELESCOPED = 3000
 """Iterations."""
 
@@ -114,10 +114,10 @@ def measure(run: CaseRun, log: Log, iterations: int | None) -> None:
     log.unit("gaussian", lambda: run.distance(run.gaussian(n, 90)))
     for name, chain in CHAINS.items():
         log.unit(name, lambda chain=chain: run.distance(run.sampled(run.learned("shorter"), n, 90, **chain)))
-    for name, settings in RULES.items():
-        differ = settings if iterations is None else settings | {"iterations": iterations}
-        log.unit(f"{name} energies", lambda name=name, differ=differ: run.learn(name, {"progress": False} | differ))
-        log.unit(name, lambda name=name: run.distance(run.sampled(run.learned(name), n, 90, waymarks=0)))
+    for name, (settings, after, chain) in RULES.items():
+        settings = {"progress": False} | settings | ({} if iterations is None else {"iterations": iterations})
+        log.unit(f"{name} energies", lambda name=name, s=settings, after=after: run.learn(name, s, after=after))
+        log.unit(name, lambda name=name, chain=chain: run.distance(run.sampled(run.learned(name), n, 90, **chain)))
     file = run.folder / "telescoped.pt"
     log.unit("telescoped energies", lambda: _telescope(run, file, iterations or TELESCOPED))
 
