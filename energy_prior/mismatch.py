@@ -117,9 +117,9 @@ class Mismatch:
         Its draws are told apart more often, by more than three standard errors: the accuracies' sampling errors, of the third
         of the draws that tests.
         """
-        if self.joint_accuracy is None:
-            return False
         tests, joint_tests = self.draws // 3, self.joint_draws // 3
+        if self.joint_accuracy is None or not (tests and joint_tests):
+            return False
         error = math.sqrt((3 / tests + 1 / joint_tests) / 16)  # a rate has a variance of at most 1/4n, and four make the two
         return self.joint_accuracy > self.accuracy + _SURE * error
 

@@ -160,7 +160,7 @@ class JointEBMPrior(nn.Module):
         self._families = probe.families
         self.calibration = Calibration(len(modules), reference)
         self.register_buffer("step_size", torch.tensor(_FIRST_STEP_SIZE, dtype=reference.dtype, device=reference.device))
-        self._chosen = energies is None
+        self._default_energies = tuple(modules) if energies is None else ()
         self._fitted_on: str | None = None
         self._trained_on: frozenset[bytes] = frozenset()
         self._built = True
@@ -795,9 +795,10 @@ class JointEBMPrior(nn.Module):
             learned=learned,
             save=self.save,
             sample=lambda n, step_size: self.sample(n, step_size=step_size),
-            exchange=exchange if self._chosen else None,
+            tuned=self.step_size.fill_,
+            exchange=exchange if self._has_default_energies() else None,
         )
-        result = fit_energies(
+        return fit_energies(
             self.model,
             data,
             method,
@@ -810,8 +811,12 @@ class JointEBMPrior(nn.Module):
             rng=rng,
             callback=callback,
         )
-        self.step_size.fill_(result.step_size)
-        return result
+
+    def _has_default_energies(self) -> bool:
+        """Whether the energies are those that the library chose, with nothing changed of what learns and who looks on."""
+        same = tuple(self.energies) == self._default_energies
+        hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self.energies.modules())
+        return same and not hooked and all(p.requires_grad for p in self.energies.parameters())
 
     def mismatch(
         self,

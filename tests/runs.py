@@ -42,6 +42,7 @@ def hooks_of(prior: JointEBMPrior) -> FitHooks:
         learned=lambda: None,
         save=prior.save,
         sample=lambda n, step_size: prior.sample(n, step_size=step_size),
+        tuned=prior.step_size.fill_,
     )
 
 

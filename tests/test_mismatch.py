@@ -47,6 +47,7 @@ def test_figures_of_a_known_gaussian() -> None:
     assert a.kl == pytest.approx(kl, rel=0.05)
     assert b.kl == pytest.approx(0.0, abs=0.05)
     assert found.tilt == pytest.approx(kl + back, rel=0.05)
+    assert all(layer.kl >= 0 for _ in range(3) for layer in measure([torch.randn(16, 8)] * 4, steps=0).layers)
     assert found.joint_accuracy is None
 
 
@@ -142,12 +143,33 @@ def test_energies_that_are_given_or_have_learned_are_not_exchanged(tmp_path: Pat
     learned = JointEBMPrior(Shifted(2.0, 40))
     learned.fit(data, "nce", **brief)
     assert learned.fit(data, **brief).method == "multi_stage_nce"
-    by_default = JointEBMPrior(Shifted(2.0, 40))
+    changed = [JointEBMPrior(Shifted(2.0, 40)) for _ in range(3)]
+    changed[0].energies[0] = MLPEnergy((40,), (8,))
+    changed[1].energies.requires_grad_(False)[0].net[1].requires_grad_(True)  # type: ignore[index]
+    changed[2].energies[0].register_forward_hook(lambda *_: None)
+    assert [prior.fit(data, **brief).method for prior in changed] == ["multi_stage_nce"] * 3
+    by_default = JointEBMPrior(Shifted(2.0, 40)).eval()
     by_default.fit(data, **brief)
+    assert not any(module.training for module in by_default.energies.modules())
     assert by_default.fit(data, **brief).method == "denoising", "its own by now"
     by_default.save(tmp_path / "prior.safetensors")
     again = JointEBMPrior.load(tmp_path / "prior.safetensors", by_default.generator)
     assert isinstance(again.energies[0], DenoisingEnergy)
+
+
+def test_a_run_that_does_not_begin_exchanges_nothing(tmp_path: Path) -> None:
+    data = torch.zeros(512, 1)
+    JointEBMPrior(Shifted(2.0, 40)).fit(data, iterations=3, run_dir=tmp_path, **QUIET)
+    prior = JointEBMPrior(Shifted(2.0, 40))
+    with pytest.raises(ArgumentError, match="iterations"):
+        prior.fit(data, iterations=4, run_dir=tmp_path, **QUIET)
+    assert isinstance(prior.energies[0], MLPEnergy)
+
+
+def test_energies_that_were_exchanged_are_trained_by_one_run_alone() -> None:
+    prior, data = JointEBMPrior(Shifted(2.0, 40)), torch.zeros(512, 1)
+    with pytest.raises(ArgumentError, match="another run of training has not ended"):
+        prior.fit(data, iterations=3, log_every=1, callback=lambda _: prior.fit(data, iterations=3, **QUIET), **QUIET)
 
 
 def test_energies_that_were_exchanged_are_those_of_the_run(tmp_path: Path) -> None:
@@ -212,10 +234,15 @@ def test_a_comparison_that_fails_after_a_run_loses_nothing(monkeypatch: pytest.M
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6 GiB.")
 
     monkeypatch.setattr(fit, "mismatch_of", too_large)
+    prior = make()
     with pytest.warns(TrainingWarning, match=r"could not be compared \(CUDA out of memory"):
-        result = make().fit(X, "nce", iterations=100, batch_size=8, step_size=0.2, progress=False)
+        result = prior.fit(X, "nce", iterations=100, batch_size=8, step_size=0.2, progress=False)
     assert result.mismatch is None
-    assert result.step_size == 0.2
+    assert float(prior.step_size) == pytest.approx(0.2)
+    prior = make()
+    with pytest.raises(TrainingWarning):  # warnings are errors here
+        prior.fit(X, "nce", iterations=100, batch_size=8, step_size=0.2, progress=False)
+    assert float(prior.step_size) == pytest.approx(0.2)
     with pytest.raises(torch.OutOfMemoryError):
         make().fit(X, iterations=100, batch_size=8, step_size=0.2, progress=False)  # before it, nothing is lost
 
@@ -254,6 +281,7 @@ def test_worse_by_more_than_the_error_of_these_draws(draws: int, joint_draws: in
     assert Mismatch((), 0.0, 0.6, 0.7, draws, joint_draws).worse is worse
     assert not Mismatch((), 0.0, 0.7, 0.6, draws, joint_draws).worse
     assert not Mismatch((), 0.0, 0.7, None, draws).worse
+    assert not Mismatch((), 0.0, 0.6, 0.7, draws).worse, "of so many draws nobody knows"
 
 
 def test_a_run_too_short_for_stages_has_none() -> None:

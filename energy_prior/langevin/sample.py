@@ -7,6 +7,7 @@ __all__ = [
     "USUAL_ACCEPTANCE",
     "ChainDraw",
     "choose_backend",
+    "crossed",
     "sample_target",
     "tune_step_size",
     "warn_if_stuck",
@@ -146,6 +147,34 @@ def sample_target(
             return ChainDraw(result.latents, result)
 
         return join_batch(_run_parts(draw_rows, parts, backend, probe, source))
+
+
+def crossed(target: Target, waymarks: int = ChainSettings().waymarks, max_memory: float = 2.0**30) -> tuple[Tensor, ...]:
+    """Where chains on `target` start that cross the waymarks of its energies.
+
+    Args:
+        target: what to draw from.
+        waymarks: so many are crossed, ≥ 1.
+        max_memory: bytes that a gradient evaluation may keep, > 0; a larger batch is taken across in parts.
+
+    Returns:
+        (z_1, …, z_L), (batch, *latent_shape) each.
+
+    Examples:
+        >>> from energy_prior import JointEBMPrior, LadderVAE, denoising_energies
+        >>> prior = JointEBMPrior(LadderVAE((4,), latent_dims=(3, 2), hidden=8), denoising_energies([(3,), (2,)], channels=8))
+        >>> [tuple(z.shape) for z in crossed(prior.model.target(4))]
+        [(4, 3), (4, 2)]
+    """
+    with full_precision(target.device):
+        probe = target.rows(slice(0, 2)).density()
+        noise = RandomNoise(target.shapes, probe.topdown.reference).normal(0)
+        parts = []
+        for rows in split_batch(target, probe, max_memory):
+            density = target.rows(rows).density()
+            position = _position(density, [e[rows] for e in noise], from_noise=True, waymarks=waymarks)
+            parts.append(density.topdown.descend(position, target.space).latents)
+    return _joined(parts)
 
 
 def tune_step_size(

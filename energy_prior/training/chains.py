@@ -20,13 +20,12 @@ from energy_prior.langevin import (
     USUAL_ACCEPTANCE,
     ChainResult,
     ChainSettings,
-    RandomNoise,
     backends,
     choose_backend,
+    crossed,
     sample_target,
     tune_step_size,
 )
-from energy_prior.langevin.waymarks import cross
 from energy_prior.model import JointModel
 from energy_prior.process import frozen, full_precision
 from energy_prior.protocol import find_infer, have_waymarks
@@ -86,9 +85,7 @@ class TrainingChains:
         if not have_waymarks(self.model.energies):
             return self.ancestral(n)
         with _fixed(self.model, self._device):
-            density = self.model.target(n).density()
-            noise = RandomNoise(density.topdown.shapes, density.topdown.reference).normal(0)
-            return density.topdown.descend(cross(density, noise, ChainSettings().waymarks), "noise").latents
+            return crossed(self.model.target(n))
 
     def prior(self, n: int, steps: int) -> tuple[Tensor, ...]:
         """Draws of the joint prior after `steps` Langevin steps: of persistent chains, or from where chains start."""

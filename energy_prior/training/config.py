@@ -104,8 +104,8 @@ class FitConfig(RunConfig):
         batch_size: posterior draws, and as many prior draws, per update, process and accumulation step, ≥ 1; None: 256, or
             all observations if there are fewer.
         learning_rate: of the energies' AdamW, > 0, after a linear warm-up of 100 iterations, or a tenth of them if fewer, and
-            with cosine decay to a tenth of it; None: 2e-3 for "denoising", 1e-4 for maximum likelihood of energies with
-            waymarks, which goes on from there, else 1e-3, and 1e-3 · √(2000/iterations), up to 3e-3, where there are fewer
+            with cosine decay to a tenth of it; None: 2e-3 for "denoising", 1e-4 for maximum likelihood that goes on from
+            there, else 1e-3, and 1e-3 · √(2000/iterations), up to 3e-3, where there are fewer
             than 2000 iterations to get anywhere in.
         weight_decay: of the energies' AdamW, ≥ 0.
         accumulate: batches whose gradients are averaged into one update, ≥ 1.
@@ -118,9 +118,9 @@ class FitConfig(RunConfig):
             early on d is at most (1 + t)/(10 + t); None: 0.999 for "denoising", else 0.99. The joint rules average the
             generator's weights as well.
         max_energy: largest |f_i| in nats on a training batch, > 0, of layers of up to 128 units, and in proportion more of
-            larger ones (per unit in "denoising"); beyond it the run has diverged and stops. Built-in energies saturate
-            before: for them it has where their mean |f_i| on posterior or on prior draws is above three quarters of their
-            saturation.
+            larger ones (per unit for energies with waymarks); beyond it the run has diverged and stops. Built-in energies
+            saturate before: for them it has where their mean |f_i| on posterior or on prior draws is above three quarters of
+            their saturation.
         steps: Langevin steps per prior draw, ≥ 1. "multi_stage_nce": of the chains that a stage starts with.
         persistent: chains kept from update to update (Tieleman, ICML 2008): each update takes as many as a batch has, where
             they stood, and runs them on. None: four batches of them; 0: every chain starts ancestrally.
@@ -172,12 +172,12 @@ class FitConfig(RunConfig):
         self._keep_unless_none(check_positive, "step_size")
         self._keep_unless_none(_decay, "ema_decay")
 
-    def for_method(self, method: Method, *, waymarks: bool = False) -> FitConfig:
+    def for_method(self, method: Method, *, refined: bool = False) -> FitConfig:
         """With the method's own restart probability, and the learning rate of so long a run, where none was given.
 
         Args:
             method: the learning rule.
-            waymarks: whether the energies have waymarks.
+            refined: whether the energies have learned by "denoising" before.
 
         Raises:
             ArgumentError: if there are more stages than iterations.
@@ -186,7 +186,7 @@ class FitConfig(RunConfig):
             raise ArgumentError(f"stages: expected at most iterations = {self.iterations}, got {self.stages}.")
         restarted = 0.05 if method == "multi_stage_nce" else 0.3
         rate = 1e-3 * min(max(math.sqrt(2000 / self.iterations), 1.0), 3.0)
-        if waymarks and method in LANGEVIN_METHODS:
+        if refined and method in LANGEVIN_METHODS:
             rate = 1e-4
         elif method == "denoising":
             rate = 2e-3

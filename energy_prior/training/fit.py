@@ -119,18 +119,19 @@ def fit_energies(
         >>> from energy_prior import JointEBMPrior, LadderVAE
         >>> from energy_prior.training import FitHooks
         >>> prior = JointEBMPrior(LadderVAE((4,), latent_dims=(3, 2), hidden=8))
-        >>> hooks = FitHooks(started=lambda: None, learned=lambda: None, save=prior.save, sample=lambda n, s: prior.sample(n))
+        >>> own = {"save": prior.save, "sample": lambda n, s: prior.sample(n), "tuned": prior.step_size.fill_}
+        >>> hooks = FitHooks(started=lambda: None, learned=lambda: None, **own)
         >>> settings = {"iterations": 4, "step_size": 0.3, "progress": False}
         >>> fit_energies(prior.model, torch.rand(32, 4), "nce", settings=settings, x_shape=(4,), hooks=hooks).method
         'nce'
     """
     rule = check_method(("denoising" if have_waymarks(model.energies) else "nce") if method is None else method)
     settled = _settings(config, settings or {})
-    config = settled.for_method(rule, waymarks=have_waymarks(model.energies))
+    config = settled.for_method(rule, refined=_denoised(model.energies))
     check_callback(callback)
     folder = None if run_dir is None else check_path("run_dir", run_dir)
     engine, begun = Engine(accelerator), time.monotonic()
-    generator, energies = model.generator, nn.ModuleList(model.energies)
+    generator, energies, exchanged = model.generator, nn.ModuleList(model.energies), False
     with claimed(rng), contextlib.ExitStack() as stack:
         with exclusive():  # scores of other threads freeze parameters while they run
             _check_learnable(generator, energies, rule)
@@ -153,13 +154,12 @@ def fit_energies(
                     if hooks.exchange is not None and _is_zero(model, reference.device):
                         rule, energies = "denoising", _denoising(model, engine)
                         stack.enter_context(being_trained("energies", _trainable(energies)))
-                        hooks.exchange(energies)
-                        model, learning[0] = dataclasses.replace(model, energies=energies), energies
+                        model, learning[0], exchanged = dataclasses.replace(model, energies=energies), energies, True
                     config = settled.for_method(rule)
                 start = fingerprint(generator)
                 if rule == "multi_stage_nce":
                     _check_copies(energies, generator.latent_shapes, reference)
-                task = FitTask(model, batches, rule, config, engine, hooks, reference)
+                task = FitTask(model, batches, rule, config, engine, hooks, reference, exchanged=exchanged)
                 state = digest(energies.state_dict(), repr((rule, config.resumable(), model.step_size)))
             engine.agree("generator", start)
             engine.agree("energies", state)
@@ -189,6 +189,7 @@ def fit_energies(
             if config.step_size is None:
                 say(f"{task.name}: tuning the step size", begun, shown=shown)
             step_size = config.step_size or _tuned(model, config, engine, reference)
+            hooks.tuned(step_size)
             learned, mismatch = dataclasses.replace(model, step_size=step_size), None
             if config.iterations >= _SHORT:
                 say(f"{task.name}: comparing draws of posterior and prior", begun, shown=shown)
@@ -284,18 +285,25 @@ def _is_zero(model: JointModel, device: torch.device) -> bool:
         return not bool(model.negative_energy(model.ancestral(2)).any())
 
 
+def _denoised(energies: nn.ModuleList) -> bool:
+    """Whether these have waymarks and have learned by them."""
+    return have_waymarks(energies) and all(bool(getattr(energy, "is_set", True)) for energy in energies)
+
+
 def _denoising(model: JointModel, engine: Engine) -> nn.ModuleList:
     """Energies for a posterior that is far, the same in every process, where those of the model are."""
     energies = denoising_energies(model.generator.latent_shapes).to(_trainable(model.energies)[0])
-    state = engine.objects({name: value.cpu() for name, value in energies.state_dict().items()})[0]
-    energies.load_state_dict(state)
+    energies.train(model.energies[0].training)
+    if engine.world > 1:
+        state = {name: value.cpu() for name, value in energies.state_dict().items()}
+        energies.load_state_dict(engine.objects(state if engine.main else None)[0])
     return energies
 
 
 def _mismatch(
     model: JointModel, batches: Batches, config: FitConfig, engine: Engine, learned_by: Method | None = None
 ) -> tuple[Mismatch | None, str]:
-    """How far the posterior of some observations is, always the same ones of a tensor; the same figures in every process.
+    """How far the posterior of some observations is; the same figures in every process.
 
     After a run, which has succeeded, there is none where this fails, but why it did.
 
@@ -306,6 +314,17 @@ def _mismatch(
         engine: the processes of the run.
         learned_by: the rule that has learned the joint prior; None: the generator's own prior alone is compared with.
     """
+    try:
+        found, failed = _measured(model, batches, config, learned_by), ""
+    except Exception as error:
+        if learned_by is None:
+            raise
+        found, failed = None, first_line(error)
+    return engine.objects((found, failed))[0]
+
+
+def _measured(model: JointModel, batches: Batches, config: FitConfig, learned_by: Method | None) -> Mismatch | None:
+    """Of some observations, always the same ones of a tensor; None of too few."""
     rng = torch.Generator(device="cpu").manual_seed(0)
     units = sum(shape.numel() for shape in model.generator.latent_shapes)
     size = config.batch_size or config.usual_batch
@@ -320,25 +339,14 @@ def _mismatch(
         while sum(map(len, several)) < min(wanted, max(LEAST_DRAWS, 2 * size)):
             several.append(next(batches))
         x = torch.cat(several)[:wanted]
-    found, failed = None, ""
-    if len(x) >= LEAST_DRAWS:
-        of_posterior = ChainSettings(steps=config.posterior_steps)
-        try:
-            with (
-                reproducible(rng, x.device),
-                full_precision(x.device),
-                torch.no_grad(),
-                frozen(model.generator, *model.energies),
-            ):
-                draws = 0 if learned_by is None else min(len(x), _affordable_draws(model, config, size, learned_by))
-                of_joint = ChainSettings() if draws >= min(_LEAST_JOINT, len(x)) else None
-                steps = min(CLASSIFIER_STEPS, max(_LEAST_STEPS, config.iterations // 10))
-                found = mismatch_of(model, x, of_posterior, of_joint, size, draws, steps)
-        except (DivergenceError, MemoryError, RuntimeError) as error:  # a lack of memory too
-            if learned_by is None:
-                raise
-            failed = first_line(error)
-    return engine.objects((found, failed))[0]
+    if len(x) < LEAST_DRAWS:
+        return None
+    of_posterior = ChainSettings(steps=config.posterior_steps)
+    with reproducible(rng, x.device), full_precision(x.device), torch.no_grad(), frozen(model.generator, *model.energies):
+        draws = 0 if learned_by is None else min(len(x), _affordable_draws(model, config, size, learned_by))
+        of_joint = ChainSettings() if draws >= min(_LEAST_JOINT, len(x)) else None
+        steps = min(CLASSIFIER_STEPS, max(_LEAST_STEPS, config.iterations // 10))
+        return mismatch_of(model, x, of_posterior, of_joint, size, draws, steps)
 
 
 def _what_went_wrong(rule: Method, found: Mismatch | None, failed: str) -> str:

@@ -21,6 +21,7 @@ class FitHooks:
             for the old ones is void. Not called where nothing was learned yet.
         save: writes the object to a file: the last good average of a run that has diverged.
         sample: number n and step size -> observations under the energies as they are, (n, *x_shape), for pictures.
+        tuned: the step size that the chains have from now on.
         exchange: other energies take the place of those that the library had chosen; None: they stay.
 
     Examples:
@@ -31,6 +32,7 @@ class FitHooks:
         ...     learned=prior.calibration.forget,
         ...     save=prior.save,
         ...     sample=lambda n, step_size: prior.sample(n, step_size=step_size, steps=5),
+        ...     tuned=prior.step_size.fill_,
         ... )
         >>> hooks.sample(2, 0.2).shape
         torch.Size([2, 1, 8, 8])
@@ -40,4 +42,5 @@ class FitHooks:
     learned: Callable[[], object]
     save: Callable[[Path], object]
     sample: Callable[[int, float], Tensor]
+    tuned: Callable[[float], object]
     exchange: Callable[[nn.ModuleList], object] | None = None

@@ -18,7 +18,7 @@ from energy_prior.energies import LAST_LEVEL, DenoisingEnergy, Energy, waymark
 from energy_prior.errors import DivergenceError, TrainingWarning, warn
 from energy_prior.model import JointModel, PosteriorDraw
 from energy_prior.process import frozen, full_precision
-from energy_prior.protocol import find_infer, reads_noise
+from energy_prior.protocol import find_infer, have_waymarks, reads_noise
 from energy_prior.topdown import TopDown
 from energy_prior.training import diagnostics
 from energy_prior.training.batches import Batches
@@ -59,6 +59,7 @@ class FitTask:
         engine: the processes of the run.
         hooks: what the run asks of the object that holds the model.
         reference: a tensor with the dtype and device of the latents.
+        exchanged: the model's energies take the place of others when the run begins.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class FitTask:
         engine: Engine,
         hooks: FitHooks,
         reference: Tensor,
+        *,
+        exchanged: bool = False,
     ) -> None:
         self.model = model
         self.batches = batches
@@ -79,6 +82,7 @@ class FitTask:
         self.method: Method = method
         self.name = f"fit ({method})"
         self.joint: bool = method in JOINT_METHODS
+        self.exchanged = exchanged
         self.energies: nn.ModuleList = nn.ModuleList(model.energies)
         self.chains: TrainingChains = TrainingChains(model, config, reference)
         energies = [p for p in self.energies.parameters() if p.requires_grad]
@@ -104,15 +108,18 @@ class FitTask:
         self._waymark_loss = RecordedLoss(self._of_noise, self.weights) if recordable else self._of_noise
 
     @property
+    def _size(self) -> float:
+        """Of the largest layer, for limits in nats: 1 up to 128 units."""
+        units = max(shape.numel() for shape in self.model.generator.latent_shapes)
+        return max(units, _SMALL_LAYER) / _SMALL_LAYER
+
+    @property
     def _watched(self) -> FitConfig:
         """The settings with `max_energy` for a layer of this size.
 
-        "denoising" learns ∇f, and f at draws of the prior, far from where it learns, may be of hundreds of nats.
+        That of energies with waymarks is per unit: their closed part alone may be of hundreds of nats.
         """
-        units = max(shape.numel() for shape in self.model.generator.latent_shapes)
-        size = max(units, _SMALL_LAYER)
-        if self.method != "denoising":
-            size /= _SMALL_LAYER
+        size = self._size * (_SMALL_LAYER if have_waymarks(self.energies) else 1)
         return dataclasses.replace(self.config, max_energy=self.config.max_energy * size)
 
     def begin(self) -> None:
@@ -146,7 +153,8 @@ class FitTask:
         self.good, self.latest = self.latest, self._snapshot()
         self.learned = True
         entry = diagnostics.history_entry(figures, self.chains, self.told_apart)
-        for kind, message in diagnostics.early_warnings(entry, self.method, self._watched).items():
+        gap = (figures["energy_posterior"] - figures["energy_prior"]).mean() if self.method in LANGEVIN_METHODS else 0.0
+        for kind, message in diagnostics.early_warnings(entry, self._watched, float(gap) / self._size).items():
             if kind not in self.warned:
                 self.warned[kind] = f"Iteration {first + len(figures['loss']) - 1} of {self.name}: {message}"
                 warn(self.warned[kind], TrainingWarning)
@@ -226,6 +234,8 @@ class FitTask:
     def _start(self) -> None:
         if self.joint:
             self.hooks.started()
+        if self.exchanged and self.hooks.exchange is not None:
+            self.hooks.exchange(self.model.energies)
 
     def _snapshot(self) -> list[Tensor]:
         """The running average of the weights, and the buffers as they are."""

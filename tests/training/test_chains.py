@@ -10,7 +10,7 @@ from runs import TwoLayers, X, make, task_of
 from torch import Tensor
 
 from energy_prior import ArgumentError, JointEBMPrior, LadderVAE, denoising_energies
-from energy_prior.langevin import Target
+from energy_prior.langevin import JointDensity, Target, crossed, sample
 from energy_prior.training import FitConfig, chains
 from energy_prior.training.chains import TrainingChains, tuned_step_size
 
@@ -75,6 +75,25 @@ def test_chains_of_energies_with_waymarks_start_across_them(persistent: int, mon
         chains.prior(64, 5)
     assert all(float((noise.mean(0) - 3).abs().max()) < 0.7 for noise in began)
     assert len({float(noise.sum()) for noise in began}) == len(began), "some start anew each time"
+
+
+def test_many_chains_cross_the_waymarks_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = JointEBMPrior(LadderVAE((1, 4, 4), latent_dims=(3, 2), hidden=8), denoising_energies([(3,), (2,)], channels=8))
+    rows: list[int] = []
+    original = sample.cross
+
+    def noted(density: JointDensity, noise: Sequence[Tensor], levels: int) -> tuple[Tensor, ...]:
+        rows.append(len(noise[0]))
+        return original(density, noise, levels)
+
+    monkeypatch.setattr(sample, "cross", noted)
+    torch.manual_seed(0)
+    whole = crossed(prior.model.target(7))
+    torch.manual_seed(0)
+    parts = crossed(prior.model.target(7), max_memory=1.0)
+    assert rows == [7] + [1] * 7
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_posterior_chains_find_the_step_of_a_narrow_likelihood() -> None:

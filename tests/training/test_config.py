@@ -20,6 +20,9 @@ def test_the_learning_rate_follows_the_length_of_the_run(iterations: int, rate: 
     """1e-3 · √(2000/iterations) between 1e-3 and 3e-3, where none is given."""
     assert FitConfig(iterations=iterations).for_method("nce").learning_rate == pytest.approx(min(rate, 3e-3))
     assert FitConfig(iterations=iterations, learning_rate=5e-4).for_method("nce").learning_rate == 5e-4
+    assert FitConfig(iterations=iterations).for_method("denoising").learning_rate == 2e-3
+    assert FitConfig(iterations=iterations).for_method("two_stage", refined=True).learning_rate == 1e-4
+    assert FitConfig(iterations=iterations).for_method("nce", refined=True).learning_rate == pytest.approx(min(rate, 3e-3))
 
 
 def test_a_config_knows_its_method() -> None:

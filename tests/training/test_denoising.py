@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import Shifted
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
@@ -194,6 +195,26 @@ def test_maximum_likelihood_goes_on_from_it() -> None:
     assert result.mismatch.joint_accuracy is not None
     assert result.mismatch.joint_accuracy < before.joint_accuracy - 0.02
     assert all(abs(entry["gap"]) < 10 for entry in result.history)
+
+
+def test_maximum_likelihood_takes_small_steps_after_it_alone() -> None:
+    torch.manual_seed(0)
+    prior, data = JointEBMPrior(MapUnderVector()), images(100)[:, :, 2:6, 2:6]
+    assert prior.fit(data, "two_stage", steps=2, **BRIEF).config.learning_rate == 3e-3
+    prior = JointEBMPrior(MapUnderVector())
+    prior.fit(data, "denoising", **BRIEF)
+    assert prior.fit(data, "two_stage", steps=2, **BRIEF).config.learning_rate == 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::energy_prior.TrainingWarning")
+@pytest.mark.parametrize("method", ["nce", "two_stage"])
+def test_large_values_of_the_closed_part_are_no_divergence(method: str) -> None:
+    """f of more than a thousand nats at draws of the prior, where a layer has 40 units and the posterior is 8 σ away."""
+    torch.manual_seed(0)
+    prior, data = JointEBMPrior(Shifted(8.0, 40), denoising_energies([(40,)], channels=8)), torch.zeros(300, 1)
+    prior.fit(data, "denoising", **BRIEF)
+    history = prior.fit(data, method, **BRIEF).history
+    assert history[-1]["max_energy"] > 1000
 
 
 def test_a_run_says_what_its_posterior_chains_accept() -> None:
