@@ -104,9 +104,9 @@ CASES: list[tuple[Callable[[JointEBMPrior], Any], type[Exception], str]] = [
     (
         lambda p: p.sample(4, prior="generator", steps=3),
         ArgumentError,
-        "takes neither `given`, `start`, `noise`, a `method` nor",
+        "takes max_memory of the options of a chain, and neither `given`, `start`",
     ),
-    (lambda p: p.llr_score(X, 1, posterior=3), ArgumentError, "options: expected a dict whose every name is .*, got int"),  # type: ignore[arg-type]
+    (lambda p: p.llr_score(X, 1, posterior=3), ArgumentError, "posterior: expected a dict whose every name is .*, got int"),  # type: ignore[arg-type]
     (lambda p: p.log_joint(X, num_samples=0), ArgumentError, "num_samples: expected a whole number of at least 1"),
     (lambda p: p.sample_posterior(X, method="gibbs"), ArgumentError, 'method: expected "langevin" or "infer"'),  # type: ignore[arg-type]
     (lambda p: p.anomaly_score(X, "likelihood"), ArgumentError, "method: expected one of .*'log_joint'"),

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from energy_prior.energies import quadratic
 from energy_prior.energies.quadratic import Quadratic, shrunk_covariance
 
 DRAWS = 500
@@ -60,11 +59,10 @@ def test_low_rank_keeps_the_directions_furthest_from_the_prior() -> None:
     assert sorted(f.vectors.abs().argmax(0).tolist()) == [0, 2]
 
 
-def test_a_large_layer_has_one_covariance_of_its_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_layer_has_one_covariance_of_its_channels() -> None:
     """It is exact where the positions are independent and alike."""
-    monkeypatch.setattr(quadratic, "_FULL", 10)
     noise = draws_of((3,)).reshape(DRAWS // 4, 2, 2, 3).permute(0, 3, 1, 2)
-    f = Quadratic((3, 2, 2)).double()
+    f = Quadratic((3, 2, 2), full=10).double()
     f.set_moments(noise)
     assert f.vectors.shape == (3, 3)
     centred = (noise - noise.mean(0)).permute(0, 2, 3, 1).reshape(-1, 3)
