@@ -268,7 +268,8 @@ def _trained(sides: Sequence[Sequence[Tensor]], starts: Sequence[Tensor], steps:
         rows = [k + torch.randint(len(start) - k, (net.batch,), device=device) for start, k in zip(starts, kept, strict=True)]
         optimizer.zero_grad()
         loss(rows).backward()
-        optimizer.step()
+        with torch.device("cpu"):  # where old versions of torch keep the number of the step, whatever the default device is
+            optimizer.step()
     net.load_state_dict(state)
     return net
 
