@@ -149,30 +149,29 @@ def sample_target(
         return join_batch(_run_parts(draw_rows, parts, backend, probe, source))
 
 
-def crossed(target: Target, waymarks: int = ChainSettings().waymarks, max_memory: float = 2.0**30) -> tuple[Tensor, ...]:
+def crossed(target: Target, settings: ChainSettings) -> tuple[Tensor, ...]:
     """Where chains on `target` start that cross the waymarks of its energies.
 
     Args:
         target: what to draw from.
-        waymarks: so many are crossed, ≥ 1.
-        max_memory: bytes that a gradient evaluation may keep, > 0; a larger batch is taken across in parts.
+        settings: of these chains; `waymarks` are crossed, in parts that need `max_memory`.
 
     Returns:
         (z_1, …, z_L), (batch, *latent_shape) each.
 
     Examples:
-        >>> from energy_prior import JointEBMPrior, LadderVAE, denoising_energies
+        >>> from energy_prior import ChainSettings, JointEBMPrior, LadderVAE, denoising_energies
         >>> prior = JointEBMPrior(LadderVAE((4,), latent_dims=(3, 2), hidden=8), denoising_energies([(3,), (2,)], channels=8))
-        >>> [tuple(z.shape) for z in crossed(prior.model.target(4))]
+        >>> [tuple(z.shape) for z in crossed(prior.model.target(4), ChainSettings())]
         [(4, 3), (4, 2)]
     """
     with full_precision(target.device):
         probe = target.rows(slice(0, 2)).density()
         noise = RandomNoise(target.shapes, probe.topdown.reference).normal(0)
         parts = []
-        for rows in split_batch(target, probe, max_memory):
+        for rows in split_batch(target, probe, settings.max_memory):
             density = target.rows(rows).density()
-            position = _position(density, [e[rows] for e in noise], from_noise=True, waymarks=waymarks)
+            position = _position(density, [e[rows] for e in noise], from_noise=True, waymarks=settings.waymarks)
             parts.append(density.topdown.descend(position, target.space).latents)
     return _joined(parts)
 

@@ -85,7 +85,7 @@ class TrainingChains:
         if not have_waymarks(self.model.energies):
             return self.ancestral(n)
         with _fixed(self.model, self._device):
-            return crossed(self.model.target(n))
+            return crossed(self.model.target(n), ChainSettings())
 
     def prior(self, n: int, steps: int) -> tuple[Tensor, ...]:
         """Draws of the joint prior after `steps` Langevin steps: of persistent chains, or from where chains start."""

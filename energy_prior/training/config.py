@@ -104,9 +104,9 @@ class FitConfig(RunConfig):
         batch_size: posterior draws, and as many prior draws, per update, process and accumulation step, ≥ 1; None: 256, or
             all observations if there are fewer.
         learning_rate: of the energies' AdamW, > 0, after a linear warm-up of 100 iterations, or a tenth of them if fewer, and
-            with cosine decay to a tenth of it; None: 2e-3 for "denoising", 1e-4 for maximum likelihood that goes on from
-            there, else 1e-3, and 1e-3 · √(2000/iterations), up to 3e-3, where there are fewer
-            than 2000 iterations to get anywhere in.
+            with cosine decay to a tenth of it; None: 2e-3 for "denoising", 1e-4 for maximum likelihood that goes on with
+            energies with waymarks, else 1e-3, and 1e-3 · √(2000/iterations), up to 3e-3, where there are fewer than 2000
+            iterations to get anywhere in.
         weight_decay: of the energies' AdamW, ≥ 0.
         accumulate: batches whose gradients are averaged into one update, ≥ 1.
         log_every: iterations between looks at the run, each with an entry in the history, warnings of what may go wrong and
@@ -177,7 +177,7 @@ class FitConfig(RunConfig):
 
         Args:
             method: the learning rule.
-            refined: whether the energies have learned by "denoising" before.
+            refined: whether the energies have waymarks and have learned before.
 
         Raises:
             ArgumentError: if there are more stages than iterations.

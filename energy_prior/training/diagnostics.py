@@ -120,9 +120,9 @@ def early_warnings(entry: dict[str, float], config: FitConfig, gap: float) -> di
         )
     if gap > _WIDE_GAP:
         found["gap"] = (
-            f"Σf is {entry['gap']:.3g} nats higher at posterior draws than at the chains' draws of the prior: the chains do "
-            "not follow the energies, which grow without learning. Lower learning_rate or raise steps; of a posterior that is "
-            'far (prior.mismatch), learn by "denoising" first.'
+            f"Σf is {gap:.3g} nats higher at posterior draws than at the chains' draws of the prior (of larger layers per 128 "
+            "units): the chains do not follow the energies, which grow without learning. Lower learning_rate or raise steps; "
+            'of a posterior that is far (prior.mismatch), learn by "denoising" first.'
         )
     if entry.get("acceptance", 1.0) < _LOW_ACCEPTANCE:
         change = "Lower learning_rate"

@@ -193,7 +193,7 @@ def fit_energies(
             learned, mismatch = dataclasses.replace(model, step_size=step_size), None
             if config.iterations >= _SHORT:
                 say(f"{task.name}: comparing draws of posterior and prior", begun, shown=shown)
-                mismatch, failed = _mismatch(learned, batches, config, engine, rule)
+                mismatch, failed = _compared(learned, batches, config, engine, rule)
                 if said := _what_went_wrong(rule, mismatch, failed):
                     task.warned["mismatch"] = f"{task.name}: {said}"
                     warn(task.warned["mismatch"], TrainingWarning)
@@ -274,7 +274,7 @@ def _is_far(model: JointModel, batches: Batches, config: FitConfig, engine: Engi
     if config.iterations < config.stages:
         return False
     state = batches.state()
-    found, _ = _mismatch(model, batches, config, engine)
+    found = engine.objects(_measured(model, batches, config))[0]
     batches.load_state(state)
     return found is not None and found.far
 
@@ -286,7 +286,7 @@ def _is_zero(model: JointModel, device: torch.device) -> bool:
 
 
 def _denoised(energies: nn.ModuleList) -> bool:
-    """Whether these have waymarks and have learned by them."""
+    """Whether these have waymarks and have learned before."""
     return have_waymarks(energies) and all(bool(getattr(energy, "is_set", True)) for energy in energies)
 
 
@@ -300,31 +300,26 @@ def _denoising(model: JointModel, engine: Engine) -> nn.ModuleList:
     return energies
 
 
-def _mismatch(
-    model: JointModel, batches: Batches, config: FitConfig, engine: Engine, learned_by: Method | None = None
+def _compared(
+    model: JointModel, batches: Batches, config: FitConfig, engine: Engine, rule: Method
 ) -> tuple[Mismatch | None, str]:
-    """How far the posterior of some observations is; the same figures in every process.
+    """How far the posterior is after a run, the same in every process; where that fails, None and why: the run stands."""
+    try:
+        found, failed = _measured(model, batches, config, rule), ""
+    except Exception as error:
+        found, failed = None, first_line(error)
+    return engine.objects((found, failed))[0]
 
-    After a run, which has succeeded, there is none where this fails, but why it did.
+
+def _measured(model: JointModel, batches: Batches, config: FitConfig, learned_by: Method | None = None) -> Mismatch | None:
+    """How far the posterior of some observations is, always the same ones of a tensor; None of too few.
 
     Args:
         model: generator and energies.
         batches: the observations.
         config: settings of the run.
-        engine: the processes of the run.
         learned_by: the rule that has learned the joint prior; None: the generator's own prior alone is compared with.
     """
-    try:
-        found, failed = _measured(model, batches, config, learned_by), ""
-    except Exception as error:
-        if learned_by is None:
-            raise
-        found, failed = None, first_line(error)
-    return engine.objects((found, failed))[0]
-
-
-def _measured(model: JointModel, batches: Batches, config: FitConfig, learned_by: Method | None) -> Mismatch | None:
-    """Of some observations, always the same ones of a tensor; None of too few."""
     rng = torch.Generator(device="cpu").manual_seed(0)
     units = sum(shape.numel() for shape in model.generator.latent_shapes)
     size = config.batch_size or config.usual_batch

@@ -10,7 +10,7 @@ from runs import TwoLayers, X, make, task_of
 from torch import Tensor
 
 from energy_prior import ArgumentError, JointEBMPrior, LadderVAE, denoising_energies
-from energy_prior.langevin import JointDensity, Target, crossed, sample
+from energy_prior.langevin import ChainSettings, JointDensity, Target, crossed, sample
 from energy_prior.training import FitConfig, chains
 from energy_prior.training.chains import TrainingChains, tuned_step_size
 
@@ -88,9 +88,9 @@ def test_many_chains_cross_the_waymarks_in_parts(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(sample, "cross", noted)
     torch.manual_seed(0)
-    whole = crossed(prior.model.target(7))
+    whole = crossed(prior.model.target(7), ChainSettings())
     torch.manual_seed(0)
-    parts = crossed(prior.model.target(7), max_memory=1.0)
+    parts = crossed(prior.model.target(7), ChainSettings(max_memory=1.0))
     assert rows == [7] + [1] * 7
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other)
